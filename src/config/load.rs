@@ -1,0 +1,1 @@
+//! Finding, layering and checking the cluster file.

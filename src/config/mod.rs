@@ -1,0 +1,360 @@
+//! The cluster file: one YAML file that every host reads.
+//!
+//! The types here are the reference of its keys; [`load`] finds the file, layers the environment over it and
+//! turns what is wrong into one sentence that names file, line and key.
+
+pub mod load;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The OpenAI endpoint in front, with the draft and target servers that it talks to.
+    pub proxy: Option<Proxy>,
+    /// The llama-server that `tightwad run target` keeps running.
+    pub target: Option<Server>,
+    /// The llama-server that `tightwad run draft` keeps running.
+    pub draft: Option<Server>,
+    /// The llama-server that spreads one model over the workers' GPUs and its own.
+    pub coordinator: Option<Coordinator>,
+    /// The hosts that lend their GPUs to the coordinator.
+    pub workers: Vec<Worker>,
+    /// The models by name.
+    pub models: BTreeMap<String, Model>,
+    /// The llama.cpp programs.
+    pub binaries: Binaries,
+}
+
+/// `proxy`: the OpenAI endpoint.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Proxy {
+    /// Address to listen on. Any but a loopback address needs a token (see `allow_unauthenticated`).
+    pub host: String,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// The drafter. None: requests are only forwarded. Derived from the section `draft` when that is given.
+    pub draft: Option<Upstream>,
+    /// The target. Derived from the section `target` (else `coordinator`) when that is given.
+    pub target: Option<Upstream>,
+    /// Most draft tokens that one step of the target verifies.
+    pub max_draft_tokens: MaxDraftTokens,
+    /// Answer without the drafter while that is down (true), or refuse requests until it is back (false).
+    pub fallback_on_draft_failure: bool,
+    /// Token that clients send as `Authorization: Bearer …` (or `x-api-key`). Prefer `auth_token_file`.
+    pub auth_token: Option<Secret>,
+    /// File that holds the token; surrounding white space is dropped.
+    pub auth_token_file: Option<PathBuf>,
+    /// Listen on a non-loopback address without a token.
+    pub allow_unauthenticated: bool,
+    /// Largest `max_tokens` a request may ask for. None: no limit.
+    pub max_tokens_limit: Option<u64>,
+    /// Largest request body in bytes.
+    pub max_body_size: u64,
+    /// Seconds of silence after which a streaming client gets an SSE comment.
+    pub keepalive_seconds: u64,
+}
+
+impl Default for Proxy {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8088,
+            draft: None,
+            target: None,
+            max_draft_tokens: MaxDraftTokens::Auto,
+            fallback_on_draft_failure: true,
+            auth_token: None,
+            auth_token_file: None,
+            allow_unauthenticated: false,
+            max_tokens_limit: None,
+            max_body_size: 10 * 1024 * 1024,
+            keepalive_seconds: 15,
+        }
+    }
+}
+
+/// `proxy.max_draft_tokens`: a cap, or `auto` (what the target can verify at once).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MaxDraftTokens {
+    /// As many as pay and as the target takes.
+    #[default]
+    Auto,
+    /// At most this many; 0 turns drafting off.
+    AtMost(u16),
+}
+
+/// A server that is already running somewhere.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upstream {
+    /// Base URL, without `/v1`: `http://192.168.1.100:8080`.
+    pub url: String,
+    /// The model's name there; shown in the status, and needed by servers that hold several.
+    #[serde(default)]
+    pub model_name: Option<String>,
+    /// What answers there.
+    #[serde(default)]
+    pub backend: Backend,
+    /// API key that this server wants. Prefer `api_key_file`.
+    #[serde(default)]
+    pub api_key: Option<Secret>,
+    /// File that holds the API key.
+    #[serde(default)]
+    pub api_key_file: Option<PathBuf>,
+}
+
+/// What kind of server an [`Upstream`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// llama.cpp's llama-server.
+    #[default]
+    Llamacpp,
+    /// Ollama.
+    Ollama,
+    /// Any server with an OpenAI-compatible API.
+    Openai,
+}
+
+/// A string that never shows in logs or in the output of `check-config`.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret.
+    #[must_use]
+    pub fn new(secret: impl Into<String>) -> Self {
+        Self(secret.into())
+    }
+
+    /// The secret itself.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str("***")
+    }
+}
+
+/// `target`, `draft`: a llama-server that this host runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on.
+    pub port: u16,
+    /// Name of the model in `models`. None: the one marked `default`, else the only one.
+    pub model: Option<String>,
+    /// Requests served at once. The context is per slot.
+    pub slots: u16,
+    /// CPU threads. None: llama-server's choice.
+    pub threads: Option<u16>,
+    /// Key that clients of this server send. Prefer `api_key_file`.
+    pub api_key: Option<Secret>,
+    /// File that holds the key.
+    pub api_key_file: Option<PathBuf>,
+    /// More arguments of llama-server; they win over ours.
+    pub extra_args: Vec<String>,
+    /// More environment variables.
+    pub env: BTreeMap<String, String>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8080,
+            model: None,
+            slots: 4,
+            threads: None,
+            api_key: None,
+            api_key_file: None,
+            extra_args: Vec::new(),
+            env: BTreeMap::new(),
+        }
+    }
+}
+
+/// `coordinator`: a [`Server`] over its own GPUs and the workers'.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Coordinator {
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on.
+    pub port: u16,
+    /// What its own GPUs are driven by.
+    pub backend: GpuBackend,
+    /// Its own GPUs.
+    pub gpus: Vec<Gpu>,
+    /// More arguments of llama-server; they win over ours.
+    pub extra_args: Vec<String>,
+    /// More environment variables; they win over ours.
+    pub env: BTreeMap<String, String>,
+}
+
+impl Default for Coordinator {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8080,
+            backend: GpuBackend::default(),
+            gpus: Vec::new(),
+            extra_args: Vec::new(),
+            env: BTreeMap::new(),
+        }
+    }
+}
+
+/// What drives a host's GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuBackend {
+    /// AMD, ROCm.
+    #[default]
+    Hip,
+    /// NVIDIA.
+    Cuda,
+    /// Any with Vulkan.
+    Vulkan,
+    /// Apple.
+    Metal,
+    /// No GPU.
+    Cpu,
+}
+
+/// One entry of `workers`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Worker {
+    /// IPv4 address or name that the coordinator reaches it by.
+    pub host: String,
+    /// Its GPUs.
+    #[serde(default)]
+    pub gpus: Vec<Gpu>,
+}
+
+/// One GPU.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gpu {
+    /// What people call it.
+    pub name: String,
+    /// Its memory in GiB.
+    pub vram_gb: f64,
+    /// On a worker: port of the `ggml-rpc-server` that serves it.
+    #[serde(default)]
+    pub rpc_port: Option<u16>,
+}
+
+/// One entry of `models`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The GGUF file (the first one of a split model).
+    pub path: PathBuf,
+    /// Context per slot in tokens.
+    #[serde(default = "default_ctx_size")]
+    pub ctx_size: u32,
+    /// Most tokens of an answer that names no `max_tokens`. None: until the context is full.
+    #[serde(default)]
+    pub predict: Option<u32>,
+    /// Flash attention. None: llama-server's choice.
+    #[serde(default)]
+    pub flash_attn: Option<bool>,
+    /// The model that a server takes when its section names none.
+    #[serde(default)]
+    pub default: bool,
+    /// More arguments of llama-server for this model.
+    #[serde(default)]
+    pub extra_args: Vec<String>,
+}
+
+fn default_ctx_size() -> u32 {
+    8192
+}
+
+/// `binaries`: names looked up on `PATH`, or paths.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Binaries {
+    /// llama.cpp's `llama-server`.
+    pub llama_server: PathBuf,
+    /// llama.cpp's `ggml-rpc-server`.
+    pub rpc_server: PathBuf,
+}
+
+impl Default for Binaries {
+    fn default() -> Self {
+        Self {
+            llama_server: "llama-server".into(),
+            rpc_server: "ggml-rpc-server".into(),
+        }
+    }
+}
+
+/// Whether only this machine can reach a listener on `host`.
+#[must_use]
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+impl Serialize for MaxDraftTokens {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::AtMost(n) => serializer.serialize_u16(*n),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MaxDraftTokens {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = MaxDraftTokens;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("`auto` or a number of tokens from 0 to 65535")
+            }
+            fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<MaxDraftTokens, E> {
+                match value {
+                    "auto" => Ok(MaxDraftTokens::Auto),
+                    _ => value
+                        .parse()
+                        .map(MaxDraftTokens::AtMost)
+                        .map_err(|_| E::invalid_value(serde::de::Unexpected::Str(value), &self)),
+                }
+            }
+            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<MaxDraftTokens, E> {
+                u16::try_from(value)
+                    .map(MaxDraftTokens::AtMost)
+                    .map_err(|_| E::invalid_value(serde::de::Unexpected::Unsigned(value), &self))
+            }
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<MaxDraftTokens, E> {
+                u16::try_from(value)
+                    .map(MaxDraftTokens::AtMost)
+                    .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(value), &self))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}

@@ -1,0 +1,21 @@
+//! Tightwad: many unlike GPUs on many machines behind one OpenAI-compatible endpoint.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`config`] | the cluster file |
+//! | [`speculation`] | decisions of speculative decoding, free of I/O |
+//! | [`engine`] | attaches a drafter to running completions |
+//! | [`upstream`] | clients of the servers behind us |
+//! | [`proxy`] | the OpenAI endpoint |
+//! | [`supervise`] | child processes |
+//! | [`observe`] | log and metrics |
+//! | [`cli`] | the command line |
+
+pub mod cli;
+pub mod config;
+pub mod engine;
+pub mod observe;
+pub mod proxy;
+pub mod speculation;
+pub mod supervise;
+pub mod upstream;

@@ -1,0 +1,1 @@
+//! Decisions of speculative decoding, free of I/O.
