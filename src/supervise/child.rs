@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::command::Launch;
+use super::command::{Launch, Role};
 use super::parent_bound;
 
 /// Lines of output that are kept to explain a death.
@@ -36,7 +36,7 @@ struct Tail(Arc<Mutex<VecDeque<String>>>);
 
 impl Child {
     /// Starts `launch` and forwards what it writes to the log, under the name `role`.
-    pub async fn spawn(role: &'static str, launch: &Launch) -> io::Result<Self> {
+    pub async fn spawn(role: Role, launch: &Launch) -> io::Result<Self> {
         let mut command = parent_bound::command(&launch.program, &launch.args);
         command
             .stdin(Stdio::null())
@@ -127,7 +127,7 @@ impl Tail {
 }
 
 /// Reads lines until the stream ends; bytes that are no UTF-8 and endless lines do no harm.
-async fn forward(role: &'static str, stream: impl AsyncRead + Unpin, tail: Tail) {
+async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -155,7 +155,7 @@ async fn forward(role: &'static str, stream: impl AsyncRead + Unpin, tail: Tail)
 }
 
 /// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours.
-fn log(role: &'static str, line: &str) {
+fn log(role: Role, line: &str) {
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
         Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),

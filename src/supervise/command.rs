@@ -1,6 +1,7 @@
 //! llama-server's arguments.
 
 use std::ffi::OsString;
+use std::fmt;
 
 use crate::config::{self, Model, Secret, Server};
 
@@ -23,13 +24,27 @@ pub struct Launch {
 /// What a llama-server is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Verifies and answers. `external_draft`: most draft tokens per step, if its binary can verify any.
-    Target {
-        /// Most draft tokens that one step verifies; `None` for a binary that cannot.
-        external_draft: Option<u16>,
-    },
+    /// Verifies and answers.
+    Target,
     /// Drafts.
     Draft,
+}
+
+impl Role {
+    /// Its name in the config, in the log and on the command line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::Draft => "draft",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// The draft tokens per step to prepare a target for; `None` when drafting is off.
@@ -42,9 +57,16 @@ pub fn external_draft(max: config::MaxDraftTokens) -> Option<u16> {
     }
 }
 
-/// The command line of a llama-server. What the file says in `extra_args` comes last and wins.
+/// The command line of a llama-server. `external_draft` is the most draft tokens per step that it verifies for drafters
+/// outside, if its binary can. What the file says in `extra_args` comes last and wins.
 #[must_use]
-pub fn llama_server(program: impl Into<OsString>, role: Role, server: &Server, name: &str, model: &Model) -> Launch {
+pub fn llama_server(
+    program: impl Into<OsString>,
+    server: &Server,
+    name: &str,
+    model: &Model,
+    external_draft: Option<u16>,
+) -> Launch {
     let slots = server.slots.max(1);
     let mut args = Arguments::default();
     args.option("--host", &server.host);
@@ -169,16 +191,9 @@ mod tests {
 
     #[test]
     fn a_target_gets_a_context_per_slot_and_room_for_drafts() {
-        let server = Server {
-            slots: 3,
-            threads: Some(6),
-            ..Server::default()
-        };
-        let role = Role::Target {
-            external_draft: Some(16),
-        };
+        let server = Server { slots: 3, threads: Some(6), ..Server::default() };
         assert_eq!(
-            line(&llama_server("llama-server", role, &server, "big", &model())),
+            line(&llama_server("llama-server", &server, "big", &model(), Some(16))),
             "--host 127.0.0.1 --port 8080 -m /m/big.gguf --alias big -c 12288 -np 3 -t 6 -fa on -n 512 \
              --threads-http 17 --no-webui --metrics --slots --spec-draft-external-max 16"
         );
@@ -186,10 +201,8 @@ mod tests {
 
     #[test]
     fn a_draft_or_a_stock_binary_gets_no_option_that_it_does_not_know() {
-        for role in [Role::Draft, Role::Target { external_draft: None }] {
-            let launch = llama_server("llama-server", role, &Server::default(), "m", &model());
-            assert!(!line(&launch).contains("external"));
-        }
+        let launch = llama_server("llama-server", &Server::default(), "m", &model(), None);
+        assert!(!line(&launch).contains("external"));
     }
 
     #[test]
@@ -202,7 +215,7 @@ mod tests {
             extra_args: vec!["--no-repack".into()],
             ..model()
         };
-        let launch = llama_server("llama-server", Role::Draft, &server, "m", &model);
+        let launch = llama_server("llama-server", &server, "m", &model, None);
         assert!(line(&launch).ends_with("--slots --no-repack --port 9999"));
         assert_eq!(launch.url(), "http://127.0.0.1:9999");
     }
@@ -213,7 +226,7 @@ mod tests {
             api_key: Some(Secret::new("hush")),
             ..Server::default()
         };
-        let launch = llama_server("llama-server", Role::Draft, &server, "m", &model());
+        let launch = llama_server("llama-server", &server, "m", &model(), None);
         assert!(!line(&launch).contains("hush"));
         assert!(!format!("{launch:?}").contains("hush"));
         assert_eq!(launch.env, [("LLAMA_API_KEY".to_owned(), Secret::new("hush"))]);
@@ -225,7 +238,7 @@ mod tests {
             api_key_file: Some("/run/keys/llama".into()),
             ..Server::default()
         };
-        let launch = llama_server("llama-server", Role::Draft, &server, "m", &model());
+        let launch = llama_server("llama-server", &server, "m", &model(), None);
         assert_eq!(launch.value_of("--api-key-file"), Some("/run/keys/llama"));
     }
 
@@ -239,7 +252,7 @@ mod tests {
             ctx_size: u32::MAX,
             ..model()
         };
-        let launch = llama_server("llama-server", Role::Draft, &server, "m", &model);
+        let launch = llama_server("llama-server", &server, "m", &model, None);
         assert_eq!(launch.value_of("-c"), Some("281470681677825"));
     }
 

@@ -1,6 +1,5 @@
 //! What must be there before a server is started: one clear sentence beats forty lines of its log.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::net::TcpListener;
@@ -8,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use super::command::EXTERNAL_DRAFT_OPTION;
+use super::command::{self, EXTERNAL_DRAFT_OPTION, Launch, Role};
+use crate::config::{Binaries, MaxDraftTokens, Model, Server};
 
 /// A file that opens like this is a model.
 const GGUF_MAGIC: [u8; 4] = *b"GGUF";
@@ -67,13 +67,46 @@ pub enum Unfit {
     },
 }
 
+/// The command line of a llama-server, once all that it needs is there.
+pub async fn llama_server(
+    role: Role,
+    binaries: &Binaries,
+    server: &Server,
+    (name, gguf): (&str, &Model),
+    drafts: MaxDraftTokens,
+) -> Result<Launch, Unfit> {
+    let program = program(&binaries.llama_server)?;
+    model(&gguf.path)?;
+    if let Some(file) = &server.api_key_file {
+        key_file(file)?;
+    }
+    let external_draft = match role {
+        Role::Draft => None,
+        Role::Target => match command::external_draft(drafts) {
+            Some(_) if !takes_external_drafts(&program).await => {
+                tracing::warn!(
+                    "{} cannot verify drafts (it has no option {EXTERNAL_DRAFT_OPTION}), so the target runs without; \
+                     build one that can with scripts/llama-cpp",
+                    program.display()
+                );
+                None
+            }
+            wanted => wanted,
+        },
+    };
+    let launch = command::llama_server(program, server, name, gguf, external_draft);
+    let (host, port) = launch.address();
+    port_free(&host, port)?;
+    Ok(launch)
+}
+
 /// Finds a program, by path or on `PATH`.
-pub fn program(name: &Path) -> Result<PathBuf, Unfit> {
+fn program(name: &Path) -> Result<PathBuf, Unfit> {
     which::which(name).map_err(|_| Unfit::NoProgram(name.to_owned()))
 }
 
 /// Checks that the file is a GGUF model.
-pub fn model(path: &Path) -> Result<(), Unfit> {
+fn model(path: &Path) -> Result<(), Unfit> {
     let mut file = readable("model file", "path", path)?;
     let mut magic = [0; 4];
     match file.read_exact(&mut magic) {
@@ -88,7 +121,7 @@ pub fn model(path: &Path) -> Result<(), Unfit> {
 }
 
 /// Checks that the file with the API key can be read.
-pub fn key_file(path: &Path) -> Result<(), Unfit> {
+fn key_file(path: &Path) -> Result<(), Unfit> {
     readable("key file", "api_key_file", path).map(drop)
 }
 
@@ -126,8 +159,8 @@ pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
 
 /// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print
 /// its help cannot; its start will tell why.
-pub async fn takes_external_drafts(llama_server: impl Into<OsString>) -> bool {
-    let mut command = tokio::process::Command::new(llama_server.into());
+async fn takes_external_drafts(llama_server: &Path) -> bool {
+    let mut command = tokio::process::Command::new(llama_server);
     command
         .arg("--help")
         .stdin(Stdio::null())

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::child::Child;
-use super::command::Launch;
+use super::command::{Launch, Role};
 use super::death::Death;
 use super::restart::{Decision, Restarts};
 
@@ -51,7 +51,7 @@ pub enum State {
 /// A server that is kept running in the background. Dropping this ends it.
 #[derive(Debug)]
 pub struct Service {
-    role: &'static str,
+    role: Role,
     state: watch::Receiver<State>,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
@@ -62,7 +62,7 @@ pub struct Service {
 #[error("gave up on the {role} server: {death}")]
 pub struct GaveUp {
     /// Which one.
-    pub role: &'static str,
+    pub role: Role,
     /// What it died of last.
     pub death: Death,
 }
@@ -70,7 +70,7 @@ pub struct GaveUp {
 impl Service {
     /// Starts it, and starts it again whenever it dies, until `stop` is cancelled.
     #[must_use]
-    pub fn start(role: &'static str, launch: Launch, stop: &CancellationToken) -> Self {
+    pub fn start(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
         let stop = stop.child_token();
         let (report, state) = watch::channel(State::Starting);
         let task = tokio::spawn(keep_running(role, launch, report, stop.clone()));
@@ -130,7 +130,7 @@ impl Drop for Service {
     }
 }
 
-async fn keep_running(role: &'static str, launch: Launch, report: watch::Sender<State>, stop: CancellationToken) {
+async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, stop: CancellationToken) {
     let mut restarts = Restarts::default();
     loop {
         report.send_replace(State::Starting);
@@ -161,7 +161,7 @@ async fn keep_running(role: &'static str, launch: Launch, report: watch::Sender<
 }
 
 /// Its lines went to the log as they came; here they are for those who filter them out.
-fn show_last_lines(role: &str, death: &Death) {
+fn show_last_lines(role: Role, death: &Death) {
     if !tracing::enabled!(target: "tightwad::child", tracing::Level::INFO) {
         for line in &death.last_lines {
             tracing::error!("last lines of the {role} server: {line}");
@@ -176,7 +176,7 @@ enum Life {
 }
 
 async fn one_life(
-    role: &'static str,
+    role: Role,
     launch: &Launch,
     report: &watch::Sender<State>,
     stop: &CancellationToken,
@@ -236,7 +236,7 @@ async fn one_life(
 
 /// Returns once `/health` says 200. A model of 100 GB from a slow disk loads for minutes, so there is no bound: the
 /// process is alive, and whoever waits sees it in the state and the log.
-async fn until_ready(role: &str, url: &str, report: &watch::Sender<State>) {
+async fn until_ready(role: Role, url: &str, report: &watch::Sender<State>) {
     let client = reqwest::Client::builder()
         .no_proxy()
         .timeout(POLL_PATIENCE)
