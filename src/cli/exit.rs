@@ -3,7 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
-use crate::config::load::ConfigError;
+use crate::config::ConfigError;
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
 
@@ -52,7 +52,10 @@ pub struct Failure {
 impl Failure {
     /// A failure with this code and sentence.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into() }
+        Self {
+            exit,
+            message: message.into(),
+        }
     }
 
     /// An error that has no exit code of its own, with what was being done.

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::Config;
+use crate::config::Loaded;
 use crate::supervise::parent_bound;
 use exit::{Exit, Failure};
 
@@ -129,27 +129,29 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
     let file = cli.config.as_deref();
     match &cli.command {
         Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy).await,
-        Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?).await,
-        Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?, *json).await,
+        Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?.config),
+        Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?.config, *json).await,
         Command::Run { part } => run::run(&load(file)?, *part).await,
         Command::CheckConfig(options) => check_config::check(file, options),
-        Command::Chat(options) => chat::chat(&load(file)?, options).await,
+        Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
         Command::Demo(options) => demo::demo(options).await,
         Command::ExecChild(child) => Err(Failure::other("execute", child.command[0].display())),
     }
 }
 
 /// The config; what is odd but not wrong goes to the log.
-fn load(file: Option<&Path>) -> Result<Config, Failure> {
+fn load(file: Option<&Path>) -> Result<Loaded, Failure> {
     let loaded = crate::config::load::load(file)?;
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    Ok(loaded.config)
+    Ok(loaded)
 }
 
 fn exec_child(child: &ExecChild) -> ExitCode {
-    let Some((program, args)) = child.command.split_first() else { return Exit::Usage.into() };
+    let Some((program, args)) = child.command.split_first() else {
+        return Exit::Usage.into();
+    };
     let error = parent_bound::become_program(child.parent, program, args);
     eprintln!("error: cannot execute {}: {error}", program.display());
     ExitCode::from(127)

@@ -97,7 +97,12 @@ fn open(path: &PathBuf) -> io::Result<File> {
     if !exists && path.parent().is_some_and(|folder| !folder.is_dir()) {
         return Err(io::ErrorKind::NotFound.into());
     }
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
 }
 
 fn is_locked(file: &File) -> io::Result<bool> {
@@ -111,12 +116,18 @@ fn is_locked(file: &File) -> io::Result<bool> {
 fn read_pid(file: &mut File) -> io::Result<i32> {
     let mut text = String::new();
     file.read_to_string(&mut text)?;
-    text.trim().parse().map_err(|_| io::Error::other("the pid file holds no process id"))
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::other("the pid file holds no process id"))
 }
 
 /// `$XDG_RUNTIME_DIR/tightwad/`, else `$XDG_STATE_HOME/tightwad/`, else `~/.local/state/tightwad/`.
 fn path(name: &str) -> io::Result<PathBuf> {
-    let folder = |variable| std::env::var_os(variable).map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let folder = |variable| {
+        std::env::var_os(variable)
+            .map(PathBuf::from)
+            .filter(|folder| folder.is_absolute())
+    };
     folder("XDG_RUNTIME_DIR")
         .or_else(|| folder("XDG_STATE_HOME"))
         .or_else(|| folder("HOME").map(|home| home.join(".local/state")))

@@ -2,7 +2,7 @@
 
 use super::exit::{Exit, Failure};
 use super::{proxy, signals};
-use crate::config::{Config, Server};
+use crate::config::{Config, Loaded, Server};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -19,22 +19,29 @@ pub enum Part {
 }
 
 /// Runs it until Ctrl-C or SIGTERM.
-pub async fn run(config: &Config, part: Part) -> Result<(), Failure> {
+pub async fn run(loaded: &Loaded, part: Part) -> Result<(), Failure> {
+    let config = &loaded.config;
     match part {
         Part::Target => server(config, Role::Target, config.target.as_ref()).await,
         Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
-        Part::Proxy => proxy::run(config).await,
+        Part::Proxy => proxy::run(loaded).await,
     }
 }
 
 async fn server(config: &Config, role: Role, server: Option<&Server>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let server = server.ok_or_else(|| {
-        Failure::new(Exit::Config, format!("the config has no section `{role}`; add one, with `model` and `port`"))
+        Failure::new(
+            Exit::Config,
+            format!("the config has no section `{role}`; add one, with `model` and `port`"),
+        )
     })?;
-    config.check_listeners()?;
     let model = config.model_for(server.model.as_deref())?;
-    let drafts = config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens).unwrap_or_default();
+    let drafts = config
+        .proxy
+        .as_ref()
+        .map(|proxy| proxy.max_draft_tokens)
+        .unwrap_or_default();
     let launch = preflight::llama_server(role, &config.binaries, server, model, drafts).await?;
     let mut service = Service::start(role, launch, &stop);
     let ended = service.ended().await;

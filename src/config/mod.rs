@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};
+pub use resolve::local_url;
 pub use secret::Secret;
 
 /// The port that `ggml-rpc-server` takes by itself.

@@ -92,10 +92,7 @@ pub fn llama_server(
     args.flag("--no-webui");
     args.flag("--metrics");
     args.flag("--slots");
-    if let Role::Target {
-        external_draft: Some(max),
-    } = role
-    {
+    if let Some(max) = external_draft {
         args.option(EXTERNAL_DRAFT_OPTION, max.to_string());
     }
     // Keys never go on the command line, where every user of the machine can read them.
@@ -144,18 +141,7 @@ impl Launch {
     #[must_use]
     pub fn url(&self) -> String {
         let (host, port) = self.address();
-        local_url(&host, port)
-    }
-}
-
-/// The URL of a listener on `host`, from the same machine.
-#[must_use]
-pub fn local_url(host: &str, port: u16) -> String {
-    match host {
-        "0.0.0.0" | "" => format!("http://127.0.0.1:{port}"),
-        "::" | "[::]" => format!("http://[::1]:{port}"),
-        host if host.contains(':') && !host.starts_with('[') => format!("http://[{host}]:{port}"),
-        host => format!("http://{host}:{port}"),
+        config::local_url(&host, port)
     }
 }
 
@@ -177,7 +163,10 @@ mod tests {
     use super::*;
 
     fn model() -> Model {
-        serde_yaml::from_str("{ path: /m/big.gguf, ctx_size: 4096, flash_attn: true, predict: 512 }").unwrap()
+        serde_json::from_value(serde_json::json!({
+            "path": "/m/big.gguf", "ctx_size": 4096, "flash_attn": true, "predict": 512
+        }))
+        .unwrap()
     }
 
     fn line(launch: &Launch) -> String {
@@ -191,7 +180,11 @@ mod tests {
 
     #[test]
     fn a_target_gets_a_context_per_slot_and_room_for_drafts() {
-        let server = Server { slots: 3, threads: Some(6), ..Server::default() };
+        let server = Server {
+            slots: 3,
+            threads: Some(6),
+            ..Server::default()
+        };
         assert_eq!(
             line(&llama_server("llama-server", &server, "big", &model(), Some(16))),
             "--host 127.0.0.1 --port 8080 -m /m/big.gguf --alias big -c 12288 -np 3 -t 6 -fa on -n 512 \
@@ -254,13 +247,5 @@ mod tests {
         };
         let launch = llama_server("llama-server", &server, "m", &model, None);
         assert_eq!(launch.value_of("-c"), Some("281470681677825"));
-    }
-
-    #[test]
-    fn a_listener_on_all_addresses_is_reached_over_loopback() {
-        assert_eq!(local_url("0.0.0.0", 1), "http://127.0.0.1:1");
-        assert_eq!(local_url("::", 1), "http://[::1]:1");
-        assert_eq!(local_url("fd00::1", 1), "http://[fd00::1]:1");
-        assert_eq!(local_url("box", 1), "http://box:1");
     }
 }

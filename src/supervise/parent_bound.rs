@@ -23,6 +23,7 @@ const OWN_BINARY: &str = "/proc/self/exe";
 /// Turns this process into `program`, bound to live no longer than its parent `parent`.
 ///
 /// Returns only if that fails.
+#[must_use]
 pub fn become_program(parent: u32, program: &OsString, args: &[OsString]) -> io::Error {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return error.into();

@@ -31,21 +31,18 @@ impl Restarts {
     /// A child died after it had been ready for `ready` (`None`: it never was). `curable` says whether the same start
     /// may go better next time, and `jitter` is a random number from 0 to 1.
     pub fn died(&mut self, ready: Option<Duration>, curable: bool, jitter: f64) -> Decision {
-        match ready {
-            Some(ready) => {
-                self.failed_starts = 0;
-                self.deaths = if ready >= STABLE {
-                    1
-                } else {
-                    self.deaths.saturating_add(1)
-                };
-            }
-            None => {
-                self.failed_starts += 1;
-                self.deaths = self.deaths.saturating_add(1);
-                if !curable || self.failed_starts >= MOST_FAILED_STARTS {
-                    return Decision::GiveUp;
-                }
+        if let Some(ready) = ready {
+            self.failed_starts = 0;
+            self.deaths = if ready >= STABLE {
+                1
+            } else {
+                self.deaths.saturating_add(1)
+            };
+        } else {
+            self.failed_starts += 1;
+            self.deaths = self.deaths.saturating_add(1);
+            if !curable || self.failed_starts >= MOST_FAILED_STARTS {
+                return Decision::GiveUp;
             }
         }
         Decision::Again(pause(self.deaths, jitter))

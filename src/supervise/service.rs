@@ -88,33 +88,36 @@ impl Service {
         self.state.clone()
     }
 
-    /// Waits until it serves for the first time; false when it was stopped before that.
-    pub async fn ready(&mut self) -> Result<bool, GaveUp> {
-        let state = self
-            .state
-            .wait_for(|state| matches!(state, State::Ready { .. } | State::Stopped | State::GaveUp { .. }));
-        match state.await.as_deref() {
-            Ok(State::GaveUp { death }) => Err(GaveUp {
-                role: self.role,
-                death: death.clone(),
-            }),
-            Ok(State::Ready { .. }) => Ok(true),
-            _ => Ok(false),
+    /// Waits until it serves for the first time. A service that is stopped before that never does.
+    pub async fn ready(&mut self) -> Result<(), GaveUp> {
+        match self
+            .reached(|state| matches!(state, State::Ready { .. } | State::GaveUp { .. }))
+            .await
+        {
+            Some(State::GaveUp { death }) => Err(GaveUp { role: self.role, death }),
+            Some(_) => Ok(()),
+            None => std::future::pending().await,
         }
     }
 
     /// Waits until it is stopped or given up.
     pub async fn ended(&mut self) -> Result<(), GaveUp> {
-        let state = self
-            .state
-            .wait_for(|state| matches!(state, State::Stopped | State::GaveUp { .. }));
-        match state.await.as_deref() {
-            Ok(State::GaveUp { death }) => Err(GaveUp {
-                role: self.role,
-                death: death.clone(),
-            }),
+        match self
+            .reached(|state| matches!(state, State::Stopped | State::GaveUp { .. }))
+            .await
+        {
+            Some(State::GaveUp { death }) => Err(GaveUp { role: self.role, death }),
             _ => Ok(()),
         }
+    }
+
+    /// The first state that is as wanted; `None` when none will come any more.
+    async fn reached(&mut self, wanted: impl Fn(&State) -> bool) -> Option<State> {
+        self.state
+            .wait_for(|state| wanted(state))
+            .await
+            .ok()
+            .map(|state| state.clone())
     }
 
     /// Ends it and waits for that.
@@ -175,12 +178,7 @@ enum Life {
     Died { death: Death, ready: Option<Duration> },
 }
 
-async fn one_life(
-    role: Role,
-    launch: &Launch,
-    report: &watch::Sender<State>,
-    stop: &CancellationToken,
-) -> Life {
+async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, stop: &CancellationToken) -> Life {
     let mut child = match Child::spawn(role, launch).await {
         Ok(child) => child,
         Err(error) => {
