@@ -1,5 +1,7 @@
 //! The cluster file as a user meets it: what is found, what wins, and what each mistake is answered with.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -72,6 +74,13 @@ impl Place {
 
 fn error_of(text: &str) -> String {
     Place::with_file(text).error()
+}
+
+/// That the file is answered with one sentence that begins as expected.
+fn assert_one_error(text: &str, expected: &str) {
+    let error = error_of(text);
+    let said = format!("{text}\nwas answered by\n{error}\nnot by\n{expected}");
+    assert!(error.starts_with(expected) && error.lines().count() == 1, "{said}");
 }
 
 fn shipped() -> Vec<PathBuf> {
@@ -313,20 +322,13 @@ fn one_mistake_gives_one_line() {
             "tightwad.yaml:3: models.a.path: missing; ",
         ),
     ] {
-        let error = error_of(text);
-        assert!(
-            error.starts_with(expected),
-            "{text}\nwas answered by\n{error}\nnot by\n{expected}"
-        );
-        assert_eq!(error.lines().count(), 1, "{text}\nwas answered by\n{error}");
+        assert_one_error(text, expected);
     }
 }
 
 #[test]
-fn a_bad_value_names_its_key_and_line() {
+fn a_bad_value_of_the_proxy_names_its_key_and_line() {
     let proxy = |rest: &str| format!("proxy:\n  target: {{ url: 'http://a' }}\n  {rest}\n");
-    let target = |rest: &str| format!("models: {{ big: {{ path: a }}, small: {{ path: b }} }}\ntarget:\n  {rest}\n");
-    let worker = |rest: &str| format!("workers:\n  - {{ host: a }}\n  - {rest}\n");
     for (text, expected) in [
         (
             proxy("draft: { url: '' }"),
@@ -383,6 +385,15 @@ fn a_bad_value_names_its_key_and_line() {
             "3: proxy.auth_token_file: `~/token`: `~` is not replaced",
         ),
         (proxy("host: 'a:80'"), "3: proxy.host: `a:80` is not an address"),
+    ] {
+        assert_one_error(&text, &format!("tightwad.yaml:{expected}"));
+    }
+}
+
+#[test]
+fn a_bad_value_of_a_server_or_a_model_names_its_key_and_line() {
+    let target = |rest: &str| format!("models: {{ big: {{ path: a }}, small: {{ path: b }} }}\ntarget:\n  {rest}\n");
+    for (text, expected) in [
         (
             target("model: bigg"),
             "3: target.model: no model `bigg`; did you mean big?",
@@ -418,6 +429,15 @@ fn a_bad_value_names_its_key_and_line() {
                 .into(),
             "3: target.port: 1 is taken by proxy",
         ),
+    ] {
+        assert_one_error(&text, &format!("tightwad.yaml:{expected}"));
+    }
+}
+
+#[test]
+fn a_bad_value_of_a_worker_names_its_key_and_line() {
+    let worker = |rest: &str| format!("workers:\n  - {{ host: a }}\n  - {rest}\n");
+    for (text, expected) in [
         (
             worker("{ host: a }"),
             "3: workers.1.host: a with rpc_port 50052 is in the list already",
@@ -439,13 +459,7 @@ fn a_bad_value_names_its_key_and_line() {
             "3: workers.1.gpus.0.rpc_port: must be a port",
         ),
     ] {
-        let error = error_of(&text);
-        let expected = format!("tightwad.yaml:{expected}");
-        assert!(
-            error.starts_with(&expected),
-            "{text}\nwas answered by\n{error}\nnot by\n{expected}"
-        );
-        assert_eq!(error.lines().count(), 1, "{text}\nwas answered by\n{error}");
+        assert_one_error(&text, &format!("tightwad.yaml:{expected}"));
     }
 }
 
@@ -759,7 +773,7 @@ fn keys(value: &Json, at: &str, found: &mut BTreeSet<String>) {
     match value {
         Json::Object(entries) => {
             for (key, value) in entries {
-                let chosen = at == "models" || at.ends_with(".env");
+                let chosen = ["models", "target.env", "draft.env", "coordinator.env"].contains(&at);
                 let key = if chosen { "*" } else { key.as_str() };
                 let path = if at.is_empty() {
                     key.into()
@@ -770,12 +784,14 @@ fn keys(value: &Json, at: &str, found: &mut BTreeSet<String>) {
             }
         }
         Json::Array(items) if items.iter().all(Json::is_object) && !items.is_empty() => {
-            items.iter().for_each(|item| keys(item, &format!("{at}.*"), found));
+            for item in items {
+                keys(item, &format!("{at}.*"), found);
+            }
         }
         Json::Null => return,
         _ => {}
     }
-    if !at.is_empty() && !at.ends_with(".env.*") {
+    if !at.is_empty() && !at.contains(".env.") {
         found.insert(at.to_owned());
     }
 }
