@@ -477,6 +477,13 @@ workers:
 }
 
 #[test]
+fn aliases_cannot_multiply() {
+    let text = "models:\n  a: &a { path: x }\n  b: &b [ *a, *a ]\n  c: [ *b, *b ]\n";
+    assert_one_error(text, "tightwad.yaml:3: an alias inside of a value with an anchor");
+    assert_one_error(&"[".repeat(100_000), "tightwad.yaml:1: ");
+}
+
+#[test]
 fn anchors_are_understood() {
     let text = "models: { a: &m { path: a }, b: *m }\ntarget: { model: b }\n";
     assert_eq!(

@@ -35,6 +35,7 @@ pub use check::{CheckReport, check_config, check_config_in};
 pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};
+pub use resolve::local_url;
 pub use secret::Secret;
 
 /// The port that `ggml-rpc-server` takes by itself.

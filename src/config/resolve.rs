@@ -82,7 +82,8 @@ impl Upstream {
 }
 
 /// The URL of a listener for a client on the same host.
-fn local_url(host: &str, port: u16) -> String {
+#[must_use]
+pub fn local_url(host: &str, port: u16) -> String {
     if is_wildcard(host) {
         format!("http://127.0.0.1:{port}")
     } else if host.contains(':') {
