@@ -107,11 +107,10 @@ pub(super) fn closest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>
     known
         .into_iter()
         .map(|word| {
+            let one_slip = wanted.len() > 2 && strsim::damerau_levenshtein(wanted, word) == 1;
             let part = wanted.len() > 2 && (word.contains(wanted) || wanted.contains(word));
-            (
-                word,
-                strsim::jaro_winkler(wanted, word).max(if part { 0.85 } else { 0.0 }),
-            )
+            let floor = if one_slip || part { 0.85 } else { 0.0 };
+            (word, strsim::jaro_winkler(wanted, word).max(floor))
         })
         .filter(|(_, likeness)| *likeness > 0.8)
         .max_by(|(_, a), (_, b)| a.total_cmp(b))

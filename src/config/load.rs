@@ -1,5 +1,6 @@
 //! Finding, layering and checking the cluster file.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use figment::value::{Dict, Empty, Value};
@@ -109,7 +110,7 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found
                     text,
                 });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
             Err(source) => {
                 return Err(ConfigError::Read {
                     path: path.clone(),

@@ -1,10 +1,21 @@
 //! The cluster file: one YAML file that every host reads.
 //!
-//! The types here are the reference of its keys; [`load`] finds the file, layers the environment over it and
-//! turns what is wrong into one sentence that names file, line and key.
+//! The types here are the reference of its keys. [`load()`] finds the file, lays the environment over it and answers
+//! each mistake with a sentence that names file, line and key; [`check_config`] only reports.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `load` | the search for the file, and the layers |
+//! | `yaml`, `expand` | text into values with their lines; `${VAR}` |
+//! | `environment` | the `TIGHTWAD_<SECTION>__<KEY>` variables |
+//! | `decode` | values into the types below |
+//! | `validate` | what the types cannot say |
+//! | `resolve`, `secret` | what the sections mean together; tokens from files |
+//! | `error`, `origin` | the sentences, and where they point |
 
+mod check;
 mod decode;
-pub mod environment;
+mod environment;
 mod error;
 mod expand;
 pub mod load;
@@ -20,6 +31,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use check::{CheckReport, check_config, check_config_in};
 pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};

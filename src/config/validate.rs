@@ -19,7 +19,7 @@ pub(super) fn problems(config: &Config) -> Vec<Finding> {
     if let Some(proxy) = &config.proxy {
         check.proxy(config, proxy);
     }
-    for (name, server) in servers(config) {
+    for (name, server) in config.servers() {
         check.server(config, name, server);
     }
     if let Some(coordinator) = &config.coordinator {
@@ -94,17 +94,18 @@ impl Config {
             None => Ok(()),
         }
     }
-}
 
-fn servers(config: &Config) -> impl Iterator<Item = (&'static str, &Server)> {
-    let target = config.target.as_ref().map(|server| ("target", server));
-    let draft = config.draft.as_ref().map(|server| ("draft", server));
-    target.into_iter().chain(draft)
+    /// The sections `target` and `draft`, by name.
+    pub(super) fn servers(&self) -> impl Iterator<Item = (&'static str, &Server)> {
+        let target = self.target.as_ref().map(|server| ("target", server));
+        let draft = self.draft.as_ref().map(|server| ("draft", server));
+        target.into_iter().chain(draft)
+    }
 }
 
 /// Name, host and whether it has a key, of each llama-server.
 fn keyed_listeners(config: &Config) -> impl Iterator<Item = (&'static str, &str, bool)> {
-    let servers = servers(config).map(|(name, server)| {
+    let servers = config.servers().map(|(name, server)| {
         let has_key = server.api_key.is_some() || server.api_key_file.is_some();
         (name, server.host.as_str(), has_key)
     });
@@ -201,7 +202,7 @@ impl Check {
     fn upstream(&mut self, proxy: &Proxy, name: &str, upstream: &Upstream) {
         let path = ["proxy", name, "url"];
         match reqwest::Url::parse(&upstream.url) {
-            Err(_) | Ok(_) if !upstream.url.starts_with("http://") && !upstream.url.starts_with("https://") => {
+            _ if !upstream.url.starts_with("http://") && !upstream.url.starts_with("https://") => {
                 let example = "such as http://192.168.1.100:8080";
                 self.found(
                     &path,
@@ -217,9 +218,9 @@ impl Check {
                 } else if url.path().trim_end_matches('/').ends_with("/v1") {
                     self.found(&path, format!("`{}`: give the base URL, without /v1", upstream.url));
                 }
-                let own_host = url
-                    .host_str()
-                    .is_some_and(|host| is_loopback(host) || host == proxy.host);
+                let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+                let local = is_loopback(&proxy.host) || is_wildcard(&proxy.host);
+                let own_host = host == proxy.host || (is_loopback(host) && local);
                 if own_host && url.port_or_known_default() == Some(proxy.port) {
                     self.found(&path, format!("`{}` is the proxy itself", upstream.url));
                 }
@@ -369,7 +370,9 @@ impl Check {
             .proxy
             .iter()
             .map(|proxy| ("proxy", proxy.host.as_str(), proxy.port));
-        let servers = servers(config).map(|(name, server)| (name, server.host.as_str(), server.port));
+        let servers = config
+            .servers()
+            .map(|(name, server)| (name, server.host.as_str(), server.port));
         let coordinator = config
             .coordinator
             .iter()

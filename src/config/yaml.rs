@@ -50,6 +50,7 @@ pub(super) fn read(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Resul
         parser: Parser::new_from_str(text),
         lookup,
         anchors: BTreeMap::new(),
+        inside_anchors: 0,
         tree: Tree {
             value: Value::from(Empty::Unit),
             lines: BTreeMap::new(),
@@ -80,6 +81,8 @@ struct Reader<'a> {
     parser: Parser<'a, StrInput<'a>>,
     lookup: &'a dyn Fn(&str) -> Option<String>,
     anchors: BTreeMap<usize, Value>,
+    /// How many values with an anchor are being read, one inside of the other.
+    inside_anchors: usize,
     tree: Tree,
 }
 
@@ -98,20 +101,36 @@ impl<'a> Reader<'a> {
             return Err(SyntaxError::new(line, "nested too deeply"));
         }
         self.tree.lines.entry(path.clone()).or_insert(line);
-        let (value, anchor) = match event {
-            Event::Scalar(text, style, anchor, tag) => {
-                let plain = style == ScalarStyle::Plain && tag.is_none();
-                (self.scalar(&text, plain, path), anchor)
+        let anchor = match &event {
+            Event::Scalar(_, _, anchor, _) | Event::SequenceStart(anchor, _) | Event::MappingStart(anchor, _) => {
+                *anchor
             }
-            Event::SequenceStart(anchor, _) => (self.sequence(path)?, anchor),
-            Event::MappingStart(anchor, _) => (self.mapping(path)?, anchor),
-            Event::Alias(anchor) => match self.anchors.get(&anchor) {
-                Some(value) => (value.clone(), 0),
-                None => return Err(SyntaxError::new(line, "an alias inside of the value it names")),
-            },
+            _ => 0,
+        };
+        self.inside_anchors += usize::from(anchor > 0);
+        let value = match event {
+            Event::Scalar(text, style, _, tag) => {
+                let plain = style == ScalarStyle::Plain && tag.is_none();
+                self.scalar(&text, plain, path)
+            }
+            Event::SequenceStart(..) => self.sequence(path)?,
+            Event::MappingStart(..) => self.mapping(path)?,
+            // Aliases of aliases would let a few lines grow without end.
+            Event::Alias(_) if self.inside_anchors > 0 => {
+                return Err(SyntaxError::new(
+                    line,
+                    "an alias inside of a value with an anchor; write it out",
+                ));
+            }
+            Event::Alias(anchor) => self
+                .anchors
+                .get(&anchor)
+                .cloned()
+                .ok_or_else(|| SyntaxError::new(line, "not valid YAML: an alias without its anchor"))?,
             _ => return Err(SyntaxError::new(line, "not valid YAML: a value is missing")),
         };
         if anchor > 0 {
+            self.inside_anchors -= 1;
             self.anchors.insert(anchor, value.clone());
         }
         Ok(value)
