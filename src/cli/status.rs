@@ -49,7 +49,7 @@ impl Counts {
     pub fn of(status: &Value) -> Self {
         let count = |name: &str| status["counts"][name].as_u64().unwrap_or_default();
         Self {
-            steps: count("steps"),
+            steps: count("rounds"),
             drafted: count("drafted"),
             accepted: count("accepted"),
             generated: count("generated"),
