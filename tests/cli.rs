@@ -1,5 +1,7 @@
 //! The built binary as its users meet it: exit codes, sentences, children.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;

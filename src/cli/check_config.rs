@@ -5,8 +5,8 @@ use std::path::Path;
 use clap::Args;
 use serde_json::json;
 
-use super::exit::Failure;
-use crate::config::{self, ConfigError, Loaded};
+use super::exit::{Exit, Failure};
+use crate::config::check_config;
 
 /// Options of `check-config`.
 #[derive(Debug, Args)]
@@ -19,46 +19,24 @@ pub struct Options {
     show: bool,
 }
 
-/// Checks it.
+/// Checks it. The config goes to stdout, what is said about it to stderr.
 pub fn check(file: Option<&Path>, options: &Options) -> Result<(), Failure> {
-    let checked = config::load(file).and_then(|loaded| {
-        loaded.check_listeners()?;
-        Ok(loaded)
-    });
+    let report = check_config(file);
+    let config = report.config.as_ref().filter(|_| options.show);
     if options.json {
-        println!("{:#}", as_json(&checked, options.show));
+        let mut json = serde_json::to_value(&report).map_err(|error| Failure::other("write JSON", error))?;
+        if let Some(config) = config {
+            json["config"] = json!(config);
+        }
+        println!("{json:#}");
+    } else if let Some(config) = config {
+        print!("{}", config.to_yaml()?);
     }
-    match checked {
-        Ok(loaded) if !options.json => tell(&loaded, options.show),
-        Ok(_) => Ok(()),
-        Err(error) => Err(error.into()),
+    if !report.ok {
+        return Err(Failure::new(Exit::Config, report.to_string()));
     }
-}
-
-fn tell(loaded: &Loaded, show: bool) -> Result<(), Failure> {
-    for warning in &loaded.warnings {
-        eprintln!("warning: {warning}");
-    }
-    if show {
-        let yaml = serde_saphyr::to_string(&loaded.config).map_err(|error| Failure::other("show the config", error))?;
-        print!("{yaml}");
-    }
-    match &loaded.path {
-        Some(path) => eprintln!("{} is right", path.display()),
-        None => eprintln!("the configuration from the environment is right"),
+    if !options.json {
+        eprintln!("{report}");
     }
     Ok(())
-}
-
-fn as_json(checked: &Result<Loaded, ConfigError>, show: bool) -> serde_json::Value {
-    match checked {
-        Ok(loaded) => {
-            let mut report = json!({ "ok": true, "path": loaded.path, "warnings": loaded.warnings, "problems": [] });
-            if show {
-                report["config"] = json!(loaded.config);
-            }
-            report
-        }
-        Err(error) => json!({ "ok": false, "path": null, "warnings": [], "problems": error.problems() }),
-    }
 }

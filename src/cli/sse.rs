@@ -32,7 +32,8 @@ mod tests {
     proptest! {
         #[test]
         fn how_the_bytes_are_cut_makes_no_difference(texts in prop::collection::vec("[a-zäöü日]{1,8}", 0..8), size in 1_usize..9) {
-            let stream: String = texts.iter().map(|text| format!(": comment\r\ndata: {text}\r\n\r\n")).collect();
+            let events = texts.iter().map(|text| format!(": comment\r\ndata: {text}\r\n\r\n"));
+            let stream = events.collect::<Vec<_>>().concat();
             let mut data = Data::default();
             let read: Vec<String> = stream.as_bytes().chunks(size).flat_map(|chunk| data.push(chunk)).collect();
             prop_assert_eq!(read, texts);
