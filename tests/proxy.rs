@@ -7,12 +7,12 @@ mod fake_upstream;
 
 use std::time::{Duration, Instant};
 
-use fake_upstream::{Act, FakeUpstream, chunk, json, send, stream_head, until, wait};
+use fake_upstream::{Act, FakeUpstream, Seen, chunk, json, send, stream_head, until, wait};
 use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
-use tightwad::config::{self, Secret};
-use tightwad::engine::Engine;
+use tightwad::config::{self, Secret, Upstream};
+use tightwad::engine::{self, Engine};
 use tightwad::proxy::{self, Settings};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -35,11 +35,24 @@ struct Proxy {
 }
 
 impl Proxy {
-    /// In front of `target`, with the defaults but for what `change` does.
+    /// In front of `target`, with the defaults but for what `change` does, and with nothing that watches the target.
     async fn before(target: &str, change: impl FnOnce(&mut Settings)) -> Self {
-        let upstream = serde_json::from_value(serde_json::json!({ "url": target })).unwrap();
+        Self::start(target, engine::Settings::default(), change).await
+    }
+
+    /// In front of `target`, which is watched, with a drafter.
+    async fn drafting(target: &str, draft: &str, change: impl FnOnce(&mut Settings)) -> Self {
+        let engine = engine::Settings {
+            draft: Some((Upstream::at(draft), None)),
+            target: Some((Upstream::at(target), None)),
+            ..engine::Settings::default()
+        };
+        Self::start(target, engine, change).await
+    }
+
+    async fn start(target: &str, engine: engine::Settings, change: impl FnOnce(&mut Settings)) -> Self {
         let config = config::Proxy {
-            target: Some(upstream),
+            target: Some(Upstream::at(target)),
             ..config::Proxy::default()
         };
         let mut settings = Settings::try_from(&config).unwrap();
@@ -47,7 +60,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
-        let serving = proxy::serve(listener, settings, Engine::start(&config), shutdown.clone());
+        let serving = proxy::serve(listener, settings, Engine::start(engine).unwrap(), shutdown.clone());
         let ended = tokio::spawn(async { serving.await.unwrap() });
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self {
@@ -78,6 +91,17 @@ impl Proxy {
             .json()
             .await
             .unwrap()
+    }
+
+    /// Waits until the status says this.
+    async fn is(&self, key: &str, value: &str) {
+        for _ in 0..500 {
+            if self.status().await[key] == value {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{key} is not {value}: {}", self.status().await);
     }
 
     /// How the last request ended, once there is one that has.
@@ -509,17 +533,14 @@ async fn a_target_that_dies_in_an_unstreamed_answer_breaks_the_clients_connectio
 
 #[tokio::test]
 async fn a_target_that_is_down_is_named_with_what_to_do() {
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let proxy = Proxy::before(&format!("http://{nobody}"), |_| {}).await;
+    let nobody = nobody().await;
+    let proxy = Proxy::before(&nobody, |_| {}).await;
     for body in [STREAMED, UNSTREAMED] {
         let response = proxy.post(CHAT, body).send().await.unwrap();
         assert_eq!(response.headers()["retry-after"], "5");
         let error = error_of(response, StatusCode::SERVICE_UNAVAILABLE).await;
         let message = error["message"].as_str().unwrap();
-        assert!(
-            message.contains(&format!("http://{nobody}")) && message.contains("start it"),
-            "{message}"
-        );
+        assert!(message.contains(&nobody) && message.contains("start it"), "{message}");
         assert_eq!(error["code"], "target_unreachable");
     }
     let health = proxy.get("/health").send().await.unwrap();
@@ -825,6 +846,100 @@ async fn our_own_endpoints_take_get_and_head_only() {
     )
     .await;
     assert!(target.seen().is_empty());
+}
+
+// Drafting
+
+/// A target with our patch that is asked for drafts, and answers completions as `script` says.
+async fn patched(script: impl Fn(&Seen) -> Vec<Act> + Send + Sync + 'static) -> FakeUpstream {
+    FakeUpstream::start(move |seen| match seen.target.as_str() {
+        "/health" => json("200 OK", r#"{"status":"ok"}"#),
+        "/props" => json("200 OK", r#"{"total_slots":4,"draft_external_max":8}"#),
+        "/draft" => json("200 OK", r#"{"state":"unknown"}"#),
+        _ => script(seen),
+    })
+    .await
+}
+
+/// An address where nobody listens.
+async fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[tokio::test]
+async fn a_completion_carries_the_key_of_its_drafting_which_ends_with_the_client() {
+    let target = patched(|seen| match seen.target.as_str() {
+        CHAT => vec![stream_head(), chunk("data: 1\n\n"), Act::Hang],
+        _ => json("200 OK", "{}"),
+    })
+    .await;
+    let proxy = Proxy::drafting(&target.url(), &nobody().await, |_| {}).await;
+    proxy.is("verification", "attached").await;
+    let response = proxy
+        .post(CHAT, STREAMED)
+        .header("x-draft-key", "guessed")
+        .send()
+        .await
+        .unwrap();
+    let seen = target.seen().into_iter().find(|seen| seen.target == CHAT).unwrap();
+    let key = seen.header("x-draft-key").unwrap().to_owned();
+    assert_eq!(key.len(), 32, "{key}");
+    assert_eq!(seen.headers.iter().filter(|(name, _)| name == "x-draft-key").count(), 1);
+    assert_eq!(seen.body, STREAMED.as_bytes());
+    let asked = || {
+        let names_key = |seen: &Seen| seen.target == "/draft" && String::from_utf8_lossy(&seen.body).contains(&key);
+        target.seen().iter().filter(|seen| names_key(seen)).count()
+    };
+    until("the target to be asked for the completion", || asked() > 0).await;
+    drop(response);
+    target.was_left().await;
+    proxy.outcome().await;
+    let last = asked();
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert_eq!(asked(), last, "drafts for a completion that is over");
+
+    proxy.get("/v1/models").send().await.unwrap();
+    let models = target.seen().into_iter().find(|seen| seen.target == "/v1/models");
+    assert_eq!(models.unwrap().header("x-draft-key"), None);
+}
+
+#[tokio::test]
+async fn without_fallback_completions_wait_for_the_drafter_and_nothing_else_does() {
+    let target = patched(|_| json("200 OK", "{}")).await;
+    let draft = nobody().await;
+    let proxy = Proxy::drafting(&target.url(), &draft, |settings| {
+        settings.fallback_on_draft_failure = false
+    })
+    .await;
+    proxy.is("verification", "attached").await;
+    let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
+    assert!(response.headers().contains_key("retry-after"));
+    let error = error_of(response, StatusCode::SERVICE_UNAVAILABLE).await;
+    assert_eq!(error["code"], "draft_unavailable");
+    assert!(error["message"].as_str().unwrap().contains(&draft), "{error}");
+    assert_eq!(proxy.post("/v1/embeddings", "{}").send().await.unwrap().status(), 200);
+
+    let proxy = Proxy::drafting(&target.url(), &draft, |_| {}).await;
+    proxy.is("verification", "attached").await;
+    assert_eq!(proxy.post(CHAT, UNSTREAMED).send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn it_is_ready_while_the_target_answers() {
+    let target = patched(|_| json("200 OK", "{}")).await;
+    let proxy = Proxy::drafting(&target.url(), &nobody().await, |_| {}).await;
+    proxy.is("verification", "attached").await;
+    assert_eq!(proxy.get("/readyz").send().await.unwrap().status(), 200);
+    drop(target);
+    for _ in 0..100 {
+        let ready = proxy.get("/readyz").send().await.unwrap();
+        if ready.status() == 503 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("it still calls itself ready");
 }
 
 // The end

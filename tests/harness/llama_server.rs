@@ -1,0 +1,260 @@
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The folder of the patched llama.cpp: `TIGHTWAD_LLAMA_CPP`, else what `scripts/llama-cpp` builds.
+pub fn llama_cpp() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("TIGHTWAD_LLAMA_CPP") {
+            return PathBuf::from(folder);
+        }
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/llama-cpp");
+        let output = Command::new(&script)
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("scripts/llama-cpp starts");
+        assert!(output.status.success(), "scripts/llama-cpp failed");
+        let stdout = String::from_utf8(output.stdout).expect("a path in UTF-8");
+        PathBuf::from(stdout.lines().last().expect("the folder is the last line"))
+    })
+}
+
+/// A model of `tests/models`.
+pub fn model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models").join(name)
+}
+
+pub fn target() -> PathBuf {
+    model("tightwad-tiny-target-q8_0.gguf")
+}
+
+/// Nobody listens there now. Another process may take it before it is used: start again then.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|socket| socket.local_addr())
+        .expect("a free port")
+        .port()
+}
+
+/// A program that ends with this value, or with the test process, however that ends.
+pub struct Program {
+    shell: Child,
+    // the shell kills the program when this is closed
+    lifeline: Option<ChildStdin>,
+    folder: TempDir,
+}
+
+impl Program {
+    pub fn start(program: &Path, args: &[&str]) -> Self {
+        const SCRIPT: &str = r#"
+            exec 3<&0
+            "$@" 3<&- &
+            program=$!
+            echo "$program" >"$PID_FILE"
+            { read -r _ <&3; kill -9 "$program"; } 2>/dev/null &
+            wait "$program"
+        "#;
+        let folder = tempfile::tempdir().expect("a folder for the log");
+        let log = File::create(folder.path().join("log")).expect("a log file");
+        let mut shell = Command::new("sh")
+            .arg("-c")
+            .arg(SCRIPT)
+            .arg("sh")
+            .arg(program)
+            .args(args)
+            .env("PID_FILE", folder.path().join("pid"))
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log)
+            .spawn()
+            .expect("sh starts");
+        let lifeline = shell.stdin.take();
+        Self {
+            shell,
+            lifeline,
+            folder,
+        }
+    }
+
+    pub fn log(&self) -> String {
+        let bytes = std::fs::read(self.folder.path().join("log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    pub fn pid(&self) -> u32 {
+        let text = std::fs::read_to_string(self.folder.path().join("pid")).expect("the pid of the program");
+        text.trim().parse().expect("a pid")
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.shell.try_wait().is_ok_and(|status| status.is_none())
+    }
+
+    /// CPU time used so far, of all its threads.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("it runs");
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks: u64 = [11, 12]
+            .iter()
+            .map(|&i| fields[i].parse::<u64>().expect("a number"))
+            .sum();
+        Duration::from_millis(ticks * 10) // USER_HZ is 100 on all that we run on
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        drop(self.lifeline.take());
+        let _ = self.shell.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- the last lines of the log:");
+            for line in tail.iter().rev() {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+/// A llama-server on a free port of 127.0.0.1.
+pub struct LlamaServer {
+    program: Mutex<Program>,
+    url: String,
+}
+
+impl LlamaServer {
+    /// Start it and wait until it serves. `args` come last, so they can override.
+    pub async fn start(model: &Path, args: &[&str]) -> Self {
+        // the port may be lost between asking for it and using it
+        for _ in 0..3 {
+            if let Some(server) = Self::try_start(model, args).await {
+                return server;
+            }
+        }
+        panic!("llama-server does not start");
+    }
+
+    async fn try_start(model: &Path, args: &[&str]) -> Option<Self> {
+        let port = free_port();
+        let port_text = port.to_string();
+        let model = model.to_str().expect("a path in UTF-8");
+        let mut all = vec!["-m", model, "--host", "127.0.0.1", "--port", &port_text];
+        all.extend([
+            "-t",
+            "1",
+            "-tb",
+            "1",
+            "-c",
+            "2048",
+            "--no-webui",
+            "--no-warmup",
+            "--threads-http",
+            "16",
+        ]);
+        all.extend(args);
+        let mut program = Program::start(&llama_cpp().join("bin/llama-server"), &all);
+
+        let url = format!("http://127.0.0.1:{port}");
+        let client = reqwest::Client::new();
+        let give_up = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < give_up {
+            if client
+                .get(format!("{url}/health"))
+                .send()
+                .await
+                .is_ok_and(|answer| answer.status().is_success())
+            {
+                return Some(Self {
+                    program: Mutex::new(program),
+                    url,
+                });
+            }
+            if !program.is_alive() {
+                let log = program.log();
+                if log.contains("couldn't bind") {
+                    return None;
+                }
+                panic!("llama-server ended at its start:\n{log}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("llama-server is not healthy after a minute:\n{}", program.log());
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub fn log(&self) -> String {
+        self.program().log()
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.program().is_alive()
+    }
+
+    pub fn cpu_time(&self) -> Duration {
+        self.program().cpu_time()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.program().pid()
+    }
+
+    fn program(&self) -> std::sync::MutexGuard<'_, Program> {
+        self.program.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub async fn get(&self, path: &str) -> Value {
+        self.get_text(path).await.parse().expect("JSON")
+    }
+
+    pub async fn get_text(&self, path: &str) -> String {
+        let answer = reqwest::get(format!("{}{path}", self.url)).await.expect("an answer");
+        answer.text().await.expect("a body")
+    }
+
+    /// POST, and expect 200.
+    pub async fn post(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.send(path, body, None).await;
+        assert_eq!(status, 200, "{path}: {answer}");
+        answer
+    }
+
+    /// POST as it comes: the status and the JSON.
+    pub async fn send(&self, path: &str, body: &Value, draft_key: Option<&str>) -> (u16, Value) {
+        let mut request = reqwest::Client::new().post(format!("{}{path}", self.url)).json(body);
+        if let Some(key) = draft_key {
+            request = request.header("X-Draft-Key", key);
+        }
+        let answer = request.send().await.expect("an answer");
+        let status = answer.status().as_u16();
+        let text = answer.text().await.expect("a body");
+        // a stream comes back as an array of its events
+        let json = serde_json::from_str(&text).unwrap_or_else(|_| events(&text));
+        (status, json)
+    }
+
+    pub async fn tokenize(&self, content: &str) -> Vec<i32> {
+        let answer = self.post("/tokenize", &serde_json::json!({ "content": content })).await;
+        serde_json::from_value(answer["tokens"].clone()).expect("tokens")
+    }
+}
+
+/// The JSON events of a server-sent event stream.
+pub fn events(stream: &str) -> Value {
+    stream
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .filter_map(|data| serde_json::from_str::<Value>(data).ok())
+        .collect()
+}

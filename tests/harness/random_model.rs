@@ -1,0 +1,279 @@
+//! Tiny models with random weights, of the kinds of memory that the trained ones do not have.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use super::llama_server::target;
+
+const N_VOCAB: u64 = 4096;
+const N_EMBD: u64 = 64;
+const N_FF: u64 = 128;
+const N_HEAD: u64 = 4;
+const N_HEAD_KV: u64 = 2;
+const HEAD: u64 = N_EMBD / N_HEAD;
+const ALIGNMENT: usize = 32;
+
+enum Data {
+    Ones,
+    /// Of this deviation.
+    Noise(f32),
+}
+
+/// A GGUF file in the making.
+struct Model {
+    arch: &'static str,
+    keys: Vec<u8>,
+    n_keys: u64,
+    tensors: Vec<(String, Vec<u64>, Data)>,
+}
+
+impl Model {
+    fn new(arch: &'static str, n_layer: u32) -> Self {
+        let mut model = Self {
+            arch,
+            keys: Vec::new(),
+            n_keys: 0,
+            tensors: Vec::new(),
+        };
+        model.key("general.architecture", 8);
+        put_string(&mut model.keys, arch);
+        model.u32("context_length", 2048);
+        model.u32("embedding_length", N_EMBD as u32);
+        model.u32("feed_forward_length", N_FF as u32);
+        model.u32("block_count", n_layer);
+        model.u32("vocab_size", N_VOCAB as u32);
+        model.f32("attention.layer_norm_rms_epsilon", 1e-6);
+        let (n_tokenizer_keys, tokenizer_keys) = tokenizer();
+        model.keys.extend(tokenizer_keys);
+        model.n_keys += n_tokenizer_keys;
+        // the deviation is large enough for a next token that depends on more than the last one
+        model.tensor("token_embd.weight", &[N_EMBD, N_VOCAB], Data::Noise(1.0));
+        model
+    }
+
+    fn key(&mut self, name: &str, kind: u32) {
+        put_string(&mut self.keys, name);
+        self.keys.extend(kind.to_le_bytes());
+        self.n_keys += 1;
+    }
+
+    fn u32(&mut self, name: &str, value: u32) {
+        self.key(&format!("{}.{name}", self.arch), 4);
+        self.keys.extend(value.to_le_bytes());
+    }
+
+    fn f32(&mut self, name: &str, value: f32) {
+        self.key(&format!("{}.{name}", self.arch), 6);
+        self.keys.extend(value.to_le_bytes());
+    }
+
+    fn u32_each(&mut self, name: &str, values: &[u32]) {
+        self.key(&format!("{}.{name}", self.arch), 9);
+        self.keys.extend(4_u32.to_le_bytes());
+        self.keys.extend((values.len() as u64).to_le_bytes());
+        for value in values {
+            self.keys.extend(value.to_le_bytes());
+        }
+    }
+
+    fn tensor(&mut self, name: &str, dims: &[u64], data: Data) {
+        self.tensors.push((name.to_owned(), dims.to_vec(), data));
+    }
+
+    fn norm(&mut self, name: &str, n: u64) {
+        self.tensor(name, &[n], Data::Ones);
+    }
+
+    fn matrix(&mut self, name: &str, n_in: u64, n_out: u64) {
+        self.tensor(name, &[n_in, n_out], Data::Noise(1.5 / (n_in as f32).sqrt()));
+    }
+
+    fn attention(&mut self, blk: &str) {
+        self.matrix(&format!("{blk}.attn_q.weight"), N_EMBD, N_HEAD * HEAD);
+        self.matrix(&format!("{blk}.attn_k.weight"), N_EMBD, N_HEAD_KV * HEAD);
+        self.matrix(&format!("{blk}.attn_v.weight"), N_EMBD, N_HEAD_KV * HEAD);
+        self.matrix(&format!("{blk}.attn_output.weight"), N_HEAD * HEAD, N_EMBD);
+        self.norm(&format!("{blk}.attn_q_norm.weight"), HEAD);
+        self.norm(&format!("{blk}.attn_k_norm.weight"), HEAD);
+    }
+
+    fn feed_forward(&mut self, blk: &str) {
+        self.norm(&format!("{blk}.ffn_norm.weight"), N_EMBD);
+        self.matrix(&format!("{blk}.ffn_gate.weight"), N_EMBD, N_FF);
+        self.matrix(&format!("{blk}.ffn_up.weight"), N_EMBD, N_FF);
+        self.matrix(&format!("{blk}.ffn_down.weight"), N_FF, N_EMBD);
+    }
+
+    fn write(&self, path: &Path) {
+        let mut file = BufWriter::new(File::create(path).expect("a model file"));
+        let mut head = Vec::new();
+        head.extend(b"GGUF");
+        head.extend(3_u32.to_le_bytes());
+        head.extend((self.tensors.len() as u64).to_le_bytes());
+        head.extend(self.n_keys.to_le_bytes());
+        head.extend(&self.keys);
+        let mut offset = 0;
+        for (name, dims, _) in &self.tensors {
+            put_string(&mut head, name);
+            head.extend((dims.len() as u32).to_le_bytes());
+            for dim in dims {
+                head.extend(dim.to_le_bytes());
+            }
+            head.extend(0_u32.to_le_bytes()); // f32
+            head.extend((offset as u64).to_le_bytes());
+            offset += (dims.iter().product::<u64>() as usize * 4).next_multiple_of(ALIGNMENT);
+        }
+        head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
+        file.write_all(&head).expect("written");
+
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1_u64 << 24) as f32
+        };
+        for (_, dims, data) in &self.tensors {
+            let mut bytes = Vec::new();
+            for _ in 0..dims.iter().product::<u64>() {
+                let value = match data {
+                    Data::Ones => 1.0,
+                    // uniform noise has a deviation of sqrt(1/12)
+                    Data::Noise(deviation) => (uniform() - 0.5) * 12_f32.sqrt() * deviation,
+                };
+                bytes.extend(value.to_le_bytes());
+            }
+            bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+            file.write_all(&bytes).expect("written");
+        }
+        file.flush().expect("written");
+    }
+}
+
+fn put_string(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend((text.len() as u64).to_le_bytes());
+    bytes.extend(text.as_bytes());
+}
+
+/// The tokenizer of the trained models, as it stands in their files: the number of keys and the bytes.
+fn tokenizer() -> (u64, Vec<u8>) {
+    struct Reader<'a>(&'a [u8]);
+    impl<'a> Reader<'a> {
+        fn take(&mut self, n: usize) -> &'a [u8] {
+            let (taken, rest) = self.0.split_at(n);
+            self.0 = rest;
+            taken
+        }
+        fn u32(&mut self) -> u32 {
+            u32::from_le_bytes(self.take(4).try_into().expect("four bytes"))
+        }
+        fn u64(&mut self) -> u64 {
+            u64::from_le_bytes(self.take(8).try_into().expect("eight bytes"))
+        }
+        fn string(&mut self) -> &'a [u8] {
+            let n = self.u64() as usize;
+            self.take(n)
+        }
+        fn skip(&mut self, kind: u32) {
+            match kind {
+                0 | 1 | 7 => drop(self.take(1)),
+                2 | 3 => drop(self.take(2)),
+                4..=6 => drop(self.take(4)),
+                8 => drop(self.string()),
+                9 => {
+                    let of = self.u32();
+                    for _ in 0..self.u64() {
+                        self.skip(of);
+                    }
+                }
+                _ => drop(self.take(8)),
+            }
+        }
+    }
+
+    let file = std::fs::read(target()).expect("the target of tests/models");
+    let mut reader = Reader(&file[16..]);
+    let mut found = (0, Vec::new());
+    for _ in 0..reader.u64() {
+        let begin = reader.0;
+        let is_tokenizer = reader.string().starts_with(b"tokenizer.");
+        let kind = reader.u32();
+        reader.skip(kind);
+        if is_tokenizer {
+            found.0 += 1;
+            found.1.extend(&begin[..begin.len() - reader.0.len()]);
+        }
+    }
+    found
+}
+
+/// Attention and short convolutions in turn: a state that can be rolled back by snapshots.
+pub fn hybrid(path: &Path) {
+    let mut model = Model::new("lfm2", 4);
+    model.u32("attention.head_count", N_HEAD as u32);
+    model.u32_each("attention.head_count_kv", &[0, N_HEAD_KV as u32, 0, N_HEAD_KV as u32]);
+    model.u32("shortconv.l_cache", 3);
+    model.f32("rope.freq_base", 10000.0);
+    model.norm("token_embd_norm.weight", N_EMBD);
+    for layer in 0..4 {
+        let blk = format!("blk.{layer}");
+        model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        if layer % 2 == 0 {
+            model.matrix(&format!("{blk}.shortconv.conv.weight"), 3, N_EMBD);
+            model.matrix(&format!("{blk}.shortconv.in_proj.weight"), N_EMBD, 3 * N_EMBD);
+            model.matrix(&format!("{blk}.shortconv.out_proj.weight"), N_EMBD, N_EMBD);
+        } else {
+            model.attention(&blk);
+        }
+        model.feed_forward(&blk);
+    }
+    model.write(path);
+}
+
+/// A state that can only be saved and restored as a whole.
+pub fn recurrent(path: &Path) {
+    let (d_inner, d_state, d_conv, dt_rank) = (2 * N_EMBD, 16, 4, 8);
+    let mut model = Model::new("mamba", 2);
+    model.u32("ssm.conv_kernel", d_conv as u32);
+    model.u32("ssm.inner_size", d_inner as u32);
+    model.u32("ssm.state_size", d_state as u32);
+    model.u32("ssm.time_step_rank", dt_rank as u32);
+    model.u32("attention.head_count", 0);
+    model.norm("output_norm.weight", N_EMBD);
+    for layer in 0..2 {
+        let blk = format!("blk.{layer}");
+        model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        model.matrix(&format!("{blk}.ssm_in.weight"), N_EMBD, 2 * d_inner);
+        model.matrix(&format!("{blk}.ssm_conv1d.weight"), d_conv, d_inner);
+        model.tensor(&format!("{blk}.ssm_conv1d.bias"), &[d_inner], Data::Noise(0.1));
+        model.matrix(&format!("{blk}.ssm_x.weight"), d_inner, dt_rank + 2 * d_state);
+        model.matrix(&format!("{blk}.ssm_dt.weight"), dt_rank, d_inner);
+        model.tensor(&format!("{blk}.ssm_dt.bias"), &[d_inner], Data::Noise(0.1));
+        model.tensor(&format!("{blk}.ssm_a"), &[d_state, d_inner], Data::Noise(0.1));
+        model.norm(&format!("{blk}.ssm_d"), d_inner);
+        model.matrix(&format!("{blk}.ssm_out.weight"), d_inner, N_EMBD);
+    }
+    model.write(path);
+}
+
+/// Most layers see the last 16 tokens only.
+pub fn sliding_window(path: &Path) {
+    let mut model = Model::new("gemma3", 6);
+    model.u32("attention.head_count", N_HEAD as u32);
+    model.u32("attention.head_count_kv", N_HEAD_KV as u32);
+    model.u32("attention.key_length", HEAD as u32);
+    model.u32("attention.value_length", HEAD as u32);
+    model.u32("attention.sliding_window", 16);
+    model.f32("rope.freq_base", 10000.0);
+    model.norm("output_norm.weight", N_EMBD);
+    for layer in 0..6 {
+        let blk = format!("blk.{layer}");
+        model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        model.attention(&blk);
+        model.norm(&format!("{blk}.post_attention_norm.weight"), N_EMBD);
+        model.feed_forward(&blk);
+        model.norm(&format!("{blk}.post_ffw_norm.weight"), N_EMBD);
+    }
+    model.write(path);
+}
