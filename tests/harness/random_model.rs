@@ -30,7 +30,12 @@ struct Model {
 
 impl Model {
     fn new(arch: &'static str, n_layer: u32) -> Self {
-        let mut model = Self { arch, keys: Vec::new(), n_keys: 0, tensors: Vec::new() };
+        let mut model = Self {
+            arch,
+            keys: Vec::new(),
+            n_keys: 0,
+            tensors: Vec::new(),
+        };
         model.key("general.architecture", 8);
         put_string(&mut model.keys, arch);
         model.u32("context_length", 2048);
