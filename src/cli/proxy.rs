@@ -11,7 +11,7 @@ use super::exit::{Exit, Failure};
 use super::pid_file::{self, Claimed, PidFile, Stopped};
 use super::{signals, status};
 use crate::config::{self, Config, Loaded, Upstream};
-use crate::engine::Engine;
+use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
 
 /// How long `proxy stop` waits: longer than the proxy lets running answers go on.
@@ -25,12 +25,23 @@ pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
     let _claim = claim(&proxy)?;
     let listener = listen(&proxy).await?;
     let address = listener.local_addr()?;
-    let engine = Engine::start(&proxy);
+    let engine = start_engine(&proxy)?;
     tracing::info!(
         "the proxy serves at {}/v1",
         config::local_url(&address.ip().to_string(), address.port())
     );
     serve_on(listener, &proxy, engine, stop).await
+}
+
+/// Begins to watch the proxy's servers.
+pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
+    let with_key = |upstream: &Option<Upstream>| upstream.clone().map(|upstream| (upstream.clone(), upstream.api_key));
+    let settings = engine::Settings {
+        draft: with_key(&proxy.draft),
+        target: with_key(&proxy.target),
+        max_draft_tokens: proxy.max_draft_tokens,
+    };
+    Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
 }
 
 /// Serves until `stop`, and then until running answers are finished, within a bound.

@@ -170,9 +170,9 @@ impl Collector for Drafting {
 mod tests {
     use super::*;
 
-    #[test]
-    fn counts_appear_under_their_names() {
-        let metrics = Metrics::new(&Engine::start(&crate::config::Proxy::default()));
+    #[tokio::test]
+    async fn counts_appear_under_their_names() {
+        let metrics = Metrics::new(&Engine::start(crate::engine::Settings::default()).unwrap());
         metrics
             .requests
             .get_or_create(&Ended {

@@ -81,13 +81,14 @@ impl Exchange<'_> {
         let mut streamed = false;
         if self.route.completion {
             streamed = admission::check(&body, settings.max_tokens_limit)?.streamed;
-            if let Some(attachment) = self.app.engine.attach() {
-                if let Ok(key) = HeaderValue::from_str(attachment.key()) {
-                    headers.insert(X_DRAFT_KEY, key);
-                    self.running.drafts_with(attachment);
-                }
-            } else if !settings.fallback_on_draft_failure {
+            if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
+            }
+            if let Some(attachment) = self.app.engine.attach()
+                && let Ok(key) = HeaderValue::from_str(attachment.key())
+            {
+                headers.insert(X_DRAFT_KEY, key);
+                self.running.drafts_with(attachment);
             }
         }
         if streamed {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
+use tokio::runtime::Handle;
 
 use super::paths::Route;
 use crate::engine::{Attachment, Counts};
@@ -89,34 +90,6 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         let duration = self.begun.elapsed();
-        let counts = self
-            .attachment
-            .as_ref()
-            .map_or_else(Counts::default, Attachment::counts);
-        let record = Record {
-            id: std::mem::take(&mut self.id),
-            time: seconds_since_1970() - duration.as_secs_f64(),
-            path: std::mem::take(&mut self.path),
-            status: self.status.map(|status| status.as_u16()),
-            streamed: self.streamed,
-            duration_ms: self.milliseconds_to(self.begun + duration),
-            ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
-            counts,
-            outcome: self.outcome,
-        };
-        tracing::info!(
-            id = record.id,
-            path = record.path,
-            status = record.status,
-            duration_ms = record.duration_ms,
-            ttft_ms = record.ttft_ms,
-            steps = counts.steps,
-            drafted = counts.drafted,
-            accepted = counts.accepted,
-            generated = counts.generated,
-            outcome = self.outcome.name(),
-            "request"
-        );
         let metrics = &self.observed.metrics;
         metrics.in_flight.dec();
         metrics
@@ -134,8 +107,50 @@ impl Drop for Running {
                     .observe(first_byte.duration_since(self.begun).as_secs_f64());
             }
         }
-        self.observed.recent.push(record);
+        let record = Record {
+            id: std::mem::take(&mut self.id),
+            time: seconds_since_1970() - duration.as_secs_f64(),
+            path: std::mem::take(&mut self.path),
+            status: self.status.map(|status| status.as_u16()),
+            streamed: self.streamed,
+            duration_ms: self.milliseconds_to(self.begun + duration),
+            ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
+            counts: self
+                .attachment
+                .as_ref()
+                .map_or_else(Counts::default, Attachment::counts),
+            outcome: self.outcome,
+        };
+        let observed = Arc::clone(&self.observed);
+        // Of an answer that is complete the target has a last word to say; of any other the drafting ends now.
+        let attachment = self.attachment.take().filter(|_| self.outcome == Outcome::Finished);
+        match (attachment, Handle::try_current()) {
+            (Some(attachment), Ok(runtime)) => {
+                runtime.spawn(async move {
+                    let counts = attachment.settle().await;
+                    report(&observed, Record { counts, ..record });
+                });
+            }
+            _ => report(&observed, record),
+        }
     }
+}
+
+fn report(observed: &Observed, record: Record) {
+    tracing::info!(
+        id = record.id,
+        path = record.path,
+        status = record.status,
+        duration_ms = record.duration_ms,
+        ttft_ms = record.ttft_ms,
+        steps = record.counts.steps,
+        drafted = record.counts.drafted,
+        accepted = record.counts.accepted,
+        generated = record.counts.generated,
+        outcome = record.outcome.name(),
+        "request"
+    );
+    observed.recent.push(record);
 }
 
 fn seconds_since_1970() -> f64 {

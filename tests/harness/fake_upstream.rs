@@ -52,7 +52,9 @@ pub fn stream_head() -> Act {
 /// A whole answer in JSON.
 pub fn json(status: &str, body: &str) -> Vec<Act> {
     let length = body.len();
-    vec![send(format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"))]
+    vec![send(format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    ))]
 }
 
 /// A request as it came.
@@ -72,7 +74,10 @@ pub struct Seen {
 
 impl Seen {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(it, _)| it == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(it, _)| it == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -244,12 +249,22 @@ async fn request(reader: &mut BufReader<OwnedReadHalf>) -> Option<Seen> {
         let (name, value) = line.split_once(':')?;
         headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
     }
-    let mut seen = Seen { connection: 0, number: 0, method, target, headers, body: Vec::new() };
+    let mut seen = Seen {
+        connection: 0,
+        number: 0,
+        method,
+        target,
+        headers,
+        body: Vec::new(),
+    };
     if let Some(length) = seen.header("content-length") {
         seen.body = vec![0; length.parse().unwrap()];
         reader.read_exact(&mut seen.body).await.ok()?;
     }
-    assert!(seen.header("transfer-encoding").is_none(), "the proxy knows the length of what it sends");
+    assert!(
+        seen.header("transfer-encoding").is_none(),
+        "the proxy knows the length of what it sends"
+    );
     Some(seen)
 }
 

@@ -90,7 +90,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
         }),
         ..section
     };
-    let engine = Engine::start(&section);
+    let engine = proxy::start_engine(&section)?;
     let serving = {
         let (engine, stop) = (Arc::clone(&engine), stop.clone());
         tokio::spawn(async move { proxy::serve_on(listener, &section, engine, stop).await })
