@@ -180,6 +180,16 @@ fn an_unknown_command_exits_2() {
 }
 
 #[test]
+fn a_log_filter_that_is_none_exits_2_and_names_the_variable() {
+    let ended = User::new()
+        .tightwad(&["check-config"])
+        .env("TIGHTWAD_LOG", "tightwad=loud")
+        .output()
+        .unwrap();
+    Ended::from(ended).fails(2, &["TIGHTWAD_LOG", "tightwad=loud"]);
+}
+
+#[test]
 fn the_version_is_told() {
     let ended = User::new().run(&["--version"]);
     assert_eq!(

@@ -5,7 +5,6 @@ mod check_config;
 mod completion;
 mod demo;
 pub mod exit;
-mod log;
 mod pid_file;
 mod progress;
 mod proxy;
@@ -21,8 +20,12 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Loaded;
+use crate::observe::log::{self, Format};
 use crate::supervise::parent_bound;
 use exit::{Exit, Failure};
+
+/// Environment variable with the log filter: `debug`, `warn,tightwad::child=info`, …
+const LOG_FILTER: &str = "TIGHTWAD_LOG";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,7 +50,7 @@ struct Cli {
     config: Option<PathBuf>,
     /// How log lines (on stderr) look.
     #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
-    log_format: log::Format,
+    log_format: Format,
     #[command(subcommand)]
     command: Command,
 }
@@ -111,7 +114,10 @@ pub fn main() -> ExitCode {
         return exec_child(child);
     }
     let quiet = matches!(cli.command, Command::Demo(_) | Command::Chat(_));
-    log::start(cli.log_format, if quiet { "error" } else { "info" });
+    let filter = std::env::var(LOG_FILTER).unwrap_or_else(|_| if quiet { "error" } else { "info" }.to_owned());
+    if let Err(error) = log::init(cli.log_format, &filter) {
+        return report(&Failure::new(Exit::Usage, format!("{LOG_FILTER}: {error}")));
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::other("start the runtime", error)),

@@ -133,27 +133,17 @@ fn server(server: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine;
 
     #[test]
-    fn the_table_shows_what_the_engine_tells() {
-        let status = engine::Status {
-            target: engine::ServerStatus {
-                url: "http://t:1".into(),
-                model: Some("big".into()),
-                healthy: true,
-                problem: None,
-            },
-            reason: Some("there is no drafter".into()),
-            counts: engine::Counts {
-                steps: 10,
-                drafted: 40,
-                accepted: 30,
-                generated: 40,
-            },
-            ..engine::Status::default()
-        };
-        let table = table("http://p:2", &serde_json::to_value(status).unwrap());
+    fn the_table_shows_what_the_proxy_tells() {
+        let status = serde_json::json!({
+            "target": { "url": "http://t:1", "model": "big", "healthy": true, "problem": null },
+            "draft": null,
+            "verification": "none",
+            "reason": "there is no drafter",
+            "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },
+        });
+        let table = table("http://p:2", &status);
         for part in [
             "http://t:1, big: healthy",
             "none (there is no drafter)",
