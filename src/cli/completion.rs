@@ -72,10 +72,12 @@ impl Answer {
     }
 }
 
-/// An HTTP client for servers that this user's own machines run: never through a proxy of the environment.
+/// An HTTP client for servers that this user's own machines run: never through a proxy of the environment, and with a
+/// connection per request, because llama-server closes idle ones whenever it likes and a POST must not be sent twice.
 pub fn client() -> Result<Client, Failure> {
     Client::builder()
         .no_proxy()
+        .pool_max_idle_per_host(0)
         .connect_timeout(CONNECT_PATIENCE)
         .build()
         .map_err(|error| Failure::other("make an HTTP client", error))
