@@ -85,7 +85,7 @@ pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> Ch
 impl Config {
     /// The configuration as YAML, every key written out, secrets as `***`.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
-        serde_saphyr::to_string(self).map_err(|error| {
+        serde_yaml::to_string(self).map_err(|error| {
             ConfigError::Invalid(vec![Problem {
                 message: format!("cannot be written as YAML: {error}"),
                 ..Problem::default()
