@@ -67,12 +67,14 @@ impl Drafter {
     /// Attach as soon as the completion is launched, and keep it from generating until the next call with another `n_min`,
     /// or until a second has passed.
     pub async fn attach(&self) -> Answer {
-        self.call(json!({ "pos": 0, "wait": true, "n_min": 1, "hold_us": 1_000_000 })).await
+        self.call(json!({ "pos": 0, "wait": true, "n_min": 1, "hold_us": 1_000_000 }))
+            .await
     }
 
     /// Keep holding on.
     pub async fn hold_on(&self, pos: usize) -> Answer {
-        self.call(json!({ "pos": pos, "tokens": [], "n_min": 1, "hold_us": 1_000_000 })).await
+        self.call(json!({ "pos": pos, "tokens": [], "n_min": 1, "hold_us": 1_000_000 }))
+            .await
     }
 
     /// Follow the completion to its end; `next` says what to offer after the tokens committed so far.
@@ -94,7 +96,13 @@ impl Drafter {
                     let offer = json!({ "pos": committed.len(), "tokens": tokens, "n_min": n_min, "hold_us": hold_us });
                     self.call(offer).await;
                 }
-                "done" | "refused" => return Followed { committed, last: answer, answers },
+                "done" | "refused" => {
+                    return Followed {
+                        committed,
+                        last: answer,
+                        answers,
+                    };
+                }
                 state => panic!("{state} after {} answers", answers.len()),
             }
         }

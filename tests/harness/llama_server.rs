@@ -16,7 +16,10 @@ pub fn llama_cpp() -> &'static Path {
             return PathBuf::from(folder);
         }
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/llama-cpp");
-        let output = Command::new(&script).stderr(Stdio::inherit()).output().expect("scripts/llama-cpp starts");
+        let output = Command::new(&script)
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("scripts/llama-cpp starts");
         assert!(output.status.success(), "scripts/llama-cpp failed");
         let stdout = String::from_utf8(output.stdout).expect("a path in UTF-8");
         PathBuf::from(stdout.lines().last().expect("the folder is the last line"))
@@ -34,7 +37,10 @@ pub fn target() -> PathBuf {
 
 /// Nobody listens there now. Another process may take it before it is used: start again then.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port()
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|socket| socket.local_addr())
+        .expect("a free port")
+        .port()
 }
 
 /// A program that ends with this value, or with the test process, however that ends.
@@ -70,7 +76,11 @@ impl Program {
             .spawn()
             .expect("sh starts");
         let lifeline = shell.stdin.take();
-        Self { shell, lifeline, folder }
+        Self {
+            shell,
+            lifeline,
+            folder,
+        }
     }
 
     pub fn log(&self) -> String {
@@ -92,7 +102,10 @@ impl Program {
     pub fn cpu_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("it runs");
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks: u64 = [11, 12].iter().map(|&i| fields[i].parse::<u64>().expect("a number")).sum();
+        let ticks: u64 = [11, 12]
+            .iter()
+            .map(|&i| fields[i].parse::<u64>().expect("a number"))
+            .sum();
         Duration::from_millis(ticks * 10) // USER_HZ is 100 on all that we run on
     }
 }
@@ -135,7 +148,18 @@ impl LlamaServer {
         let port_text = port.to_string();
         let model = model.to_str().expect("a path in UTF-8");
         let mut all = vec!["-m", model, "--host", "127.0.0.1", "--port", &port_text];
-        all.extend(["-t", "1", "-tb", "1", "-c", "2048", "--no-webui", "--no-warmup", "--threads-http", "16"]);
+        all.extend([
+            "-t",
+            "1",
+            "-tb",
+            "1",
+            "-c",
+            "2048",
+            "--no-webui",
+            "--no-warmup",
+            "--threads-http",
+            "16",
+        ]);
         all.extend(args);
         let mut program = Program::start(&llama_cpp().join("bin/llama-server"), &all);
 
@@ -143,8 +167,16 @@ impl LlamaServer {
         let client = reqwest::Client::new();
         let give_up = Instant::now() + Duration::from_secs(60);
         while Instant::now() < give_up {
-            if client.get(format!("{url}/health")).send().await.is_ok_and(|answer| answer.status().is_success()) {
-                return Some(Self { program: Mutex::new(program), url });
+            if client
+                .get(format!("{url}/health"))
+                .send()
+                .await
+                .is_ok_and(|answer| answer.status().is_success())
+            {
+                return Some(Self {
+                    program: Mutex::new(program),
+                    url,
+                });
             }
             if !program.is_alive() {
                 let log = program.log();
@@ -220,5 +252,9 @@ impl LlamaServer {
 
 /// The JSON events of a server-sent event stream.
 pub fn events(stream: &str) -> Value {
-    stream.lines().filter_map(|line| line.strip_prefix("data: ")).filter_map(|data| serde_json::from_str::<Value>(data).ok()).collect()
+    stream
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .filter_map(|data| serde_json::from_str::<Value>(data).ok())
+        .collect()
 }

@@ -1,5 +1,8 @@
 //! Tiny models with random weights, of the kinds of memory that the trained ones do not have.
 
+// sizes of a tiny model fit every type
+#![allow(clippy::cast_possible_truncation)]
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -30,7 +33,12 @@ struct Model {
 
 impl Model {
     fn new(arch: &'static str, n_layer: u32) -> Self {
-        let mut model = Self { arch, keys: Vec::new(), n_keys: 0, tensors: Vec::new() };
+        let mut model = Self {
+            arch,
+            keys: Vec::new(),
+            n_keys: 0,
+            tensors: Vec::new(),
+        };
         model.key("general.architecture", 8);
         put_string(&mut model.keys, arch);
         model.u32("context_length", 2048);
