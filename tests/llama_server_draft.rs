@@ -746,7 +746,16 @@ async fn a_server_that_stops_lets_its_drafters_go() {
     let drafter = Drafter::new(&server, &key);
     let body = completion("Once upon a time", 500);
     let stop = async {
-        let pos = drafter.attach().await.tokens.len();
+        let mut pos = drafter.attach().await.tokens.len();
+        // the slot has its first token and is held
+        loop {
+            let answer = drafter.hold_on(pos).await;
+            pos += answer.tokens.len();
+            if answer.n_steps > 0 {
+                break;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
         let stop = std::process::Command::new("kill")
             .arg(server.pid().to_string())
             .status();
