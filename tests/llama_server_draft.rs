@@ -4,6 +4,8 @@
 
 mod harness;
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use harness::drafter::{Drafter, Followed, drafted, new_key, perfect, wrong_at_every};
@@ -105,9 +107,9 @@ async fn a_perfect_drafter_saves_most_passes_and_does_not_change_the_answer() {
     let server = server().await;
     let body = completion("Once upon a time", 60);
     let followed = assert_same(&server, "/completion", &body).await;
-    // the first token comes from the prompt, then at most 9 of a pass
-    assert_eq!(followed.last.n_steps, 1 + 7);
-    assert_eq!(followed.last.n_accepted, 52);
+    // 8 at best: the first token comes from the prompt, then up to 9 of a pass; some pass before the drafter is there
+    assert!((8..20).contains(&followed.last.n_steps), "{:?}", followed.last);
+    assert_eq!(followed.last.n_accepted, 60 - followed.last.n_steps);
     assert_eq!(followed.last.n_prompt, server.tokenize("Once upon a time").await.len());
     assert_eq!(followed.committed.len(), followed.last.n_prompt + 60);
 }
@@ -839,21 +841,35 @@ async fn the_memory_holds_the_same_after_a_drafted_answer() {
     assert_same_second_turn(&server).await;
 }
 
-#[tokio::test]
-async fn a_hybrid_model_is_drafted_for_and_rolled_back() {
+/// A model whose state is rolled back by snapshots.
+async fn assert_rolls_back(write_model: fn(&Path)) {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("hybrid.gguf");
-    random_model::hybrid(&path);
+    let path = folder.path().join("model.gguf");
+    write_model(&path);
     let server = LlamaServer::start(&path, &EXTERNAL).await;
     for seed in 1..4 {
-        let body = with(
-            completion("Once upon a time", 60),
-            json!({ "temperature": 1.0, "seed": seed, "ignore_eos": true }),
-        );
+        let sampled = json!({ "temperature": 1.0, "seed": seed, "ignore_eos": true });
+        let body = with(completion("Once upon a time", 60), sampled);
         let followed = assert_same(&server, "/completion", &body).await;
-        assert_eq!(followed.last.n_steps, 1 + 7);
+        assert!(followed.last.n_steps < 20, "{:?}", followed.last);
+        let distinct: BTreeSet<_> = followed.committed.iter().collect();
+        assert!(
+            distinct.len() > 20,
+            "too dull a text to show a wrong state: {:?}",
+            followed.committed
+        );
     }
     assert_same_second_turn(&server).await;
+}
+
+#[tokio::test]
+async fn a_model_with_short_convolutions_is_drafted_for_and_rolled_back() {
+    assert_rolls_back(random_model::hybrid).await;
+}
+
+#[tokio::test]
+async fn a_model_with_linear_attention_is_drafted_for_and_rolled_back() {
+    assert_rolls_back(random_model::linear_attention).await;
 }
 
 #[tokio::test]
