@@ -1,1 +1,155 @@
 //! Finding, layering and checking the cluster file.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use figment::value::{Dict, Empty, Value};
+
+use super::environment::Environment;
+use super::error::{ConfigError, Problem};
+use super::origin::{Finding, KeyPath, Origin, Origins};
+use super::{Config, decode, validate, yaml};
+
+/// A configuration, where it came from, and what is odd about it.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// The configuration; its values are checked.
+    pub config: Config,
+    /// The file. None: the environment alone gave it.
+    pub path: Option<PathBuf>,
+    /// What is allowed and yet likely unwanted; one sentence each.
+    pub warnings: Vec<String>,
+    pub(super) origins: Origins,
+}
+
+impl Loaded {
+    /// [`Config::check_listeners`] with file and line in the message.
+    pub fn check_listeners(&self) -> Result<(), ConfigError> {
+        match validate::open_listener(&self.config) {
+            Some(finding) => Err(ConfigError::Invalid(vec![self.origins.locate(finding)])),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Loads the configuration: the defaults, over them the cluster file (`explicit`, else the first that the search finds),
+/// over that the `TIGHTWAD_<SECTION>__<KEY>` variables of this process.
+pub fn load(explicit: Option<&Path>) -> Result<Loaded, ConfigError> {
+    load_in(explicit, &Environment::of_this_process())
+}
+
+/// [`load`] in a given environment.
+pub fn load_in(explicit: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
+    let file = find_file(explicit, environment)?;
+    let mut origins = Origins::default();
+    let mut root = match &file {
+        Found::File { path, text } => read_file(path, text, environment, &mut origins)?,
+        Found::Nothing { .. } => Dict::new(),
+    };
+    environment.overlay(&mut root, &mut origins);
+    if let Found::Nothing { looked } = file
+        && !root.contains_key("proxy")
+    {
+        return Err(ConfigError::NotFound { looked });
+    }
+
+    let located = |findings: Vec<Finding>| {
+        let mut problems: Vec<Problem> = findings.into_iter().map(|finding| origins.locate(finding)).collect();
+        problems.sort_by_key(|problem| problem.line);
+        ConfigError::Invalid(problems)
+    };
+    let config = decode::decode(root, &origins).map_err(located)?;
+    let findings = validate::problems(&config);
+    if !findings.is_empty() {
+        return Err(located(findings));
+    }
+    let warnings = validate::warnings(&config);
+    Ok(Loaded {
+        config,
+        path: origins.file.clone(),
+        warnings: warnings
+            .into_iter()
+            .map(|finding| origins.locate(finding).to_string())
+            .collect(),
+        origins,
+    })
+}
+
+enum Found {
+    File { path: PathBuf, text: String },
+    Nothing { looked: Vec<PathBuf> },
+}
+
+fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found, ConfigError> {
+    let variable = environment.get("TIGHTWAD_CONFIG").map(Path::new);
+    if let Some(named) = explicit.or(variable) {
+        let path = environment.directory.join(named);
+        return match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Found::File { path, text }),
+            Err(source) => Err(ConfigError::Read {
+                path,
+                from_variable: explicit.is_none(),
+                source,
+            }),
+        };
+    }
+    let mut looked = vec![
+        environment.directory.join("tightwad.yaml"),
+        environment.directory.join("configs/cluster.yaml"),
+    ];
+    let home = |home: &str| Path::new(home).join(".config");
+    let user = environment.get("XDG_CONFIG_HOME").map(PathBuf::from);
+    let user = user.or_else(|| environment.get("HOME").map(home));
+    looked.extend(user.map(|folder| folder.join("tightwad/config.yaml")));
+    looked.push("/etc/tightwad/cluster.yaml".into());
+    for path in &looked {
+        match std::fs::read_to_string(path) {
+            Ok(text) => {
+                return Ok(Found::File {
+                    path: path.clone(),
+                    text,
+                });
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.clone(),
+                    from_variable: false,
+                    source,
+                });
+            }
+        }
+    }
+    Ok(Found::Nothing { looked })
+}
+
+/// The values of the file; their lines go to `origins`.
+fn read_file(path: &Path, text: &str, environment: &Environment, origins: &mut Origins) -> Result<Dict, ConfigError> {
+    let problem = |line: Option<usize>, message: String| {
+        ConfigError::Invalid(vec![Problem {
+            file: Some(path.to_owned()),
+            line,
+            message,
+            ..Problem::default()
+        }])
+    };
+    let tree = yaml::read(text, &|name| environment.variables.get(name).cloned())
+        .map_err(|error| problem(Some(error.line), error.message))?;
+    origins.file = Some(path.to_owned());
+    let line = |(key, line): (KeyPath, usize)| (key, Origin::Line(line));
+    origins.keys = tree.lines.into_iter().map(line).collect();
+    if !tree.findings.is_empty() {
+        let findings = tree.findings.into_iter().map(|finding| origins.locate(finding));
+        return Err(ConfigError::Invalid(findings.collect()));
+    }
+    match tree.value {
+        Value::Dict(_, root) => Ok(root),
+        Value::Empty(_, Empty::Unit | Empty::None) => Err(problem(
+            None,
+            "the file is empty; a proxy needs `proxy:` with a `target:` that has a `url:` \
+             (configs/reference.yaml lists every key)"
+                .into(),
+        )),
+        _ => Err(problem(Some(1), "the file must be a list of `key: value` lines".into())),
+    }
+}

@@ -1,9 +1,29 @@
 //! The cluster file: one YAML file that every host reads.
 //!
-//! The types here are the reference of its keys; [`load`] finds the file, layers the environment over it and
-//! turns what is wrong into one sentence that names file, line and key.
+//! The types here are the reference of its keys. [`load()`] finds the file, lays the environment over it and answers
+//! each mistake with a sentence that names file, line and key; [`check_config`] only reports.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `load` | the search for the file, and the layers |
+//! | `yaml`, `expand` | text into values with their lines; `${VAR}` |
+//! | `environment` | the `TIGHTWAD_<SECTION>__<KEY>` variables |
+//! | `decode` | values into the types below |
+//! | `validate` | what the types cannot say |
+//! | `resolve`, `secret` | what the sections mean together; tokens from files |
+//! | `error`, `origin` | the sentences, and where they point |
 
+mod check;
+mod decode;
+mod environment;
+mod error;
+mod expand;
 pub mod load;
+mod origin;
+mod resolve;
+mod secret;
+mod validate;
+mod yaml;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,8 +31,18 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use check::{CheckReport, check_config, check_config_in};
+pub use environment::Environment;
+pub use error::{ConfigError, Problem};
+pub use load::{Loaded, load, load_in};
+pub use resolve::local_url;
+pub use secret::Secret;
+
+/// The port that `ggml-rpc-server` takes by itself.
+pub const DEFAULT_RPC_PORT: u16 = 50052;
+
 /// The whole file.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// The OpenAI endpoint in front, with the draft and target servers that it talks to.
@@ -32,7 +62,7 @@ pub struct Config {
 }
 
 /// `proxy`: the OpenAI endpoint.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Proxy {
     /// Address to listen on. Any but a loopback address needs a token (see `allow_unauthenticated`).
@@ -91,7 +121,7 @@ pub enum MaxDraftTokens {
 }
 
 /// A server that is already running somewhere.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Upstream {
     /// Base URL, without `/v1`: `http://192.168.1.100:8080`.
@@ -123,39 +153,8 @@ pub enum Backend {
     Openai,
 }
 
-/// A string that never shows in logs or in the output of `check-config`.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-#[serde(transparent)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret.
-    #[must_use]
-    pub fn new(secret: impl Into<String>) -> Self {
-        Self(secret.into())
-    }
-
-    /// The secret itself.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl Serialize for Secret {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str("***")
-    }
-}
-
 /// `target`, `draft`: a llama-server that this host runs.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
     /// Address to listen on.
@@ -195,7 +194,7 @@ impl Default for Server {
 }
 
 /// `coordinator`: a [`Server`] over its own GPUs and the workers'.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Coordinator {
     /// Address to listen on.
@@ -206,6 +205,10 @@ pub struct Coordinator {
     pub backend: GpuBackend,
     /// Its own GPUs.
     pub gpus: Vec<Gpu>,
+    /// Key that clients of this server send. Prefer `api_key_file`.
+    pub api_key: Option<Secret>,
+    /// File that holds the key.
+    pub api_key_file: Option<PathBuf>,
     /// More arguments of llama-server; they win over ours.
     pub extra_args: Vec<String>,
     /// More environment variables; they win over ours.
@@ -219,6 +222,8 @@ impl Default for Coordinator {
             port: 8080,
             backend: GpuBackend::default(),
             gpus: Vec::new(),
+            api_key: None,
+            api_key_file: None,
             extra_args: Vec::new(),
             env: BTreeMap::new(),
         }
@@ -243,7 +248,7 @@ pub enum GpuBackend {
 }
 
 /// One entry of `workers`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Worker {
     /// IPv4 address or name that the coordinator reaches it by.
@@ -254,7 +259,7 @@ pub struct Worker {
 }
 
 /// One GPU.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gpu {
     /// What people call it.
@@ -267,7 +272,7 @@ pub struct Gpu {
 }
 
 /// One entry of `models`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
     /// The GGUF file (the first one of a split model).
@@ -294,7 +299,7 @@ fn default_ctx_size() -> u32 {
 }
 
 /// `binaries`: names looked up on `PATH`, or paths.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Binaries {
     /// llama.cpp's `llama-server`.
@@ -316,6 +321,12 @@ impl Default for Binaries {
 #[must_use]
 pub fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Whether a listener on `host` takes every address of its machine.
+#[must_use]
+pub fn is_wildcard(host: &str) -> bool {
+    host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
 }
 
 impl Serialize for MaxDraftTokens {

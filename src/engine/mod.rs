@@ -3,57 +3,201 @@
 //! The proxy sees three things: [`Engine::start`] begins to watch the two servers, [`Engine::attach`] gives a completion
 //! its drafting session, and [`Engine::status`] tells how it goes.
 
-use std::sync::Arc;
+mod attach;
+mod slots;
+mod vocabulary;
+mod watch;
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rand::Rng;
 use serde::Serialize;
+use tokio::sync::watch as channel;
+use tokio::task::AbortHandle;
 
-use crate::config;
+use crate::config::{MaxDraftTokens, Secret, Upstream};
+use crate::speculation::Pace;
+use crate::upstream::LlamaServer;
+use slots::Slots;
+use watch::{Server, Sight, Watcher};
+
+/// What the engine needs to know, with the keys read.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// The drafter and its API key.
+    pub draft: Option<(Upstream, Option<Secret>)>,
+    /// The target and its API key.
+    pub target: Option<(Upstream, Option<Secret>)>,
+    /// Most draft tokens per step.
+    pub max_draft_tokens: MaxDraftTokens,
+}
 
 /// A draft server and a target, watched.
 #[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    shared: Arc<Shared>,
+    draft: Option<LlamaServer>,
+    target: Option<LlamaServer>,
+    watcher: AbortHandle,
+}
 
-impl Engine {
-    /// Begins to watch both servers in the background; returns at once, whatever is down.
-    #[must_use]
-    pub fn start(_proxy: &config::Proxy) -> Arc<Self> {
-        Arc::new(Self {})
+/// What all drafted completions of an engine share.
+#[derive(Debug)]
+struct Shared {
+    sight: channel::Sender<Sight>,
+    slots: Slots,
+    pace: Mutex<Pace>,
+    totals: Mutex<Counts>,
+    /// `max_draft_tokens`.
+    cap: usize,
+}
+
+impl Shared {
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A drafting session for a completion that is about to be sent to the target, or `None` while there is nothing to
-    /// draft with. The session begins by itself when the completion does, and ends when the value is dropped.
+    fn totals(&self) -> MutexGuard<'_, Counts> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine {
+    /// Begins to watch both servers in the background; returns at once, whatever is down. Must be called within a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the system cannot set up an HTTP client.
+    pub fn start(settings: Settings) -> Result<Arc<Self>, reqwest::Error> {
+        let server = |upstream: Option<(Upstream, Option<Secret>)>| {
+            upstream
+                .map(|(config, key)| {
+                    Ok(Server {
+                        client: LlamaServer::new(&config.url, key)?,
+                        config,
+                    })
+                })
+                .transpose()
+        };
+        let (draft, target) = (server(settings.draft)?, server(settings.target)?);
+        let unseen = |server: &Server| ServerStatus {
+            url: server.config.url.clone(),
+            model: server.config.model_name.clone(),
+            healthy: false,
+            problem: Some("it was not asked yet".into()),
+        };
+        let sight = Sight {
+            draft: draft.as_ref().map(unseen),
+            target: target.as_ref().map(unseen).unwrap_or_default(),
+            ..Sight::default()
+        };
+        let shared = Arc::new(Shared {
+            sight: channel::Sender::new(sight),
+            slots: Slots::default(),
+            pace: Mutex::default(),
+            totals: Mutex::default(),
+            cap: match settings.max_draft_tokens {
+                MaxDraftTokens::Auto => usize::MAX,
+                MaxDraftTokens::AtMost(n) => usize::from(n),
+            },
+        });
+        let watcher = Watcher::new(draft.clone(), target.clone(), shared.slots.clone());
+        Ok(Arc::new(Self {
+            watcher: tokio::spawn(watcher.run(shared.sight.clone())).abort_handle(),
+            shared,
+            draft: draft.map(|server| server.client),
+            target: target.map(|server| server.client),
+        }))
+    }
+
+    /// A drafting session for a completion that is about to be sent to the target, or `None` when its target cannot verify
+    /// drafts or there is nothing to draft with. The session begins by itself when the completion does, waits for a
+    /// drafter that is down, and ends when the value is dropped.
     #[must_use]
-    pub fn attach(self: &Arc<Self>) -> Option<Attachment> {
-        None
+    pub fn attach(&self) -> Option<Attachment> {
+        if self.shared.cap == 0 || self.shared.sight.borrow().verification != Verification::Attached {
+            return None;
+        }
+        let (draft, target) = (self.draft.clone()?, self.target.clone()?);
+        let key = format!("{:032x}", rand::rng().random::<u128>());
+        let counts = channel::Sender::new(Counts::default());
+        let progress = counts.subscribe();
+        let run = attach::run(self.shared.clone(), draft, target, key.clone(), counts);
+        Some(Attachment {
+            key,
+            progress,
+            task: tokio::spawn(run).abort_handle(),
+        })
+    }
+
+    /// Whether the drafter can be used now.
+    #[must_use]
+    pub fn can_draft(&self) -> bool {
+        self.shared.sight.borrow().can_draft
     }
 
     /// What is known of both servers and how the drafting went so far.
     #[must_use]
     pub fn status(&self) -> Status {
-        Status::default()
+        let sight = self.shared.sight.borrow().clone();
+        let mut reason = sight.reason;
+        if self.shared.cap == 0 {
+            reason = Some("`max_draft_tokens` is 0".into());
+        }
+        Status {
+            draft: sight.draft,
+            target: sight.target,
+            verification: sight.verification,
+            reason,
+            counts: *self.shared.totals(),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.watcher.abort();
     }
 }
 
 /// The drafting of one completion; dropping it ends it.
 #[derive(Debug)]
-pub struct Attachment {}
+pub struct Attachment {
+    key: String,
+    progress: channel::Receiver<Counts>,
+    task: AbortHandle,
+}
 
 impl Attachment {
-    /// The value of the request header `X-Draft-Key`.
+    /// The value of the request header `X-Draft-Key`: unguessable, since who knows it can read the completion.
     #[must_use]
     pub fn key(&self) -> &str {
-        ""
+        &self.key
     }
 
     /// The counts so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        Counts::default()
+        *self.progress.borrow()
+    }
+
+    /// The counts of a completion whose answer has come in full: waits a moment for the target's last word.
+    pub async fn settle(mut self) -> Counts {
+        let ended = async { while self.progress.changed().await.is_ok() {} };
+        let _late = tokio::time::timeout(Duration::from_millis(250), ended).await;
+        self.counts()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 
 /// Counted by the target.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Passes of the target model in which it generated.
     pub steps: u64,
@@ -63,6 +207,16 @@ pub struct Counts {
     pub accepted: u64,
     /// Tokens that the target generated.
     pub generated: u64,
+}
+
+impl Counts {
+    /// Adds what has come since `old`.
+    fn add(&mut self, old: Self, new: Self) {
+        self.steps += new.steps.saturating_sub(old.steps);
+        self.drafted += new.drafted.saturating_sub(old.drafted);
+        self.accepted += new.accepted.saturating_sub(old.accepted);
+        self.generated += new.generated.saturating_sub(old.generated);
+    }
 }
 
 /// How the target verifies drafts.
@@ -77,7 +231,7 @@ pub enum Verification {
 }
 
 /// Health of one server as last seen.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ServerStatus {
     /// Its base URL.
     pub url: String,

@@ -1,1 +1,34 @@
-//! The OpenAI endpoint.
+//! The OpenAI endpoint: forwards what clients send to the target, byte for byte, and lets a drafter attach.
+//!
+//! A request passes through these files in this order:
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`server`] | accepts connections, ends them |
+//! | [`router`] | gives the request its id, asks for the token, picks our own endpoints out |
+//! | [`paths`] | knows the target's paths |
+//! | [`admission`] | reads the body and refuses what cannot be answered |
+//! | [`forward`] | sends it on and makes the answer |
+//! | [`target`] | the connection to the target |
+//! | [`relay`] | the answer's bytes, with comments and errors where an event stream needs them |
+//! | [`running`] | what is counted of a request while it lives |
+//! | [`respond`] | everything that can go wrong, as HTTP |
+//! | [`status`] | our own endpoints |
+
+mod admission;
+mod events;
+mod forward;
+mod headers;
+mod paths;
+mod relay;
+mod respond;
+mod router;
+mod running;
+mod server;
+mod settings;
+mod status;
+mod target;
+mod token;
+
+pub use server::{ServeError, serve};
+pub use settings::{Settings, SettingsError};

@@ -70,6 +70,13 @@ impl Pace {
         self.first_us.record(micros(latency));
     }
 
+    /// Takes in that a stream was given up before its first token: it would have taken at least this long.
+    pub fn record_silence(&mut self, silent: Duration) {
+        if self.first_us.get().is_none_or(|usual| micros(silent) > usual) {
+            self.first_us.record(micros(silent));
+        }
+    }
+
     /// Takes in the time between tokens of one stream.
     pub fn record_tokens(&mut self, n: usize, duration: Duration) {
         if n > 0 {

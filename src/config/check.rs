@@ -1,0 +1,131 @@
+//! `tightwad check-config`: everything that is wrong or odd with the configuration, without starting anything.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::environment::Environment;
+use super::origin::{Finding, key_path};
+use super::{Config, ConfigError, Problem, load_in, resolve};
+
+/// What `check-config` found. Serialises to `{ok, file, problems, warnings}`.
+#[derive(Debug, Clone, Serialize)]
+pub struct CheckReport {
+    /// Whether every part could be started.
+    pub ok: bool,
+    /// The cluster file, when there is one.
+    pub file: Option<PathBuf>,
+    /// What must be changed.
+    pub problems: Vec<Problem>,
+    /// What is allowed and yet likely unwanted; one sentence each.
+    pub warnings: Vec<String>,
+    /// The effective configuration, when it could be read; see [`Config::to_yaml`].
+    #[serde(skip)]
+    pub config: Option<Config>,
+}
+
+impl fmt::Display for CheckReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for problem in &self.problems {
+            writeln!(f, "{problem}")?;
+        }
+        for warning in &self.warnings {
+            writeln!(f, "warning: {warning}")?;
+        }
+        let subject = self
+            .file
+            .as_ref()
+            .map_or("the environment".into(), |file| file.display().to_string());
+        match self.problems.len() {
+            0 => write!(f, "{subject}: ok"),
+            1 => write!(f, "{subject}: 1 problem"),
+            n => write!(f, "{subject}: {n} problems"),
+        }
+    }
+}
+
+/// Checks the configuration that [`load`](super::load()) would take.
+#[must_use]
+pub fn check_config(explicit: Option<&Path>) -> CheckReport {
+    check_config_in(explicit, &Environment::of_this_process())
+}
+
+/// [`check_config`] in a given environment.
+#[must_use]
+pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> CheckReport {
+    let loaded = match load_in(explicit, environment) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            let problems = error.problems();
+            return CheckReport {
+                ok: false,
+                file: problems.iter().find_map(|problem| problem.file.clone()),
+                problems,
+                warnings: Vec::new(),
+                config: None,
+            };
+        }
+    };
+    let problems = loaded
+        .check_listeners()
+        .err()
+        .map_or(Vec::new(), |error| error.problems());
+    let absent = absent_files(&loaded.config).into_iter();
+    let absent = absent.map(|finding| loaded.origins.locate(finding).to_string());
+    CheckReport {
+        ok: problems.is_empty(),
+        file: loaded.path,
+        problems,
+        warnings: loaded.warnings.into_iter().chain(absent).collect(),
+        config: Some(loaded.config),
+    }
+}
+
+impl Config {
+    /// The configuration as YAML, every key written out, secrets as `***`.
+    pub fn to_yaml(&self) -> Result<String, ConfigError> {
+        serde_yaml::to_string(self).map_err(|error| {
+            ConfigError::Invalid(vec![Problem {
+                message: format!("cannot be written as YAML: {error}"),
+                ..Problem::default()
+            }])
+        })
+    }
+}
+
+/// Files that a section names and this host lacks. No problem: another host may run that section.
+fn absent_files(config: &Config) -> Vec<Finding> {
+    let mut named: Vec<(Vec<&str>, &Path)> = Vec::new();
+    for (section, server) in config.servers() {
+        if let Ok((name, model)) = resolve::model(config, server.model.as_deref()) {
+            named.push((vec!["models", name, "path"], &model.path));
+        }
+        named.extend(
+            server
+                .api_key_file
+                .iter()
+                .map(|file| (vec![section, "api_key_file"], file.as_path())),
+        );
+    }
+    if let Some(coordinator) = &config.coordinator {
+        let models = config.models.iter();
+        named.extend(models.map(|(name, model)| (vec!["models", name.as_str(), "path"], model.path.as_path())));
+        let key_file = coordinator.api_key_file.iter();
+        named.extend(key_file.map(|file| (vec!["coordinator", "api_key_file"], file.as_path())));
+    }
+    if let Some(proxy) = &config.proxy {
+        let token_file = proxy.auth_token_file.iter();
+        named.extend(token_file.map(|file| (vec!["proxy", "auth_token_file"], file.as_path())));
+        for (section, upstream) in [("draft", &proxy.draft), ("target", &proxy.target)] {
+            let key_file = upstream.iter().filter_map(|upstream| upstream.api_key_file.as_deref());
+            named.extend(key_file.map(|file| (vec!["proxy", section, "api_key_file"], file)));
+        }
+    }
+    named.sort();
+    named.dedup();
+    let absent = named.into_iter().filter(|(_, file)| !file.exists());
+    absent
+        .map(|(path, file)| Finding::new(key_path(path), format!("{} is not on this host", file.display())))
+        .collect()
+}

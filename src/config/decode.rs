@@ -1,0 +1,163 @@
+//! The tree of values into a [`Config`], reporting everything that does not fit and not only the first.
+
+use std::collections::BTreeSet;
+
+use figment::Figment;
+use figment::error::{Actual, Error, Kind};
+use figment::providers::Serialized;
+use figment::value::{Dict, Value};
+
+use super::error::{closest, list};
+use super::origin::{Finding, KeyPath, Origin, Origins};
+use super::{Config, yaml};
+
+/// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again.
+pub(super) fn decode(mut root: Dict, origins: &Origins) -> Result<Config, Vec<Finding>> {
+    let mut findings: Vec<Finding> = Vec::new();
+    let mut settled: BTreeSet<KeyPath> = BTreeSet::new();
+    loop {
+        let error = match Figment::from(Serialized::defaults(&root)).extract_lossy::<Config>() {
+            Ok(config) if findings.is_empty() => return Ok(config),
+            Ok(_) => return Err(findings),
+            Err(error) => error,
+        };
+        if let Some(better) = second_reading(&error, origins)
+            && let Some(slot) = find(&mut root, &error.path)
+        {
+            *slot = better;
+            continue;
+        }
+        let mut at = error.path.clone();
+        if let Kind::MissingField(field) = &error.kind {
+            at.push(field.to_string());
+        }
+        if !settled.contains(&at) {
+            findings.push(Finding::new(at.clone(), describe(&error, origins)));
+        }
+        settled.insert(at);
+        if let Kind::UnknownField(word, known) = &error.kind {
+            // Else the key that was meant would be reported as missing.
+            if let Some(meant) = closest(word, known.iter().copied()) {
+                let parent = error.path.iter().take(error.path.len().saturating_sub(1));
+                settled.insert(parent.cloned().chain([meant.to_owned()]).collect());
+            }
+        }
+        match remove(&mut root, &error.path) {
+            Some(removed) => settled.insert(removed),
+            None => return Err(findings),
+        };
+    }
+}
+
+/// Another value for the place of the error, when it can be understood so: a key without a value is a key that is not
+/// there, and a variable may hold a list or a section in YAML.
+fn second_reading(error: &Error, origins: &Origins) -> Option<Value> {
+    let Kind::InvalidType(found, expected) = &error.kind else {
+        return None;
+    };
+    match found {
+        Actual::Option if expected.starts_with("struct") || expected == "a map" => Some(Value::from(Dict::new())),
+        Actual::Option if expected == "a sequence" => Some(Value::from(Vec::<Value>::new())),
+        Actual::Str(text) if matches!(origins.of(&error.path), Some(Origin::Variable(_))) => {
+            let value = yaml::read(text, &|_| None).ok()?.value;
+            matches!(value, Value::Dict(..) | Value::Array(..)).then_some(value)
+        }
+        _ => None,
+    }
+}
+
+fn describe(error: &Error, origins: &Origins) -> String {
+    let secret = error
+        .path
+        .last()
+        .is_some_and(|key| key == "auth_token" || key == "api_key");
+    match &error.kind {
+        Kind::UnknownField(word, known) => unknown_key(word, known, &error.path, origins),
+        Kind::UnknownVariant(word, known) => match closest(word, known.iter().copied()) {
+            Some(meant) => format!("`{word}` is none of {}; did you mean {meant}?", list(known.iter())),
+            None => format!("`{word}` is none of {}", list(known.iter())),
+        },
+        Kind::MissingField(_) => "missing; it has no default".into(),
+        Kind::InvalidType(Actual::Option, expected) => format!("empty; expected {}", plain_expected(expected)),
+        Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
+            let quote = if expected.contains("string") && !matches!(found, Actual::Seq | Actual::Map) {
+                "; put it in quotes"
+            } else {
+                ""
+            };
+            let (expected, found) = (plain_expected(expected), plain_found(found, secret));
+            format!("expected {expected}, found {found}{quote}")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn unknown_key(word: &str, known: &[&str], path: &[String], origins: &Origins) -> String {
+    if let (Some(Origin::Variable(name)), 1) = (origins.of(path), path.len()) {
+        let section = |key: &&&str| word.strip_prefix(**key).is_some_and(|rest| rest.starts_with('_'));
+        if let Some(section) = known.iter().find(section) {
+            let (head, tail) = name.split_at("TIGHTWAD_".len() + section.len());
+            return format!("unknown key; did you mean {head}_{tail} (two underscores)?");
+        }
+    }
+    match closest(word, known.iter().copied()) {
+        Some(meant) => format!("unknown key; did you mean {meant}?"),
+        None => format!("unknown key; the keys here are {}", list(known)),
+    }
+}
+
+fn plain_expected(expected: &str) -> &str {
+    match expected {
+        "a boolean" | "bool" => "true or false",
+        "u16" => "a whole number from 0 to 65535",
+        "u32" => "a whole number from 0 to 4294967295",
+        "u64" => "a whole number, 0 or more",
+        "f64" => "a number",
+        "a sequence" => "a list",
+        "path string" => "a path (a string)",
+        "a string" | "string" => "a string",
+        "a map" => "a section",
+        "string or map" => "a word",
+        struct_or_enum if struct_or_enum.starts_with("struct") => "a section",
+        other => other,
+    }
+}
+
+fn plain_found(found: &Actual, secret: bool) -> String {
+    match found {
+        Actual::Seq => "a list".into(),
+        Actual::Map => "a section".into(),
+        Actual::Unit | Actual::Option => "nothing".into(),
+        _ if secret => "something else".into(),
+        Actual::Bool(value) => value.to_string(),
+        Actual::Unsigned(value) => value.to_string(),
+        Actual::Signed(value) => value.to_string(),
+        Actual::Float(value) => value.to_string(),
+        Actual::Str(value) => format!("`{value}`"),
+        other => other.to_string(),
+    }
+}
+
+fn find<'a>(root: &'a mut Dict, path: &[String]) -> Option<&'a mut Value> {
+    let (first, rest) = path.split_first()?;
+    rest.iter().try_fold(root.get_mut(first)?, |value, key| match value {
+        Value::Dict(_, dict) => dict.get_mut(key),
+        Value::Array(_, items) => items.get_mut(key.parse::<usize>().ok()?),
+        _ => None,
+    })
+}
+
+/// Takes away what is at `path`, or the list around it: the numbers of the elements behind must not change. Tells what
+/// went.
+fn remove(root: &mut Dict, path: &[String]) -> Option<KeyPath> {
+    let (last, parent) = path.split_last()?;
+    let dict = if parent.is_empty() {
+        root
+    } else {
+        match find(root, parent)? {
+            Value::Dict(_, dict) => dict,
+            _ => return remove(root, parent),
+        }
+    };
+    dict.remove(last).map(|_| path.to_vec())
+}

@@ -1,0 +1,94 @@
+//! What the sections mean together: which model, which servers.
+
+use super::error::{closest, list};
+use super::origin::{Finding, key_path};
+use super::{Backend, Config, ConfigError, Model, Upstream, is_wildcard};
+
+/// [`Config::model_for`] with a bare sentence as the error.
+pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a str, &'a Model), String> {
+    let names = || config.models.keys().map(String::as_str);
+    let mut models = config.models.iter().map(|(name, model)| (name.as_str(), model));
+    let Some(wanted) = wanted else {
+        let default = models.clone().find(|(_, model)| model.default);
+        return match (default, models.next(), config.models.len()) {
+            (Some(default), ..) => Ok(default),
+            (None, Some(only), 1) => Ok(only),
+            (None, _, 0) => Err("no model: the section models is empty".into()),
+            _ => Err(format!(
+                "name one of the models {}, or mark one with `default: true`",
+                list(names())
+            )),
+        };
+    };
+    models
+        .find(|(name, _)| *name == wanted)
+        .ok_or_else(|| match closest(wanted, names()) {
+            Some(meant) => format!("no model `{wanted}`; did you mean {meant}?"),
+            None if config.models.is_empty() => format!("no model `{wanted}`; the section models is empty"),
+            None => format!("no model `{wanted}`; the models are {}", list(names())),
+        })
+}
+
+impl Config {
+    /// The model of that name; without a name the one marked `default`, else the only one.
+    pub fn model_for(&self, wanted: Option<&str>) -> Result<(&str, &Model), ConfigError> {
+        model(self, wanted)
+            .map_err(|message| ConfigError::Invalid(vec![Finding::new(key_path(["models"]), message).into_problem()]))
+    }
+
+    /// The proxy's drafter and target: as the section `proxy` gives them, else those that this file's sections `draft`
+    /// and `target` (else `coordinator`) run.
+    #[must_use]
+    pub fn proxy_upstreams(&self) -> (Option<Upstream>, Option<Upstream>) {
+        let given =
+            |pick: fn(&super::Proxy) -> &Option<Upstream>| self.proxy.as_ref().and_then(|proxy| pick(proxy).clone());
+        let of_server = |server: &super::Server| Upstream {
+            model_name: self.model_name(server.model.as_deref()),
+            api_key: server.api_key.clone(),
+            api_key_file: server.api_key_file.clone(),
+            ..Upstream::at(local_url(&server.host, server.port))
+        };
+        let draft = given(|proxy| &proxy.draft).or_else(|| self.draft.as_ref().map(of_server));
+        let target = given(|proxy| &proxy.target)
+            .or_else(|| self.target.as_ref().map(of_server))
+            .or_else(|| {
+                self.coordinator.as_ref().map(|coordinator| Upstream {
+                    model_name: self.model_name(None),
+                    api_key: coordinator.api_key.clone(),
+                    api_key_file: coordinator.api_key_file.clone(),
+                    ..Upstream::at(local_url(&coordinator.host, coordinator.port))
+                })
+            });
+        (draft, target)
+    }
+
+    fn model_name(&self, wanted: Option<&str>) -> Option<String> {
+        model(self, wanted).ok().map(|(name, _)| name.to_owned())
+    }
+}
+
+impl Upstream {
+    /// A llama-server at a base URL.
+    #[must_use]
+    pub fn at(url: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            model_name: None,
+            backend: Backend::Llamacpp,
+            api_key: None,
+            api_key_file: None,
+        }
+    }
+}
+
+/// The URL of a listener for a client on the same host.
+#[must_use]
+pub fn local_url(host: &str, port: u16) -> String {
+    if is_wildcard(host) {
+        format!("http://127.0.0.1:{port}")
+    } else if host.contains(':') {
+        format!("http://[{host}]:{port}")
+    } else {
+        format!("http://{host}:{port}")
+    }
+}

@@ -1,0 +1,406 @@
+//! What the types cannot say: values and combinations that would fail later, or surprise.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+
+use super::origin::{Finding, KeyPath, key_path};
+use super::{
+    Config, ConfigError, DEFAULT_RPC_PORT, MaxDraftTokens, Proxy, Secret, Server, Upstream, is_loopback, is_wildcard,
+};
+
+/// More than any target verifies at once with profit.
+const MAX_DRAFT_TOKENS: u16 = 256;
+
+/// Everything that is wrong.
+pub(super) fn problems(config: &Config) -> Vec<Finding> {
+    let mut check = Check::default();
+    check.sections(config);
+    if let Some(proxy) = &config.proxy {
+        check.proxy(config, proxy);
+    }
+    for (name, server) in config.servers() {
+        check.server(config, name, server);
+    }
+    if let Some(coordinator) = &config.coordinator {
+        check.listener("coordinator", &coordinator.host);
+        check.port(&["coordinator", "port"], coordinator.port);
+        check.secret(
+            &["coordinator"],
+            "api_key",
+            coordinator.api_key.as_ref(),
+            coordinator.api_key_file.as_deref(),
+        );
+        check.gpus(&["coordinator"], &coordinator.gpus);
+        if config.models.is_empty() {
+            check.found(&["models"], "missing; the coordinator needs a model");
+        }
+    }
+    check.workers(config);
+    check.models(config);
+    check.shared_ports(config);
+    check.findings
+}
+
+/// What is allowed and yet likely unwanted.
+pub(super) fn warnings(config: &Config) -> Vec<Finding> {
+    let mut check = Check::default();
+    for (name, host, has_key) in keyed_listeners(config) {
+        if !is_loopback(host) && !has_key {
+            check.found(
+                &[name, "host"],
+                format!(
+                    "everybody who reaches {host} may use this llama-server; give it an api_key_file, or keep the \
+                     port behind a firewall"
+                ),
+            );
+        }
+    }
+    if rpc_endpoints(config).len() > 2 {
+        check.found(
+            &["workers"],
+            "three or more RPC endpoints are reported to hang llama-server (ggml-org/llama.cpp#28487); one endpoint \
+             per host keeps them few",
+        );
+    }
+    check.findings
+}
+
+/// The refusal to listen for everybody without a token, if it applies.
+pub(super) fn open_listener(config: &Config) -> Option<Finding> {
+    let proxy = config.proxy.as_ref()?;
+    let open = !is_loopback(&proxy.host)
+        && proxy.auth_token.is_none()
+        && proxy.auth_token_file.is_none()
+        && !proxy.allow_unauthenticated;
+    open.then(|| {
+        Finding::new(
+            key_path(["proxy", "host"]),
+            format!(
+                "refusing to listen on {} without a token: set proxy.auth_token_file (or proxy.auth_token), or set \
+                 proxy.allow_unauthenticated: true if everybody who reaches this address may use it",
+                proxy.host
+            ),
+        )
+    })
+}
+
+impl Config {
+    /// Refuses a proxy that would listen on a non-loopback address without a token. Parsing does not: only who is about
+    /// to listen has to be refused.
+    pub fn check_listeners(&self) -> Result<(), ConfigError> {
+        match open_listener(self) {
+            Some(finding) => Err(ConfigError::Invalid(vec![finding.into_problem()])),
+            None => Ok(()),
+        }
+    }
+
+    /// The sections `target` and `draft`, by name.
+    pub(super) fn servers(&self) -> impl Iterator<Item = (&'static str, &Server)> {
+        let target = self.target.as_ref().map(|server| ("target", server));
+        let draft = self.draft.as_ref().map(|server| ("draft", server));
+        target.into_iter().chain(draft)
+    }
+}
+
+/// Name, host and whether it has a key, of each llama-server.
+fn keyed_listeners(config: &Config) -> impl Iterator<Item = (&'static str, &str, bool)> {
+    let servers = config.servers().map(|(name, server)| {
+        let has_key = server.api_key.is_some() || server.api_key_file.is_some();
+        (name, server.host.as_str(), has_key)
+    });
+    servers.chain(config.coordinator.iter().map(|coordinator| {
+        let has_key = coordinator.api_key.is_some() || coordinator.api_key_file.is_some();
+        ("coordinator", coordinator.host.as_str(), has_key)
+    }))
+}
+
+/// The first place of each `host:port` that a worker serves, with the worker's number.
+fn rpc_endpoints(config: &Config) -> BTreeMap<(&str, u16), usize> {
+    let mut endpoints = BTreeMap::new();
+    for (number, worker) in config.workers.iter().enumerate() {
+        for port in rpc_ports(worker) {
+            endpoints.entry((worker.host.as_str(), port)).or_insert(number);
+        }
+    }
+    endpoints
+}
+
+fn rpc_ports(worker: &super::Worker) -> Vec<u16> {
+    if worker.gpus.is_empty() {
+        return vec![DEFAULT_RPC_PORT];
+    }
+    worker
+        .gpus
+        .iter()
+        .map(|gpu| gpu.rpc_port.unwrap_or(DEFAULT_RPC_PORT))
+        .collect()
+}
+
+#[derive(Default)]
+struct Check {
+    findings: Vec<Finding>,
+}
+
+impl Check {
+    fn found(&mut self, path: &[&str], message: impl Into<String>) {
+        self.findings
+            .push(Finding::new(key_path(path.iter().copied()), message));
+    }
+
+    fn sections(&mut self, config: &Config) {
+        let any = config.proxy.is_some()
+            || config.target.is_some()
+            || config.draft.is_some()
+            || config.coordinator.is_some()
+            || !config.workers.is_empty();
+        if !any {
+            self.found(
+                &[],
+                "nothing to run: give at least one of the sections proxy, target, draft, coordinator, workers \
+                 (`proxy: {}` for one with nothing but defaults)",
+            );
+        }
+    }
+
+    fn proxy(&mut self, config: &Config, proxy: &Proxy) {
+        self.listener("proxy", &proxy.host);
+        for (name, upstream) in [("draft", &proxy.draft), ("target", &proxy.target)] {
+            if let Some(upstream) = upstream {
+                self.upstream(proxy, name, upstream);
+            }
+        }
+        if proxy.target.is_none() && config.target.is_none() && config.coordinator.is_none() {
+            let message = "missing; give proxy.target, or a section target or coordinator in this file";
+            self.found(&["proxy", "target"], message);
+        }
+        if let MaxDraftTokens::AtMost(n) = proxy.max_draft_tokens
+            && n > MAX_DRAFT_TOKENS
+        {
+            self.found(
+                &["proxy", "max_draft_tokens"],
+                format!("{n} is more than {MAX_DRAFT_TOKENS}; `auto` is best"),
+            );
+        }
+        self.secret(
+            &["proxy"],
+            "auth_token",
+            proxy.auth_token.as_ref(),
+            proxy.auth_token_file.as_deref(),
+        );
+        for (key, zero) in [
+            ("max_body_size", proxy.max_body_size == 0),
+            ("max_tokens_limit", proxy.max_tokens_limit == Some(0)),
+            ("keepalive_seconds", proxy.keepalive_seconds == 0),
+        ] {
+            if zero {
+                self.found(&["proxy", key], "must be more than 0");
+            }
+        }
+    }
+
+    fn upstream(&mut self, proxy: &Proxy, name: &str, upstream: &Upstream) {
+        let path = ["proxy", name, "url"];
+        match reqwest::Url::parse(&upstream.url) {
+            _ if !upstream.url.starts_with("http://") && !upstream.url.starts_with("https://") => {
+                let example = "such as http://192.168.1.100:8080";
+                self.found(
+                    &path,
+                    format!("`{}` is not a URL with http:// or https://, {example}", upstream.url),
+                );
+            }
+            Err(error) => self.found(&path, format!("`{}` is not a URL: {error}", upstream.url)),
+            Ok(url) => {
+                if !url.username().is_empty() || url.password().is_some() {
+                    self.found(&path, "must not hold a user or password; use api_key_file");
+                } else if url.query().is_some() || url.fragment().is_some() {
+                    self.found(&path, "must not hold `?` or `#`; give the base URL");
+                } else if url.path().trim_end_matches('/').ends_with("/v1") {
+                    self.found(&path, format!("`{}`: give the base URL, without /v1", upstream.url));
+                }
+                let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+                let local = is_loopback(&proxy.host) || is_wildcard(&proxy.host);
+                let own_host = host == proxy.host || (is_loopback(host) && local);
+                if own_host && url.port_or_known_default() == Some(proxy.port) {
+                    self.found(&path, format!("`{}` is the proxy itself", upstream.url));
+                }
+            }
+        }
+        self.secret(
+            &["proxy", name],
+            "api_key",
+            upstream.api_key.as_ref(),
+            upstream.api_key_file.as_deref(),
+        );
+    }
+
+    fn server(&mut self, config: &Config, name: &str, server: &Server) {
+        self.listener(name, &server.host);
+        self.port(&[name, "port"], server.port);
+        if let Err(message) = super::resolve::model(config, server.model.as_deref()) {
+            self.found(&[name, "model"], message);
+        }
+        if server.slots == 0 {
+            self.found(&[name, "slots"], "must be more than 0");
+        }
+        if server.threads == Some(0) {
+            self.found(
+                &[name, "threads"],
+                "must be more than 0; leave it out for llama-server's choice",
+            );
+        }
+        self.secret(
+            &[name],
+            "api_key",
+            server.api_key.as_ref(),
+            server.api_key_file.as_deref(),
+        );
+    }
+
+    fn workers(&mut self, config: &Config) {
+        let endpoints = rpc_endpoints(config);
+        for (number, worker) in config.workers.iter().enumerate() {
+            let index = number.to_string();
+            let path = ["workers", index.as_str()];
+            self.gpus(&path, &worker.gpus);
+            let host = worker.host.as_str();
+            let message = if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c == '/') {
+                Some(format!("`{host}` is not an address or a name"))
+            } else if host.contains(':') {
+                Some(format!(
+                    "`{host}`: give an IPv4 address or a name (llama.cpp's RPC knows no IPv6), without a port"
+                ))
+            } else if is_wildcard(host) {
+                Some(format!(
+                    "{host} is not an address that the coordinator can reach; give the host's own"
+                ))
+            } else {
+                let taken = rpc_ports(worker)
+                    .into_iter()
+                    .find(|port| endpoints.get(&(host, *port)) < Some(&number));
+                taken.map(|port| format!("{host} with rpc_port {port} is in the list already; give another rpc_port"))
+            };
+            if let Some(message) = message {
+                self.found(&["workers", &index, "host"], message);
+            }
+        }
+    }
+
+    fn gpus(&mut self, path: &[&str], gpus: &[super::Gpu]) {
+        for (number, gpu) in gpus.iter().enumerate() {
+            let index = number.to_string();
+            let at = |key| [path, &["gpus", &index, key]].concat();
+            if !(gpu.vram_gb > 0.0 && gpu.vram_gb.is_finite()) {
+                self.found(&at("vram_gb"), format!("{} GiB; must be more than 0", gpu.vram_gb));
+            }
+            if gpu.rpc_port == Some(0) {
+                self.found(&at("rpc_port"), "must be a port from 1 to 65535");
+            }
+        }
+    }
+
+    fn models(&mut self, config: &Config) {
+        let mut default: Option<&str> = None;
+        for (name, model) in &config.models {
+            if name.is_empty() {
+                self.found(&["models", name], "a model needs a name");
+            }
+            self.path(&["models", name, "path"], &model.path);
+            if model.predict == Some(0) {
+                self.found(
+                    &["models", name, "predict"],
+                    "must be more than 0; leave it out for no limit",
+                );
+            }
+            if model.default {
+                match default {
+                    Some(first) => self.found(
+                        &["models", name, "default"],
+                        format!("{first} is the default already; keep one"),
+                    ),
+                    None => default = Some(name),
+                }
+            }
+        }
+    }
+
+    fn listener(&mut self, section: &str, host: &str) {
+        let name = !host.is_empty() && !host.contains(|c: char| c.is_whitespace() || "/:[]".contains(c));
+        if !name && host.parse::<Ipv6Addr>().is_err() {
+            self.found(
+                &[section, "host"],
+                format!("`{host}` is not an address; the port has its own key"),
+            );
+        }
+    }
+
+    fn port(&mut self, path: &[&str], port: u16) {
+        if port == 0 {
+            self.found(path, "must be a port from 1 to 65535");
+        }
+    }
+
+    fn secret(&mut self, section: &[&str], key: &str, inline: Option<&Secret>, file: Option<&Path>) {
+        let at = |key| [section, &[key]].concat();
+        let file_key = format!("{key}_file");
+        if inline.is_some_and(|secret| secret.expose().trim().is_empty()) {
+            self.found(&at(key), "is empty");
+        }
+        if let (Some(_), Some(_)) = (inline, file) {
+            self.found(&at(key), format!("given together with {file_key}; keep one of them"));
+        }
+        if let Some(file) = file {
+            self.path(&at(file_key.as_str()), file);
+        }
+    }
+
+    fn path(&mut self, path: &[&str], file: &Path) {
+        if file.as_os_str().is_empty() {
+            self.found(path, "is empty");
+        } else if file.starts_with("~") {
+            self.found(
+                path,
+                format!("`{}`: `~` is not replaced; write ${{HOME}}", file.display()),
+            );
+        }
+    }
+
+    fn shared_ports(&mut self, config: &Config) {
+        let proxy = config
+            .proxy
+            .iter()
+            .map(|proxy| ("proxy", proxy.host.as_str(), proxy.port));
+        let servers = config
+            .servers()
+            .map(|(name, server)| (name, server.host.as_str(), server.port));
+        let coordinator = config
+            .coordinator
+            .iter()
+            .map(|it| ("coordinator", it.host.as_str(), it.port));
+        let listeners: Vec<_> = proxy
+            .chain(servers)
+            .chain(coordinator)
+            .filter(|(.., port)| *port != 0)
+            .collect();
+        for (number, (name, host, port)) in listeners.iter().enumerate() {
+            let clash = listeners[..number].iter().find(|(_, other, other_port)| {
+                port == other_port
+                    && (host == other || is_wildcard(host) || is_wildcard(other) || both_loopback(host, other))
+            });
+            if let Some((other, ..)) = clash {
+                let path: KeyPath = key_path([*name, "port"]);
+                let message = format!("{port} is taken by {other} on the same address; give another port");
+                self.findings.push(Finding::new(path, message));
+            }
+        }
+    }
+}
+
+/// `localhost` and `127.0.0.1` are one address; `127.0.0.1` and `127.0.0.2` are not.
+fn both_loopback(a: &str, b: &str) -> bool {
+    let address = |host: &str| match host {
+        "localhost" => Some(IpAddr::from([127, 0, 0, 1])),
+        _ => host.parse().ok(),
+    };
+    matches!((address(a), address(b)), (Some(a), Some(b)) if a == b)
+}

@@ -1,0 +1,364 @@
+//! One drafted completion: carries the session's actions out and its events in.
+//!
+//! Three conversations go on at once: the *follow*, a long poll that tells what the target commits; the *offer*, which
+//! hands over draft tokens; and the *stream* of the drafter. None of them is on the way of the client's answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::{BoxFuture, FutureExt, OptionFuture};
+use futures_util::stream::{BoxStream, ReadyChunks};
+use tokio::sync::watch as channel;
+use tokio::time::{Instant, sleep_until};
+
+use super::slots::Lease;
+use super::watch::Sight;
+use super::{Counts, Shared};
+use crate::speculation::{Action, Draft, Event, Plan, Session, Step, Token};
+use crate::upstream::{DraftPiece, DraftState, LlamaServer, Offer, OfferAnswer, StreamEnd, UpstreamError};
+
+/// A stream of the drafter that is silent for longer has failed.
+const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pauses after a failure: of the drafter from the first to the last, doubling; of the target always the first.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Most pieces of the drafter's stream that are taken at once, so that a burst becomes one offer.
+const PIECES: usize = 64;
+
+/// Runs until the completion ends; cancel it by dropping the future.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    draft: LlamaServer,
+    target: LlamaServer,
+    key: String,
+    counts: channel::Sender<Counts>,
+) {
+    let sight = shared.sight.subscribe();
+    let mut attached = Attached {
+        session: Session::new(),
+        follow: None,
+        offer: None,
+        next_offer: None,
+        stream: None,
+        lease: None,
+        available: false,
+        back_off: BACK_OFF.0,
+        retry_at: None,
+        answered: OfferAnswer::none(),
+        finished: false,
+        counts,
+        shared,
+        draft,
+        target,
+        key,
+        sight,
+    };
+    let begin = attached.session.begin();
+    attached.act(begin);
+    while !attached.finished {
+        attached.turn().await;
+    }
+}
+
+type Answer = Result<OfferAnswer, UpstreamError>;
+
+struct Attached {
+    shared: Arc<Shared>,
+    draft: LlamaServer,
+    target: LlamaServer,
+    key: String,
+    sight: channel::Receiver<Sight>,
+    counts: channel::Sender<Counts>,
+    session: Session,
+    follow: Option<BoxFuture<'static, Answer>>,
+    offer: Option<BoxFuture<'static, Answer>>,
+    /// The newest offer, while an older one is on its way.
+    next_offer: Option<Draft>,
+    stream: Option<Stream>,
+    lease: Option<Lease>,
+    /// What the session was last told of the drafter.
+    available: bool,
+    back_off: Duration,
+    /// When a drafter that failed is tried again.
+    retry_at: Option<Instant>,
+    /// The target's last word.
+    answered: OfferAnswer,
+    finished: bool,
+}
+
+struct Stream {
+    id: u64,
+    pieces: ReadyChunks<BoxStream<'static, Result<DraftPiece, UpstreamError>>>,
+    started: Instant,
+    /// When the last token came.
+    last_token: Option<Instant>,
+}
+
+impl Stream {
+    fn silent(&self) -> Duration {
+        self.last_token.unwrap_or(self.started).elapsed()
+    }
+}
+
+impl Attached {
+    /// Waits for the next thing that happens and handles it.
+    async fn turn(&mut self) {
+        let silent_at = self
+            .stream
+            .as_ref()
+            .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
+        tokio::select! {
+            Some(answer) = OptionFuture::from(self.follow.as_mut()) => {
+                self.follow = None;
+                self.answered(answer, true);
+            }
+            Some(answer) = OptionFuture::from(self.offer.as_mut()) => {
+                self.offer = None;
+                self.answered(answer, false);
+                if self.offer.is_none() && let Some(next) = self.next_offer.take() {
+                    self.send_offer(&next);
+                }
+            }
+            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(|stream| stream.pieces.next())) => {
+                self.drafted(pieces.unwrap_or_default());
+            }
+            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => {
+                self.drafter_failed("it has been silent for too long");
+            }
+            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => {
+                self.retry_at = None;
+                self.check_available();
+            }
+            Ok(()) = self.sight.changed() => self.check_available(),
+        }
+    }
+
+    /// The target's word on the completion.
+    fn answered(&mut self, answer: Answer, followed: bool) {
+        match answer {
+            Ok(answer) => match answer.state {
+                DraftState::Unknown if self.session.committed().is_empty() => {
+                    // It is not launched yet; the server has made us wait for it already.
+                    if followed {
+                        self.follow_after(Duration::from_millis(20));
+                    }
+                }
+                DraftState::Unknown | DraftState::Done | DraftState::Refused => {
+                    if let Some(reason) = &answer.reason {
+                        tracing::debug!("not drafting for {}: {reason}", self.key);
+                    }
+                    if answer.state == DraftState::Done {
+                        self.count(answer);
+                    }
+                    self.handle(Event::Ended);
+                }
+                DraftState::Waiting | DraftState::Running => {
+                    let (pos, tokens) = (answer.pos, answer.tokens.clone());
+                    self.count(answer);
+                    self.handle(Event::Committed { pos, tokens, followed });
+                    self.check_available();
+                }
+            },
+            Err(UpstreamError::Refused { status, message, .. }) if (400..500).contains(&status) => {
+                tracing::warn!("the target refuses drafts: {status} {message}");
+                self.handle(Event::Ended);
+            }
+            Err(error) => {
+                tracing::debug!("{error}");
+                if followed {
+                    self.follow_after(BACK_OFF.0);
+                }
+            }
+        }
+    }
+
+    /// Learns from the target's counts. An answer that was overtaken by a later one is ignored.
+    fn count(&mut self, answer: OfferAnswer) {
+        let old = &self.answered;
+        if answer.n_steps < old.n_steps {
+            return;
+        }
+        if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
+            self.shared.pace().record_step(Step {
+                drafted: answer.step_n,
+                accepted: answer.step_accepted,
+                duration: Duration::from_micros(answer.step_us),
+            });
+        }
+        let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
+        let counts = Counts {
+            steps: answer.n_steps,
+            drafted: answer.n_drafted,
+            accepted: answer.n_accepted,
+            generated: end.saturating_sub(answer.n_prompt) as u64,
+        };
+        self.shared.totals().add(self.counts.send_replace(counts), counts);
+        self.answered = OfferAnswer {
+            tokens: Vec::new(),
+            ..answer
+        };
+    }
+
+    fn drafted(&mut self, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
+        let Some(stream) = &mut self.stream else { return };
+        let id = stream.id;
+        let mut tokens: Vec<Token> = Vec::new();
+        let mut end = None;
+        for piece in pieces {
+            match piece {
+                Ok(DraftPiece::Tokens(more)) => tokens.extend(more),
+                other => end = Some(other),
+            }
+        }
+        // What only the drafter has in its vocabulary cannot be offered, nor what comes after it.
+        let vocabulary = self.shared.sight.borrow().vocabulary;
+        let known = tokens
+            .iter()
+            .take_while(|token| usize::try_from(**token).is_ok_and(|id| id < vocabulary))
+            .count();
+        if known < tokens.len() {
+            tokens.truncate(known);
+            end = Some(Ok(DraftPiece::End(StreamEnd::EndOfText)));
+        }
+        if !tokens.is_empty() {
+            let silent = stream.silent();
+            let first = stream.last_token.replace(Instant::now()).is_none();
+            let mut pace = self.shared.pace();
+            if first {
+                pace.record_first_token(silent);
+            } else {
+                pace.record_tokens(tokens.len(), silent);
+            }
+            drop(pace);
+            self.back_off = BACK_OFF.0;
+            self.handle(Event::Drafted { stream: id, tokens });
+        }
+        match end {
+            None if self.stream.is_some() => {}
+            Some(Ok(DraftPiece::End(end))) => {
+                self.end_stream(id);
+                self.handle(Event::DraftEnded {
+                    stream: id,
+                    end_of_text: end == StreamEnd::EndOfText,
+                });
+            }
+            Some(Err(error)) => self.drafter_failed(&error.to_string()),
+            _ => {}
+        }
+    }
+
+    /// The drafter is left alone for a while, longer each time.
+    fn drafter_failed(&mut self, why: &str) {
+        tracing::debug!("drafter {}: {why}", self.draft.url());
+        if let Some(stream) = self.stream.take() {
+            self.shared.pace().record_silence(stream.silent());
+        }
+        self.retry_at = Some(Instant::now() + self.back_off);
+        self.back_off = (2 * self.back_off).min(BACK_OFF.1);
+        self.check_available();
+    }
+
+    /// Tells the session when the drafter becomes usable or ceases to be.
+    fn check_available(&mut self) {
+        let can_draft = self.sight.borrow_and_update().can_draft;
+        let mut available = can_draft && self.retry_at.is_none() && !self.session.committed().is_empty();
+        if available && self.lease.is_none() {
+            self.lease = self.shared.slots.lease(self.session.committed());
+            available = self.lease.is_some();
+        }
+        if available != self.available {
+            self.available = available;
+            self.handle(Event::Available(available));
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let plan = self.plan();
+        for action in self.session.handle(event, &plan) {
+            self.act(action);
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        let mut cap = self.shared.cap.min(self.sight.borrow().n_max);
+        if self.answered.state == DraftState::Running {
+            cap = cap.min(self.answered.n_max);
+        }
+        let waiting = self.stream.as_ref().filter(|stream| stream.last_token.is_none());
+        self.shared
+            .pace()
+            .plan(cap, waiting.map_or(Duration::ZERO, Stream::silent))
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Follow(draft) => self.follow = Some(self.post(&draft, true)),
+            Action::Offer(draft) if self.offer.is_some() => self.next_offer = Some(draft),
+            Action::Offer(draft) => self.send_offer(&draft),
+            Action::Draft { stream: id, prefix, n } => {
+                let Some(lease) = &self.lease else { return };
+                self.stream = Some(Stream {
+                    id,
+                    pieces: self.draft.draft(prefix, n, lease.index()).ready_chunks(PIECES),
+                    started: Instant::now(),
+                    last_token: None,
+                });
+            }
+            Action::StopDraft => {
+                if let Some(stream) = self.stream.take()
+                    && stream.last_token.is_none()
+                {
+                    self.shared.pace().record_silence(stream.silent());
+                }
+            }
+            Action::Finish => self.finished = true,
+        }
+    }
+
+    fn end_stream(&mut self, id: u64) {
+        if self.stream.as_ref().is_some_and(|stream| stream.id == id) {
+            self.stream = None;
+        }
+    }
+
+    fn send_offer(&mut self, draft: &Draft) {
+        if draft.pos == self.session.committed().len() {
+            self.offer = Some(self.post(draft, false));
+        }
+    }
+
+    fn follow_after(&mut self, pause: Duration) {
+        let pos = self.session.committed().len();
+        let poll = self.post(
+            &Draft {
+                pos,
+                ..Draft::default()
+            },
+            true,
+        );
+        self.follow = Some(tokio::time::sleep(pause).then(|()| poll).boxed());
+    }
+
+    fn post(&self, draft: &Draft, wait: bool) -> BoxFuture<'static, Answer> {
+        let (target, key, draft) = (self.target.clone(), self.key.clone(), draft.clone());
+        async move {
+            let Draft {
+                pos,
+                tokens,
+                n_min,
+                hold_us,
+            } = &draft;
+            target
+                .offer(&Offer {
+                    key: &key,
+                    pos: *pos,
+                    tokens,
+                    n_min: *n_min,
+                    hold_us: *hold_us,
+                    wait,
+                })
+                .await
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,85 @@
+//! The draft server's slots: each drafted completion holds one, so that its prompt stays in that slot's cache.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::speculation::Token;
+
+/// The slots of one draft server.
+#[derive(Debug, Clone, Default)]
+pub struct Slots(Arc<Mutex<Vec<Slot>>>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    leased: bool,
+    /// What was drafted for last.
+    cached: Vec<Token>,
+}
+
+/// A slot that is held; dropping it gives it back.
+#[derive(Debug)]
+pub struct Lease {
+    slots: Slots,
+    index: usize,
+}
+
+impl Slots {
+    /// The server has `total` slots; those beyond are forgotten.
+    pub fn resize(&self, total: usize) {
+        self.lock().resize_with(total, Slot::default);
+    }
+
+    /// Holds the free slot whose cache begins most like `tokens`; `None` when all are held.
+    #[must_use]
+    pub fn lease(&self, tokens: &[Token]) -> Option<Lease> {
+        let mut slots = self.lock();
+        let (index, slot) = slots
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, slot)| !slot.leased)
+            .max_by_key(|(_, slot)| slot.cached.iter().zip(tokens).take_while(|(a, b)| a == b).count())?;
+        slot.leased = true;
+        slot.cached = tokens.to_vec();
+        Some(Lease {
+            slots: self.clone(),
+            index,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lease {
+    /// The slot's number at the server.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slots.lock().get_mut(self.index) {
+            slot.leased = false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_goes_to_one_completion_at_a_time_and_to_the_one_it_has_cached() {
+        let slots = Slots::default();
+        slots.resize(2);
+        let first = slots.lease(&[1, 2, 3]).unwrap();
+        let second = slots.lease(&[7, 8]).unwrap();
+        assert_ne!(first.index(), second.index());
+        assert!(slots.lease(&[1]).is_none());
+        let index = first.index();
+        drop((first, second));
+        assert_eq!(slots.lease(&[1, 2, 4]).unwrap().index(), index);
+    }
+}

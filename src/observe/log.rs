@@ -1,0 +1,63 @@
+//! The log: standard error, as text for people or as JSON lines for machines.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// One readable line per event, in colours on a terminal.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Why the log could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The filter is not one.
+    #[error(
+        "`{filter}` is not a log filter: {source}; write a level (`info`) or `target=level` pairs (`info,tightwad=debug`)"
+    )]
+    Filter {
+        /// As given.
+        filter: String,
+        /// What is wrong with it.
+        source: tracing_subscriber::filter::ParseError,
+    },
+    /// Something else in this process has set up a log already.
+    #[error("the log is already set up: {0}")]
+    Twice(Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Sends the events of this process to standard error, as far as `filter` lets them through.
+pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
+    let filter = EnvFilter::try_new(filter).map_err(|source| LogError::Filter {
+        filter: filter.to_owned(),
+        source,
+    })?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        Format::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        Format::Json => log.json().flatten_event(true).with_current_span(false).try_init(),
+    }
+    .map_err(LogError::Twice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_that_is_none_is_named_in_the_error() {
+        let error = init(Format::Text, "tightwad=loud").unwrap_err();
+        assert!(
+            error.to_string().contains("`tightwad=loud` is not a log filter"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,248 @@
+//! Reads a request's body and refuses what cannot be answered, before the target is bothered.
+//!
+//! The body is only looked at: what is forwarded are the bytes that came.
+
+use std::fmt;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderMap, header};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::respond::Refusal;
+
+/// How long an unwanted body is read on, so that its sender finds our answer rather than a reset connection.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Reads a body of at most `limit` bytes.
+pub(super) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
+    let too_large = |body| {
+        discard(body, headers);
+        Err(Refusal::TooLarge { limit })
+    };
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > limit) {
+        return too_large(body);
+    }
+    let mut chunks = body.into_data_stream();
+    let mut whole = BytesMut::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|error| Refusal::BodyCut(super::target::root_cause(&error)))?;
+        if whole.is_empty() && announced.is_some_and(|length| length == chunk.len() as u64) {
+            return Ok(chunk);
+        }
+        if (whole.len() + chunk.len()) as u64 > limit {
+            return too_large(Body::from_stream(chunks));
+        }
+        whole.extend_from_slice(&chunk);
+    }
+    Ok(whole.freeze())
+}
+
+/// Reads on for a moment without keeping anything. Many clients look for an answer only after they have sent all, and
+/// lose it when the connection is reset meanwhile.
+pub(super) fn discard(body: Body, headers: &HeaderMap) {
+    if headers.contains_key(header::EXPECT) {
+        return; // It has not begun to send, and must not be told to.
+    }
+    tokio::spawn(tokio::time::timeout(PATIENCE, async move {
+        let mut chunks = body.into_data_stream();
+        while let Some(Ok(_)) = chunks.next().await {}
+    }));
+}
+
+/// What a completion request asks for, as far as the proxy cares.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// `stream`
+    pub(super) streamed: bool,
+}
+
+/// Looks at the body of a completion request.
+pub(super) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked, Refusal> {
+    let fields: Fields<'_> = serde_json::from_slice(body)?;
+    for (param, value) in COUNTS.into_iter().zip(fields.counts) {
+        if let Some(value) = value {
+            check_count(param, value.get(), max_tokens_limit)?;
+        }
+    }
+    Ok(Asked {
+        streamed: fields.stream.is_some_and(|value| value.get() == "true"),
+    })
+}
+
+fn check_count(param: &'static str, value: &str, limit: Option<u64>) -> Result<(), Refusal> {
+    if value == "null" {
+        return Ok(());
+    }
+    let count = value.parse::<i64>().ok().filter(|count| *count >= -1);
+    let Some(given) = count else {
+        return Err(Refusal::NotACount {
+            param,
+            given: excerpt(value),
+        });
+    };
+    match limit {
+        // -1, no limit, is more than any limit.
+        Some(limit) if u64::try_from(given).map_or(true, |given| given > limit) => {
+            Err(Refusal::TooManyTokens { param, given, limit })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn excerpt(value: &str) -> String {
+    const MOST: usize = 40;
+    if value.chars().count() <= MOST {
+        return value.to_owned();
+    }
+    value.chars().take(MOST).chain(['…']).collect()
+}
+
+/// The names under which the endpoints know the largest number of tokens to generate.
+const COUNTS: [&str; 4] = ["max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"];
+
+/// The values of interest as they stand in the body. Where a key comes twice the last one counts, as with the target.
+#[derive(Default)]
+struct Fields<'a> {
+    stream: Option<&'a RawValue>,
+    counts: [Option<&'a RawValue>; COUNTS.len()],
+}
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Fields::default();
+                while let Some(key) = map.next_key()? {
+                    match key {
+                        Key::Stream => fields.stream = Some(map.next_value()?),
+                        Key::Count(which) => {
+                            let slot = fields
+                                .counts
+                                .get_mut(which)
+                                .ok_or_else(|| A::Error::custom("unknown count"))?;
+                            *slot = Some(map.next_value()?);
+                        }
+                        Key::Other => {
+                            map.next_value::<IgnoredAny>()?;
+                        }
+                    }
+                }
+                Ok(fields)
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+enum Key {
+    Stream,
+    /// Index into [`COUNTS`].
+    Count(usize),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+        impl Visitor<'_> for Name {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Key, E> {
+                let count = || COUNTS.iter().position(|it| *it == name);
+                Ok(if name == "stream" {
+                    Key::Stream
+                } else {
+                    count().map_or(Key::Other, Key::Count)
+                })
+            }
+        }
+        deserializer.deserialize_str(Name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(body: &str, limit: Option<u64>) -> String {
+        check(body.as_bytes(), limit).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn only_a_true_stream_is_a_stream() {
+        for (body, streamed) in [
+            (r#"{"stream":true}"#, true),
+            (r#"{ "\u0073tream" : true }"#, true),
+            (r#"{"stream":false,"stream":true}"#, true),
+            (r#"{"stream":true,"stream":false}"#, false),
+            (r#"{"stream":null}"#, false),
+            (r#"{"stream":"true"}"#, false),
+            (r#"{"messages":[{"stream":true}]}"#, false),
+            ("{}", false),
+        ] {
+            assert_eq!(check(body.as_bytes(), None).unwrap(), Asked { streamed }, "{body}");
+        }
+    }
+
+    #[test]
+    fn broken_json_is_refused_with_its_position() {
+        assert!(
+            refused("{\"a\":1,\n \"b\": tru}", None).contains("line 2 column"),
+            "{}",
+            refused("{\"b\": tru}", None)
+        );
+        for body in ["", "[1]", "\"text\"", "{} {}", "{\"a\":1"] {
+            assert!(
+                refused(body, None).contains("line 1 column"),
+                "{body}: {}",
+                refused(body, None)
+            );
+        }
+    }
+
+    #[test]
+    fn counts_are_whole_numbers_within_the_limit() {
+        for value in ["0", "1", "-1", "null", "4096"] {
+            assert!(
+                check(format!(r#"{{"max_tokens":{value}}}"#).as_bytes(), None).is_ok(),
+                "{value}"
+            );
+        }
+        for value in ["-2", "1.5", "1e3", "\"10\"", "true", "[1]", "99999999999999999999"] {
+            for param in COUNTS {
+                let message = refused(&format!(r#"{{"{param}":{value}}}"#), None);
+                assert!(
+                    message.starts_with(&format!("`{param}` must be a whole number")),
+                    "{message}"
+                );
+            }
+        }
+        assert!(check(br#"{"n_predict":100}"#, Some(100)).is_ok());
+        assert!(refused(r#"{"n_predict":101}"#, Some(100)).contains("at most 100 tokens"));
+        assert!(refused(r#"{"max_tokens":-1}"#, Some(100)).contains("at most 100 tokens"));
+    }
+
+    #[test]
+    fn nesting_however_deep_is_no_reason_to_refuse() {
+        let body = format!(r#"{{"a":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
+        assert!(check(body.as_bytes(), None).is_ok());
+    }
+}

@@ -1,0 +1,181 @@
+//! Sends a request to the target and makes the answer.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Extension, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::response::Response;
+
+use super::admission;
+use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY, X_REQUEST_ID};
+use super::paths::{Dialect, Route};
+use super::relay::{self, Events};
+use super::respond::Refusal;
+use super::router::{App, RequestId};
+use super::running::Running;
+use super::target::Outgoing;
+
+/// Answers a request that is none of our own endpoints'.
+pub(super) async fn forward(
+    State(app): State<Arc<App>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Response {
+    let url = app.target.locate(request.uri());
+    let path = app.target.path_of(&url).to_owned();
+    let dialect = Dialect::of(&path);
+    let route = Route::of(request.method(), &path);
+    let running = Running::begin(&app.observed, id.to_string(), &path, route);
+    let exchange = Exchange {
+        app: &app,
+        id: &id,
+        dialect,
+        route,
+        running,
+    };
+    exchange.answer(url, request).await
+}
+
+/// One request on its way to its answer.
+struct Exchange<'a> {
+    app: &'a App,
+    id: &'a RequestId,
+    dialect: Dialect,
+    route: Route,
+    running: Running,
+}
+
+impl Exchange<'_> {
+    async fn answer(mut self, url: reqwest::Url, request: Request) -> Response {
+        let method = request.method().clone();
+        let (outgoing, streamed) = match self.prepare(url, request).await {
+            Ok(prepared) => prepared,
+            Err(refusal) => return self.refuse(&refusal),
+        };
+        let mut answer = Box::pin(self.app.target.send(outgoing));
+        let answered = match self.app.settings.keepalive.filter(|_| streamed) {
+            None => answer.await,
+            Some(keepalive) => match tokio::time::timeout(keepalive, &mut answer).await {
+                Ok(answered) => answered,
+                Err(_) => return self.keep_waiting(answer),
+            },
+        };
+        match answered {
+            Ok(answered) => self.pass_on(&method, answered),
+            Err(refusal) => self.refuse(&refusal),
+        }
+    }
+
+    /// Checks the request and makes what the target gets of it; also says whether an event stream is asked for.
+    async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<(Outgoing, bool), Refusal> {
+        let settings = &self.app.settings;
+        let (parts, body) = request.into_parts();
+        if self.route.hidden {
+            admission::discard(body, &parts.headers);
+            return Err(Refusal::Hidden);
+        }
+        let body = admission::read(body, &parts.headers, settings.max_body_size).await?;
+        let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
+        headers.insert(X_REQUEST_ID, self.id.header());
+        let mut streamed = false;
+        if self.route.completion {
+            streamed = admission::check(&body, settings.max_tokens_limit)?.streamed;
+            if !settings.fallback_on_draft_failure {
+                self.refuse_without_drafter()?;
+            }
+            if let Some(attachment) = self.app.engine.attach()
+                && let Ok(key) = HeaderValue::from_str(attachment.key())
+            {
+                headers.insert(X_DRAFT_KEY, key);
+                self.running.drafts_with(attachment);
+            }
+        }
+        if streamed {
+            self.running.streams();
+            // Nothing can be put into a compressed stream.
+            headers.remove(header::ACCEPT_ENCODING);
+        }
+        Ok((
+            Outgoing {
+                method: parts.method,
+                url,
+                headers,
+                body,
+            },
+            streamed,
+        ))
+    }
+
+    /// Browsers ask for permission (OPTIONS) without a token, so that is nobody the target's key may be used for.
+    fn credentials(&self, method: &Method) -> Credentials<'_> {
+        match (self.app.target.authorization(), &self.app.settings.auth_token) {
+            (_, Some(_)) if method == Method::OPTIONS => Credentials::None,
+            (Some(key), _) => Credentials::Targets(key),
+            (None, Some(_)) => Credentials::None,
+            (None, None) => Credentials::Clients,
+        }
+    }
+
+    fn refuse_without_drafter(&self) -> Result<(), Refusal> {
+        match self.app.engine.status().draft {
+            Some(draft) if !draft.healthy => Err(Refusal::DrafterDown {
+                url: draft.url,
+                problem: draft.problem.unwrap_or_else(|| "it does not answer".to_owned()),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn refuse(mut self, refusal: &Refusal) -> Response {
+        tracing::warn!(id = %self.id, error = %refusal, "refused");
+        self.running.answers(refusal.status());
+        self.running.fails();
+        refusal.response(self.dialect)
+    }
+
+    /// Tells a client that wants a stream that it has one, before the target says so.
+    fn keep_waiting(
+        mut self,
+        answer: impl Future<Output = Result<reqwest::Response, Refusal>> + Send + 'static,
+    ) -> Response {
+        self.running.answers(StatusCode::OK);
+        let mut response = Response::new(self.events().awaiting(answer));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
+        response
+    }
+
+    /// Gives the target's answer to the client as it comes.
+    fn pass_on(mut self, method: &Method, answer: reqwest::Response) -> Response {
+        let status = answer.status();
+        self.running.answers(status);
+        let mut headers = headers::to_client(answer.headers().clone());
+        if relay::is_event_stream(&headers) {
+            headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
+        }
+        let body = if method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+            self.running.finishes();
+            Body::empty()
+        } else if relay::is_open_event_stream(&headers) {
+            self.events().of(answer)
+        } else {
+            relay::unchanged(answer, self.running)
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response
+    }
+
+    fn events(self) -> Events {
+        Events::new(
+            self.dialect,
+            self.app.settings.keepalive,
+            self.app.target.shown(),
+            self.running,
+        )
+    }
+}

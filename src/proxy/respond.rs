@@ -1,0 +1,203 @@
+//! Everything that can go wrong, and how a client is told.
+
+use axum::body::Body;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::Response;
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use super::paths::Dialect;
+
+/// Most of a target's own error that is quoted when that is not JSON.
+const QUOTED: usize = 500;
+
+/// Why a request is not answered by the target.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("this endpoint wants its token: send `Authorization: Bearer <token>` or `x-api-key: <token>`")]
+    Unauthorized,
+    #[error("there is nothing for clients at this path: drafts are exchanged between the proxy and the target")]
+    Hidden,
+    #[error("this path takes GET and HEAD only")]
+    MethodNotAllowed,
+    #[error("the request body is larger than {limit} bytes: send less, or raise `proxy.max_body_size`")]
+    TooLarge { limit: u64 },
+    #[error("the request body ended early: {0}")]
+    BodyCut(String),
+    #[error("the request body is not a JSON object: {0}")]
+    NotJson(#[from] serde_json::Error),
+    #[error("`{param}` must be a whole number, -1 (no limit) or more, but is {given}")]
+    NotACount { param: &'static str, given: String },
+    #[error(
+        "`{param}` is {given}, but this endpoint answers at most {limit} tokens: ask for {limit} or fewer, or raise `proxy.max_tokens_limit`"
+    )]
+    TooManyTokens {
+        param: &'static str,
+        given: i64,
+        limit: u64,
+    },
+    #[error(
+        "the draft server at {url} is down ({problem}): start it, or set `proxy.fallback_on_draft_failure: true` to be answered without it"
+    )]
+    DrafterDown { url: String, problem: String },
+    #[error("the target at {url} cannot be reached ({cause}): start it there, or correct `proxy.target.url`")]
+    Unreachable { url: String, cause: String },
+    #[error("the target at {url} broke off ({cause}): see its log; the request can be sent again")]
+    BrokeOff { url: String, cause: String },
+    #[error(
+        "the target at {url} answered a streamed request with `{content_type}` instead of an event stream: send it with `\"stream\": false`"
+    )]
+    NotAStream { url: String, content_type: String },
+}
+
+impl Refusal {
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Hidden => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyCut(_) | Self::NotJson(_) | Self::NotACount { .. } | Self::TooManyTokens { .. } => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::DrafterDown { .. } | Self::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Unauthorized => "invalid_api_key",
+            Self::Hidden => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::TooLarge { .. } => "body_too_large",
+            Self::BodyCut(_) => "body_incomplete",
+            Self::NotJson(_) => "invalid_json",
+            Self::NotACount { .. } | Self::TooManyTokens { .. } => "invalid_value",
+            Self::DrafterDown { .. } => "draft_unavailable",
+            Self::Unreachable { .. } => "target_unreachable",
+            Self::BrokeOff { .. } => "target_broke_off",
+            Self::NotAStream { .. } => "target_did_not_stream",
+        }
+    }
+
+    fn param(&self) -> Option<&'static str> {
+        match self {
+            Self::NotACount { param, .. } | Self::TooManyTokens { param, .. } => Some(param),
+            _ => None,
+        }
+    }
+
+    /// The name that the dialect's client libraries know this kind of error by.
+    fn kind(&self, dialect: Dialect) -> &'static str {
+        match (dialect, self.status()) {
+            (Dialect::Anthropic, StatusCode::UNAUTHORIZED) => "authentication_error",
+            (Dialect::Anthropic, StatusCode::NOT_FOUND) => "not_found_error",
+            (Dialect::Anthropic, StatusCode::PAYLOAD_TOO_LARGE) => "request_too_large",
+            (Dialect::Anthropic, status) if status.is_server_error() => "api_error",
+            (Dialect::OpenAi, status) if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// Seconds after which another try makes sense.
+    fn retry_after(&self) -> Option<&'static str> {
+        matches!(self, Self::Unreachable { .. } | Self::DrafterDown { .. }).then_some("5")
+    }
+
+    fn json(&self, dialect: Dialect) -> Value {
+        let error = json!({
+            "message": self.to_string(),
+            "type": self.kind(dialect),
+            "code": self.code(),
+            "param": self.param(),
+        });
+        in_dialect(dialect, &error)
+    }
+
+    /// As an HTTP answer.
+    pub(super) fn response(&self, dialect: Dialect) -> Response {
+        let mut response = Response::new(Body::from(self.json(dialect).to_string()));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(seconds) = self.retry_after() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(seconds));
+        }
+        if matches!(self, Self::Unauthorized) {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+
+    /// As the last event of a stream whose 200 is out already.
+    pub(super) fn event(&self, dialect: Dialect) -> Bytes {
+        event(dialect, &self.json(dialect))
+    }
+}
+
+/// The target's own error answer as the last event of a stream whose 200 is out already.
+pub(super) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -> Bytes {
+    let own = serde_json::from_slice::<Value>(body)
+        .ok()
+        .and_then(|mut body| body.get_mut("error").map(Value::take));
+    let error = match own {
+        Some(error @ Value::Object(_)) => error,
+        other => {
+            let text = match other {
+                Some(Value::String(text)) => text,
+                _ => String::from_utf8_lossy(body).chars().take(QUOTED).collect(),
+            };
+            json!({
+                "message": format!("the target answered {status}: {text}"),
+                "type": if status.is_client_error() { "invalid_request_error" } else { "server_error" },
+                "code": status.as_u16(),
+                "param": null,
+            })
+        }
+    };
+    event(dialect, &in_dialect(dialect, &error))
+}
+
+fn in_dialect(dialect: Dialect, error: &Value) -> Value {
+    match dialect {
+        Dialect::OpenAi => json!({ "error": error }),
+        Dialect::Anthropic => json!({ "type": "error", "error": error }),
+    }
+}
+
+fn event(dialect: Dialect, data: &Value) -> Bytes {
+    match dialect {
+        Dialect::OpenAi => format!("data: {data}\n\n"),
+        Dialect::Anthropic => format!("event: error\ndata: {data}\n\n"),
+    }
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_targets_error_that_is_no_json_is_quoted_on_one_line() {
+        let event = targets_error(Dialect::OpenAi, StatusCode::BAD_GATEWAY, b"<html>\nbad\n</html>");
+        let text = std::str::from_utf8(&event).unwrap();
+        assert_eq!(text.matches('\n').count(), 2, "{text}");
+        assert!(
+            text.starts_with("data: {\"error\":{") && text.contains("502 Bad Gateway"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_targets_own_error_object_is_kept() {
+        let body = br#"{"error":{"code":400,"message":"too long","type":"exceed_context_size_error","n_ctx":4096}}"#;
+        let event = targets_error(Dialect::Anthropic, StatusCode::BAD_REQUEST, body);
+        let text = std::str::from_utf8(&event).unwrap();
+        assert!(text.starts_with("event: error\ndata: {"), "{text}");
+        assert!(
+            text.contains(r#""n_ctx":4096"#) && text.contains(r#""type":"error""#),
+            "{text}"
+        );
+    }
+}

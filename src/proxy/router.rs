@@ -1,0 +1,121 @@
+//! What happens to every request first, and which are our own.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method};
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::get;
+
+use super::headers::X_REQUEST_ID;
+use super::paths::Dialect;
+use super::respond::Refusal;
+use super::settings::Settings;
+use super::target::{Target, TargetError};
+use super::{admission, forward, status, token};
+use crate::engine::Engine;
+use crate::observe::Observed;
+
+/// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.
+const OPEN: [&str; 2] = ["/health", "/readyz"];
+
+/// What all requests share.
+#[derive(Debug)]
+pub(super) struct App {
+    pub(super) settings: Settings,
+    pub(super) engine: Arc<Engine>,
+    pub(super) target: Target,
+    pub(super) observed: Arc<Observed>,
+    pub(super) started: Instant,
+}
+
+impl App {
+    pub(super) fn new(settings: Settings, engine: Arc<Engine>) -> Result<Self, TargetError> {
+        let target = Target::new(&settings.target, settings.target_api_key.as_ref())?;
+        let observed = Arc::new(Observed::new(&engine));
+        Ok(Self {
+            settings,
+            engine,
+            target,
+            observed,
+            started: Instant::now(),
+        })
+    }
+}
+
+/// All endpoints.
+pub(super) fn router(app: App) -> Router {
+    let app = Arc::new(app);
+    Router::new()
+        .route("/health", get(status::health))
+        .route("/readyz", get(status::ready))
+        .route("/metrics", get(status::metrics))
+        .route("/v1/tightwad/status", get(status::status))
+        .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
+        .fallback(forward::forward)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), admit))
+        .with_state(app)
+}
+
+/// Gives a request its id and lets it in if it may come in.
+async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let id = RequestId::of(request.headers());
+    let mut response = if is_admitted(&app, &request) {
+        request.extensions_mut().insert(id.clone());
+        next.run(request).await
+    } else {
+        app.observed.metrics.unauthorized.inc();
+        tracing::warn!(%id, path = request.uri().path(), "no or a wrong token");
+        let dialect = Dialect::of(request.uri().path());
+        let (parts, body) = request.into_parts();
+        admission::discard(body, &parts.headers);
+        Refusal::Unauthorized.response(dialect)
+    };
+    response.headers_mut().insert(X_REQUEST_ID, id.header());
+    response
+}
+
+fn is_admitted(app: &App, request: &Request) -> bool {
+    let Some(token) = &app.settings.auth_token else {
+        return true;
+    };
+    let path = request.uri().path();
+    // Browsers ask for permission (OPTIONS) without a token.
+    OPEN.contains(&path) || request.method() == Method::OPTIONS || token::is_known(token, request.headers())
+}
+
+/// The name of a request in all logs.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(HeaderValue);
+
+impl RequestId {
+    const LONGEST: usize = 128;
+
+    /// The one that the client gave if that is harmless in a log, else a new one.
+    fn of(headers: &HeaderMap) -> Self {
+        let harmless = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
+        let given = headers
+            .get(X_REQUEST_ID)
+            .filter(|id| (1..=Self::LONGEST).contains(&id.len()) && id.as_bytes().iter().all(harmless));
+        Self(given.cloned().unwrap_or_else(Self::made))
+    }
+
+    fn made() -> HeaderValue {
+        let id = format!("{:032x}", rand::random::<u128>());
+        HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("none"))
+    }
+
+    pub(super) fn header(&self) -> HeaderValue {
+        self.0.clone()
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.to_str().unwrap_or_default())
+    }
+}

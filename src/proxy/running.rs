@@ -1,0 +1,160 @@
+//! What is counted of a request while it lives.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use axum::http::StatusCode;
+use tokio::runtime::Handle;
+
+use super::paths::Route;
+use crate::engine::{Attachment, Counts};
+use crate::observe::metrics::Ended;
+use crate::observe::recent::Record;
+use crate::observe::{Observed, Outcome};
+
+/// Longest path that is kept for the status page.
+const LONGEST_PATH: usize = 128;
+
+/// A request that is being answered. It lives as long as its answer does, and whatever ends that drops it: then it is
+/// counted, and its drafting ends. One that nobody has said an outcome of was cancelled.
+#[derive(Debug)]
+pub(super) struct Running {
+    observed: Arc<Observed>,
+    attachment: Option<Attachment>,
+    id: String,
+    path: String,
+    route: Route,
+    begun: Instant,
+    first_byte: Option<Instant>,
+    status: Option<StatusCode>,
+    streamed: bool,
+    outcome: Outcome,
+}
+
+impl Running {
+    pub(super) fn begin(observed: &Arc<Observed>, id: String, path: &str, route: Route) -> Self {
+        observed.metrics.in_flight.inc();
+        Self {
+            observed: Arc::clone(observed),
+            attachment: None,
+            id,
+            path: path.chars().take(LONGEST_PATH).collect(),
+            route,
+            begun: Instant::now(),
+            first_byte: None,
+            status: None,
+            streamed: false,
+            outcome: Outcome::Cancelled,
+        }
+    }
+
+    /// The client asked for a stream.
+    pub(super) fn streams(&mut self) {
+        self.streamed = true;
+    }
+
+    /// Drafts for this request from now on until it ends.
+    pub(super) fn drafts_with(&mut self, attachment: Attachment) {
+        self.attachment = Some(attachment);
+    }
+
+    /// The client is told this.
+    pub(super) fn answers(&mut self, status: StatusCode) {
+        self.status = Some(status);
+    }
+
+    /// Bytes of the target's answer came.
+    pub(super) fn bytes_came(&mut self) {
+        self.first_byte.get_or_insert_with(Instant::now);
+    }
+
+    /// The answer is complete.
+    pub(super) fn finishes(&mut self) {
+        let refused = self
+            .status
+            .is_some_and(|status| status.is_client_error() || status.is_server_error());
+        self.outcome = if refused { Outcome::Failed } else { Outcome::Finished };
+    }
+
+    /// The answer broke off, or there is none.
+    pub(super) fn fails(&mut self) {
+        self.outcome = Outcome::Failed;
+    }
+
+    fn milliseconds_to(&self, then: Instant) -> f64 {
+        let milliseconds = then.duration_since(self.begun).as_secs_f64() * 1e3;
+        (milliseconds * 1e3).round() / 1e3
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let duration = self.begun.elapsed();
+        let metrics = &self.observed.metrics;
+        metrics.in_flight.dec();
+        metrics
+            .requests
+            .get_or_create(&Ended {
+                path: self.route.label,
+                outcome: self.outcome,
+            })
+            .inc();
+        if self.route.completion {
+            metrics.duration.observe(duration.as_secs_f64());
+            if let Some(first_byte) = self.first_byte {
+                metrics
+                    .first_byte
+                    .observe(first_byte.duration_since(self.begun).as_secs_f64());
+            }
+        }
+        let record = Record {
+            id: std::mem::take(&mut self.id),
+            time: seconds_since_1970() - duration.as_secs_f64(),
+            path: std::mem::take(&mut self.path),
+            status: self.status.map(|status| status.as_u16()),
+            streamed: self.streamed,
+            duration_ms: self.milliseconds_to(self.begun + duration),
+            ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
+            counts: self
+                .attachment
+                .as_ref()
+                .map_or_else(Counts::default, Attachment::counts),
+            outcome: self.outcome,
+        };
+        let observed = Arc::clone(&self.observed);
+        // Of an answer that is complete the target has a last word to say; of any other the drafting ends now.
+        let attachment = self.attachment.take().filter(|_| self.outcome == Outcome::Finished);
+        match (attachment, Handle::try_current()) {
+            (Some(attachment), Ok(runtime)) => {
+                runtime.spawn(async move {
+                    let counts = attachment.settle().await;
+                    report(&observed, Record { counts, ..record });
+                });
+            }
+            _ => report(&observed, record),
+        }
+    }
+}
+
+fn report(observed: &Observed, record: Record) {
+    tracing::info!(
+        id = record.id,
+        path = record.path,
+        status = record.status,
+        duration_ms = record.duration_ms,
+        ttft_ms = record.ttft_ms,
+        steps = record.counts.steps,
+        drafted = record.counts.drafted,
+        accepted = record.counts.accepted,
+        generated = record.counts.generated,
+        outcome = record.outcome.name(),
+        "request"
+    );
+    observed.recent.push(record);
+}
+
+fn seconds_since_1970() -> f64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}

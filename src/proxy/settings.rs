@@ -1,0 +1,103 @@
+//! What the proxy needs of the cluster file.
+
+use std::time::Duration;
+
+use crate::config::{self, Secret};
+
+/// How long running answers may go on after the proxy was told to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// The proxy's part of the cluster file, checked. Secrets that lie in files have been read already.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Base URL of the target, without `/v1`.
+    pub target: reqwest::Url,
+    /// What the target wants as `Authorization: Bearer …`.
+    pub target_api_key: Option<Secret>,
+    /// What clients must send. None: everybody is served.
+    pub auth_token: Option<Secret>,
+    /// Largest `max_tokens` a request may ask for.
+    pub max_tokens_limit: Option<u64>,
+    /// Largest request body in bytes.
+    pub max_body_size: u64,
+    /// Silence after which a streaming client gets a comment. None: never.
+    pub keepalive: Option<Duration>,
+    /// Whether completions are answered while the drafter is down.
+    pub fallback_on_draft_failure: bool,
+    /// How long running answers may go on after the proxy was told to stop.
+    pub drain: Duration,
+}
+
+/// Why [`Settings`] cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// There is nothing to forward to.
+    #[error(
+        "`proxy.target` is not set: name the server that answers, e.g. `target: {{ url: \"http://127.0.0.1:8080\" }}`"
+    )]
+    NoTarget,
+    /// The target's URL is not one.
+    #[error(
+        "`proxy.target.url` is `{url}`, which is not a URL of a server ({problem}); write e.g. `http://192.168.1.100:8080`"
+    )]
+    TargetUrl {
+        /// As configured.
+        url: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl TryFrom<&config::Proxy> for Settings {
+    type Error = SettingsError;
+
+    fn try_from(proxy: &config::Proxy) -> Result<Self, SettingsError> {
+        let target = proxy.target.as_ref().ok_or(SettingsError::NoTarget)?;
+        Ok(Self {
+            target: base_url(&target.url)?,
+            target_api_key: target.api_key.clone(),
+            auth_token: proxy.auth_token.clone(),
+            max_tokens_limit: proxy.max_tokens_limit,
+            max_body_size: proxy.max_body_size,
+            keepalive: (proxy.keepalive_seconds > 0).then(|| Duration::from_secs(proxy.keepalive_seconds)),
+            fallback_on_draft_failure: proxy.fallback_on_draft_failure,
+            drain: DRAIN,
+        })
+    }
+}
+
+fn base_url(text: &str) -> Result<reqwest::Url, SettingsError> {
+    let wrong = |problem: String| SettingsError::TargetUrl {
+        url: text.to_owned(),
+        problem,
+    };
+    let url = reqwest::Url::parse(text).map_err(|error| wrong(error.to_string()))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(wrong(format!("its scheme is `{}`", url.scheme())));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong("it has a query or a fragment".to_owned()));
+    }
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_url_without_a_scheme_is_explained() {
+        for url in [
+            "192.168.1.100:8080",
+            "localhost:8080",
+            "ftp://there",
+            "http://there/?x=1",
+        ] {
+            let error = base_url(url).unwrap_err().to_string();
+            assert!(
+                error.contains(url) && error.contains("http://192.168.1.100:8080"),
+                "{error}"
+            );
+        }
+    }
+}

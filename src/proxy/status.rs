@@ -1,0 +1,112 @@
+//! Our own endpoints.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::router::App;
+use crate::engine::{self, Counts};
+use crate::observe::metrics::CONTENT_TYPE;
+use crate::observe::recent::Record;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// `GET /health`: this process lives.
+pub(super) async fn health() -> Json<Value> {
+    Json(json!({ "status": "ok", "version": VERSION }))
+}
+
+/// `GET /readyz`: the target answers.
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
+    let target = app.engine.status().target;
+    if target.healthy {
+        return Json(json!({ "status": "ready" })).into_response();
+    }
+    let reason = target
+        .problem
+        .unwrap_or_else(|| "the target has not answered yet".to_owned());
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        Json(json!({ "status": "not ready", "reason": reason })),
+    )
+        .into_response()
+}
+
+/// `GET /metrics`
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    match app.observed.metrics.text() {
+        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "the metrics cannot be written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+/// `GET /v1/tightwad/status`
+pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
+    let engine::Status {
+        draft,
+        target,
+        verification,
+        reason,
+        counts,
+    } = app.engine.status();
+    Json(Status {
+        version: VERSION,
+        uptime_seconds: app.started.elapsed().as_secs_f64(),
+        draft,
+        target,
+        verification,
+        reason,
+        counts: Sums::from(counts),
+        in_flight: app.observed.metrics.in_flight.get(),
+        requests: app.observed.recent.newest_first(),
+    })
+}
+
+/// What people and `tightwad proxy status` see.
+#[derive(Debug, Serialize)]
+pub(super) struct Status {
+    version: &'static str,
+    uptime_seconds: f64,
+    draft: Option<engine::ServerStatus>,
+    target: engine::ServerStatus,
+    verification: engine::Verification,
+    reason: Option<String>,
+    counts: Sums,
+    in_flight: i64,
+    /// Newest first.
+    requests: Vec<Record>,
+}
+
+/// Counts since the start, and what they come to; ratios are absent while there is nothing to divide by.
+#[derive(Debug, Serialize)]
+struct Sums {
+    /// Steps of the target, by the name that the status has always had for them.
+    rounds: u64,
+    drafted: u64,
+    accepted: u64,
+    generated: u64,
+    acceptance_rate: Option<f64>,
+    tokens_per_step: Option<f64>,
+}
+
+impl From<Counts> for Sums {
+    fn from(counts: Counts) -> Self {
+        let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+        Self {
+            rounds: counts.steps,
+            drafted: counts.drafted,
+            accepted: counts.accepted,
+            generated: counts.generated,
+            acceptance_rate: ratio(counts.accepted, counts.drafted),
+            tokens_per_step: ratio(counts.generated, counts.steps),
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! The token that clients send.
+
+use axum::http::{HeaderMap, HeaderValue, header};
+use subtle::ConstantTimeEq;
+
+use crate::config::Secret;
+
+/// The header that Anthropic's clients send their key in.
+pub(super) const X_API_KEY: &str = "x-api-key";
+
+/// Whether a request with these headers knows the token.
+pub(super) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
+    let token = token.expose().as_bytes();
+    let bearers = headers
+        .get_all(header::AUTHORIZATION)
+        .iter()
+        .filter_map(|value| bearer(value.as_bytes()));
+    let keys = headers.get_all(X_API_KEY).iter().map(HeaderValue::as_bytes);
+    bearers.chain(keys).any(|given| bool::from(given.ct_eq(token)))
+}
+
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    const SCHEME: &[u8] = b"bearer ";
+    let (scheme, token) = value.split_at_checked(SCHEME.len())?;
+    scheme.eq_ignore_ascii_case(SCHEME).then(|| token.trim_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn knows(name: &'static str, value: &[u8]) -> bool {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_bytes(value).unwrap());
+        is_known(&Secret::new("s3cret"), &headers)
+    }
+
+    #[test]
+    fn the_token_is_taken_from_either_header_and_nothing_else_is() {
+        assert!(knows("authorization", b"Bearer s3cret"));
+        assert!(knows("authorization", b"bearer  s3cret "));
+        assert!(knows("x-api-key", b"s3cret"));
+        assert!(!knows("authorization", b"s3cret"));
+        assert!(!knows("authorization", b"Basic s3cret"));
+        assert!(!knows("authorization", b"Bearer s3cre"));
+        assert!(!knows("authorization", b"Bearer s3cretx"));
+        assert!(!knows("authorization", b"Bearer "));
+        assert!(!knows("authorization", "Bearer gehe\u{ef}m\u{e9}".as_bytes()));
+        assert!(!knows("cookie", b"s3cret"));
+    }
+}

@@ -1,0 +1,543 @@
+//! llama.cpp's llama-server, as far as speculation needs it. Wire formats: build b11434, `tools/server`; `POST /draft` is
+//! our patch (`nix/llama-cpp`).
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use futures_util::{Stream, StreamExt, stream::BoxStream};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Secret;
+use crate::speculation::Token;
+
+/// Why a server behind us gave no answer that can be used.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum UpstreamError {
+    /// No connection, or it broke.
+    #[error("{url} is unreachable: {cause}")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// The innermost cause.
+        cause: String,
+    },
+    /// An answer with an error status.
+    #[error("{url} answered {status}: {message}")]
+    Refused {
+        /// What was asked.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+        /// The server's message.
+        message: String,
+    },
+    /// An answer that is not what llama-server sends.
+    #[error("{url} sent something else than llama-server would: {cause}")]
+    Malformed {
+        /// What was asked.
+        url: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+}
+
+/// One llama-server.
+#[derive(Debug, Clone)]
+pub struct LlamaServer {
+    base: String,
+    http: reqwest::Client,
+    key: Option<Secret>,
+}
+
+/// What `GET /props` tells.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Props {
+    /// Requests served at once.
+    pub total_slots: usize,
+    /// The model's name.
+    #[serde(default)]
+    pub model_alias: Option<String>,
+    /// The model's file.
+    #[serde(default)]
+    pub model_path: String,
+    /// Version of llama.cpp.
+    #[serde(default)]
+    pub build_info: String,
+    /// Most draft tokens per step; absent without our patch, 0 when drafting is turned off.
+    #[serde(default)]
+    pub draft_external_max: Option<usize>,
+}
+
+/// Body of `POST /draft`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Offer<'a> {
+    /// Names the completion.
+    pub key: &'a str,
+    /// Position of the first token.
+    pub pos: usize,
+    /// Tokens that may stand there.
+    pub tokens: &'a [Token],
+    /// The next step may wait for this many tokens …
+    pub n_min: usize,
+    /// … but no longer than this, in microseconds.
+    pub hold_us: u64,
+    /// Answer only when something is committed beyond `pos`.
+    pub wait: bool,
+}
+
+/// Answer to `POST /draft`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct OfferAnswer {
+    /// How the completion stands.
+    pub state: DraftState,
+    /// Why it will not be drafted for.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Position of the first of `tokens`.
+    #[serde(default)]
+    pub pos: usize,
+    /// Committed tokens from `pos` on.
+    #[serde(default)]
+    pub tokens: Vec<Token>,
+    /// Tokens of the prompt.
+    #[serde(default)]
+    pub n_prompt: usize,
+    /// Most draft tokens that the next step would verify.
+    #[serde(default)]
+    pub n_max: usize,
+    /// Steps so far.
+    #[serde(default)]
+    pub n_steps: u64,
+    /// Draft tokens verified so far.
+    #[serde(default)]
+    pub n_drafted: u64,
+    /// Draft tokens accepted so far.
+    #[serde(default)]
+    pub n_accepted: u64,
+    /// Draft tokens verified in the last step.
+    #[serde(default)]
+    pub step_n: usize,
+    /// Draft tokens accepted in the last step.
+    #[serde(default)]
+    pub step_accepted: usize,
+    /// Duration of the last step in microseconds.
+    #[serde(default)]
+    pub step_us: u64,
+}
+
+impl OfferAnswer {
+    /// Nothing was answered yet.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            state: DraftState::Unknown,
+            reason: None,
+            pos: 0,
+            tokens: Vec::new(),
+            n_prompt: 0,
+            n_max: 0,
+            n_steps: 0,
+            n_drafted: 0,
+            n_accepted: 0,
+            step_n: 0,
+            step_accepted: 0,
+            step_us: 0,
+        }
+    }
+}
+
+/// How a completion stands with its drafter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DraftState {
+    /// No completion has this key (yet, or any more).
+    Unknown,
+    /// No token was generated yet.
+    Waiting,
+    /// It generates.
+    Running,
+    /// It ended.
+    Done,
+    /// It will not be drafted for.
+    Refused,
+}
+
+/// Tokens from the drafter as they come.
+pub type DraftStream = BoxStream<'static, Result<DraftPiece, UpstreamError>>;
+
+/// A piece of a [`DraftStream`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DraftPiece {
+    /// The next tokens.
+    Tokens(Vec<Token>),
+    /// The last piece.
+    End(StreamEnd),
+}
+
+/// Why a draft ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamEnd {
+    /// As many tokens as were asked for, or no room for more.
+    Length,
+    /// The drafter thinks that the text ends here.
+    EndOfText,
+}
+
+#[derive(Deserialize)]
+struct CompletionEvent {
+    #[serde(default)]
+    tokens: Vec<Token>,
+    #[serde(default)]
+    stop: bool,
+    #[serde(default)]
+    stop_type: String,
+    /// Tokens generated so far; an event leaves out those that ended inside of a character.
+    #[serde(default)]
+    tokens_predicted: usize,
+}
+
+impl CompletionEvent {
+    fn end(&self) -> Option<StreamEnd> {
+        self.stop.then(|| {
+            if self.stop_type == "eos" {
+                StreamEnd::EndOfText
+            } else {
+                StreamEnd::Length
+            }
+        })
+    }
+}
+
+impl LlamaServer {
+    /// A client of the server at `base` (without a path). Fails only when the system cannot set up TLS.
+    pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder()
+            .http1_only()
+            .connect_timeout(Duration::from_secs(3))
+            .pool_max_idle_per_host(32)
+            .pool_idle_timeout(Duration::from_secs(4))
+            .build()?;
+        Ok(Self {
+            base: base.trim_end_matches('/').to_owned(),
+            http,
+            key,
+        })
+    }
+
+    /// The base URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.base
+    }
+
+    /// Whether the model is loaded: `GET /health`.
+    pub async fn health(&self) -> Result<(), UpstreamError> {
+        self.get::<serde::de::IgnoredAny>("/health").await.map(drop)
+    }
+
+    /// Whether anything that is not an error of the server itself comes back from `GET /v1/models`.
+    pub async fn answers(&self) -> Result<(), UpstreamError> {
+        match self.get::<serde::de::IgnoredAny>("/v1/models").await {
+            Err(UpstreamError::Refused { status, .. }) if status < 500 && status != 401 && status != 403 => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// `GET /props`.
+    pub async fn props(&self) -> Result<Props, UpstreamError> {
+        self.get("/props").await
+    }
+
+    /// Number of tokens in the vocabulary, of `GET /v1/models`.
+    pub async fn vocabulary_size(&self) -> Result<usize, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Models {
+            data: Vec<Entry>,
+        }
+        #[derive(Deserialize)]
+        struct Entry {
+            meta: Meta,
+        }
+        #[derive(Deserialize)]
+        struct Meta {
+            n_vocab: usize,
+        }
+        let models: Models = self.get("/v1/models").await?;
+        models
+            .data
+            .first()
+            .map(|entry| entry.meta.n_vocab)
+            .ok_or_else(|| UpstreamError::Malformed {
+                url: format!("{}/v1/models", self.base),
+                cause: "no model is listed".into(),
+            })
+    }
+
+    /// The text of `tokens`.
+    pub async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            content: String,
+        }
+        let answer: Answer = self
+            .post("/detokenize", &serde_json::json!({ "tokens": tokens }))
+            .await?;
+        Ok(answer.content)
+    }
+
+    /// The tokens of `text`, with markers such as `<|im_start|>` read as special tokens.
+    pub async fn tokenize(&self, text: &str) -> Result<Vec<Token>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Token>,
+        }
+        let body = serde_json::json!({ "content": text, "parse_special": true });
+        let answer: Answer = self.post("/tokenize", &body).await?;
+        Ok(answer.tokens)
+    }
+
+    /// Offers draft tokens to a running completion, and learns what it has committed.
+    pub async fn offer(&self, offer: &Offer<'_>) -> Result<OfferAnswer, UpstreamError> {
+        self.post("/draft", offer).await
+    }
+
+    /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
+    ///
+    /// llama-server leaves tokens out of its stream that end inside of a character. Where that happens the rest comes in
+    /// one piece, from a second request that is not streamed.
+    #[must_use]
+    pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {
+        let server = self.clone();
+        let start = async move {
+            let events = match server.completion(&prefix, n, slot, true).await {
+                Ok(response) => sse(server.completion_url(), response),
+                Err(error) => futures_util::stream::iter([Err(error)]).boxed(),
+            };
+            Drafting {
+                server,
+                prefix,
+                n,
+                slot,
+                events: Some(events),
+                received: 0,
+                pending: VecDeque::new(),
+            }
+        };
+        futures_util::stream::once(start)
+            .flat_map(|drafting| futures_util::stream::unfold(drafting, Drafting::next))
+            .boxed()
+    }
+
+    /// As [`Self::draft`], in one piece.
+    async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
+        let response = self.completion(prefix, n, slot, false).await?;
+        let event: CompletionEvent = self.read("/completion", response).await?;
+        let end = event.end().unwrap_or(StreamEnd::Length);
+        Ok([DraftPiece::Tokens(event.tokens), DraftPiece::End(end)])
+    }
+
+    fn completion_url(&self) -> String {
+        format!("{}/completion", self.base)
+    }
+
+    async fn completion(
+        &self,
+        prefix: &[Token],
+        n: usize,
+        slot: usize,
+        stream: bool,
+    ) -> Result<reqwest::Response, UpstreamError> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            prompt: &'a [Token],
+            n_predict: usize,
+            id_slot: usize,
+            stream: bool,
+            cache_prompt: bool,
+            return_tokens: bool,
+            samplers: [&'static str; 1],
+            top_k: u8,
+            response_fields: [&'static str; 3],
+        }
+        let body = Body {
+            prompt: prefix,
+            n_predict: n,
+            id_slot: slot,
+            stream,
+            cache_prompt: true,
+            return_tokens: true,
+            samplers: ["top_k"],
+            top_k: 1,
+            response_fields: ["tokens", "stop", "stop_type"],
+        };
+        self.send("/completion", self.http.post(self.completion_url()).json(&body))
+            .await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
+        let request = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .timeout(Duration::from_secs(5));
+        let response = self.send(path, request).await?;
+        self.read(path, response).await
+    }
+
+    async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, UpstreamError> {
+        let response = self
+            .send(path, self.http.post(format!("{}{path}", self.base)).json(body))
+            .await?;
+        self.read(path, response).await
+    }
+
+    async fn send(&self, path: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
+        let request = match &self.key {
+            Some(key) => request.bearer_auth(key.expose()),
+            None => request,
+        };
+        let url = || format!("{}{path}", self.base);
+        let response = request.send().await.map_err(|error| unreachable(url(), &error))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status().as_u16();
+        let body = response.text().await.unwrap_or_default();
+        let message = serde_json::from_str::<serde_json::Value>(&body)
+            .ok()
+            .and_then(|body| body.pointer("/error/message")?.as_str().map(str::to_owned))
+            .unwrap_or(body);
+        Err(UpstreamError::Refused {
+            url: url(),
+            status,
+            message,
+        })
+    }
+
+    async fn read<T: DeserializeOwned>(&self, path: &str, response: reqwest::Response) -> Result<T, UpstreamError> {
+        let url = || format!("{}{path}", self.base);
+        let body = response.bytes().await.map_err(|error| unreachable(url(), &error))?;
+        serde_json::from_slice(&body).map_err(|error| UpstreamError::Malformed {
+            url: url(),
+            cause: error.to_string(),
+        })
+    }
+}
+
+/// Names the innermost cause, which says more than reqwest's own words.
+fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    UpstreamError::Unreachable {
+        url,
+        cause: cause.to_string(),
+    }
+}
+
+type Events = BoxStream<'static, Result<CompletionEvent, UpstreamError>>;
+
+/// State of a [`LlamaServer::draft`].
+struct Drafting {
+    server: LlamaServer,
+    prefix: Vec<Token>,
+    n: usize,
+    slot: usize,
+    /// The running request; `None` after the last piece.
+    events: Option<Events>,
+    received: usize,
+    pending: VecDeque<DraftPiece>,
+}
+
+impl Drafting {
+    async fn next(mut self) -> Option<(Result<DraftPiece, UpstreamError>, Self)> {
+        loop {
+            if let Some(piece) = self.pending.pop_front() {
+                return Some((Ok(piece), self));
+            }
+            let event = match self.events.as_mut()?.next().await {
+                Some(Ok(event)) => event,
+                Some(Err(error)) => {
+                    self.events = None;
+                    return Some((Err(error), self));
+                }
+                None => {
+                    self.events = None;
+                    let cause = "the stream broke off".to_owned();
+                    return Some((
+                        Err(UpstreamError::Unreachable {
+                            url: self.server.completion_url(),
+                            cause,
+                        }),
+                        self,
+                    ));
+                }
+            };
+            if let Some(end) = event.end() {
+                self.events = None;
+                self.pending.push_back(DraftPiece::End(end));
+            } else if event.tokens_predicted > self.received + event.tokens.len() {
+                self.events = None;
+                let n = self.n.saturating_sub(self.received).max(1);
+                match self.server.draft_at_once(&self.prefix, n, self.slot).await {
+                    Ok(pieces) => self.pending.extend(pieces),
+                    Err(error) => return Some((Err(error), self)),
+                }
+            } else if !event.tokens.is_empty() {
+                self.received += event.tokens.len();
+                self.prefix.extend_from_slice(&event.tokens);
+                self.pending.push_back(DraftPiece::Tokens(event.tokens));
+            }
+        }
+    }
+}
+
+/// The `data:` events of a server-sent event stream.
+fn sse(url: String, response: reqwest::Response) -> Events {
+    let lines = Lines {
+        bytes: response.bytes_stream().boxed(),
+        buffer: BytesMut::new(),
+    };
+    futures_util::stream::unfold((lines, url), |(mut lines, url)| async move {
+        loop {
+            match lines.next().await? {
+                Ok(line) => {
+                    let Some(data) = line.strip_prefix(b"data:") else {
+                        continue;
+                    };
+                    let event = serde_json::from_slice(data).map_err(|error| UpstreamError::Malformed {
+                        url: url.clone(),
+                        cause: error.to_string(),
+                    });
+                    return Some((event, (lines, url)));
+                }
+                Err(error) => return Some((Err(unreachable(url.clone(), &error)), (lines, url))),
+            }
+        }
+    })
+    .boxed()
+}
+
+/// Splits a body into lines.
+struct Lines<S> {
+    bytes: S,
+    buffer: BytesMut,
+}
+
+impl<S: Stream<Item = reqwest::Result<bytes::Bytes>> + Unpin> Lines<S> {
+    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end);
+                self.buffer.advance(1);
+                return Some(Ok(line));
+            }
+            match self.bytes.next().await? {
+                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
