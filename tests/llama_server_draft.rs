@@ -977,7 +977,9 @@ async fn counters_and_usage_add_up() {
         counter("llamacpp:spec_decode_num_accepted_tokens_total"),
         last.n_accepted
     );
-    assert_eq!(counter("llamacpp:tokens_predicted_total"), 80);
+    // of all runs, those to which the drafter came late included
+    let n_predicted = counter("llamacpp:tokens_predicted_total");
+    assert!(n_predicted >= 80 && n_predicted % 40 == 0, "{n_predicted}");
 }
 
 #[tokio::test]

@@ -237,8 +237,8 @@ pub fn hybrid(path: &Path) {
 /// Linear attention (gated delta net) with an attention layer after every three: its state is large and depends on all that
 /// went before, and it can be rolled back by snapshots.
 pub fn linear_attention(path: &Path) {
-    let (d_state, n_k_heads, n_v_heads, d_conv) = (16, 2, 4, 4);
-    let (key_dim, value_dim) = (d_state * n_k_heads, d_state * n_v_heads);
+    let (d_state, n_groups, n_v_heads, d_conv) = (16, 2, 4, 4);
+    let (key_dim, value_dim) = (d_state * n_groups, d_state * n_v_heads);
     let conv_dim = 2 * key_dim + value_dim;
     let mut model = Model::new("qwen35", 4);
     model.u32("attention.head_count", N_HEAD as u32);
@@ -253,7 +253,7 @@ pub fn linear_attention(path: &Path) {
     model.u32("ssm.inner_size", value_dim as u32);
     model.u32("ssm.state_size", d_state as u32);
     model.u32("ssm.time_step_rank", n_v_heads as u32);
-    model.u32("ssm.group_count", n_k_heads as u32);
+    model.u32("ssm.group_count", n_groups as u32);
     model.norm("output_norm.weight", N_EMBD);
     for layer in 0..4 {
         let blk = format!("blk.{layer}");
