@@ -29,7 +29,7 @@ const LOG_FILTER: &str = "TIGHTWAD_LOG";
 
 const EXAMPLES: &str = "\
 Examples:
-  tightwad demo --target-model big.gguf --draft-model small.gguf   see what drafting gains, without a config
+  tightwad demo --target-model big.gguf --draft-model small.gguf   see what drafting gains
   tightwad check-config                                            is the config right?
   tightwad run target                                              on the host with the big model
   tightwad run draft                                               on the host with the small one
@@ -44,7 +44,7 @@ The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug)
 #[derive(Debug, Parser)]
 #[command(name = "tightwad", version, after_help = EXAMPLES)]
 struct Cli {
-    /// The config. Default: $`TIGHTWAD_CONFIG`, ./tightwad.yaml, ./configs/cluster.yaml,
+    /// The config. Default: `TIGHTWAD_CONFIG`, ./tightwad.yaml, ./configs/cluster.yaml,
     /// ~/.config/tightwad/config.yaml, /etc/tightwad/cluster.yaml.
     #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
