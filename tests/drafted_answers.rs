@@ -128,14 +128,16 @@ async fn same_and_drafted(path: &str, body: &Value) -> (Value, Record) {
 
 async fn same_and_drafted_with(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> (Value, Record) {
     // On a busy machine a short answer may be over before its first draft is there.
-    for _ in 0..4 {
+    let mut records = Vec::new();
+    while records.len() < 4 {
         let (plain, record) = same(target, proxy, path, body).await;
         if record.accepted > 0 {
             assert!(record.steps < record.generated, "{record:?}");
             return (plain, record);
         }
+        records.push(record);
     }
-    panic!("no draft was accepted: {path} {body}");
+    panic!("no draft was accepted: {path} {body}: {records:#?}");
 }
 
 // What is asked for
@@ -322,27 +324,43 @@ async fn characters_that_are_split_over_tokens_arrive_whole() {
         let tokens = stage.target.tokenize(text).await.len();
         assert!(tokens > text.chars().count(), "{text} is not split");
     }
-    // The text is forced, with parts between that a drafter guesses.
-    let capitals = r#"root ::= "The capital of France is Paris. " other other
-        other ::= "\U0001F600\u65e5\u672c\u8a9e" sentence "\U0001F389\u00e9" sentence
-        sentence ::= " The capital of " ("Italy is Rome. " | "Spain is Madrid. " | "Germany is Berlin. ")"#;
+    // Between what both models would say anyway, the target is made to say these.
+    let grammar = r#"root ::= "Recursion is a technique in which a function calls itself \U0001F600\u65e5\u672c\u8a9e to solve a
+        smaller version of the same problem. \U0001F389\u00e9 Every recursive function needs a base case""#;
+    let grammar = grammar.split_whitespace().collect::<Vec<_>>().join(" ");
     for sampling in [greedy(), sampled()] {
         for stream in [false, true] {
-            let more = with(sampling.clone(), json!({ "stream": stream }));
-            let body =
-                json!({ "prompt": "The capital of ", "n_predict": 90, "grammar": capitals, "return_tokens": true });
-            let (answer, _) = same_and_drafted("/completion", &with(body, more.clone())).await;
+            let body = with(
+                with(chat("Explain recursion.", 80), sampling.clone()),
+                json!({ "grammar": grammar }),
+            );
+            let (answer, _) = same_and_drafted(CHAT, &with(body, json!({ "stream": stream }))).await;
             if !stream {
-                let content = answer["content"].as_str().expect("a text");
+                let content = answer["choices"][0]["message"]["content"].as_str().expect("a text");
                 assert!(
-                    content.contains("\u{1f600}\u{65e5}\u{672c}\u{8a9e} The capital of "),
+                    content.contains(" itself \u{1f600}\u{65e5}\u{672c}\u{8a9e} to solve"),
+                    "{content}"
+                );
+                assert!(
+                    content.contains(" problem. \u{1f389}\u{e9} Every recursive"),
                     "{content}"
                 );
             }
-            // Both models go on with pieces of characters, so that drafts begin and end inside of them.
-            let prompt = "\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8);
-            let body = json!({ "prompt": prompt, "n_predict": 40, "return_tokens": true });
-            same_and_drafted("/completion", &with(body, more)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
+    let target = &stage().await.target;
+    // The tiny target itself: every draft is right.
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let proxy = Proxy::drafting(target.url(), draft.url()).await;
+    let prompt = "\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8);
+    for sampling in [greedy(), sampled()] {
+        for stream in [false, true] {
+            let body = json!({ "prompt": prompt, "n_predict": 60, "return_tokens": true, "stream": stream });
+            same_and_drafted_with(target, &proxy, "/completion", &with(body, sampling.clone())).await;
         }
     }
 }
