@@ -80,6 +80,20 @@ impl FakeDrafter {
         }
     }
 
+    /// Seems to be well, and never says what its tokens mean.
+    pub async fn secretive(real: &LlamaServer) -> Self {
+        let props = real.get_text("/props").await;
+        let models = real.get_text("/v1/models").await;
+        let server = FakeUpstream::start(move |seen| match seen.target.as_str() {
+            "/health" => whole("200 OK", r#"{"status":"ok"}"#),
+            "/props" => whole("200 OK", &props),
+            "/v1/models" => whole("200 OK", &models),
+            _ => vec![Act::Hang],
+        })
+        .await;
+        Self { server }
+    }
+
     /// Answers every request for a draft with an error.
     pub async fn errs(real: &LlamaServer) -> Self {
         Self::like(real, |_| {
