@@ -388,7 +388,7 @@ async fn a_client_that_leaves_an_unstreamed_answer_is_seen_by_the_target_at_once
 async fn a_stream_that_is_slow_to_begin_is_kept_alive_and_then_arrives_whole() {
     let target = FakeUpstream::start(|_| {
         vec![
-            wait(350),
+            wait(600),
             stream_head(),
             chunk("data: 1\n\n"),
             chunk("data: [DONE]\n\n"),
@@ -397,14 +397,13 @@ async fn a_stream_that_is_slow_to_begin_is_kept_alive_and_then_arrives_whole() {
     })
     .await;
     let proxy = Proxy::before(&target.url(), quick).await;
-    let begun = Instant::now();
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
-    assert!(begun.elapsed() < Duration::from_millis(300), "{:?}", begun.elapsed());
+    assert!(target.sent().is_empty(), "the client waited for the target");
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], "text/event-stream");
     let text = response.text().await.unwrap();
     let comments = text.matches(COMMENT).count();
-    assert!((2..=3).contains(&comments), "{text}");
+    assert!(comments >= 2, "{text}");
     assert_eq!(text, format!("{}data: 1\n\ndata: [DONE]\n\n", COMMENT.repeat(comments)));
     assert_eq!(target.seen().len(), 1);
 }
@@ -428,7 +427,7 @@ async fn comments_fill_the_silence_between_events_and_never_inside_one() {
     let proxy = Proxy::before(&target.url(), quick).await;
     let text = proxy.post(CHAT, STREAMED).send().await.unwrap().text().await.unwrap();
     let comments = text.matches(COMMENT).count();
-    assert!((1..=2).contains(&comments), "{text}");
+    assert!(comments >= 1, "{text}");
     assert_eq!(
         text,
         format!("data: {{\"a\":1}}\n\n{}data: 2\n\n", COMMENT.repeat(comments))
@@ -489,6 +488,22 @@ async fn a_late_error_travels_in_the_stream_in_the_clients_dialect() {
     let error = "event: error\ndata: {\"error\":{\"message\":\"too long\",\"n_ctx\":256},\"type\":\"error\"}\n\n";
     assert_eq!(text, format!("{COMMENT}{error}"));
     assert_eq!(proxy.outcome().await, "failed");
+}
+
+#[tokio::test]
+async fn a_target_that_streams_something_else_is_told_apart_from_one_that_streams() {
+    let target = FakeUpstream::start(|_| [vec![wait(150)], json("200 OK", "{}")].concat()).await;
+    let proxy = Proxy::before(&target.url(), quick).await;
+    let request = proxy.post(CHAT, STREAMED).header("accept-encoding", "gzip");
+    let text = request.send().await.unwrap().text().await.unwrap();
+    let event = text.trim_start_matches(COMMENT).strip_prefix("data: ").unwrap();
+    let error = &serde_json::from_str::<Value>(event).unwrap()["error"];
+    assert_eq!(error["code"], "target_did_not_stream");
+    // A compressed stream would be another one that nothing can be put into.
+    assert_eq!(target.only().header("accept-encoding"), None);
+    let request = proxy.post(CHAT, UNSTREAMED).header("accept-encoding", "gzip");
+    assert_eq!(request.send().await.unwrap().text().await.unwrap(), "{}");
+    assert_eq!(target.seen()[1].header("accept-encoding"), Some("gzip"));
 }
 
 #[tokio::test]
@@ -894,7 +909,7 @@ async fn a_completion_carries_the_key_of_its_drafting_which_ends_with_the_client
     until("the target to be asked for the completion", || asked() > 0).await;
     drop(response);
     target.was_left().await;
-    proxy.outcome().await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
     let last = asked();
     tokio::time::sleep(Duration::from_millis(150)).await;
     assert_eq!(asked(), last, "drafts for a completion that is over");
@@ -909,7 +924,7 @@ async fn without_fallback_completions_wait_for_the_drafter_and_nothing_else_does
     let target = patched(|_| json("200 OK", "{}")).await;
     let draft = nobody().await;
     let proxy = Proxy::drafting(&target.url(), &draft, |settings| {
-        settings.fallback_on_draft_failure = false
+        settings.fallback_on_draft_failure = false;
     })
     .await;
     proxy.is("verification", "attached").await;
@@ -974,7 +989,11 @@ async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
     let proxy = Proxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     proxy.shutdown.cancel();
-    assert!(response.text().await.is_err(), "a cut stream looks like a whole one");
+    let text = tokio::time::timeout(SOON, response.text()).await;
+    assert!(
+        text.expect("it is not cut").is_err(),
+        "a cut stream looks like a whole one"
+    );
     target.was_left().await;
     tokio::time::timeout(SOON, proxy.ended).await.unwrap().unwrap();
     until("the connections to end", || target.open() == 0).await;

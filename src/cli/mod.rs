@@ -1,1 +1,169 @@
 //! The command line.
+
+mod chat;
+mod check_config;
+mod completion;
+mod demo;
+pub mod exit;
+mod pid_file;
+mod progress;
+mod proxy;
+mod run;
+mod signals;
+mod sse;
+mod status;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Loaded;
+use crate::observe::log::{self, Format};
+use crate::supervise::parent_bound;
+use exit::{Exit, Failure};
+
+/// Environment variable with the log filter: `debug`, `warn,tightwad::child=info`, …
+const LOG_FILTER: &str = "TIGHTWAD_LOG";
+
+const EXAMPLES: &str = "\
+Examples:
+  tightwad demo --target-model big.gguf --draft-model small.gguf   see what drafting gains
+  tightwad check-config                                            is the config right?
+  tightwad run target                                              on the host with the big model
+  tightwad run draft                                               on the host with the small one
+  tightwad proxy start                                             the endpoint in front of both
+  tightwad chat                                                    talk to it
+
+Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
+6 server unreachable, 7 not running, 8 a child process was given up, 130 interrupted.
+The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
+
+/// Many unlike GPUs on many machines behind one OpenAI-compatible endpoint, faster than the target model alone.
+#[derive(Debug, Parser)]
+#[command(name = "tightwad", version, after_help = EXAMPLES)]
+struct Cli {
+    /// The config. Default: `TIGHTWAD_CONFIG`, ./tightwad.yaml, ./configs/cluster.yaml,
+    /// ~/.config/tightwad/config.yaml, /etc/tightwad/cluster.yaml.
+    #[arg(short, long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How log lines (on stderr) look.
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    log_format: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The OpenAI-compatible endpoint: start, stop, status.
+    #[command(subcommand)]
+    Proxy(ProxyCommand),
+    /// Run this host's part in the foreground, as systemd does.
+    #[command(after_help = "Example: tightwad -c cluster.yaml run target")]
+    Run {
+        /// What to run.
+        part: run::Part,
+    },
+    /// Check the config and say what is wrong with it.
+    #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
+    CheckConfig(check_config::Options),
+    /// Chat with the proxy on the terminal; also takes prompts from a pipe, one per line.
+    #[command(after_help = "Example: echo 'Write a haiku about frugality.' | tightwad chat")]
+    Chat(chat::Options),
+    /// Start a target, a draft and the proxy on this machine and show what drafting gains.
+    #[command(after_help = "Example: tightwad demo --target-model big.gguf --draft-model small.gguf --once")]
+    Demo(demo::Options),
+    /// Become a program that does not outlive its parent.
+    #[command(name = parent_bound::SUBCOMMAND, hide = true)]
+    ExecChild(ExecChild),
+}
+
+#[derive(Debug, Subcommand)]
+enum ProxyCommand {
+    /// Start it in the foreground; Ctrl-C or `tightwad proxy stop` ends it.
+    #[command(after_help = "Example: tightwad -c cluster.yaml proxy start")]
+    Start,
+    /// Stop it and wait until running answers are finished.
+    #[command(after_help = "Example: tightwad proxy stop")]
+    Stop,
+    /// Show its servers and how well drafting goes.
+    #[command(after_help = "Example: tightwad proxy status --json | jq .counts")]
+    Status {
+        /// The whole answer as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct ExecChild {
+    #[arg(long)]
+    parent: u32,
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// Parses the command line, does what it says, and returns the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // Before any thread is started: this process is about to become another program.
+    if let Command::ExecChild(child) = &cli.command {
+        return exec_child(child);
+    }
+    let quiet = matches!(cli.command, Command::Demo(_) | Command::Chat(_));
+    let filter = std::env::var(LOG_FILTER).unwrap_or_else(|_| if quiet { "error" } else { "info" }.to_owned());
+    if let Err(error) = log::init(cli.log_format, &filter) {
+        return report(&Failure::new(Exit::Usage, format!("{LOG_FILTER}: {error}")));
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failure::other("start the runtime", error)),
+    };
+    let done = runtime.block_on(dispatch(&cli));
+    // A look-up of a name may still block one of its threads; nobody waits for that.
+    runtime.shutdown_background();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure),
+    }
+}
+
+async fn dispatch(cli: &Cli) -> Result<(), Failure> {
+    let file = cli.config.as_deref();
+    match &cli.command {
+        Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy).await,
+        Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?.config),
+        Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?.config, *json).await,
+        Command::Run { part } => run::run(&load(file)?, *part).await,
+        Command::CheckConfig(options) => check_config::check(file, options),
+        Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
+        Command::Demo(options) => demo::demo(options).await,
+        Command::ExecChild(child) => Err(Failure::other("execute", child.command[0].display())),
+    }
+}
+
+/// The config; what is odd but not wrong goes to the log.
+fn load(file: Option<&Path>) -> Result<Loaded, Failure> {
+    let loaded = crate::config::load::load(file)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(loaded)
+}
+
+fn exec_child(child: &ExecChild) -> ExitCode {
+    let Some((program, args)) = child.command.split_first() else {
+        return Exit::Usage.into();
+    };
+    let error = parent_bound::become_program(child.parent, program, args);
+    eprintln!("error: cannot execute {}: {error}", program.display());
+    ExitCode::from(127)
+}
+
+fn report(failure: &Failure) -> ExitCode {
+    eprintln!("error: {failure}");
+    failure.exit.into()
+}

@@ -178,6 +178,14 @@ impl Attached {
         if answer.n_steps < old.n_steps {
             return;
         }
+        tracing::trace!(
+            steps = answer.n_steps,
+            drafted = answer.step_n,
+            accepted = answer.step_accepted,
+            us = answer.step_us,
+            n_max = answer.n_max,
+            "step"
+        );
         if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
             self.shared.pace().record_step(Step {
                 drafted: answer.step_n,
@@ -274,6 +282,7 @@ impl Attached {
 
     fn handle(&mut self, event: Event) {
         let plan = self.plan();
+        tracing::trace!(?event, ?plan);
         for action in self.session.handle(event, &plan) {
             self.act(action);
         }

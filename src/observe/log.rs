@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// How log lines are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
     /// One readable line per event, in colours on a terminal.
     #[default]
@@ -42,10 +42,15 @@ pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     match format {
-        Format::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        Format::Text => log.with_ansi(is_coloured()).with_target(false).try_init(),
         Format::Json => log.json().flatten_event(true).with_current_span(false).try_init(),
     }
     .map_err(LogError::Twice)
+}
+
+/// Colours are for people at a terminal who have not asked for none (<https://no-color.org>).
+fn is_coloured() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 #[cfg(test)]

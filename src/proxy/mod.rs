@@ -4,16 +4,16 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | [`server`] | accepts connections, ends them |
-//! | [`router`] | gives the request its id, asks for the token, picks our own endpoints out |
-//! | [`paths`] | knows the target's paths |
-//! | [`admission`] | reads the body and refuses what cannot be answered |
-//! | [`forward`] | sends it on and makes the answer |
-//! | [`target`] | the connection to the target |
-//! | [`relay`] | the answer's bytes, with comments and errors where an event stream needs them |
-//! | [`running`] | what is counted of a request while it lives |
-//! | [`respond`] | everything that can go wrong, as HTTP |
-//! | [`status`] | our own endpoints |
+//! | `server` | accepts connections, ends them |
+//! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
+//! | `paths` | knows the target's paths |
+//! | `admission` | reads the body and refuses what cannot be answered |
+//! | `forward` | sends it on and makes the answer |
+//! | `target` | the connection to the target |
+//! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
+//! | `running` | what is counted of a request while it lives |
+//! | `respond` | everything that can go wrong, as HTTP |
+//! | `status` | our own endpoints |
 
 mod admission;
 mod events;

@@ -1,1 +1,19 @@
 //! Child processes: start, watch, restart, end.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`command`] | llama-server's arguments (pure) |
+//! | [`preflight`] | what must be there before a start |
+//! | [`parent_bound`] | a child that is killed with its supervisor, however that dies |
+//! | [`child`] | one running child, as a guard |
+//! | [`death`] | why a child died (pure) |
+//! | [`restart`] | when to start again, when to give up (pure) |
+//! | [`service`] | keeps one server running |
+
+pub mod child;
+pub mod command;
+pub mod death;
+pub mod parent_bound;
+pub mod preflight;
+pub mod restart;
+pub mod service;

@@ -1,5 +1,8 @@
 //! Tiny models with random weights, of the kinds of memory that the trained ones do not have.
 
+// sizes of a tiny model fit every type
+#![allow(clippy::cast_possible_truncation)]
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -16,7 +19,7 @@ const HEAD: u64 = N_EMBD / N_HEAD;
 const ALIGNMENT: usize = 32;
 
 enum Data {
-    Ones,
+    Same(f32),
     /// Of this deviation.
     Noise(f32),
 }
@@ -69,9 +72,9 @@ impl Model {
         self.keys.extend(value.to_le_bytes());
     }
 
-    fn u32_each(&mut self, name: &str, values: &[u32]) {
+    fn i32_each(&mut self, name: &str, values: &[i32]) {
         self.key(&format!("{}.{name}", self.arch), 9);
-        self.keys.extend(4_u32.to_le_bytes());
+        self.keys.extend(5_u32.to_le_bytes());
         self.keys.extend((values.len() as u64).to_le_bytes());
         for value in values {
             self.keys.extend(value.to_le_bytes());
@@ -83,15 +86,15 @@ impl Model {
     }
 
     fn norm(&mut self, name: &str, n: u64) {
-        self.tensor(name, &[n], Data::Ones);
+        self.tensor(name, &[n], Data::Same(1.0));
     }
 
     fn matrix(&mut self, name: &str, n_in: u64, n_out: u64) {
         self.tensor(name, &[n_in, n_out], Data::Noise(1.5 / (n_in as f32).sqrt()));
     }
 
-    fn attention(&mut self, blk: &str) {
-        self.matrix(&format!("{blk}.attn_q.weight"), N_EMBD, N_HEAD * HEAD);
+    fn attention(&mut self, blk: &str, n_per_query: u64) {
+        self.matrix(&format!("{blk}.attn_q.weight"), N_EMBD, N_HEAD * HEAD * n_per_query);
         self.matrix(&format!("{blk}.attn_k.weight"), N_EMBD, N_HEAD_KV * HEAD);
         self.matrix(&format!("{blk}.attn_v.weight"), N_EMBD, N_HEAD_KV * HEAD);
         self.matrix(&format!("{blk}.attn_output.weight"), N_HEAD * HEAD, N_EMBD);
@@ -100,7 +103,6 @@ impl Model {
     }
 
     fn feed_forward(&mut self, blk: &str) {
-        self.norm(&format!("{blk}.ffn_norm.weight"), N_EMBD);
         self.matrix(&format!("{blk}.ffn_gate.weight"), N_EMBD, N_FF);
         self.matrix(&format!("{blk}.ffn_up.weight"), N_EMBD, N_FF);
         self.matrix(&format!("{blk}.ffn_down.weight"), N_FF, N_EMBD);
@@ -139,7 +141,7 @@ impl Model {
             let mut bytes = Vec::new();
             for _ in 0..dims.iter().product::<u64>() {
                 let value = match data {
-                    Data::Ones => 1.0,
+                    Data::Same(value) => *value,
                     // uniform noise has a deviation of sqrt(1/12)
                     Data::Noise(deviation) => (uniform() - 0.5) * 12_f32.sqrt() * deviation,
                 };
@@ -174,19 +176,64 @@ fn tokenizer() -> (u64, Vec<u8>) {
 pub fn hybrid(path: &Path) {
     let mut model = Model::new("lfm2", 4);
     model.u32("attention.head_count", N_HEAD as u32);
-    model.u32_each("attention.head_count_kv", &[0, N_HEAD_KV as u32, 0, N_HEAD_KV as u32]);
+    model.i32_each("attention.head_count_kv", &[0, N_HEAD_KV as i32, 0, N_HEAD_KV as i32]);
     model.u32("shortconv.l_cache", 3);
     model.f32("rope.freq_base", 10000.0);
     model.norm("token_embd_norm.weight", N_EMBD);
     for layer in 0..4 {
         let blk = format!("blk.{layer}");
         model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        model.norm(&format!("{blk}.ffn_norm.weight"), N_EMBD);
         if layer % 2 == 0 {
             model.matrix(&format!("{blk}.shortconv.conv.weight"), 3, N_EMBD);
             model.matrix(&format!("{blk}.shortconv.in_proj.weight"), N_EMBD, 3 * N_EMBD);
             model.matrix(&format!("{blk}.shortconv.out_proj.weight"), N_EMBD, N_EMBD);
         } else {
-            model.attention(&blk);
+            model.attention(&blk, 1);
+        }
+        model.feed_forward(&blk);
+    }
+    model.write(path);
+}
+
+/// Linear attention (gated delta net) with an attention layer after every three: its state is large and depends on all that
+/// went before, and it can be rolled back by snapshots.
+pub fn linear_attention(path: &Path) {
+    let (d_state, n_groups, n_v_heads, d_conv) = (16, 2, 4, 4);
+    let (key_dim, value_dim) = (d_state * n_groups, d_state * n_v_heads);
+    let conv_dim = 2 * key_dim + value_dim;
+    let mut model = Model::new("qwen35", 4);
+    model.u32("attention.head_count", N_HEAD as u32);
+    model.u32("attention.head_count_kv", N_HEAD_KV as u32);
+    model.u32("attention.key_length", HEAD as u32);
+    model.u32("attention.value_length", HEAD as u32);
+    model.f32("rope.freq_base", 10000.0);
+    model.u32("rope.dimension_count", HEAD as u32);
+    model.i32_each("rope.dimension_sections", &[4, 2, 2, 0]);
+    model.u32("full_attention_interval", 4);
+    model.u32("ssm.conv_kernel", d_conv as u32);
+    model.u32("ssm.inner_size", value_dim as u32);
+    model.u32("ssm.state_size", d_state as u32);
+    model.u32("ssm.time_step_rank", n_v_heads as u32);
+    model.u32("ssm.group_count", n_groups as u32);
+    model.norm("output_norm.weight", N_EMBD);
+    for layer in 0..4 {
+        let blk = format!("blk.{layer}");
+        model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        model.norm(&format!("{blk}.post_attention_norm.weight"), N_EMBD);
+        if layer == 3 {
+            // each head's query comes with a gate
+            model.attention(&blk, 2);
+        } else {
+            model.matrix(&format!("{blk}.attn_qkv.weight"), N_EMBD, conv_dim);
+            model.matrix(&format!("{blk}.attn_gate.weight"), N_EMBD, value_dim);
+            model.matrix(&format!("{blk}.ssm_conv1d.weight"), d_conv, conv_dim);
+            model.tensor(&format!("{blk}.ssm_dt.bias"), &[n_v_heads], Data::Noise(0.1));
+            model.tensor(&format!("{blk}.ssm_a"), &[n_v_heads], Data::Same(-0.1));
+            model.matrix(&format!("{blk}.ssm_beta.weight"), N_EMBD, n_v_heads);
+            model.matrix(&format!("{blk}.ssm_alpha.weight"), N_EMBD, n_v_heads);
+            model.norm(&format!("{blk}.ssm_norm.weight"), d_state);
+            model.matrix(&format!("{blk}.ssm_out.weight"), value_dim, N_EMBD);
         }
         model.feed_forward(&blk);
     }
@@ -232,8 +279,9 @@ pub fn sliding_window(path: &Path) {
     for layer in 0..6 {
         let blk = format!("blk.{layer}");
         model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
-        model.attention(&blk);
+        model.attention(&blk, 1);
         model.norm(&format!("{blk}.post_attention_norm.weight"), N_EMBD);
+        model.norm(&format!("{blk}.ffn_norm.weight"), N_EMBD);
         model.feed_forward(&blk);
         model.norm(&format!("{blk}.post_ffw_norm.weight"), N_EMBD);
     }

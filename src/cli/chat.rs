@@ -1,0 +1,209 @@
+//! `tightwad chat`.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::time::Instant;
+
+use clap::Args;
+use tokio::sync::mpsc;
+
+use super::completion::{Answer, Message, Piece, Sampling, Server};
+use super::exit::{Exit, Failure};
+use super::status::{self, Counts};
+use crate::config::{self, Config, Secret};
+
+/// Options of `chat`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Talk to the target itself, past the proxy.
+    #[arg(long)]
+    direct: bool,
+}
+
+/// One conversation.
+struct Chat {
+    server: Server,
+    /// Where to ask how drafting went; not when talking past the proxy.
+    proxy: Option<(String, Option<Secret>)>,
+    messages: Vec<Message>,
+    interactive: bool,
+}
+
+/// Reads prompts, one per line, and prints the answers; everything else goes to stderr.
+pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
+    let mut chat = Chat::new(config, options)?;
+    let mut prompts = read_lines();
+    let mut last = Ok(());
+    loop {
+        chat.ask_for_prompt();
+        let prompt = tokio::select! {
+            prompt = prompts.recv() => prompt,
+            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+        };
+        let Some(prompt) = prompt.transpose()? else { break };
+        if prompt.trim().is_empty() {
+            continue;
+        }
+        last = chat.turn(prompt).await;
+        match &last {
+            Err(failure) if chat.interactive => eprintln!("error: {failure}"),
+            Err(_) => return last,
+            Ok(()) => {}
+        }
+    }
+    if chat.interactive {
+        eprintln!();
+        // Each failure was told when it happened.
+        return Ok(());
+    }
+    last
+}
+
+impl Chat {
+    fn new(config: &Config, options: &Options) -> Result<Self, Failure> {
+        let (_, target) = config.proxy_upstreams();
+        let model = target.as_ref().and_then(|target| target.model_name.clone());
+        let interactive = io::stdin().is_terminal();
+        let (server, proxy) = if options.direct {
+            let target = target.ok_or_else(|| {
+                Failure::new(
+                    Exit::Config,
+                    "the config names no target; set `proxy.target`, or leave out --direct",
+                )
+            })?;
+            (
+                Server::new(target.url.trim_end_matches('/'), target.api_key()?, model)?,
+                None,
+            )
+        } else {
+            let proxy = config.proxy.clone().unwrap_or_default();
+            let url = config::local_url(&proxy.host, proxy.port);
+            let token = proxy.token()?;
+            (Server::new(&url, token.clone(), model)?, Some((url, token)))
+        };
+        if interactive {
+            eprintln!("Talking to {}. Ctrl-C cancels an answer, Ctrl-D ends.", server.url());
+        }
+        Ok(Self {
+            server,
+            proxy,
+            messages: Vec::new(),
+            interactive,
+        })
+    }
+
+    fn ask_for_prompt(&self) {
+        if self.interactive {
+            eprint!("> ");
+        }
+    }
+
+    /// One prompt and its answer, of which a cancelled one keeps what came.
+    async fn turn(&mut self, prompt: String) -> Result<(), Failure> {
+        let before = self.counts().await;
+        self.messages.push(Message {
+            role: "user",
+            content: prompt,
+        });
+        let mut printer = Printer::default();
+        let began = Instant::now();
+        let answer = tokio::select! {
+            answer = self.server.chat(&self.messages, Sampling::default(), |piece| printer.print(piece)) => answer,
+            _ = tokio::signal::ctrl_c() => {
+                printer.end()?;
+                if !self.interactive {
+                    return Err(Failure::new(Exit::Interrupted, "interrupted"));
+                }
+                eprintln!("(cancelled)");
+                self.messages.push(Message { role: "assistant", content: printer.text });
+                return Ok(());
+            }
+        };
+        printer.end()?;
+        match answer {
+            Ok(answer) => {
+                let since = before
+                    .zip(self.counts().await)
+                    .map(|(before, after)| after.since(before));
+                eprintln!("{}", summary(&answer, began.elapsed().as_secs_f64(), since));
+                self.messages.push(Message {
+                    role: "assistant",
+                    content: answer.text,
+                });
+                Ok(())
+            }
+            Err(failure) => {
+                self.messages.pop();
+                Err(failure)
+            }
+        }
+    }
+
+    /// The proxy's counts; an answer is not worth less when they cannot be had.
+    async fn counts(&self) -> Option<Counts> {
+        let (url, token) = self.proxy.as_ref()?;
+        status::fetch(url, token.as_ref())
+            .await
+            .ok()
+            .map(|status| Counts::of(&status))
+    }
+}
+
+fn summary(answer: &Answer, seconds: f64, counts: Option<Counts>) -> String {
+    let mut words = vec![format!("{} tokens in {seconds:.1} s", answer.tokens)];
+    words.extend(answer.tokens_per_second().map(|speed| format!("{speed:.1} tok/s")));
+    words.extend(counts.and_then(Counts::describe));
+    format!("[{}]", words.join(", "))
+}
+
+/// Prints an answer as it comes: the text to stdout, thoughts to a terminal only.
+#[derive(Default)]
+struct Printer {
+    text: String,
+    thinking: bool,
+}
+
+impl Printer {
+    fn print(&mut self, piece: &Piece) -> io::Result<()> {
+        match piece {
+            Piece::Text(text) => {
+                if self.thinking {
+                    self.thinking = false;
+                    eprintln!();
+                }
+                self.text.push_str(text);
+                let mut stdout = io::stdout().lock();
+                stdout.write_all(text.as_bytes())?;
+                stdout.flush()
+            }
+            Piece::Reasoning(text) => {
+                if io::stderr().is_terminal() {
+                    self.thinking = true;
+                    eprint!("{text}");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn end(&self) -> io::Result<()> {
+        if self.text.is_empty() || self.text.ends_with('\n') {
+            Ok(())
+        } else {
+            writeln!(io::stdout().lock())
+        }
+    }
+}
+
+/// The lines of stdin. A thread of its own reads them: a read from a terminal cannot be cancelled, and nobody should
+/// have to press Enter for the program to end.
+fn read_lines() -> mpsc::Receiver<io::Result<String>> {
+    let (lines, queue) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        for line in io::stdin().lock().lines() {
+            if lines.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    queue
+}

@@ -1,0 +1,202 @@
+//! `tightwad demo`: what drafting gains on this machine, without a config.
+
+mod bench;
+mod prompts;
+mod table;
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+
+use super::completion::Server;
+use super::exit::{Exit, Failure};
+use super::{progress, proxy, signals};
+use crate::config::{self, Binaries, Model, Upstream};
+use crate::engine::{Engine, Verification};
+use crate::supervise::command::Role;
+use crate::supervise::preflight;
+use crate::supervise::service::Service;
+
+/// Context per slot: more than any answer of the demo needs, and within what small models were trained on.
+const CTX_SIZE: u32 = 2048;
+/// Requests at once.
+const SLOTS: u16 = 2;
+/// How long the engine may take to find out what both servers can.
+const PROBE_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Options of `demo`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// The big model.
+    #[arg(long, value_name = "GGUF")]
+    target_model: PathBuf,
+    /// The small model.
+    #[arg(long, value_name = "GGUF")]
+    draft_model: PathBuf,
+    /// The llama-server to run, by name or path.
+    #[arg(long, value_name = "PROGRAM", default_value = "llama-server")]
+    llama_server: PathBuf,
+    /// CPU threads of each server.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    threads: u16,
+    /// Port of the endpoint.
+    #[arg(long, value_name = "PORT", default_value_t = 8088)]
+    port: u16,
+    /// End after the table; the exit code is 1 if a drafted answer differs from the plain one.
+    #[arg(long)]
+    once: bool,
+    /// Print the measurements as JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+    /// More arguments for both llama-servers, after `--`.
+    #[arg(last = true, value_name = "LLAMA_ARGS")]
+    llama_args: Vec<String>,
+}
+
+/// Starts everything, measures, and serves until Ctrl-C.
+pub async fn demo(options: &Options) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let section = config::Proxy {
+        port: options.port,
+        ..config::Proxy::default()
+    };
+    let listener = proxy::listen(&section).await?;
+    let url = config::local_url(&section.host, listener.local_addr()?.port());
+
+    // Not `stop` itself: the servers outlive the proxy, which still finishes its answers.
+    let servers = CancellationToken::new();
+    let (target, target_url) = start(options, Role::Target, &servers).await?;
+    let (draft, draft_url) = start(options, Role::Draft, &servers).await?;
+    let mut services = [(Role::Target, target), (Role::Draft, draft)];
+    for (role, service) in &mut services {
+        tokio::select! {
+            ready = progress::until_ready(*role, service) => ready?,
+            () = stop.cancelled() => return Err(interrupted()),
+        }
+    }
+
+    let section = config::Proxy {
+        target: Some(Upstream {
+            model_name: Some("target".into()),
+            ..Upstream::at(&target_url)
+        }),
+        draft: Some(Upstream {
+            model_name: Some("draft".into()),
+            ..Upstream::at(draft_url)
+        }),
+        ..section
+    };
+    let engine = proxy::start_engine(&section)?;
+    let serving = {
+        let (engine, stop) = (Arc::clone(&engine), stop.clone());
+        tokio::spawn(async move { proxy::serve_on(listener, &section, engine, stop).await })
+    };
+    probed(&engine, &stop).await;
+
+    let equal = tokio::select! {
+        equal = measure(options, &engine, &target_url, &url) => equal?,
+        () = stop.cancelled() => return Err(interrupted()),
+    };
+    if !options.once {
+        serve_on(&url, &mut services, &stop).await?;
+    }
+    // The proxy first, so that its last answers still find their servers.
+    stop.cancel();
+    serving.await.map_err(|error| Failure::other("serve", error))??;
+    for (_, service) in services {
+        service.stop().await;
+    }
+    if options.once && !equal {
+        return Err(Failure::new(
+            Exit::Other,
+            "a drafted answer differs from the plain one; see the table",
+        ));
+    }
+    Ok(())
+}
+
+async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Result<(Service, String), Failure> {
+    let path = match role {
+        Role::Target => &options.target_model,
+        Role::Draft => &options.draft_model,
+    };
+    let server = config::Server {
+        port: free_port()?,
+        slots: SLOTS,
+        threads: Some(options.threads),
+        extra_args: options.llama_args.clone(),
+        ..config::Server::default()
+    };
+    let model = Model {
+        path: path.clone(),
+        ctx_size: CTX_SIZE,
+        predict: None,
+        flash_attn: None,
+        default: true,
+        extra_args: Vec::new(),
+    };
+    let binaries = Binaries {
+        llama_server: options.llama_server.clone(),
+        ..Binaries::default()
+    };
+    let drafts = config::MaxDraftTokens::default();
+    let launch = preflight::llama_server(role, &binaries, &server, (role.as_str(), &model), drafts).await?;
+    let url = launch.url();
+    Ok((Service::start(role, launch, servers), url))
+}
+
+/// A port that is free right now.
+fn free_port() -> Result<u16, Failure> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+/// Waits until the engine knows whether it can draft, and says so when it cannot.
+async fn probed(engine: &Engine, stop: &CancellationToken) {
+    let attached = async {
+        while engine.status().verification != Verification::Attached {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        () = attached => {}
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(PROBE_PATIENCE) => {
+            let reason = engine.status().reason.unwrap_or_else(|| "no reason given".into());
+            eprintln!("note: answers will not be drafted: {reason}");
+        }
+    }
+}
+
+/// Measures and prints; true when all answers are equal.
+async fn measure(options: &Options, engine: &Engine, target_url: &str, proxy_url: &str) -> Result<bool, Failure> {
+    let plain = Server::new(target_url, None, None)?;
+    let drafted = Server::new(proxy_url, None, None)?;
+    let table = table::Table::new(options.json);
+    table.head();
+    let report = bench::run(&plain, &drafted, engine, |row| table.row(row)).await?;
+    table.foot(&report)?;
+    Ok(report.equal)
+}
+
+/// Serves until Ctrl-C, or until a server is given up.
+async fn serve_on(url: &str, services: &mut [(Role, Service); 2], stop: &CancellationToken) -> Result<(), Failure> {
+    eprintln!("\nserving on {url}/v1 until Ctrl-C; try:\n");
+    eprintln!(
+        "  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{{\"stream\": true, \
+         \"messages\": [{{\"role\": \"user\", \"content\": \"Count from 1 to 30.\"}}]}}'\n"
+    );
+    let [(_, target), (_, draft)] = services;
+    tokio::select! {
+        () = stop.cancelled() => Ok(()),
+        ended = target.ended() => Ok(ended?),
+        ended = draft.ended() => Ok(ended?),
+    }
+}
+
+fn interrupted() -> Failure {
+    Failure::new(Exit::Interrupted, "interrupted before the table was complete")
+}

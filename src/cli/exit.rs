@@ -1,0 +1,95 @@
+//! How the program ends: one sentence and one number.
+
+use std::io;
+use std::process::ExitCode;
+
+use crate::config::ConfigError;
+use crate::supervise::preflight::Unfit;
+use crate::supervise::service::GaveUp;
+
+/// Exit codes. Scripts and systemd units may rely on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// It did what it was asked.
+    Ok = 0,
+    /// Anything that has no number of its own.
+    Other = 1,
+    /// The command line is wrong (clap's own code).
+    Usage = 2,
+    /// The config is wrong.
+    Config = 3,
+    /// A file is missing or of the wrong kind: a model, a program, a key.
+    File = 4,
+    /// A port is in use.
+    PortInUse = 5,
+    /// A server does not answer, or refuses.
+    Unreachable = 6,
+    /// There is nothing to stop or to ask: it does not run.
+    NotRunning = 7,
+    /// A child process died too often, or of something that a restart does not cure.
+    ChildGaveUp = 8,
+    /// Ctrl-C before the work was done.
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why the program ends early: what happened and what to do next, in one sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// The exit code.
+    pub exit: Exit,
+    /// The sentence.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with this code and sentence.
+    pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+        }
+    }
+
+    /// An error that has no exit code of its own, with what was being done.
+    pub fn other(doing: &str, error: impl std::fmt::Display) -> Self {
+        Self::new(Exit::Other, format!("cannot {doing}: {error}"))
+    }
+}
+
+impl From<Unfit> for Failure {
+    fn from(unfit: Unfit) -> Self {
+        let exit = match unfit {
+            Unfit::NoProgram(_) | Unfit::NoFile { .. } | Unfit::Unreadable { .. } | Unfit::NotGguf(_) => Exit::File,
+            Unfit::PortInUse { .. } => Exit::PortInUse,
+            Unfit::CannotListen { .. } => Exit::Config,
+        };
+        Self::new(exit, unfit.to_string())
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::new(Exit::Config, error.to_string())
+    }
+}
+
+impl From<GaveUp> for Failure {
+    fn from(gave_up: GaveUp) -> Self {
+        Self::new(Exit::ChildGaveUp, gave_up.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // A reader that has seen enough (`| head`) is no failure worth a sentence, but the work ends.
+        Self::new(Exit::Other, error.to_string())
+    }
+}

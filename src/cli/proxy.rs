@@ -1,0 +1,148 @@
+//! `tightwad proxy …`: start, stop, status.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::exit::{Exit, Failure};
+use super::pid_file::{self, Claimed, PidFile, Stopped};
+use super::{signals, status};
+use crate::config::{self, Config, Loaded, Upstream};
+use crate::engine::{self, Engine};
+use crate::proxy::{Settings, serve};
+
+/// How long `proxy stop` waits: longer than the proxy lets running answers go on.
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
+
+/// `tightwad run proxy`, `tightwad proxy start`.
+pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    loaded.check_listeners()?;
+    let proxy = resolved(&loaded.config)?;
+    let _claim = claim(&proxy)?;
+    let listener = listen(&proxy).await?;
+    let address = listener.local_addr()?;
+    let engine = start_engine(&proxy)?;
+    tracing::info!(
+        "the proxy serves at {}/v1",
+        config::local_url(&address.ip().to_string(), address.port())
+    );
+    serve_on(listener, &proxy, engine, stop).await
+}
+
+/// Begins to watch the proxy's servers.
+pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
+    let with_key = |upstream: &Option<Upstream>| upstream.clone().map(|upstream| (upstream.clone(), upstream.api_key));
+    let settings = engine::Settings {
+        draft: with_key(&proxy.draft),
+        target: with_key(&proxy.target),
+        max_draft_tokens: proxy.max_draft_tokens,
+    };
+    Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
+}
+
+/// Serves until `stop`, and then until running answers are finished, within a bound.
+pub async fn serve_on(
+    listener: TcpListener,
+    proxy: &config::Proxy,
+    engine: Arc<Engine>,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
+    let settings = Settings::try_from(proxy).map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+    serve(listener, settings, engine, stop)
+        .await
+        .map_err(|error| Failure::new(Exit::Other, error.to_string()))
+}
+
+/// Listens on the proxy's address.
+pub async fn listen(proxy: &config::Proxy) -> Result<TcpListener, Failure> {
+    let (host, port) = (proxy.host.as_str(), proxy.port);
+    TcpListener::bind((host, port))
+        .await
+        .map_err(|error| match error.kind() {
+            ErrorKind::AddrInUse => Failure::new(
+                Exit::PortInUse,
+                format!("port {port} on {host} is in use; end the program that listens there, or choose another port"),
+            ),
+            _ => Failure::new(Exit::Config, format!("cannot listen on {host} port {port}: {error}")),
+        })
+}
+
+/// The section `proxy` with the servers that other sections imply, and with all secrets read.
+fn resolved(config: &Config) -> Result<config::Proxy, Failure> {
+    let mut proxy = config.proxy.clone().unwrap_or_default();
+    let (draft, target) = config.proxy_upstreams();
+    proxy.draft = draft.map(with_key).transpose()?;
+    proxy.target = target.map(with_key).transpose()?;
+    proxy.auth_token = proxy.token()?;
+    Ok(proxy)
+}
+
+fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
+    upstream.api_key = upstream.api_key()?;
+    Ok(upstream)
+}
+
+/// A host may run several proxies, but only one per port.
+fn name(proxy: &config::Proxy) -> String {
+    format!("proxy-{}", proxy.port)
+}
+
+fn claim(proxy: &config::Proxy) -> Result<Option<PidFile>, Failure> {
+    match PidFile::claim(&name(proxy)) {
+        Ok(claim) => Ok(Some(claim)),
+        Err(Claimed::By(pid)) => Err(Failure::new(
+            Exit::PortInUse,
+            format!(
+                "the proxy on port {} already runs (process {pid}); stop it with `tightwad proxy stop`",
+                proxy.port
+            ),
+        )),
+        // A system service without a home has its own way to be stopped.
+        Err(Claimed::Io(error)) => {
+            tracing::warn!("`tightwad proxy stop` will not find this proxy: cannot write its pid file: {error}");
+            Ok(None)
+        }
+    }
+}
+
+/// `tightwad proxy stop`.
+pub fn stop(config: &Config) -> Result<(), Failure> {
+    let proxy = config.proxy.clone().unwrap_or_default();
+    match pid_file::stop(&name(&proxy), STOP_PATIENCE).map_err(|error| Failure::other("stop the proxy", error))? {
+        Stopped::Yes(pid) => {
+            println!("stopped the proxy (process {pid})");
+            Ok(())
+        }
+        Stopped::NotRunning => Err(Failure::new(
+            Exit::NotRunning,
+            format!(
+                "no proxy of this user runs on port {}; one that systemd runs is stopped with systemctl",
+                proxy.port
+            ),
+        )),
+        Stopped::StillRunning(pid) => Err(Failure::new(
+            Exit::Other,
+            format!(
+                "process {pid} was asked to end and has not after {} s",
+                STOP_PATIENCE.as_secs()
+            ),
+        )),
+    }
+}
+
+/// `tightwad proxy status`.
+pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
+    let proxy = config.proxy.clone().unwrap_or_default();
+    let url = config::local_url(&proxy.host, proxy.port);
+    let answer = status::fetch(&url, proxy.token()?.as_ref()).await?;
+    if json {
+        println!("{answer:#}");
+    } else {
+        print!("{}", status::table(&url, &answer));
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! `tightwad run …`: this host's part, in the foreground.
+
+use super::exit::{Exit, Failure};
+use super::{proxy, signals};
+use crate::config::{Config, Loaded, Server};
+use crate::supervise::command::Role;
+use crate::supervise::preflight;
+use crate::supervise::service::Service;
+
+/// What a host can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// The llama-server with the big model.
+    Target,
+    /// The llama-server with the small model.
+    Draft,
+    /// The OpenAI-compatible endpoint.
+    Proxy,
+}
+
+/// Runs it until Ctrl-C or SIGTERM.
+pub async fn run(loaded: &Loaded, part: Part) -> Result<(), Failure> {
+    let config = &loaded.config;
+    match part {
+        Part::Target => server(config, Role::Target, config.target.as_ref()).await,
+        Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
+        Part::Proxy => proxy::run(loaded).await,
+    }
+}
+
+async fn server(config: &Config, role: Role, server: Option<&Server>) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let server = server.ok_or_else(|| {
+        Failure::new(
+            Exit::Config,
+            format!("the config has no section `{role}`; add one, with `model` and `port`"),
+        )
+    })?;
+    let model = config.model_for(server.model.as_deref())?;
+    let drafts = config
+        .proxy
+        .as_ref()
+        .map(|proxy| proxy.max_draft_tokens)
+        .unwrap_or_default();
+    let launch = preflight::llama_server(role, &config.binaries, server, model, drafts).await?;
+    let mut service = Service::start(role, launch, &stop);
+    let ended = service.ended().await;
+    service.stop().await;
+    Ok(ended?)
+}

@@ -1,0 +1,31 @@
+//! Ctrl-C and SIGTERM.
+
+use std::io;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::exit::Exit;
+
+/// A token that Ctrl-C or SIGTERM cancels. The second one ends the process at once; its children die with it.
+pub fn stop_token() -> io::Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let token = stop.clone();
+    tokio::spawn(async move {
+        either(&mut interrupt, &mut terminate).await;
+        tracing::info!("stopping");
+        token.cancel();
+        either(&mut interrupt, &mut terminate).await;
+        std::process::exit(Exit::Interrupted as i32);
+    });
+    Ok(stop)
+}
+
+async fn either(one: &mut Signal, other: &mut Signal) {
+    tokio::select! {
+        _ = one.recv() => {}
+        _ = other.recv() => {}
+    }
+}

@@ -1,0 +1,167 @@
+//! The proxy's status, fetched and shown.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::completion::{client, refused, unreachable};
+use super::exit::{Exit, Failure};
+use crate::config::Secret;
+
+/// How long the answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Asks a proxy for its status.
+pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> {
+    let mut request = client()?.get(format!("{url}/v1/tightwad/status")).timeout(PATIENCE);
+    if let Some(token) = token {
+        request = request.bearer_auth(token.expose());
+    }
+    let response = request.send().await.map_err(|error| {
+        if error.is_connect() {
+            let message = format!("no proxy runs at {url}; start one with `tightwad proxy start`");
+            return Failure::new(Exit::NotRunning, message);
+        }
+        unreachable(url, &error)
+    })?;
+    if !response.status().is_success() {
+        return Err(refused(url, response).await);
+    }
+    response
+        .json()
+        .await
+        .map_err(|error| Failure::other(&format!("read the status of {url}"), error))
+}
+
+/// The counts of drafting so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    steps: u64,
+    drafted: u64,
+    accepted: u64,
+    generated: u64,
+}
+
+impl Counts {
+    /// The counts in a status.
+    #[must_use]
+    pub fn of(status: &Value) -> Self {
+        let count = |name: &str| status["counts"][name].as_u64().unwrap_or_default();
+        Self {
+            steps: count("rounds"),
+            drafted: count("drafted"),
+            accepted: count("accepted"),
+            generated: count("generated"),
+        }
+    }
+
+    /// What was counted since an earlier look.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            steps: self.steps.saturating_sub(earlier.steps),
+            drafted: self.drafted.saturating_sub(earlier.drafted),
+            accepted: self.accepted.saturating_sub(earlier.accepted),
+            generated: self.generated.saturating_sub(earlier.generated),
+        }
+    }
+
+    /// In words; `None` when nothing was drafted.
+    #[must_use]
+    pub fn describe(self) -> Option<String> {
+        (self.steps > 0 && self.drafted > 0).then(|| {
+            format!(
+                "{:.1} tokens per step, {:.0}% of {} drafted tokens accepted",
+                self.generated as f64 / self.steps as f64,
+                self.accepted as f64 * 100.0 / self.drafted as f64,
+                self.drafted
+            )
+        })
+    }
+}
+
+/// The status for people.
+#[must_use]
+pub fn table(url: &str, status: &Value) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<14}{value}");
+    };
+    line("proxy", url);
+    line("target", &server(&status["target"]));
+    line(
+        "draft",
+        &if status["draft"].is_null() {
+            "none".to_owned()
+        } else {
+            server(&status["draft"])
+        },
+    );
+    let reason = status["reason"]
+        .as_str()
+        .map(|reason| format!(" ({reason})"))
+        .unwrap_or_default();
+    line(
+        "verification",
+        &format!("{}{reason}", status["verification"].as_str().unwrap_or("unknown")),
+    );
+    let counts = Counts::of(status);
+    line(
+        "drafting",
+        &counts.describe().unwrap_or_else(|| "nothing drafted yet".to_owned()),
+    );
+    text
+}
+
+fn server(server: &Value) -> String {
+    let text = |name: &str| server[name].as_str();
+    let mut words = text("url").unwrap_or("?").to_owned();
+    if let Some(model) = text("model") {
+        words = format!("{words}, {model}");
+    }
+    let health = match (server["healthy"].as_bool(), text("problem")) {
+        (Some(true), None) => "healthy".to_owned(),
+        (Some(true), Some(problem)) => format!("healthy, but {problem}"),
+        (_, Some(problem)) => format!("down: {problem}"),
+        (_, None) => "down".to_owned(),
+    };
+    format!("{words}: {health}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_shows_what_the_proxy_tells() {
+        let status = serde_json::json!({
+            "target": { "url": "http://t:1", "model": "big", "healthy": true, "problem": null },
+            "draft": null,
+            "verification": "none",
+            "reason": "there is no drafter",
+            "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },
+        });
+        let table = table("http://p:2", &status);
+        for part in [
+            "http://t:1, big: healthy",
+            "none (there is no drafter)",
+            "4.0 tokens per step",
+            "75% of 40",
+        ] {
+            assert!(table.contains(part), "{part} is missing in\n{table}");
+        }
+    }
+
+    #[test]
+    fn counts_since_a_restart_of_the_proxy_do_not_underflow() {
+        let before = Counts {
+            steps: 5,
+            drafted: 5,
+            accepted: 5,
+            generated: 5,
+        };
+        assert_eq!(Counts::default().since(before), Counts::default());
+    }
+}

@@ -1,0 +1,165 @@
+//! One running child process.
+
+use std::collections::VecDeque;
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::command::{Launch, Role};
+use super::parent_bound;
+
+/// Lines of output that are kept to explain a death.
+const TAIL: usize = 40;
+/// Longest line that is kept; the rest of a longer one is dropped.
+const LINE: usize = 2000;
+/// How long the output of a child that has ended is still read. A grandchild may hold the pipe open for ever.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// A running child. Dropping it kills it.
+#[derive(Debug)]
+pub struct Child {
+    process: tokio::process::Child,
+    pid: u32,
+    tail: Tail,
+    readers: JoinSet<()>,
+}
+
+/// The last lines that a child wrote.
+#[derive(Debug, Clone, Default)]
+struct Tail(Arc<Mutex<VecDeque<String>>>);
+
+impl Child {
+    /// Starts `launch` and forwards what it writes to the log, under the name `role`.
+    pub async fn spawn(role: Role, launch: &Launch) -> io::Result<Self> {
+        let mut command = parent_bound::command(&launch.program, &launch.args);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        // A group of its own, so that Ctrl-C reaches the supervisor alone and it decides in which order things end.
+        command.process_group(0);
+        for (name, value) in &launch.env {
+            command.env(name, value.expose());
+        }
+        let mut process = parent_bound::spawn(command).await?;
+        let pid = process
+            .id()
+            .ok_or_else(|| io::Error::other("the child has no process id"))?;
+        let tail = Tail::default();
+        let mut readers = JoinSet::new();
+        if let Some(stdout) = process.stdout.take() {
+            readers.spawn(forward(role, stdout, tail.clone()));
+        }
+        if let Some(stderr) = process.stderr.take() {
+            readers.spawn(forward(role, stderr, tail.clone()));
+        }
+        Ok(Self {
+            process,
+            pid,
+            tail,
+            readers,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits until it ends. Cancel-safe.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.process.wait().await
+    }
+
+    /// Its last lines; to be called once it has ended.
+    pub async fn last_lines(&mut self) -> Vec<String> {
+        let _ = timeout(LAST_WORDS, async { while self.readers.join_next().await.is_some() {} }).await;
+        self.tail.lines()
+    }
+
+    /// Ends it: SIGTERM, and SIGKILL if it has not ended within `patience`.
+    pub async fn stop(mut self, patience: Duration) -> io::Result<ExitStatus> {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        // `id` is `Some` until the process was waited for, so the number cannot belong to another one yet.
+        if let (Some(pid), Some(_)) = (pid, self.process.id()) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        if let Ok(status) = timeout(patience, self.process.wait()).await {
+            return status;
+        }
+        tracing::warn!(
+            pid = self.pid,
+            "still there after {} s, killing it",
+            patience.as_secs_f32()
+        );
+        if let (Some(pid), Some(_)) = (pid, self.process.id()) {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+        self.process.wait().await
+    }
+}
+
+impl Tail {
+    fn push(&self, line: &str) {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() == TAIL {
+            lines.pop_front();
+        }
+        lines.push_back(line.to_owned());
+    }
+
+    fn lines(&self) -> Vec<String> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .cloned()
+            .collect()
+    }
+}
+
+/// Reads lines until the stream ends; bytes that are no UTF-8 and endless lines do no harm.
+async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        let Ok(chunk) = stream.fill_buf().await else { return };
+        let (taken, complete) = match chunk.iter().position(|byte| *byte == b'\n') {
+            Some(end) => (end + 1, true),
+            None => (chunk.len(), chunk.is_empty()),
+        };
+        let room = LINE.saturating_sub(line.len()).min(taken);
+        line.extend_from_slice(&chunk[..room]);
+        stream.consume(taken);
+        if complete {
+            let text = String::from_utf8_lossy(&line);
+            let text = text.trim_end();
+            if !text.is_empty() {
+                log(role, text);
+                tail.push(text);
+            }
+            line.clear();
+            if taken == 0 {
+                return;
+            }
+        }
+    }
+}
+
+/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours.
+fn log(role: Role, line: &str) {
+    match line.split_whitespace().nth(1) {
+        Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
+        Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),
+        Some("D") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
+        _ => tracing::info!(target: "tightwad::child", "{role}: {line}"),
+    }
+}

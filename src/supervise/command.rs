@@ -1,0 +1,251 @@
+//! llama-server's arguments.
+
+use std::ffi::OsString;
+use std::fmt;
+
+use crate::config::{self, Model, Secret, Server};
+
+/// Option of our patched llama-server that lets drafters attach.
+pub const EXTERNAL_DRAFT_OPTION: &str = "--spec-draft-external-max";
+/// Draft tokens per step that a target is prepared for when the file says `auto`.
+const AUTO_DRAFT_TOKENS: u16 = 16;
+
+/// A command line, ready to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// Program.
+    pub program: OsString,
+    /// Arguments.
+    pub args: Vec<OsString>,
+    /// Environment variables beside the inherited ones. They may hold keys.
+    pub env: Vec<(String, Secret)>,
+}
+
+/// What a llama-server is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Verifies and answers.
+    Target,
+    /// Drafts.
+    Draft,
+}
+
+impl Role {
+    /// Its name in the config, in the log and on the command line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::Draft => "draft",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The draft tokens per step to prepare a target for; `None` when drafting is off.
+#[must_use]
+pub fn external_draft(max: config::MaxDraftTokens) -> Option<u16> {
+    match max {
+        config::MaxDraftTokens::Auto => Some(AUTO_DRAFT_TOKENS),
+        config::MaxDraftTokens::AtMost(0) => None,
+        config::MaxDraftTokens::AtMost(n) => Some(n),
+    }
+}
+
+/// The command line of a llama-server. `external_draft` is the most draft tokens per step that it verifies for drafters
+/// outside, if its binary can. What the file says in `extra_args` comes last and wins.
+#[must_use]
+pub fn llama_server(
+    program: impl Into<OsString>,
+    server: &Server,
+    name: &str,
+    model: &Model,
+    external_draft: Option<u16>,
+) -> Launch {
+    let slots = server.slots.max(1);
+    let mut args = Arguments::default();
+    args.option("--host", &server.host);
+    args.option("--port", server.port.to_string());
+    args.option("-m", &model.path);
+    // A comma would make two names of it.
+    if !name.is_empty() && !name.contains(',') {
+        args.option("--alias", name);
+    }
+    args.option("-c", (u64::from(model.ctx_size) * u64::from(slots)).to_string());
+    args.option("-np", slots.to_string());
+    if let Some(threads) = server.threads {
+        args.option("-t", threads.to_string());
+    }
+    if let Some(flash_attn) = model.flash_attn {
+        args.option("-fa", if flash_attn { "on" } else { "off" });
+    }
+    if let Some(predict) = model.predict {
+        args.option("-n", predict.to_string());
+    }
+    // Each open stream and each waiting drafter holds one of its threads.
+    args.option("--threads-http", (u32::from(slots) * 3 + 8).to_string());
+    args.flag("--no-webui");
+    args.flag("--metrics");
+    args.flag("--slots");
+    if let Some(max) = external_draft {
+        args.option(EXTERNAL_DRAFT_OPTION, max.to_string());
+    }
+    // Keys never go on the command line, where every user of the machine can read them.
+    let mut env: Vec<(String, Secret)> = Vec::new();
+    if let Some(file) = &server.api_key_file {
+        args.option("--api-key-file", file);
+    } else if let Some(key) = &server.api_key {
+        env.push(("LLAMA_API_KEY".into(), key.clone()));
+    }
+    env.extend(
+        server
+            .env
+            .iter()
+            .map(|(name, value)| (name.clone(), Secret::new(value.clone()))),
+    );
+    args.0
+        .extend(model.extra_args.iter().chain(&server.extra_args).map(OsString::from));
+    Launch {
+        program: program.into(),
+        args: args.0,
+        env,
+    }
+}
+
+impl Launch {
+    /// The value that an option has in the end: the last one wins.
+    #[must_use]
+    pub fn value_of(&self, option: &str) -> Option<&str> {
+        let at = self.args.iter().rposition(|arg| arg == option)?;
+        self.args.get(at + 1)?.to_str()
+    }
+
+    /// Where it will listen.
+    #[must_use]
+    pub fn address(&self) -> (String, u16) {
+        let host = self.value_of("--host").unwrap_or("127.0.0.1").to_owned();
+        (
+            host,
+            self.value_of("--port")
+                .and_then(|port| port.parse().ok())
+                .unwrap_or(8080),
+        )
+    }
+
+    /// The URL that it answers at from this machine.
+    #[must_use]
+    pub fn url(&self) -> String {
+        let (host, port) = self.address();
+        config::local_url(&host, port)
+    }
+}
+
+#[derive(Default)]
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.extend([name.into(), value.into()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> Model {
+        serde_json::from_value(serde_json::json!({
+            "path": "/m/big.gguf", "ctx_size": 4096, "flash_attn": true, "predict": 512
+        }))
+        .unwrap()
+    }
+
+    fn line(launch: &Launch) -> String {
+        launch
+            .args
+            .iter()
+            .map(|arg| arg.to_str().unwrap())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn a_target_gets_a_context_per_slot_and_room_for_drafts() {
+        let server = Server {
+            slots: 3,
+            threads: Some(6),
+            ..Server::default()
+        };
+        assert_eq!(
+            line(&llama_server("llama-server", &server, "big", &model(), Some(16))),
+            "--host 127.0.0.1 --port 8080 -m /m/big.gguf --alias big -c 12288 -np 3 -t 6 -fa on -n 512 \
+             --threads-http 17 --no-webui --metrics --slots --spec-draft-external-max 16"
+        );
+    }
+
+    #[test]
+    fn a_draft_or_a_stock_binary_gets_no_option_that_it_does_not_know() {
+        let launch = llama_server("llama-server", &Server::default(), "m", &model(), None);
+        assert!(!line(&launch).contains("external"));
+    }
+
+    #[test]
+    fn extra_arguments_come_last_so_that_they_win() {
+        let server = Server {
+            extra_args: vec!["--port".into(), "9999".into()],
+            ..Server::default()
+        };
+        let model = Model {
+            extra_args: vec!["--no-repack".into()],
+            ..model()
+        };
+        let launch = llama_server("llama-server", &server, "m", &model, None);
+        assert!(line(&launch).ends_with("--slots --no-repack --port 9999"));
+        assert_eq!(launch.url(), "http://127.0.0.1:9999");
+    }
+
+    #[test]
+    fn a_key_is_never_an_argument_and_never_shows() {
+        let server = Server {
+            api_key: Some(Secret::new("hush")),
+            ..Server::default()
+        };
+        let launch = llama_server("llama-server", &server, "m", &model(), None);
+        assert!(!line(&launch).contains("hush"));
+        assert!(!format!("{launch:?}").contains("hush"));
+        assert_eq!(launch.env, [("LLAMA_API_KEY".to_owned(), Secret::new("hush"))]);
+    }
+
+    #[test]
+    fn a_key_file_is_named() {
+        let server = Server {
+            api_key_file: Some("/run/keys/llama".into()),
+            ..Server::default()
+        };
+        let launch = llama_server("llama-server", &server, "m", &model(), None);
+        assert_eq!(launch.value_of("--api-key-file"), Some("/run/keys/llama"));
+    }
+
+    #[test]
+    fn the_largest_context_and_slot_count_do_not_overflow() {
+        let server = Server {
+            slots: u16::MAX,
+            ..Server::default()
+        };
+        let model = Model {
+            ctx_size: u32::MAX,
+            ..model()
+        };
+        let launch = llama_server("llama-server", &server, "m", &model, None);
+        assert_eq!(launch.value_of("-c"), Some("281470681677825"));
+    }
+}

@@ -1,0 +1,203 @@
+//! Why a child died, in words, with what to do next.
+
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+/// A death: the cause as far as it can be told, and the last lines.
+#[derive(Debug, Clone)]
+pub struct Death {
+    /// What it died of.
+    pub cause: Cause,
+    /// Its last lines.
+    pub last_lines: Vec<String>,
+}
+
+/// What a child died of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// Another program listens on its port.
+    PortInUse,
+    /// The model file is missing, broken, or of a kind that this llama.cpp does not know; its own words.
+    ModelNotLoaded(String),
+    /// Not enough memory, on a GPU or in the machine.
+    OutOfMemory,
+    /// It does not know one of its arguments; its own words.
+    BadArgument(String),
+    /// A machine that lends its GPUs is gone or runs another build; its own words.
+    WorkerLost(String),
+    /// An instruction that this processor does not have.
+    IllegalInstruction,
+    /// It could not be started at all.
+    NotStarted(String),
+    /// Another exit code.
+    Code(i32),
+    /// Another signal.
+    Signal(i32),
+}
+
+/// Fragments of llama.cpp's log, most telling first.
+type Sign = (&'static str, fn(String) -> Cause);
+const SIGNS: &[Sign] = &[
+    ("Remote RPC server crashed", Cause::WorkerLost),
+    ("Failed to connect to", Cause::WorkerLost),
+    ("couldn't bind", |_| Cause::PortInUse),
+    ("address already in use", |_| Cause::PortInUse),
+    ("out of memory", |_| Cause::OutOfMemory),
+    ("failed to allocate", |_| Cause::OutOfMemory),
+    ("unable to allocate", |_| Cause::OutOfMemory),
+    ("bad_alloc", |_| Cause::OutOfMemory),
+    ("error: invalid argument", Cause::BadArgument),
+    ("error while handling argument", Cause::BadArgument),
+    ("error loading model", Cause::ModelNotLoaded),
+    ("failed to load model", Cause::ModelNotLoaded),
+];
+
+const SIGILL: i32 = 4;
+const SIGKILL: i32 = 9;
+
+impl Death {
+    /// Reads the exit status and the last lines.
+    #[must_use]
+    pub fn explain(status: ExitStatus, last_lines: Vec<String>) -> Self {
+        let cause = match (status.signal(), sign(&last_lines)) {
+            (Some(SIGILL), _) => Cause::IllegalInstruction,
+            (_, Some(cause)) => cause,
+            (Some(signal), None) => Cause::Signal(signal),
+            (None, None) => Cause::Code(status.code().unwrap_or_default()),
+        };
+        Self { cause, last_lines }
+    }
+
+    /// A child that could not even be started.
+    #[must_use]
+    pub fn not_started(error: &std::io::Error) -> Self {
+        Self {
+            cause: Cause::NotStarted(error.to_string()),
+            last_lines: Vec::new(),
+        }
+    }
+
+    /// Whether the same start may go better next time.
+    #[must_use]
+    pub fn is_curable(&self) -> bool {
+        !matches!(
+            self.cause,
+            Cause::ModelNotLoaded(_) | Cause::BadArgument(_) | Cause::IllegalInstruction
+        )
+    }
+}
+
+fn sign(lines: &[String]) -> Option<Cause> {
+    SIGNS.iter().find_map(|(fragment, cause)| {
+        let fragment = fragment.to_lowercase();
+        lines
+            .iter()
+            .find(|line| line.to_lowercase().contains(&fragment))
+            .map(|line| cause(message(line).to_owned()))
+    })
+}
+
+/// A line of llama.cpp without its time, level and place: `0.00.004 E llama_model_load: error …` becomes `error …`.
+fn message(line: &str) -> &str {
+    let mut words = line.splitn(3, ' ');
+    match (words.next(), words.next(), words.next()) {
+        (Some(time), Some("E" | "W" | "I"), Some(rest)) if time.starts_with(|c: char| c.is_ascii_digit()) => {
+            rest.trim()
+        }
+        _ => line.trim(),
+    }
+}
+
+impl fmt::Display for Death {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.cause {
+            Cause::PortInUse => {
+                f.write_str("another program listens on its port; choose another `port` or end that program")
+            }
+            Cause::ModelNotLoaded(words) => {
+                write!(
+                    f,
+                    "it could not load the model ({words}); check `path` and whether the file is complete"
+                )
+            }
+            Cause::OutOfMemory => f.write_str(
+                "it ran out of memory; use a smaller model or quantisation, a smaller `ctx_size`, or fewer `slots`",
+            ),
+            Cause::BadArgument(words) => write!(f, "it does not take its arguments ({words}); check `extra_args`"),
+            Cause::WorkerLost(words) => write!(
+                f,
+                "it lost a worker ({words}); check that all workers run the same build"
+            ),
+            Cause::IllegalInstruction => f.write_str(
+                "it used an instruction that this processor does not have; use a llama-server built for this machine, \
+                 or try `extra_args: [--no-repack]`",
+            ),
+            Cause::NotStarted(error) => write!(f, "it could not be started: {error}"),
+            Cause::Code(0) => f.write_str("it ended by itself"),
+            Cause::Code(127) => f.write_str("it could not be executed (exit code 127); see its last lines"),
+            Cause::Code(code) => write!(f, "it ended with exit code {code}; see its last lines"),
+            Cause::Signal(SIGKILL) => {
+                f.write_str("it was killed (signal 9); if nobody did that, the machine ran out of memory: see `dmesg`")
+            }
+            Cause::Signal(signal) => write!(f, "it was ended by signal {signal}; see its last lines"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn death(raw_status: i32, lines: &[&str]) -> Death {
+        Death::explain(
+            ExitStatus::from_raw(raw_status),
+            lines.iter().map(|line| (*line).to_owned()).collect(),
+        )
+    }
+
+    #[test]
+    fn a_taken_port_is_told_from_the_lines_that_llama_server_writes() {
+        let lines = [
+            "0.00.003.097 E srv         start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 18998",
+            "0.00.003.171 E srv  llama_server: exiting due to HTTP server error",
+        ];
+        assert_eq!(death(1 << 8, &lines).cause, Cause::PortInUse);
+    }
+
+    #[test]
+    fn a_broken_model_is_not_tried_again_and_its_error_is_quoted() {
+        let lines = [
+            "0.00.004.545 E llama_model_load: error loading model: llama_model_loader: failed to load model from /m.gguf",
+            "0.00.005.419 E srv  llama_server: exiting due to model loading error",
+        ];
+        let death = death(1 << 8, &lines);
+        assert!(!death.is_curable());
+        assert!(
+            death.to_string().contains("failed to load model from /m.gguf"),
+            "{death}"
+        );
+        assert!(!death.to_string().contains("0.00.004"), "{death}");
+    }
+
+    #[test]
+    fn memory_is_named_before_the_model_that_did_not_fit() {
+        let lines = [
+            "0.10 E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9000 MiB on device 0: cudaMalloc failed: out of memory",
+            "0.11 E llama_model_load: error loading model: unable to allocate CUDA0 buffer",
+        ];
+        assert_eq!(death(1 << 8, &lines).cause, Cause::OutOfMemory);
+    }
+
+    #[test]
+    fn signals_are_named() {
+        assert_eq!(death(4, &[]).cause, Cause::IllegalInstruction);
+        assert_eq!(death(11, &["0.1 I srv  all slots are idle"]).cause, Cause::Signal(11));
+        assert!(death(9, &[]).to_string().contains("dmesg"));
+    }
+
+    #[test]
+    fn an_unknown_exit_code_is_shown() {
+        assert!(death(3 << 8, &["hello"]).to_string().contains("exit code 3"));
+    }
+}

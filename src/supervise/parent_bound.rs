@@ -1,0 +1,82 @@
+//! Children that cannot outlive their supervisor.
+//!
+//! A supervisor that is killed with SIGKILL cannot clean up, and a llama-server left behind keeps its GPU memory and its
+//! port. Linux can kill a child with its parent, but a process must ask for that itself, between `fork` and `exec`,
+//! where Rust offers no safe code. So the supervisor starts its own binary a second time; that one asks, checks that
+//! its parent still lives, and becomes the program.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::{LazyLock, mpsc};
+
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+use tokio::sync::oneshot;
+
+/// Name of the hidden subcommand that ends in [`become_program`].
+pub const SUBCOMMAND: &str = "exec-child";
+
+/// This very binary, also after an update has replaced it on disk.
+const OWN_BINARY: &str = "/proc/self/exe";
+
+/// Turns this process into `program`, bound to live no longer than its parent `parent`.
+///
+/// Returns only if that fails.
+#[must_use]
+pub fn become_program(parent: u32, program: &OsString, args: &[OsString]) -> io::Error {
+    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
+        return error.into();
+    }
+    // A parent that died before the line above sends no signal any more.
+    let still_there = getppid().is_some_and(|pid| u32::try_from(pid.as_raw_nonzero().get()) == Ok(parent));
+    if !still_there {
+        return io::Error::other("the supervisor is gone");
+    }
+    Command::new(program).args(args).exec()
+}
+
+/// The command that starts `program` through [`become_program`].
+#[must_use]
+pub fn command(program: &OsString, args: &[OsString]) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new(OWN_BINARY);
+    command
+        .arg0("tightwad")
+        .arg(SUBCOMMAND)
+        .arg("--parent")
+        .arg(std::process::id().to_string());
+    command.arg("--").arg(program).args(args);
+    command
+}
+
+/// Starts `command` from a thread that lives as long as this process: the death signal is sent when the *thread* that
+/// started the child ends, and threads of a runtime come and go.
+pub async fn spawn(command: tokio::process::Command) -> io::Result<tokio::process::Child> {
+    let (reply, child) = oneshot::channel();
+    let gone = || io::Error::other("the thread that starts children is gone");
+    let job = Job {
+        command,
+        runtime: tokio::runtime::Handle::current(),
+        reply,
+    };
+    SPAWNER.send(job).map_err(|_| gone())?;
+    child.await.map_err(|_| gone())?
+}
+
+struct Job {
+    command: tokio::process::Command,
+    runtime: tokio::runtime::Handle,
+    reply: oneshot::Sender<io::Result<tokio::process::Child>>,
+}
+
+static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
+    let (jobs, queue) = mpsc::channel::<Job>();
+    std::thread::spawn(move || {
+        for mut job in queue {
+            let _runtime = job.runtime.enter();
+            // Nobody waits for the answer any more: the child dies with the value.
+            let _ = job.reply.send(job.command.spawn());
+        }
+    });
+    jobs
+});

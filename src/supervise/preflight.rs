@@ -1,0 +1,213 @@
+//! What must be there before a server is started: one clear sentence beats forty lines of its log.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use super::command::{self, EXTERNAL_DRAFT_OPTION, Launch, Role};
+use crate::config::{Binaries, MaxDraftTokens, Model, Server};
+
+/// A file that opens like this is a model.
+const GGUF_MAGIC: [u8; 4] = *b"GGUF";
+/// `--help` answers in milliseconds; a GPU driver that wakes up takes longer.
+const HELP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a server cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// No such program.
+    #[error(
+        "there is no program `{}`; build it with scripts/llama-cpp, or name yours under `binaries` in the config",
+        .0.display()
+    )]
+    NoProgram(PathBuf),
+    /// No such file.
+    #[error("the {what} {} does not exist; check `{key}` in the config", .path.display())]
+    NoFile {
+        /// What the file is.
+        what: &'static str,
+        /// The key that names it.
+        key: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// It is there and cannot be read.
+    #[error("the {what} {} cannot be read ({source}); check its permissions", .path.display())]
+    Unreadable {
+        /// What the file is.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is no model.
+    #[error("{} is not a GGUF model (it does not begin with `GGUF`); download or convert it again", .0.display())]
+    NotGguf(PathBuf),
+    /// Another program has the port.
+    #[error("port {port} on {host} is in use; end the program that listens there, or choose another `port`")]
+    PortInUse {
+        /// Address.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {host} port {port} ({source}); check `host` and `port` in the config")]
+    CannotListen {
+        /// Address.
+        host: String,
+        /// Port.
+        port: u16,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The command line of a llama-server, once all that it needs is there.
+pub async fn llama_server(
+    role: Role,
+    binaries: &Binaries,
+    server: &Server,
+    (name, gguf): (&str, &Model),
+    drafts: MaxDraftTokens,
+) -> Result<Launch, Unfit> {
+    let program = program(&binaries.llama_server)?;
+    model(&gguf.path)?;
+    if let Some(file) = &server.api_key_file {
+        key_file(file)?;
+    }
+    let external_draft = match role {
+        Role::Draft => None,
+        Role::Target => match command::external_draft(drafts) {
+            Some(_) if !takes_external_drafts(&program).await => {
+                tracing::warn!(
+                    "{} cannot verify drafts (it has no option {EXTERNAL_DRAFT_OPTION}), so the target runs without; \
+                     build one that can with scripts/llama-cpp",
+                    program.display()
+                );
+                None
+            }
+            wanted => wanted,
+        },
+    };
+    let launch = command::llama_server(program, server, name, gguf, external_draft);
+    let (host, port) = launch.address();
+    port_free(&host, port)?;
+    Ok(launch)
+}
+
+/// Finds a program, by path or on `PATH`.
+fn program(name: &Path) -> Result<PathBuf, Unfit> {
+    which::which(name).map_err(|_| Unfit::NoProgram(name.to_owned()))
+}
+
+/// Checks that the file is a GGUF model.
+fn model(path: &Path) -> Result<(), Unfit> {
+    let mut file = readable("model file", "path", path)?;
+    let mut magic = [0; 4];
+    match file.read_exact(&mut magic) {
+        Ok(()) if magic == GGUF_MAGIC => Ok(()),
+        Err(source) if source.kind() != ErrorKind::UnexpectedEof => Err(Unfit::Unreadable {
+            what: "model file",
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Err(Unfit::NotGguf(path.to_owned())),
+    }
+}
+
+/// Checks that the file with the API key can be read.
+fn key_file(path: &Path) -> Result<(), Unfit> {
+    readable("key file", "api_key_file", path).map(drop)
+}
+
+fn readable(what: &'static str, key: &'static str, path: &Path) -> Result<File, Unfit> {
+    File::open(path).map_err(|source| match source.kind() {
+        ErrorKind::NotFound => Unfit::NoFile {
+            what,
+            key,
+            path: path.to_owned(),
+        },
+        _ => Unfit::Unreadable {
+            what,
+            path: path.to_owned(),
+            source,
+        },
+    })
+}
+
+/// Checks that nothing listens there.
+pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
+    let host = host.trim_matches(['[', ']']);
+    match TcpListener::bind((host, port)) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => Err(Unfit::PortInUse {
+            host: host.to_owned(),
+            port,
+        }),
+        Err(source) => Err(Unfit::CannotListen {
+            host: host.to_owned(),
+            port,
+            source,
+        }),
+    }
+}
+
+/// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print
+/// its help cannot; its start will tell why.
+async fn takes_external_drafts(llama_server: &Path) -> bool {
+    let mut command = tokio::process::Command::new(llama_server);
+    command
+        .arg("--help")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    match tokio::time::timeout(HELP_PATIENCE, command.output()).await {
+        Ok(Ok(help)) => String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_text_file_is_no_model() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "version https://git-lfs.github.com/spec/v1").unwrap();
+        assert!(matches!(model(file.path()), Err(Unfit::NotGguf(_))));
+    }
+
+    #[test]
+    fn an_empty_file_is_no_model() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(model(file.path()), Err(Unfit::NotGguf(_))));
+    }
+
+    #[test]
+    fn a_missing_model_names_its_path_and_key() {
+        let error = model(Path::new("/no/such.gguf")).unwrap_err().to_string();
+        assert!(error.contains("/no/such.gguf") && error.contains("`path`"), "{error}");
+    }
+
+    #[test]
+    fn a_port_with_a_listener_is_in_use() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(matches!(port_free("127.0.0.1", port), Err(Unfit::PortInUse { .. })));
+        drop(listener);
+        assert!(port_free("127.0.0.1", port).is_ok());
+    }
+
+    #[test]
+    fn an_address_of_another_machine_cannot_be_listened_on() {
+        assert!(matches!(port_free("192.0.2.1", 1), Err(Unfit::CannotListen { .. })));
+    }
+}

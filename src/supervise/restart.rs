@@ -1,0 +1,110 @@
+//! When a child that died is started again, and when not.
+
+use std::time::Duration;
+
+/// Pause after the first death; it doubles with each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// A child that was ready for this long is well: the next death counts as the first again.
+const STABLE: Duration = Duration::from_secs(60);
+/// Deaths in a row, none of them after being ready, that make starting again pointless.
+pub const MOST_FAILED_STARTS: u32 = 5;
+
+/// What to do after a death.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Start again after this pause.
+    Again(Duration),
+    /// It never became ready; more of the same would not help.
+    GiveUp,
+}
+
+/// The deaths so far.
+#[derive(Debug, Clone, Default)]
+pub struct Restarts {
+    deaths: u32,
+    failed_starts: u32,
+}
+
+impl Restarts {
+    /// A child died after it had been ready for `ready` (`None`: it never was). `curable` says whether the same start
+    /// may go better next time, and `jitter` is a random number from 0 to 1.
+    pub fn died(&mut self, ready: Option<Duration>, curable: bool, jitter: f64) -> Decision {
+        if let Some(ready) = ready {
+            self.failed_starts = 0;
+            self.deaths = if ready >= STABLE {
+                1
+            } else {
+                self.deaths.saturating_add(1)
+            };
+        } else {
+            self.failed_starts += 1;
+            self.deaths = self.deaths.saturating_add(1);
+            if !curable || self.failed_starts >= MOST_FAILED_STARTS {
+                return Decision::GiveUp;
+            }
+        }
+        Decision::Again(pause(self.deaths, jitter))
+    }
+}
+
+/// The pause after the `deaths`th death: exponential, and somewhere between half of it and all of it, so that several
+/// supervisors do not restart in step.
+#[must_use]
+pub fn pause(deaths: u32, jitter: f64) -> Duration {
+    let doublings = deaths.saturating_sub(1).min(16);
+    let full = (FIRST_PAUSE * 2_u32.pow(doublings)).min(LONGEST_PAUSE);
+    full.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_pause_is_never_longer_than_the_longest_nor_shorter_than_half_of_the_first(deaths: u32, jitter in 0.0..=1.0) {
+            let pause = pause(deaths, jitter);
+            prop_assert!(pause <= LONGEST_PAUSE);
+            prop_assert!(pause >= FIRST_PAUSE / 2);
+        }
+
+        #[test]
+        fn pauses_grow_with_the_deaths(deaths in 0_u32..1000, jitter in 0.0..=1.0) {
+            prop_assert!(pause(deaths + 1, jitter) >= pause(deaths, jitter));
+        }
+
+        #[test]
+        fn a_child_that_never_becomes_ready_is_given_up_after_exactly_so_many_starts(jitter in 0.0..=1.0) {
+            let mut restarts = Restarts::default();
+            let starts = (1..100).find(|_| restarts.died(None, true, jitter) == Decision::GiveUp);
+            prop_assert_eq!(starts, Some(MOST_FAILED_STARTS));
+        }
+
+        #[test]
+        fn a_child_that_becomes_ready_is_never_given_up(lives in prop::collection::vec(0_u64..200, 1..50)) {
+            let mut restarts = Restarts::default();
+            for seconds in lives {
+                let decision = restarts.died(Some(Duration::from_secs(seconds)), true, 0.5);
+                prop_assert!(matches!(decision, Decision::Again(_)));
+            }
+        }
+
+        #[test]
+        fn after_a_stable_minute_the_pause_is_the_first_one_again(deaths in 1_u32..20) {
+            let mut restarts = Restarts::default();
+            for _ in 0..deaths {
+                restarts.died(Some(Duration::ZERO), true, 1.0);
+            }
+            prop_assert_eq!(restarts.died(Some(STABLE), true, 1.0), Decision::Again(FIRST_PAUSE));
+        }
+    }
+
+    #[test]
+    fn a_start_that_cannot_go_better_is_given_up_at_once() {
+        assert_eq!(Restarts::default().died(None, false, 0.5), Decision::GiveUp);
+    }
+}

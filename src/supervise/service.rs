@@ -1,0 +1,267 @@
+//! Keeps one server running.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use super::child::Child;
+use super::command::{Launch, Role};
+use super::death::Death;
+use super::restart::{Decision, Restarts};
+
+/// Pause between two looks at a server that starts.
+const POLL: Duration = Duration::from_millis(150);
+/// Longest wait for the answer to such a look.
+const POLL_PATIENCE: Duration = Duration::from_secs(2);
+/// A load that takes longer than this says so, again and again.
+const STILL_LOADING: Duration = Duration::from_secs(10);
+/// How long a server that is asked to end may take.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How a server is.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// Its process starts; nothing answers yet.
+    Starting,
+    /// It answers that it still loads its model.
+    Loading,
+    /// It serves.
+    Ready {
+        /// Its process id.
+        pid: u32,
+    },
+    /// It died and will be started again.
+    Waiting {
+        /// Why it died.
+        death: Death,
+        /// Pause before the next start.
+        pause: Duration,
+    },
+    /// It was asked to end and has.
+    Stopped,
+    /// It died too often, or of something that a restart does not cure.
+    GaveUp {
+        /// Why it died last.
+        death: Death,
+    },
+}
+
+/// A server that is kept running in the background. Dropping this ends it.
+#[derive(Debug)]
+pub struct Service {
+    role: Role,
+    state: watch::Receiver<State>,
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// A server that was given up.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("gave up on the {role} server: {death}")]
+pub struct GaveUp {
+    /// Which one.
+    pub role: Role,
+    /// What it died of last.
+    pub death: Death,
+}
+
+impl Service {
+    /// Starts it, and starts it again whenever it dies, until `stop` is cancelled.
+    #[must_use]
+    pub fn start(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
+        let stop = stop.child_token();
+        let (report, state) = watch::channel(State::Starting);
+        let task = tokio::spawn(keep_running(role, launch, report, stop.clone()));
+        Self {
+            role,
+            state,
+            stop,
+            task,
+        }
+    }
+
+    /// How it is, and how that changes.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+
+    /// Waits until it serves for the first time. A service that is stopped before that never does.
+    pub async fn ready(&mut self) -> Result<(), GaveUp> {
+        match self
+            .reached(|state| matches!(state, State::Ready { .. } | State::GaveUp { .. }))
+            .await
+        {
+            Some(State::GaveUp { death }) => Err(GaveUp { role: self.role, death }),
+            Some(_) => Ok(()),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits until it is stopped or given up.
+    pub async fn ended(&mut self) -> Result<(), GaveUp> {
+        match self
+            .reached(|state| matches!(state, State::Stopped | State::GaveUp { .. }))
+            .await
+        {
+            Some(State::GaveUp { death }) => Err(GaveUp { role: self.role, death }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The first state that is as wanted; `None` when none will come any more.
+    async fn reached(&mut self, wanted: impl Fn(&State) -> bool) -> Option<State> {
+        self.state
+            .wait_for(|state| wanted(state))
+            .await
+            .ok()
+            .map(|state| state.clone())
+    }
+
+    /// Ends it and waits for that.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        let _ = (&mut self.task).await;
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, stop: CancellationToken) {
+    let mut restarts = Restarts::default();
+    loop {
+        report.send_replace(State::Starting);
+        let (death, ready) = match one_life(role, &launch, &report, &stop).await {
+            Life::Stopped => break,
+            Life::Died { death, ready } => (death, ready),
+        };
+        show_last_lines(role, &death);
+        match restarts.died(ready, death.is_curable(), rand::random()) {
+            Decision::GiveUp => {
+                report.send_replace(State::GaveUp { death });
+                return;
+            }
+            Decision::Again(pause) => {
+                tracing::error!(
+                    "the {role} server died: {death}; starting it again in {:.1} s",
+                    pause.as_secs_f32()
+                );
+                report.send_replace(State::Waiting { death, pause });
+                tokio::select! {
+                    () = sleep(pause) => {}
+                    () = stop.cancelled() => break,
+                }
+            }
+        }
+    }
+    report.send_replace(State::Stopped);
+}
+
+/// Its lines went to the log as they came; here they are for those who filter them out.
+fn show_last_lines(role: Role, death: &Death) {
+    if !tracing::enabled!(target: "tightwad::child", tracing::Level::INFO) {
+        for line in &death.last_lines {
+            tracing::error!("last lines of the {role} server: {line}");
+        }
+    }
+}
+
+/// How one life of the server ended.
+enum Life {
+    Stopped,
+    Died { death: Death, ready: Option<Duration> },
+}
+
+async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, stop: &CancellationToken) -> Life {
+    let mut child = match Child::spawn(role, launch).await {
+        Ok(child) => child,
+        Err(error) => {
+            return Life::Died {
+                death: Death::not_started(&error),
+                ready: None,
+            };
+        }
+    };
+    let pid = child.pid();
+    let began = Instant::now();
+    tracing::info!(pid, "the {role} server starts at {}", launch.url());
+    let mut ready = None;
+    let status = {
+        let watch_it = async {
+            until_ready(role, &launch.url(), report).await;
+            ready = Some(Instant::now());
+            tracing::info!(
+                pid,
+                "the {role} server is ready after {:.1} s",
+                began.elapsed().as_secs_f32()
+            );
+            report.send_replace(State::Ready { pid });
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            status = child.wait() => Some(status),
+            () = stop.cancelled() => None,
+            () = watch_it => None,
+        }
+    };
+    match status {
+        None => {
+            if let Err(error) = child.stop(STOP_PATIENCE).await {
+                tracing::warn!(pid, "could not wait for the {role} server: {error}");
+            }
+            tracing::info!(pid, "the {role} server is stopped");
+            Life::Stopped
+        }
+        Some(Err(error)) => Life::Died {
+            death: Death::not_started(&error),
+            ready: None,
+        },
+        Some(Ok(status)) => {
+            let death = Death::explain(status, child.last_lines().await);
+            Life::Died {
+                death,
+                ready: ready.map(|since| since.elapsed()),
+            }
+        }
+    }
+}
+
+/// Returns once `/health` says 200. A model of 100 GB from a slow disk loads for minutes, so there is no bound: the
+/// process is alive, and whoever waits sees it in the state and the log.
+async fn until_ready(role: Role, url: &str, report: &watch::Sender<State>) {
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(POLL_PATIENCE)
+        .build()
+        .unwrap_or_default();
+    let health = format!("{url}/health");
+    let began = Instant::now();
+    let mut told = began;
+    loop {
+        match client.get(&health).send().await {
+            Ok(answer) if answer.status().is_success() => return,
+            Ok(_) => {
+                report.send_if_modified(|state| {
+                    let changed = !matches!(state, State::Loading);
+                    *state = State::Loading;
+                    changed
+                });
+            }
+            Err(_) => {}
+        }
+        if told.elapsed() >= STILL_LOADING {
+            told = Instant::now();
+            tracing::info!(
+                "the {role} server still loads its model ({:.0} s)",
+                began.elapsed().as_secs_f32()
+            );
+        }
+        sleep(POLL).await;
+    }
+}

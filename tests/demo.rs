@@ -1,0 +1,94 @@
+//! The demo and the chat with real llama-server processes and the tiny models.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use harness::llama_server::{free_port, llama_cpp, model, target};
+use serde_json::Value;
+
+/// `tightwad` with nothing in the environment that could change what it does.
+fn tightwad() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command
+        .env_remove("TIGHTWAD_CONFIG")
+        .env_remove("TIGHTWAD_LOG")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn the_demo_drafts_and_the_drafted_texts_equal_the_plain_ones() {
+    let mut command = tightwad();
+    command.args(["demo", "--once", "--json", "--port", &free_port().to_string()]);
+    command.arg("--llama-server").arg(llama_cpp().join("bin/llama-server"));
+    command.arg("--target-model").arg(target());
+    command.arg("--draft-model").arg(model("tightwad-tiny-draft-f16.gguf"));
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["equal"], true, "{report:#}");
+    assert!(report["tokens_per_step"].as_f64().unwrap() > 1.0, "{report:#}");
+    for row in report["rows"].as_array().unwrap() {
+        assert!(row["tokens"].as_u64().unwrap() > 5, "{row:#}");
+    }
+}
+
+#[test]
+fn a_piped_chat_prints_the_answers_and_nothing_else_to_stdout() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let yaml = format!(
+        "target: {{ port: {port}, slots: 1, threads: 1, api_key: hush }}\nproxy: {{}}\n\
+         models: {{ tiny: {{ path: {}, ctx_size: 2048 }} }}\nbinaries: {{ llama_server: {}/bin/llama-server }}\n",
+        target().display(),
+        llama_cpp().display()
+    );
+    std::fs::write(folder.path().join("tightwad.yaml"), yaml).unwrap();
+    // Dropped first, so that nothing of it is left whatever fails below: its child dies with it.
+    let mut server = tightwad();
+    server
+        .current_dir(&folder)
+        .args(["run", "target"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut server = server.spawn().unwrap();
+    let ready = (0..200).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let health = format!("http://127.0.0.1:{port}/health");
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime
+            .block_on(reqwest::get(health))
+            .is_ok_and(|answer| answer.status().is_success())
+    });
+
+    let mut chat = tightwad();
+    let mut chat = chat
+        .current_dir(&folder)
+        .args(["chat", "--direct"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    chat.stdin
+        .take()
+        .unwrap()
+        .write_all(b"What is the capital of France?\n\nCount from 1 to 5.\n")
+        .unwrap();
+    let output = chat.wait_with_output().unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(ready && output.status.success(), "{stderr}");
+    assert_eq!(stdout.lines().count(), 2, "{stdout}");
+    assert!(stdout.starts_with("The capital of France is"), "{stdout}");
+    assert_eq!(stderr.matches("tok/s").count(), 2, "{stderr}");
+}
