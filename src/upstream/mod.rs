@@ -3,5 +3,5 @@
 mod llama_server;
 
 pub use llama_server::{
-    DraftPiece, DraftState, DraftStream, LlamaServer, Offer, OfferAnswer, Props, StreamEnd, UpstreamError,
+    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, LlamaServer, Props, StreamEnd, UpstreamError,
 };
