@@ -2,6 +2,8 @@
 //!
 //! Every test asks the target directly and through the proxy, and compares.
 
+#![allow(clippy::expect_used, clippy::panic)]
+
 mod harness;
 
 use std::time::{Duration, Instant};
@@ -99,6 +101,14 @@ fn chat(prompt: &str, max_tokens: u32) -> Value {
     json!({ "messages": [{ "role": "user", "content": prompt }], "max_tokens": max_tokens })
 }
 
+/// A drafter that knows the target's mind, and a proxy that drafts with it for the shared target: for answers that the
+/// good drafter seldom guesses.
+async fn with_a_knowing_drafter() -> (LlamaServer, Proxy) {
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let proxy = Proxy::drafting(stage().await.target.url(), draft.url()).await;
+    (draft, proxy)
+}
+
 /// Asks the target alone and through the proxy: the same answer must come back.
 async fn same(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> (Value, Record) {
     let plain = target.post(path, body).await;
@@ -129,10 +139,9 @@ async fn same_and_drafted(path: &str, body: &Value) -> (Value, Record) {
 async fn same_and_drafted_with(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> (Value, Record) {
     // On a busy machine a short answer may be over before its first draft is there.
     let mut records = Vec::new();
-    while records.len() < 4 {
+    while records.len() < 8 {
         let (plain, record) = same(target, proxy, path, body).await;
-        if record.accepted > 0 {
-            assert!(record.steps < record.generated, "{record:?}");
+        if record.accepted > 0 && record.steps < record.generated {
             return (plain, record);
         }
         records.push(record);
@@ -230,6 +239,8 @@ async fn the_status_the_answer_and_the_usage_count_alike() {
 
 #[tokio::test]
 async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
+    let target = &stage().await.target;
+    let (_draft, proxy) = with_a_knowing_drafter().await;
     let schema = json!({
         "type": "object",
         "properties": { "answer": { "type": "string", "maxLength": 120 }, "sure": { "type": "boolean" } },
@@ -248,7 +259,7 @@ async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
                 with(chat("Explain recursion.", 120), json!({ "response_format": format })),
                 more.clone(),
             );
-            let (answer, _) = same_and_drafted(CHAT, &body).await;
+            let (answer, _) = same_and_drafted_with(target, &proxy, CHAT, &body).await;
             if !stream {
                 let choice = &answer["choices"][0];
                 assert_eq!(choice["finish_reason"], "stop", "{answer}");
@@ -266,7 +277,7 @@ async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
                 { "role": "assistant", "content": "<tool_call>\n" },
             ]);
             let body = json!({ "messages": messages, "tools": [tool], "tool_choice": "required", "max_tokens": 80 });
-            let (answer, _) = same_and_drafted(CHAT, &with(body, more.clone())).await;
+            let (answer, _) = same_and_drafted_with(target, &proxy, CHAT, &with(body, more.clone())).await;
             if !stream {
                 let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
                 assert_eq!(call["name"], "count_words", "{answer}");
@@ -274,7 +285,7 @@ async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
 
             let grammar = r#"root ::= ("Monday" | "Tuesday" | "Friday") (", " root)?"#;
             let body = json!({ "prompt": "Monday, Tuesday, Friday, Monday, ", "n_predict": 40, "grammar": grammar });
-            same_and_drafted("/completion", &with(body, more)).await;
+            same_and_drafted_with(target, &proxy, "/completion", &with(body, more)).await;
         }
     }
 }
@@ -353,9 +364,7 @@ async fn characters_that_are_split_over_tokens_arrive_whole() {
 #[tokio::test]
 async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
     let target = &stage().await.target;
-    // The tiny target itself: every draft is right.
-    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
-    let proxy = Proxy::drafting(target.url(), draft.url()).await;
+    let (_draft, proxy) = with_a_knowing_drafter().await;
     let prompt = "\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8);
     for sampling in [greedy(), sampled()] {
         for stream in [false, true] {
@@ -535,11 +544,11 @@ async fn a_drafter_with_another_vocabulary_is_explained_and_not_used() {
         .shows("why it does not draft", Duration::from_secs(20), |status| {
             status["reason"]
                 .as_str()
-                .is_some_and(|reason| reason.contains("vocabularies"))
+                .is_some_and(|reason| reason.contains("vocabularies differ"))
         })
         .await;
     let reason = status["reason"].as_str().expect("a reason");
-    for word in ["differ", "2048 tokens", "4096 tokens"] {
+    for word in ["2048 tokens", "4096 tokens", "family"] {
         assert!(reason.contains(word), "{reason}");
     }
     let records = answers_are_right_with(&proxy).await;

@@ -31,7 +31,8 @@ impl FakeDrafter {
             }
             ("POST", "/completion") => {
                 let body: serde_json::Value = serde_json::from_slice(&seen.body).expect("JSON");
-                script(body["n_predict"].as_u64().map_or(0, |n| n as usize))
+                let n = body["n_predict"].as_u64().expect("a length");
+                script(usize::try_from(n).expect("a short draft"))
             }
             other => panic!("a drafter is not asked for {other:?}"),
         })
