@@ -404,7 +404,14 @@ impl LlamaServer {
             None => request,
         };
         let url = || format!("{}{path}", self.base);
-        let response = request.send().await.map_err(|error| unreachable(url(), &error))?;
+        let again = request.try_clone();
+        let response = match (request.send().await, again) {
+            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
+            // anything, so it can be asked again.
+            (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
+            (outcome, _) => outcome,
+        };
+        let response = response.map_err(|error| unreachable(url(), &error))?;
         if response.status().is_success() {
             return Ok(response);
         }
