@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::llama_server::target;
 
-const ALIGNMENT: u64 = 32;
+const ALIGNMENT: usize = 32;
 
 /// Reads the parts of a GGUF file in turn.
 #[derive(Clone, Copy)]
@@ -28,8 +28,12 @@ impl<'a> Reader<'a> {
         u64::from_le_bytes(self.take(8).try_into().expect("eight bytes"))
     }
 
+    pub fn size(&mut self) -> usize {
+        usize::try_from(self.u64()).expect("a size")
+    }
+
     pub fn string(&mut self) -> &'a [u8] {
-        let n = self.u64() as usize;
+        let n = self.size();
         self.take(n)
     }
 
@@ -61,7 +65,7 @@ pub fn put_string(bytes: &mut Vec<u8>, text: &str) {
 struct Tensor {
     dims: Vec<u64>,
     kind: u32,
-    offset: u64,
+    offset: usize,
 }
 
 /// The target with so many blocks more that it answers like the target and takes several milliseconds per token: drafts
@@ -102,19 +106,19 @@ fn deepen(model: &[u8], more: u32, file: &mut File) {
     for _ in 0..n_tensors {
         let name = String::from_utf8(reader.string().to_vec()).expect("a name");
         let dims = (0..reader.u32()).map(|_| reader.u64()).collect();
-        let (kind, offset) = (reader.u32(), reader.u64());
+        let (kind, offset) = (reader.u32(), reader.size());
         tensors.push((name, Tensor { dims, kind, offset }));
     }
-    let data_at = (model.len() - reader.0.len()).next_multiple_of(ALIGNMENT as usize);
+    let data_at = (model.len() - reader.0.len()).next_multiple_of(ALIGNMENT);
     let data = &model[data_at..];
 
     // A tensor takes the room up to the next one.
-    let mut offsets: Vec<u64> = tensors.iter().map(|(_, tensor)| tensor.offset).collect();
-    offsets.push(data.len() as u64);
+    let mut offsets: Vec<usize> = tensors.iter().map(|(_, tensor)| tensor.offset).collect();
+    offsets.push(data.len());
     offsets.sort_unstable();
-    let room: BTreeMap<u64, u64> = offsets.windows(2).map(|pair| (pair[0], pair[1] - pair[0])).collect();
+    let room: BTreeMap<usize, usize> = offsets.windows(2).map(|pair| (pair[0], pair[1] - pair[0])).collect();
 
-    let mut end = (data.len() as u64).next_multiple_of(ALIGNMENT);
+    let mut end = data.len().next_multiple_of(ALIGNMENT);
     let block: Vec<_> = tensors
         .iter()
         .filter_map(|(name, tensor)| Some((name.strip_prefix("blk.0.")?.to_owned(), tensor.clone())))
@@ -140,15 +144,16 @@ fn deepen(model: &[u8], more: u32, file: &mut File) {
     head.extend(keys);
     for (name, tensor) in &tensors {
         put_string(&mut head, name);
-        head.extend((tensor.dims.len() as u32).to_le_bytes());
+        let n_dims = u32::try_from(tensor.dims.len()).expect("few dimensions");
+        head.extend(n_dims.to_le_bytes());
         for dim in &tensor.dims {
             head.extend(dim.to_le_bytes());
         }
         head.extend(tensor.kind.to_le_bytes());
-        head.extend(tensor.offset.to_le_bytes());
+        head.extend((tensor.offset as u64).to_le_bytes());
     }
-    head.resize(head.len().next_multiple_of(ALIGNMENT as usize), 0);
+    head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
     file.write_all(&head).expect("written");
     file.write_all(data).expect("written");
-    file.set_len(head.len() as u64 + end).expect("lengthened");
+    file.set_len((head.len() + end) as u64).expect("lengthened");
 }

@@ -280,8 +280,14 @@ pub fn essence(mut answer: Value) -> Value {
                     "completed_at",
                     "item_id",
                     "tokens_evaluated",
+                    "id_slot",
                 ] {
                     map.remove(key);
+                }
+                // The prompt's tokens, of which more or fewer may have been in the cache.
+                if let Some(cached) = map.remove("cache_read_input_tokens").and_then(|cached| cached.as_u64()) {
+                    let read = map["input_tokens"].as_u64().unwrap_or_default();
+                    map.insert("input_tokens".to_owned(), (read + cached).into());
                 }
                 map.values_mut().for_each(strip);
             }
