@@ -3,6 +3,7 @@
 //! On some machines a batch of two costs as much as two steps and one of eight less than one of seven, so nothing can be
 //! inferred from a few sizes seen in passing. The tokens offered here are of no use; only the time counts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,15 @@ use crate::speculation::Token;
 use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
-const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 0, 10, 5, 7, 14];
-/// Steps per size.
+const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
+/// Steps per size; the fastest counts.
 const REPEAT: usize = 2;
+/// A model that was just loaded is slow at first: plain steps until one is not faster than the one before by this factor.
+const SETTLED: f64 = 0.95;
 /// No new step begins after this time.
-const BOUND: Duration = Duration::from_secs(3);
+const BOUND: Duration = Duration::from_secs(4);
 /// How long a step may wait for its draft.
-const HOLD: Duration = Duration::from_millis(200);
+const HOLD_US: u64 = 200_000;
 
 /// Measures the target whenever it comes up.
 pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
@@ -45,67 +48,65 @@ pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
 }
 
 async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
-    let began = Instant::now();
     let key = super::new_key();
-    let sizes = SIZES
+    // The completion is dropped, and so ended, when the measuring is over. Useless tokens are seldom accepted, but may be.
+    let completion = target.begin_endless(&key, 16 * SIZES.len());
+    let (completion, costs) = tokio::join!(completion, step_costs(target, &key, n_max));
+    completion.map(drop)?;
+    let costs = costs?;
+    if costs.contains_key(&0) {
+        let shown: Vec<String> = costs
+            .iter()
+            .map(|(n, cost)| format!("{n}: {:.1}", cost.as_secs_f64() * 1e3))
+            .collect();
+        tracing::debug!("milliseconds per step by draft tokens: {}", shown.join(", "));
+        shared.pace().calibrate(costs);
+    }
+    Ok(())
+}
+
+async fn step_costs(target: &LlamaServer, key: &str, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
+    let began = Instant::now();
+    let mut costs = BTreeMap::<usize, Duration>::new();
+    let mut sizes = SIZES
         .iter()
         .filter(|size| **size <= n_max)
         .flat_map(|size| [*size; REPEAT]);
-    // Useless tokens are hardly ever accepted, but may be.
-    let n_predict = SIZES.len() * REPEAT * 4;
-    let completion = target.begin_endless(&key, n_predict);
-    let measuring = async {
-        let hold_us = u64::try_from(HOLD.as_micros()).unwrap_or(u64::MAX);
-        let (mut pos, mut n_steps, mut last): (usize, u64, Token) = (0, 0, 0);
-        for size in sizes {
-            if began.elapsed() > BOUND {
-                break;
-            }
-            let tokens = vec![last; size];
-            let call = DraftCall {
-                key: &key,
-                pos,
-                tokens: &tokens,
-                n_min: size,
-                hold_us,
-                wait: true,
-            };
-            let mut answer = target.offer(&call).await?;
-            // The first answers bring the prompt and the token after it.
-            while matches!(answer.state, DraftState::Unknown | DraftState::Waiting) && began.elapsed() < BOUND {
-                pos += answer.tokens.len();
-                answer = target
-                    .offer(&DraftCall {
-                        pos,
-                        tokens: &[],
-                        n_min: 1,
-                        ..call
-                    })
-                    .await?;
-            }
-            if answer.state != DraftState::Running {
-                break;
-            }
-            pos += answer.tokens.len();
-            last = answer.tokens.last().copied().unwrap_or(last);
-            if answer.n_steps == n_steps + 1 && answer.n_steps > 1 {
-                shared
-                    .pace()
-                    .record_cost(answer.step_n, Duration::from_micros(answer.step_us));
-            }
-            n_steps = answer.n_steps;
+    let mut settled = false;
+    let (mut pos, mut n_steps, mut last): (usize, u64, Token) = (0, 0, 0);
+    while began.elapsed() < BOUND {
+        let size = match settled {
+            true => match sizes.next() {
+                Some(size) => size,
+                None => break,
+            },
+            false => 0,
+        };
+        let tokens = vec![last; if n_steps > 0 { size } else { 0 }];
+        let call = DraftCall {
+            key,
+            pos,
+            tokens: &tokens,
+            n_min: tokens.len(),
+            hold_us: HOLD_US,
+            wait: true,
+        };
+        let answer = target.offer(&call).await?;
+        pos += answer.tokens.len();
+        last = answer.tokens.last().copied().unwrap_or(last);
+        match answer.state {
+            DraftState::Unknown | DraftState::Waiting => continue,
+            DraftState::Done | DraftState::Refused => break,
+            DraftState::Running => {}
         }
-        Ok(())
-    };
-    // The completion is dropped, and so ended, when the measuring is over.
-    let (completion, measured) = tokio::join!(completion, measuring);
-    completion.map(drop)?;
-    measured?;
-    let pace = shared.pace();
-    let steps: Vec<String> = SIZES
-        .iter()
-        .filter_map(|size| Some(format!("{size}: {:.1}", pace.step_us(*size)? / 1e3)))
-        .collect();
-    tracing::debug!("milliseconds per step by draft tokens: {}", steps.join(", "));
-    Ok(())
+        // The first step is the prompt's.
+        if answer.n_steps == n_steps + 1 && answer.n_steps > 1 {
+            let cost = Duration::from_micros(answer.step_us);
+            let known = costs.entry(answer.step_n).or_insert(Duration::MAX);
+            settled |= *known < Duration::MAX && cost.as_secs_f64() > SETTLED * known.as_secs_f64();
+            *known = cost.min(*known);
+        }
+        n_steps = answer.n_steps;
+    }
+    Ok(costs)
 }

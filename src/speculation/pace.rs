@@ -155,9 +155,12 @@ impl Pace {
         }
     }
 
-    /// Takes in the duration of a step over `n` draft tokens, whatever became of these.
-    pub fn record_cost(&mut self, n: usize, duration: Duration) {
-        self.step.record(n, micros(duration));
+    /// Replaces what is known of the cost of steps by measurements: draft tokens and duration.
+    pub fn calibrate(&mut self, costs: impl IntoIterator<Item = (usize, Duration)>) {
+        self.step = StepCost::default();
+        for (n, duration) in costs {
+            self.step.record(n, micros(duration));
+        }
     }
 
     /// Takes in how long a stream of the drafter took to its first token.
@@ -331,10 +334,13 @@ impl Rate {
     }
 }
 
-/// Time of a step by the number of draft tokens, in microseconds: what was measured, and straight lines between.
+/// Time of a step by the number of draft tokens: a scale, in microseconds, that follows the machine's load and the growing
+/// context, times a shape that belongs to the hardware. So sizes that are not used do not keep the costs of another time.
 #[derive(Debug, Clone, Default)]
 struct StepCost {
-    measured: Vec<Average>,
+    scale_us: f64,
+    /// Where it was measured; straight lines between.
+    shape: Vec<Option<f64>>,
 }
 
 impl StepCost {
@@ -342,32 +348,46 @@ impl StepCost {
     const SLOPE_GUESS: f64 = 0.05;
     /// A step that takes so many times longer than expected (another request's prompt went along) counts as this.
     const OUTLIER: f64 = 2.0;
+    /// What of a deviation goes into the scale, and what into the shape (as exponents).
+    const TO_SCALE: f64 = 0.2;
+    const TO_SHAPE: f64 = 0.1;
 
     fn record(&mut self, n: usize, us: f64) {
-        let us = self.micros(n).map_or(us, |expected| us.min(Self::OUTLIER * expected));
-        if self.measured.len() <= n {
-            self.measured.resize(n + 1, Average::default());
+        if us <= 0.0 {
+            return;
         }
-        self.measured[n].record(us);
+        if self.scale_us == 0.0 {
+            self.scale_us = us;
+        }
+        if self.shape.len() <= n {
+            self.shape.resize(n + 1, None);
+        }
+        match &mut self.shape[n] {
+            Some(shape) => {
+                let deviation = (us / (self.scale_us * *shape)).min(Self::OUTLIER);
+                self.scale_us *= deviation.powf(Self::TO_SCALE);
+                *shape *= deviation.powf(Self::TO_SHAPE);
+            }
+            unseen => *unseen = Some(us / self.scale_us),
+        }
     }
 
     fn micros(&self, n: usize) -> Option<f64> {
-        let at = |i: usize| self.measured.get(i).and_then(|it| it.get());
-        if let Some(us) = at(n) {
-            return Some(us);
-        }
-        let below = (0..n.min(self.measured.len())).rev().find_map(|i| Some((i, at(i)?)));
-        let above = (n..self.measured.len()).find_map(|i| Some((i, at(i)?)));
-        match (below, above) {
-            (Some((i, low)), Some((j, high))) => Some(low + (high - low) * (n - i) as f64 / (j - i) as f64),
+        let at = |i: usize| self.shape.get(i).copied().flatten();
+        let below = (0..=n.min(self.shape.len())).rev().find_map(|i| Some((i, at(i)?)));
+        let above = (n..self.shape.len()).find_map(|i| Some((i, at(i)?)));
+        let shape = match (below, above) {
+            (Some((i, shape)), _) if i == n => shape,
+            (Some((i, low)), Some((j, high))) => low + (high - low) * (n - i) as f64 / (j - i) as f64,
             (Some((i, low)), None) => {
                 let before = (0..i).find_map(|j| Some((j, at(j)?)));
                 let slope = before.map_or(Self::SLOPE_GUESS * low, |(j, first)| (low - first) / (i - j) as f64);
-                Some(low + slope.max(0.01 * low) * (n - i) as f64)
+                low + slope.max(0.01 * low) * (n - i) as f64
             }
-            (None, Some((j, high))) => Some(high / (1.0 + Self::SLOPE_GUESS * (j - n) as f64)),
-            (None, None) => None,
-        }
+            (None, Some((j, high))) => high / (1.0 + Self::SLOPE_GUESS * (j - n) as f64),
+            (None, None) => return None,
+        };
+        Some(self.scale_us * shape)
     }
 }
 
@@ -456,9 +476,7 @@ mod tests {
             }
         };
         let mut pace = measured(steep, 2_000.0, 200.0);
-        for n in 0..16 {
-            pace.record_cost(n, us(steep(n)));
-        }
+        pace.calibrate((0..16).map(|n| (n, us(steep(n)))));
         assert_eq!(pace.choose(&sure(1), 16, None).n, 0);
         assert_eq!(pace.choose(&sure(12), 16, None).n, 12);
     }
@@ -502,8 +520,8 @@ mod tests {
                 since_last: us(linear(4)),
             };
             pace.record_step(&step);
-            pace.record_cost(0, us(linear(0)));
         }
+        pace.calibrate([(0, us(linear(0))), (4, us(linear(4)))]);
         assert_eq!(pace.choose(&[class; 4], 16, None).n, 0);
         assert!(!pace.pays(16));
         for _ in 0..PROBE_EVERY {
@@ -515,6 +533,19 @@ mod tests {
             });
         }
         assert!(pace.pays(16) && pace.choose(&[class; 4], 16, None).n > 0);
+    }
+
+    #[test]
+    fn a_machine_that_slows_down_slows_all_sizes() {
+        let mut cost = StepCost::default();
+        for n in [0, 4, 8] {
+            cost.record(n, linear(n));
+        }
+        for _ in 0..40 {
+            cost.record(0, 2.0 * linear(0));
+        }
+        let slower = cost.micros(8).unwrap() / linear(8);
+        assert!((1.4..=2.1).contains(&slower), "{slower}");
     }
 
     proptest! {

@@ -491,7 +491,7 @@ mod tests {
             session: Session::new(&[]),
             pace: Pace::default(),
         };
-        tried.pace.record_cost(0, Duration::from_millis(40));
+        tried.pace.calibrate([(0, Duration::from_millis(40))]);
         let text: Vec<Token> = (1..20).chain(1..12).collect();
         let actions = tried.handle(committed(0, &text));
         assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![12, 13, 14, 15]));
@@ -538,7 +538,7 @@ mod tests {
         fn whatever_happens_the_session_follows_the_target(moves in moves(), n_max in 0_usize..6, measured: bool) {
             let mut pace = Pace::default();
             if measured {
-                pace.record_cost(0, Duration::from_millis(40));
+                pace.calibrate([(0, Duration::from_millis(40))]);
                 pace.record_first_token(Duration::from_millis(2));
                 pace.record_tokens(1, Duration::from_micros(300));
             }
@@ -610,7 +610,7 @@ mod tests {
             commits in prop::collection::vec(prop::collection::vec(0..3, 1..5), 1..60),
         ) {
             let mut pace = Pace::default();
-            pace.record_cost(0, Duration::from_millis(40));
+            pace.calibrate([(0, Duration::from_millis(40))]);
             let mut session = Session::new(&prediction);
             let mut text = Vec::new();
             for tokens in commits {
