@@ -46,13 +46,13 @@ fn mode<'a>(group: &'a Value, name: &str) -> &'a Value {
 async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
     let (target, draft) = pair().await;
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
-    let options = ["--kinds", "code,list", "--rounds", "1", "--max-tokens", "32", "--json"];
+    let options = ["--kinds", "code,creative", "--rounds", "1", "--json"];
     let report = json(&tightwad(&[&servers[..], &options[..]].concat()), 0);
     assert_eq!(report["equal"], true, "{report:#}");
     let kinds = report["kinds"].as_array().unwrap();
     assert_eq!(
         (kinds[0]["kind"].as_str(), kinds[1]["kind"].as_str()),
-        (Some("code"), Some("list"))
+        (Some("code"), Some("creative"))
     );
     for group in kinds.iter().chain([&report["total"]]) {
         let (plain, attached) = (mode(group, "plain"), mode(group, "attached"));
@@ -74,9 +74,7 @@ async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
             (plain["tokens_per_step"].as_f64().unwrap() - 1.0).abs() < 1e-9,
             "{group:#}"
         );
-        assert!(attached["tokens_per_step"].as_f64().unwrap() > 1.0, "{group:#}");
         let count = |name: &str| attached["acceptance"][name].as_u64().unwrap();
-        assert!(count("drafted") > 0, "{group:#}");
         assert_eq!(count("wasted"), count("drafted") - count("accepted"));
         let by_position = attached["acceptance"]["by_position"].as_array().unwrap();
         // What was kept at all positions is what was kept.
@@ -86,23 +84,19 @@ async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
             "{group:#}"
         );
     }
+    // Not of each kind: so quick a target may well be better off alone for a while.
+    let attached = mode(&report["total"], "attached");
+    assert!(
+        attached["acceptance"]["drafted"].as_u64().unwrap() > 0 && attached["tokens_per_step"].as_f64().unwrap() > 1.0,
+        "{report:#}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
     let (target, draft) = pair().await;
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
-    let options = [
-        "--kinds",
-        "list",
-        "--rounds",
-        "1",
-        "--max-tokens",
-        "24",
-        "--json",
-        "--temperature",
-        "0.7",
-    ];
+    let options = ["--kinds", "creative", "--rounds", "1", "--json", "--temperature", "0.7"];
     let more = ["--delay", "5", "--context", "300", "--clients", "2"];
     let report = json(&tightwad(&[&servers[..], &options[..], &more[..]].concat()), 0);
     let (plain, attached) = (mode(&report["total"], "plain"), mode(&report["total"], "attached"));
@@ -148,16 +142,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
         "the proxy does not draft"
     );
 
-    let options = [
-        "--kinds",
-        "list",
-        "--rounds",
-        "1",
-        "--max-tokens",
-        "24",
-        "--json",
-        "--own-draft",
-    ];
+    let options = ["--kinds", "creative", "--rounds", "1", "--json", "--own-draft"];
     let report = json(&tightwad(&[&["-c", config, "bench"], &options[..]].concat()), 0);
     assert_eq!(report["equal"], true, "{report:#}");
     assert_eq!(report["own_draft"]["tried"].as_array().unwrap().len(), 3, "{report:#}");
@@ -169,7 +154,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
             "{name}: {report:#}"
         );
     }
-    let verified = tightwad(&["-c", config, "verify", "--count", "3", "--max-tokens", "24"]);
+    let verified = tightwad(&["-c", config, "verify", "--count", "3"]);
     let text = String::from_utf8(verified.stdout).unwrap();
     assert_eq!(verified.status.code(), Some(0), "{text}");
     assert!(text.contains("temperature 0.8: 3 of 3 answers equal"), "{text}");

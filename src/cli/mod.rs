@@ -38,6 +38,7 @@ Examples:
   tightwad run draft                                               on the host with the small one
   tightwad proxy start                                             the endpoint in front of both
   tightwad chat                                                    talk to it
+  tightwad bench                                                   what does drafting gain there?
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 130 interrupted.

@@ -9,14 +9,14 @@ use crate::bench::{Figures, Group};
 pub fn table(report: &Report) -> String {
     let settings = &report.settings;
     let mut text = format!(
-        "{} prompts, {} rounds, at most {} tokens, temperature {}, seed {}, clients {}",
+        "prompts {}, rounds {}, max tokens {}, temperature {}, seed {}, clients {}",
         settings.prompts, settings.rounds, settings.max_tokens, settings.temperature, settings.seed, settings.clients
     );
     if let Some(tokens) = settings.context {
-        push(&mut text, format_args!(", about {tokens} tokens of context"));
+        push(&mut text, format_args!(", context {tokens}"));
     }
     if let Some(delay) = settings.delay_ms {
-        push(&mut text, format_args!(", {delay} ms added to each round trip"));
+        push(&mut text, format_args!(", {delay} ms more per round trip"));
     }
     push(&mut text, format_args!("\n\n{}", columns(HEAD)));
     for group in report.comparison.kinds.iter().chain([&report.comparison.total]) {
@@ -108,7 +108,11 @@ fn positions(text: &mut String, figures: &Figures) {
         .collect();
     push(
         text,
-        format_args!("{}: accepted by position: {}\n", figures.mode.name(), shares.join(" ")),
+        format_args!(
+            "{}: of all drafts, the share whose token was accepted at each position: {}\n",
+            figures.mode.name(),
+            shares.join(" ")
+        ),
     );
 }
 
