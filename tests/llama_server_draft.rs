@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use harness::drafter::{Drafter, Followed, drafted, new_key, perfect, wrong_at_every};
-use harness::llama_server::{LlamaServer, target};
+use harness::llama_server::{LlamaServer, essence, target};
 use harness::random_model;
 use serde_json::{Value, json};
 
@@ -45,32 +45,6 @@ async fn text_of(server: &LlamaServer, path: &str, body: &Value) -> Vec<i32> {
     let (_, followed) = drafted(server, path, body, |_| Vec::new()).await;
     assert_eq!(followed.last.n_drafted, 0);
     followed.committed
-}
-
-/// The answer without what differs between any two runs.
-fn essence(mut answer: Value) -> Value {
-    fn strip(value: &mut Value) {
-        match value {
-            Value::Object(map) => {
-                for key in [
-                    "timings",
-                    "id",
-                    "created",
-                    "created_at",
-                    "completed_at",
-                    "item_id",
-                    "tokens_evaluated",
-                ] {
-                    map.remove(key);
-                }
-                map.values_mut().for_each(strip);
-            }
-            Value::Array(values) => values.iter_mut().for_each(strip),
-            _ => {}
-        }
-    }
-    strip(&mut answer);
-    answer
 }
 
 /// Run `body` plain, then with a perfect drafter, then with one that errs: all answers must be the same. What the perfect

@@ -81,20 +81,11 @@ impl Engine {
                 .transpose()
         };
         let (draft, target) = (server(settings.draft)?, server(settings.target)?);
-        let unseen = |server: &Server| ServerStatus {
-            url: server.config.url.clone(),
-            model: server.config.model_name.clone(),
-            healthy: false,
-            problem: Some("it was not asked yet".into()),
-        };
-        let sight = Sight {
-            draft: draft.as_ref().map(unseen),
-            target: target.as_ref().map(unseen).unwrap_or_default(),
-            ..Sight::default()
-        };
+        let slots = Slots::default();
+        let watcher = Watcher::new(draft.clone(), target.clone(), slots.clone());
         let shared = Arc::new(Shared {
-            sight: channel::Sender::new(sight),
-            slots: Slots::default(),
+            sight: channel::Sender::new(watcher.first_sight()),
+            slots,
             pace: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
@@ -102,7 +93,6 @@ impl Engine {
                 MaxDraftTokens::AtMost(n) => usize::from(n),
             },
         });
-        let watcher = Watcher::new(draft.clone(), target.clone(), shared.slots.clone());
         Ok(Arc::new(Self {
             watcher: tokio::spawn(watcher.run(shared.sight.clone())).abort_handle(),
             shared,

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::future::{BoxFuture, FutureExt, OptionFuture};
+use futures_util::stream::{self, BoxStream};
+
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
@@ -10,6 +14,8 @@ use crate::upstream::{LlamaServer, Props, UpstreamError};
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// The reason while it is not known yet whether the drafter fits.
+const COMPARING: &str = "the vocabularies are being compared";
 
 /// A configured server and its client.
 #[derive(Debug, Clone)]
@@ -39,15 +45,23 @@ pub struct Sight {
     pub can_draft: bool,
 }
 
-/// Looks again and again, and remembers what does not change while the servers stay the same.
+/// Looks again and again, and remembers what does not change while the servers stay the same. Nothing waits for a server
+/// that does not answer: neither the looks at the other one, nor what is told of it.
 #[derive(Debug)]
 pub struct Watcher {
     draft: Option<Server>,
     target: Option<Server>,
     slots: Slots,
     /// The pair of servers that was compared last, and the outcome.
-    compared: Option<((Props, Props), Comparison)>,
+    compared: Option<Compared>,
+    /// The drafter was looked at since: a comparison that failed may work now.
+    compare_again: bool,
 }
+
+/// Two servers, as far as it takes to notice that one of them is another one now.
+type Pair = (Props, Props);
+
+type Compared = (Pair, Result<Comparison, UpstreamError>);
 
 impl Watcher {
     /// Watches these servers.
@@ -58,13 +72,40 @@ impl Watcher {
             target,
             slots,
             compared: None,
+            compare_again: false,
         }
+    }
+
+    /// What is known before the first look.
+    #[must_use]
+    pub fn first_sight(&self) -> Sight {
+        self.judge(&Look::before(self.target.as_ref()), &Look::before(self.draft.as_ref()))
+            .0
     }
 
     /// Looks for ever; publishes what changed.
     pub async fn run(mut self, sight: tokio::sync::watch::Sender<Sight>) {
+        let (mut target_looks, mut draft_looks) = (looks(self.target.clone()), looks(self.draft.clone()));
+        let mut target = Look::before(self.target.as_ref());
+        let mut draft = Look::before(self.draft.as_ref());
+        let mut comparing: Option<BoxFuture<'static, Compared>> = None;
         loop {
-            let seen = self.look().await;
+            tokio::select! {
+                Some(look) = target_looks.next() => target = look,
+                Some(look) = draft_looks.next() => {
+                    draft = look;
+                    self.compare_again = true;
+                }
+                Some(compared) = OptionFuture::from(comparing.as_mut()) => {
+                    comparing = None;
+                    self.compared = Some(compared);
+                }
+            }
+            let (seen, missing) = self.judge(&target, &draft);
+            if comparing.is_none() {
+                comparing = missing.and_then(|pair| self.compare(pair));
+                self.compare_again &= comparing.is_none();
+            }
             sight.send_if_modified(|old| {
                 if *old == seen {
                     return false;
@@ -73,15 +114,14 @@ impl Watcher {
                 *old = seen;
                 true
             });
-            tokio::time::sleep(INTERVAL).await;
         }
     }
 
-    async fn look(&mut self) -> Sight {
-        let (target, draft) = tokio::join!(look_at(self.target.as_ref()), look_at(self.draft.as_ref()));
+    /// What the last looks come to, and the pair that has yet to be compared.
+    fn judge(&self, target: &Look, draft: &Look) -> (Sight, Option<Pair>) {
         let mut sight = Sight {
-            target: target.status,
-            draft: self.draft.as_ref().map(|_| draft.status),
+            target: target.status.clone(),
+            draft: self.draft.as_ref().map(|_| draft.status.clone()),
             ..Sight::default()
         };
         match verification(self.target.as_ref(), target.props.as_ref()) {
@@ -91,45 +131,67 @@ impl Watcher {
             }
             Err(reason) => {
                 sight.reason = Some(reason);
-                return sight;
+                return (sight, None);
             }
         }
-        let (Some(target_props), Some(target)) = (target.props, &self.target) else {
-            return sight;
+        let Some(target_props) = &target.props else {
+            return (sight, None);
         };
         let Some(server) = &self.draft else {
             sight.reason = Some("no drafter is configured; name one under `proxy.draft`".into());
-            return sight;
+            return (sight, None);
         };
         if server.config.backend != Backend::Llamacpp {
             sight.reason = Some(format!(
                 "a drafter with `backend: {}` gives no token ids; run the draft model with llama-server",
                 backend_name(server.config.backend)
             ));
-            return sight;
+            return (sight, None);
         }
-        let Some(draft_props) = draft.props else { return sight };
+        let Some(draft_props) = &draft.props else {
+            return (sight, None);
+        };
         self.slots.resize(draft_props.total_slots);
-        let pair = (draft_props, target_props);
-        if self.compared.as_ref().is_none_or(|(compared, _)| *compared != pair) {
-            match vocabulary::compare(&server.client, &target.client).await {
-                Ok(comparison) => self.compared = Some((pair, comparison)),
+        let pair = (draft_props.clone(), target_props.clone());
+        match &self.compared {
+            Some((compared, outcome)) if *compared == pair => match outcome {
+                Ok(Comparison::Same { target_size }) => {
+                    sight.vocabulary = *target_size;
+                    sight.can_draft = true;
+                }
+                Ok(Comparison::Different(difference)) => sight.reason = Some(difference.clone()),
                 Err(error) => {
                     sight.reason = Some(format!("the vocabularies could not be compared: {error}"));
-                    return sight;
+                    return (sight, self.compare_again.then_some(pair));
                 }
+            },
+            _ => {
+                sight.reason = Some(COMPARING.into());
+                return (sight, Some(pair));
             }
         }
-        match &self.compared {
-            Some((_, Comparison::Same { target_size })) => {
-                sight.vocabulary = *target_size;
-                sight.can_draft = true;
-            }
-            Some((_, Comparison::Different(difference))) => sight.reason = Some(difference.clone()),
-            None => {}
-        }
-        sight
+        (sight, None)
     }
+
+    fn compare(&self, pair: Pair) -> Option<BoxFuture<'static, Compared>> {
+        let (draft, target) = (
+            self.draft.as_ref()?.client.clone(),
+            self.target.as_ref()?.client.clone(),
+        );
+        Some(async move { (pair, vocabulary::compare(&draft, &target).await) }.boxed())
+    }
+}
+
+/// Looks at a server again and again.
+fn looks(server: Option<Server>) -> BoxStream<'static, Look> {
+    let Some(server) = server else {
+        return stream::pending().boxed();
+    };
+    stream::unfold((server, Duration::ZERO), |(server, pause)| async move {
+        tokio::time::sleep(pause).await;
+        Some((look_at(&server).await, (server, INTERVAL)))
+    })
+    .boxed()
 }
 
 struct Look {
@@ -138,18 +200,33 @@ struct Look {
     props: Option<Props>,
 }
 
-async fn look_at(server: Option<&Server>) -> Look {
-    let Some(Server { config, client }) = server else {
-        return Look {
-            status: ServerStatus::default(),
+impl Look {
+    /// Nobody has looked.
+    fn before(server: Option<&Server>) -> Self {
+        let status = server.map(|server| ServerStatus {
+            problem: Some("it was not asked yet".into()),
+            ..server.unknown()
+        });
+        Self {
+            status: status.unwrap_or_default(),
             props: None,
-        };
-    };
-    let mut status = ServerStatus {
-        url: config.url.clone(),
-        model: config.model_name.clone(),
-        ..ServerStatus::default()
-    };
+        }
+    }
+}
+
+impl Server {
+    fn unknown(&self) -> ServerStatus {
+        ServerStatus {
+            url: self.config.url.clone(),
+            model: self.config.model_name.clone(),
+            ..ServerStatus::default()
+        }
+    }
+}
+
+async fn look_at(server: &Server) -> Look {
+    let Server { config, client } = server;
+    let mut status = server.unknown();
     let mut props = None;
     let answer = if config.backend == Backend::Llamacpp {
         match client.health().await {
@@ -226,6 +303,7 @@ fn log_change(old: &Sight, new: &Sight) {
     }
     if old.verification != new.verification || old.reason != new.reason {
         match &new.reason {
+            Some(reason) if reason == COMPARING => tracing::debug!("{reason}"),
             None => tracing::info!("verification: attached, up to {} draft tokens per step", new.n_max),
             Some(reason) => tracing::warn!("not drafting: {reason}"),
         }

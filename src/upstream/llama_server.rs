@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::Secret;
 use crate::speculation::Token;
 
+/// What a server knows by itself it tells within this time, or not at all.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a server behind us gave no answer that can be used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum UpstreamError {
@@ -281,9 +284,8 @@ impl LlamaServer {
         struct Answer {
             content: String,
         }
-        let answer: Answer = self
-            .post("/detokenize", &serde_json::json!({ "tokens": tokens }))
-            .await?;
+        let body = serde_json::json!({ "tokens": tokens });
+        let answer: Answer = self.post("/detokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.content)
     }
 
@@ -294,13 +296,13 @@ impl LlamaServer {
             tokens: Vec<Token>,
         }
         let body = serde_json::json!({ "content": text, "parse_special": true });
-        let answer: Answer = self.post("/tokenize", &body).await?;
+        let answer: Answer = self.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.tokens)
     }
 
     /// Offers draft tokens to a running completion, and learns what it has committed.
     pub async fn offer(&self, offer: &Offer<'_>) -> Result<OfferAnswer, UpstreamError> {
-        self.post("/draft", offer).await
+        self.post("/draft", offer, None).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -377,18 +379,22 @@ impl LlamaServer {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        let request = self
-            .http
-            .get(format!("{}{path}", self.base))
-            .timeout(Duration::from_secs(5));
+        let request = self.http.get(format!("{}{path}", self.base)).timeout(PATIENCE);
         let response = self.send(path, request).await?;
         self.read(path, response).await
     }
 
-    async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, UpstreamError> {
-        let response = self
-            .send(path, self.http.post(format!("{}{path}", self.base)).json(body))
-            .await?;
+    async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        timeout: Option<Duration>,
+    ) -> Result<T, UpstreamError> {
+        let mut request = self.http.post(format!("{}{path}", self.base)).json(body);
+        if let Some(timeout) = timeout {
+            request = request.timeout(timeout);
+        }
+        let response = self.send(path, request).await?;
         self.read(path, response).await
     }
 
@@ -398,7 +404,14 @@ impl LlamaServer {
             None => request,
         };
         let url = || format!("{}{path}", self.base);
-        let response = request.send().await.map_err(|error| unreachable(url(), &error))?;
+        let again = request.try_clone();
+        let response = match (request.send().await, again) {
+            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
+            // anything, so it can be asked again.
+            (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
+            (outcome, _) => outcome,
+        };
+        let response = response.map_err(|error| unreachable(url(), &error))?;
         if response.status().is_success() {
             return Ok(response);
         }

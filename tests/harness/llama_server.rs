@@ -61,7 +61,7 @@ impl Program {
             { read -r _ <&3; kill -9 "$program"; } 2>/dev/null &
             wait "$program"
         "#;
-        let folder = tempfile::tempdir().expect("a folder for the log");
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder for the log");
         let log = File::create(folder.path().join("log")).expect("a log file");
         let mut shell = Command::new("sh")
             .arg("-c")
@@ -136,15 +136,22 @@ impl LlamaServer {
     pub async fn start(model: &Path, args: &[&str]) -> Self {
         // the port may be lost between asking for it and using it
         for _ in 0..3 {
-            if let Some(server) = Self::try_start(model, args).await {
+            if let Some(server) = Self::try_start(free_port(), model, args).await {
                 return server;
             }
         }
         panic!("llama-server does not start");
     }
 
-    async fn try_start(model: &Path, args: &[&str]) -> Option<Self> {
-        let port = free_port();
+    /// As [`Self::start`], on a port at which another one may have ended just now.
+    pub async fn start_at(port: u16, model: &Path, args: &[&str]) -> Self {
+        let started = super::wait::eventually(Duration::from_secs(10), || async {
+            Self::try_start(port, model, args).await.ok_or(())
+        });
+        started.await.expect("the port is free")
+    }
+
+    async fn try_start(port: u16, model: &Path, args: &[&str]) -> Option<Self> {
         let port_text = port.to_string();
         let model = model.to_str().expect("a path in UTF-8");
         let mut all = vec!["-m", model, "--host", "127.0.0.1", "--port", &port_text];
@@ -194,6 +201,13 @@ impl LlamaServer {
         &self.url
     }
 
+    /// Slots that are working on something, by what the server says.
+    pub async fn busy_slots(&self) -> usize {
+        let slots = self.get("/slots").await;
+        let slots = slots.as_array().expect("a list of slots");
+        slots.iter().filter(|slot| slot["is_processing"] == true).count()
+    }
+
     pub fn log(&self) -> String {
         self.program().log()
     }
@@ -236,18 +250,47 @@ impl LlamaServer {
         if let Some(key) = draft_key {
             request = request.header("X-Draft-Key", key);
         }
-        let answer = request.send().await.expect("an answer");
-        let status = answer.status().as_u16();
-        let text = answer.text().await.expect("a body");
-        // a stream comes back as an array of its events
-        let json = serde_json::from_str(&text).unwrap_or_else(|_| events(&text));
-        (status, json)
+        answer_of(request).await
     }
 
     pub async fn tokenize(&self, content: &str) -> Vec<i32> {
         let answer = self.post("/tokenize", &serde_json::json!({ "content": content })).await;
         serde_json::from_value(answer["tokens"].clone()).expect("tokens")
     }
+}
+
+/// Sends a request: the status and the JSON; a stream comes back as an array of its events.
+pub async fn answer_of(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let answer = request.send().await.expect("an answer");
+    let status = answer.status().as_u16();
+    let text = answer.text().await.expect("a body");
+    (status, serde_json::from_str(&text).unwrap_or_else(|_| events(&text)))
+}
+
+/// The answer without what differs between any two runs.
+pub fn essence(mut answer: Value) -> Value {
+    fn strip(value: &mut Value) {
+        match value {
+            Value::Object(map) => {
+                for key in [
+                    "timings",
+                    "id",
+                    "created",
+                    "created_at",
+                    "completed_at",
+                    "item_id",
+                    "tokens_evaluated",
+                ] {
+                    map.remove(key);
+                }
+                map.values_mut().for_each(strip);
+            }
+            Value::Array(values) => values.iter_mut().for_each(strip),
+            _ => {}
+        }
+    }
+    strip(&mut answer);
+    answer
 }
 
 /// The JSON events of a server-sent event stream.

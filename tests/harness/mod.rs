@@ -1,4 +1,4 @@
-//! Real llama-server processes and a scripted drafter, for the black-box tests.
+//! Real llama-server processes, scripted drafters and the proxy, for the black-box tests.
 
 // every test file compiles this for itself and uses a part of it
 #![allow(dead_code, missing_docs)]
@@ -6,5 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
 
 pub mod drafter;
+pub mod fake_drafter;
+pub mod fake_upstream;
+pub mod gguf;
 pub mod llama_server;
+pub mod proxy;
 pub mod random_model;
+pub mod wait;

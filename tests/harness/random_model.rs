@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use super::gguf::{Reader, put_string};
 use super::llama_server::target;
 
 const N_VOCAB: u64 = 4096;
@@ -153,47 +154,8 @@ impl Model {
     }
 }
 
-fn put_string(bytes: &mut Vec<u8>, text: &str) {
-    bytes.extend((text.len() as u64).to_le_bytes());
-    bytes.extend(text.as_bytes());
-}
-
 /// The tokenizer of the trained models, as it stands in their files: the number of keys and the bytes.
 fn tokenizer() -> (u64, Vec<u8>) {
-    struct Reader<'a>(&'a [u8]);
-    impl<'a> Reader<'a> {
-        fn take(&mut self, n: usize) -> &'a [u8] {
-            let (taken, rest) = self.0.split_at(n);
-            self.0 = rest;
-            taken
-        }
-        fn u32(&mut self) -> u32 {
-            u32::from_le_bytes(self.take(4).try_into().expect("four bytes"))
-        }
-        fn u64(&mut self) -> u64 {
-            u64::from_le_bytes(self.take(8).try_into().expect("eight bytes"))
-        }
-        fn string(&mut self) -> &'a [u8] {
-            let n = self.u64() as usize;
-            self.take(n)
-        }
-        fn skip(&mut self, kind: u32) {
-            match kind {
-                0 | 1 | 7 => drop(self.take(1)),
-                2 | 3 => drop(self.take(2)),
-                4..=6 => drop(self.take(4)),
-                8 => drop(self.string()),
-                9 => {
-                    let of = self.u32();
-                    for _ in 0..self.u64() {
-                        self.skip(of);
-                    }
-                }
-                _ => drop(self.take(8)),
-            }
-        }
-    }
-
     let file = std::fs::read(target()).expect("the target of tests/models");
     let mut reader = Reader(&file[16..]);
     let mut found = (0, Vec::new());

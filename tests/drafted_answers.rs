@@ -1,0 +1,771 @@
+//! The main job: an answer that was drafted for is the target's own, byte for byte, whatever the drafter does.
+//!
+//! Every test asks the target directly and through the proxy, and compares.
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use harness::fake_drafter::FakeDrafter;
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, essence, free_port, model, target};
+use harness::proxy::{Proxy, Record};
+use harness::wait::eventually;
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+const CHAT: &str = "/v1/chat/completions";
+const TARGET: [&str; 10] = [
+    "--spec-draft-external-max",
+    "8",
+    "-np",
+    "4",
+    "-c",
+    "4096",
+    "--threads-http",
+    "32",
+    // The one in the model knows no tools.
+    "--chat-template-file",
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/tools.jinja"),
+];
+const DRAFT: [&str; 6] = ["-np", "4", "-c", "4096", "--threads-http", "32"];
+
+/// Prompts that the models know, of many kinds.
+const PROMPTS: [&str; 12] = [
+    "Who are you?",
+    "Explain recursion.",
+    "What is a hash table?",
+    "Count from 1 to 10.",
+    "Write a Python function that checks whether a number is prime.",
+    "Write a Rust function that adds two numbers.",
+    "List the planets of the solar system.",
+    "List the days of the week.",
+    "Write a short story about a dog.",
+    "What is speculative decoding?",
+    "Tell me a story about a robot.",
+    "Explain garbage collection.",
+];
+
+/// A target, a good drafter, and the proxy before them; shared by the tests that leave them as they are.
+struct Stage {
+    target: LlamaServer,
+    draft: LlamaServer,
+    proxy: Proxy,
+}
+
+async fn stage() -> &'static Stage {
+    static STAGE: OnceCell<Stage> = OnceCell::const_new();
+    STAGE
+        .get_or_init(|| async {
+            let (target, draft) = tokio::join!(start_target(), start_draft("tightwad-tiny-draft-f16.gguf"));
+            let proxy = Proxy::drafting(target.url(), draft.url()).await;
+            Stage { target, draft, proxy }
+        })
+        .await
+}
+
+async fn start_target() -> LlamaServer {
+    LlamaServer::start(&slow_target(), &TARGET).await
+}
+
+async fn start_draft(name: &str) -> LlamaServer {
+    LlamaServer::start(&model(name), &DRAFT).await
+}
+
+fn with(mut body: Value, more: Value) -> Value {
+    let Value::Object(more) = more else {
+        panic!("not an object: {more}")
+    };
+    for (key, value) in more {
+        body[key] = value;
+    }
+    body
+}
+
+/// Every run begins alike: nothing of an earlier prompt is taken over.
+fn greedy() -> Value {
+    json!({ "temperature": 0, "cache_prompt": false })
+}
+
+fn sampled() -> Value {
+    json!({
+        "temperature": 0.8, "top_p": 0.95, "min_p": 0.02, "repeat_penalty": 1.1, "seed": 1234, "cache_prompt": false,
+    })
+}
+
+fn chat(prompt: &str, max_tokens: u32) -> Value {
+    json!({ "messages": [{ "role": "user", "content": prompt }], "max_tokens": max_tokens })
+}
+
+/// Asks the target alone and through the proxy: the same answer must come back.
+async fn same(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> (Value, Record) {
+    let plain = target.post(path, body).await;
+    let (answer, record) = proxy.post(path, body).await;
+    is_the_targets_own(body, answer, &plain, &record);
+    (plain, record)
+}
+
+fn is_the_targets_own(body: &Value, answer: Value, plain: &Value, record: &Record) {
+    let path = &record.path;
+    assert_eq!(essence(answer), essence(plain.clone()), "{path} {body}: {record:?}");
+    assert_eq!(record.streamed, body["stream"] == true, "{record:?}");
+    assert!(record.accepted <= record.drafted, "{record:?}");
+    // Of the last step's draft more may have been right than the answer had room for.
+    let most = record.steps + record.accepted;
+    assert!(
+        (most.saturating_sub(8)..=most).contains(&record.generated),
+        "{record:?}"
+    );
+}
+
+/// As [`same`] on the shared stage, and draft tokens must be in the answer.
+async fn same_and_drafted(path: &str, body: &Value) -> (Value, Record) {
+    let stage = stage().await;
+    same_and_drafted_with(&stage.target, &stage.proxy, path, body).await
+}
+
+async fn same_and_drafted_with(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> (Value, Record) {
+    // On a busy machine a short answer may be over before its first draft is there.
+    let mut records = Vec::new();
+    while records.len() < 4 {
+        let (plain, record) = same(target, proxy, path, body).await;
+        if record.accepted > 0 {
+            assert!(record.steps < record.generated, "{record:?}");
+            return (plain, record);
+        }
+        records.push(record);
+    }
+    panic!("no draft was accepted: {path} {body}: {records:#?}");
+}
+
+// What is asked for
+
+#[tokio::test]
+async fn the_answers_to_many_prompts_are_the_targets_own_and_take_far_fewer_steps() {
+    let (mut steps, mut generated) = (0, 0);
+    for (i, prompt) in PROMPTS.into_iter().enumerate() {
+        for sampling in [greedy(), with(sampled(), json!({ "seed": i }))] {
+            let body = with(with(chat(prompt, 80), sampling), json!({ "stream": i % 2 == 0 }));
+            let (_, record) = same_and_drafted(CHAT, &body).await;
+            steps += record.steps;
+            generated += record.generated;
+        }
+    }
+    assert!(generated > 800, "{generated} tokens");
+    let ratio = steps as f64 / generated as f64;
+    assert!(ratio < 0.6, "{steps} steps for {generated} tokens");
+}
+
+#[tokio::test]
+async fn every_endpoint_gives_the_targets_own_answer_streamed_or_not() {
+    let messages = chat("Explain recursion.", 60);
+    for stream in [false, true] {
+        for sampling in [greedy(), sampled()] {
+            for (path, body) in [
+                (CHAT, messages.clone()),
+                ("/v1/messages", messages.clone()),
+                (
+                    "/v1/responses",
+                    json!({ "input": "Explain recursion.", "max_output_tokens": 60 }),
+                ),
+                (
+                    "/v1/completions",
+                    json!({ "prompt": "def add(a, b):\n    ", "max_tokens": 60 }),
+                ),
+                (
+                    "/completion",
+                    json!({ "prompt": "def add(a, b):\n    ", "n_predict": 60, "return_tokens": true }),
+                ),
+            ] {
+                let body = with(with(body, sampling.clone()), json!({ "stream": stream }));
+                same_and_drafted(path, &body).await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_pieces_of_a_stream_make_up_the_whole_answer() {
+    let body = with(chat("Write a short story about a dog.", 60), sampled());
+    let (whole, _) = same_and_drafted(CHAT, &body).await;
+    let streamed = with(
+        body,
+        json!({ "stream": true, "stream_options": { "include_usage": true } }),
+    );
+    let (events, _) = same_and_drafted(CHAT, &streamed).await;
+    let events = events.as_array().expect("events");
+    let pieces: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(whole["choices"][0]["message"]["content"], pieces.as_str());
+    let reasons: Vec<_> = events
+        .iter()
+        .map(|event| &event["choices"][0]["finish_reason"])
+        .filter(|reason| !reason.is_null())
+        .collect();
+    assert_eq!(reasons, [&whole["choices"][0]["finish_reason"]]);
+    let usage: Vec<_> = events
+        .iter()
+        .map(|event| &event["usage"])
+        .filter(|usage| !usage.is_null())
+        .collect();
+    assert_eq!(usage, [&whole["usage"]]);
+}
+
+#[tokio::test]
+async fn the_status_the_answer_and_the_usage_count_alike() {
+    let stage = stage().await;
+    let body = with(chat("Count from 1 to 10.", 50), greedy());
+    let (answer, record) = stage.proxy.post(CHAT, &body).await;
+    assert_eq!(answer["timings"]["predicted_n"], record.generated, "{record:?}");
+    assert_eq!(answer["usage"]["completion_tokens"], record.generated, "{record:?}");
+    if record.drafted > 0 {
+        assert_eq!(answer["timings"]["draft_n"], record.drafted, "{record:?}");
+        assert_eq!(answer["timings"]["draft_n_accepted"], record.accepted, "{record:?}");
+    }
+}
+
+#[tokio::test]
+async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
+    let schema = json!({
+        "type": "object",
+        "properties": { "answer": { "type": "string", "maxLength": 120 }, "sure": { "type": "boolean" } },
+        "required": ["answer", "sure"],
+    });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": schema } });
+    let tool = json!({ "type": "function", "function": {
+        "name": "count_words",
+        "parameters": { "type": "object", "properties": { "text": { "type": "string", "maxLength": 80 } }, "required": ["text"] },
+    } });
+    for sampling in [greedy(), sampled()] {
+        for stream in [false, true] {
+            let more = with(sampling.clone(), json!({ "stream": stream }));
+
+            let body = with(
+                with(chat("Explain recursion.", 120), json!({ "response_format": format })),
+                more.clone(),
+            );
+            let (answer, _) = same_and_drafted(CHAT, &body).await;
+            if !stream {
+                let choice = &answer["choices"][0];
+                assert_eq!(choice["finish_reason"], "stop", "{answer}");
+                let content: Value = choice["message"]["content"]
+                    .as_str()
+                    .expect("text")
+                    .parse()
+                    .expect("JSON");
+                assert!(content["sure"].is_boolean(), "{content}");
+            }
+
+            // The call is begun already: the model would not think of it.
+            let messages = json!([
+                { "role": "user", "content": "What is recursion?" },
+                { "role": "assistant", "content": "<tool_call>\n" },
+            ]);
+            let body = json!({ "messages": messages, "tools": [tool], "tool_choice": "required", "max_tokens": 80 });
+            let (answer, _) = same_and_drafted(CHAT, &with(body, more.clone())).await;
+            if !stream {
+                let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+                assert_eq!(call["name"], "count_words", "{answer}");
+            }
+
+            let grammar = r#"root ::= ("Monday" | "Tuesday" | "Friday") (", " root)?"#;
+            let body = json!({ "prompt": "Monday, Tuesday, Friday, Monday, ", "n_predict": 40, "grammar": grammar });
+            same_and_drafted("/completion", &with(body, more)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn log_probabilities_are_the_targets_own_to_the_last_digit() {
+    for sampling in [greedy(), sampled()] {
+        let body = with(
+            chat("Explain recursion.", 40),
+            json!({ "logprobs": true, "top_logprobs": 3 }),
+        );
+        let (answer, _) = same_and_drafted(CHAT, &with(body, sampling.clone())).await;
+        let listed = answer["choices"][0]["logprobs"]["content"].as_array().map(Vec::len);
+        assert_eq!(listed, Some(40), "{answer}");
+
+        let body = json!({ "prompt": "def add(a, b):\n    ", "n_predict": 40, "n_probs": 3, "stream": true });
+        same_and_drafted("/completion", &with(body, sampling.clone())).await;
+
+        let body = json!({ "prompt": "def add(a, b):\n    ", "max_tokens": 40, "logprobs": 2 });
+        same_and_drafted("/v1/completions", &with(body, sampling)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_answer_wherever_it_falls_among_the_steps() {
+    let body = with(chat("Explain recursion.", 80), greedy());
+    let (plain, _) = same_and_drafted(CHAT, &body).await;
+    let text = plain["choices"][0]["message"]["content"].as_str().expect("a text");
+    // Longer than a token and begun inside of one: wherever the steps end, some of these lie across.
+    for (i, begin) in (60..150).step_by(13).enumerate() {
+        let stop = &text[begin..begin + 9];
+        let body = with(body.clone(), json!({ "stop": [stop], "stream": i % 2 == 1 }));
+        let (answer, _) = same_and_drafted(CHAT, &body).await;
+        if i % 2 == 0 {
+            let choice = &answer["choices"][0];
+            assert_eq!(choice["finish_reason"], "stop");
+            let before = text.split(stop).next();
+            assert_eq!(choice["message"]["content"].as_str(), before, "{stop:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn characters_that_are_split_over_tokens_arrive_whole() {
+    let stage = stage().await;
+    for text in ["\u{1f600}", "\u{65e5}\u{672c}\u{8a9e}", "\u{1f389}"] {
+        let tokens = stage.target.tokenize(text).await.len();
+        assert!(tokens > text.chars().count(), "{text} is not split");
+    }
+    // Between what both models would say anyway, the target is made to say these.
+    let grammar = r#"root ::= "Recursion is a technique in which a function calls itself \U0001F600\u65e5\u672c\u8a9e to solve a
+        smaller version of the same problem. \U0001F389\u00e9 Every recursive function needs a base case""#;
+    let grammar = grammar.split_whitespace().collect::<Vec<_>>().join(" ");
+    for sampling in [greedy(), sampled()] {
+        for stream in [false, true] {
+            let body = with(
+                with(chat("Explain recursion.", 80), sampling.clone()),
+                json!({ "grammar": grammar }),
+            );
+            let (answer, _) = same_and_drafted(CHAT, &with(body, json!({ "stream": stream }))).await;
+            if !stream {
+                let content = answer["choices"][0]["message"]["content"].as_str().expect("a text");
+                assert!(
+                    content.contains(" itself \u{1f600}\u{65e5}\u{672c}\u{8a9e} to solve"),
+                    "{content}"
+                );
+                assert!(
+                    content.contains(" problem. \u{1f389}\u{e9} Every recursive"),
+                    "{content}"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
+    let target = &stage().await.target;
+    // The tiny target itself: every draft is right.
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let proxy = Proxy::drafting(target.url(), draft.url()).await;
+    let prompt = "\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8);
+    for sampling in [greedy(), sampled()] {
+        for stream in [false, true] {
+            let body = json!({ "prompt": prompt, "n_predict": 60, "return_tokens": true, "stream": stream });
+            same_and_drafted_with(target, &proxy, "/completion", &with(body, sampling.clone())).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_has_as_many_tokens_as_it_may_wherever_that_cuts_a_draft() {
+    let stage = stage().await;
+    let mut accepted = 0;
+    for max_tokens in [1, 2, 3, 4, 5, 7, 9, 12, 16, 20, 27] {
+        for stream in [false, true] {
+            let body = with(chat("Explain recursion.", max_tokens), greedy());
+            let body = with(body, json!({ "stream": stream }));
+            let (answer, record) = same(&stage.target, &stage.proxy, CHAT, &body).await;
+            assert_eq!(record.generated, u64::from(max_tokens), "{record:?}");
+            accepted += record.accepted;
+            if max_tokens == 1 {
+                assert_eq!(record.drafted, 0, "{record:?}");
+            }
+            if !stream {
+                assert_eq!(answer["usage"]["completion_tokens"], max_tokens);
+                assert_eq!(answer["choices"][0]["finish_reason"], "length");
+            }
+        }
+    }
+    assert!(accepted > 20, "{accepted} drafted tokens in all");
+}
+
+#[tokio::test]
+async fn several_choices_are_answered_without_drafts() {
+    let stage = stage().await;
+    let body = with(with(chat("Explain recursion.", 40), sampled()), json!({ "n": 2 }));
+    let (plain, record) = same(&stage.target, &stage.proxy, CHAT, &body).await;
+    assert_eq!(plain["choices"].as_array().map(Vec::len), Some(2));
+    assert_eq!(record.drafted, 0, "{record:?}");
+}
+
+#[tokio::test]
+async fn four_clients_at_once_each_get_their_own_answer() {
+    let stage = stage().await;
+    let mut bodies = Vec::new();
+    for (i, prompt) in PROMPTS.into_iter().enumerate() {
+        let sampling = if i % 3 == 0 { sampled() } else { greedy() };
+        let body = with(with(chat(prompt, 60), sampling), json!({ "stream": i % 2 == 0 }));
+        let plain = stage.target.post(CHAT, &body).await;
+        bodies.push((body, plain));
+    }
+    let mut accepted = 0;
+    for four in bodies.chunks(4) {
+        let answers = join_all(four.iter().map(|(body, _)| stage.proxy.post(CHAT, body))).await;
+        for ((body, plain), (answer, record)) in four.iter().zip(answers) {
+            is_the_targets_own(body, answer, plain, &record);
+            accepted += record.accepted;
+        }
+    }
+    assert!(accepted > 20, "{accepted} drafted tokens in all");
+}
+
+// What the drafter does
+
+/// Whatever the drafter does: the answers are the target's own, and come about as soon. Returns what was recorded.
+async fn answers_are_right_with(proxy: &Proxy) -> Vec<Record> {
+    let target = &stage().await.target;
+    let mut records = Vec::new();
+    for (i, prompt) in PROMPTS[..4].iter().enumerate() {
+        let sampling = if i % 2 == 0 { greedy() } else { sampled() };
+        let body = with(with(chat(prompt, 60), sampling), json!({ "stream": i >= 2 }));
+        let begun = Instant::now();
+        let plain = target.post(CHAT, &body).await;
+        let alone = begun.elapsed();
+        let (answer, record) = proxy.post(CHAT, &body).await;
+        is_the_targets_own(&body, answer, &plain, &record);
+        let bound = 3 * alone + Duration::from_secs(2);
+        assert!(
+            record.duration_ms < bound.as_secs_f64() * 1e3,
+            "{alone:?} alone: {record:?}"
+        );
+        records.push(record);
+    }
+    records
+}
+
+fn sum(records: &[Record], count: impl Fn(&Record) -> u64) -> u64 {
+    records.iter().map(count).sum()
+}
+
+#[tokio::test]
+async fn a_weak_drafter_helps_a_little() {
+    let draft = start_draft("tightwad-tiny-draft-weak-f16.gguf").await;
+    let proxy = Proxy::drafting(stage().await.target.url(), draft.url()).await;
+    let records = answers_are_right_with(&proxy).await;
+    assert!(sum(&records, |record| record.accepted) > 0, "{records:?}");
+    assert!(
+        sum(&records, |record| record.accepted) < sum(&records, |record| record.drafted),
+        "{records:?}"
+    );
+}
+
+#[tokio::test]
+async fn nonsense_from_the_drafter_is_verified_and_dropped() {
+    let stage = stage().await;
+    let draft = FakeDrafter::nonsense(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    let records = answers_are_right_with(&proxy).await;
+    let drafted = sum(&records, |record| record.drafted);
+    assert!(drafted > 0, "{records:?}");
+    assert!(sum(&records, |record| record.accepted) * 5 <= drafted, "{records:?}");
+}
+
+#[tokio::test]
+async fn a_drafter_that_sees_the_end_everywhere_does_not_end_an_answer() {
+    let stage = stage().await;
+    let draft = FakeDrafter::ends_at_once(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    let records = answers_are_right_with(&proxy).await;
+    assert!(draft.asked() > 0);
+    assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+}
+
+#[tokio::test]
+async fn a_drafter_that_never_answers_is_not_waited_for() {
+    let stage = stage().await;
+    let draft = FakeDrafter::hangs(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    let records = answers_are_right_with(&proxy).await;
+    assert!(draft.asked() > 0);
+    assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+}
+
+#[tokio::test]
+async fn a_drafter_that_falls_silent_after_two_tokens_is_not_waited_for() {
+    let stage = stage().await;
+    let draft = FakeDrafter::stalls(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    answers_are_right_with(&proxy).await;
+    assert!(draft.asked() > 0);
+}
+
+#[tokio::test]
+async fn a_drafter_that_errs_or_breaks_off_is_left_alone_and_costs_nothing() {
+    let stage = stage().await;
+    for draft in [
+        FakeDrafter::errs(&stage.draft).await,
+        FakeDrafter::breaks_off(&stage.draft).await,
+    ] {
+        let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+        answers_are_right_with(&proxy).await;
+        let asked = draft.asked();
+        assert!((1..100).contains(&asked), "asked {asked} times");
+    }
+}
+
+#[tokio::test]
+async fn a_drafter_that_takes_connections_and_says_nothing_keeps_nobody_waiting() {
+    let stage = stage().await;
+    for draft in [FakeDrafter::deaf().await, FakeDrafter::secretive(&stage.draft).await] {
+        let proxy = Proxy::start(stage.target.url(), Some(&draft.url())).await;
+        proxy
+            .shows("that the target is up", Duration::from_secs(3), |status| {
+                status["target"]["healthy"] == true && status["verification"] == "attached"
+            })
+            .await;
+        let records = answers_are_right_with(&proxy).await;
+        assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_drafter_with_another_vocabulary_is_explained_and_not_used() {
+    let draft = start_draft("tightwad-tiny-draft-othervocab-f16.gguf").await;
+    let proxy = Proxy::start(stage().await.target.url(), Some(draft.url())).await;
+    let status = proxy
+        .shows("why it does not draft", Duration::from_secs(20), |status| {
+            status["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("vocabularies"))
+        })
+        .await;
+    let reason = status["reason"].as_str().expect("a reason");
+    for word in ["differ", "2048 tokens", "4096 tokens"] {
+        assert!(reason.contains(word), "{reason}");
+    }
+    let records = answers_are_right_with(&proxy).await;
+    assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+}
+
+#[tokio::test]
+async fn without_a_drafter_the_answers_are_right_too() {
+    let proxy = Proxy::start(stage().await.target.url(), None).await;
+    let status = proxy
+        .shows("the target", Duration::from_secs(20), |status| {
+            status["target"]["healthy"] == true
+        })
+        .await;
+    assert!(status["draft"].is_null(), "{status}");
+    assert!(
+        status["reason"]
+            .as_str()
+            .is_some_and(|reason| reason.contains("no drafter")),
+        "{status}"
+    );
+    let records = answers_are_right_with(&proxy).await;
+    assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+}
+
+/// An answer that takes a second or more.
+fn long(stream: bool) -> Value {
+    with(
+        json!({ "prompt": "Once upon a time", "n_predict": 250, "ignore_eos": true, "stream": stream }),
+        greedy(),
+    )
+}
+
+/// The data of a stream as it comes.
+struct Streaming {
+    id: String,
+    bytes: futures_util::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
+    text: String,
+}
+
+impl Streaming {
+    async fn begin(proxy: &Proxy, path: &str, body: &Value) -> Self {
+        let (id, request) = proxy.request(path, body);
+        let answer = request.send().await.expect("an answer");
+        assert_eq!(answer.status(), 200);
+        Self {
+            id,
+            bytes: answer.bytes_stream().boxed(),
+            text: String::new(),
+        }
+    }
+
+    fn events(&self) -> Vec<Value> {
+        let Value::Array(events) = harness::llama_server::events(&self.text) else {
+            panic!("no events: {}", self.text)
+        };
+        events
+    }
+
+    /// Reads until there are so many events.
+    async fn read(&mut self, events: usize) {
+        while self.events().len() < events {
+            let bytes = self.bytes.next().await.expect("it goes on").expect("it holds");
+            self.text.push_str(std::str::from_utf8(&bytes).expect("UTF-8"));
+        }
+    }
+
+    async fn read_all(&mut self) {
+        while let Some(bytes) = self.bytes.next().await {
+            self.text
+                .push_str(std::str::from_utf8(&bytes.expect("it holds")).expect("UTF-8"));
+        }
+    }
+}
+
+/// Asks until drafts are accepted again; all answers until then must be right as well.
+async fn is_drafted_again(target: &LlamaServer, proxy: &Proxy, within: Duration) {
+    let body = with(chat("Explain recursion.", 60), greedy());
+    let plain = target.post(CHAT, &body).await;
+    let drafted = eventually(within, || async {
+        let (answer, record) = proxy.post(CHAT, &body).await;
+        is_the_targets_own(&body, answer, &plain, &record);
+        if record.accepted > 0 { Ok(()) } else { Err(record) }
+    });
+    if let Err(record) = drafted.await {
+        panic!("not drafted again within {within:?}: {record:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_drafter_that_dies_in_mid_answer_is_not_missed_and_drafts_again_when_it_is_back() {
+    let target = &stage().await.target;
+    let plain = target.post("/completion", &long(true)).await;
+    let port = free_port();
+    let name = model("tightwad-tiny-draft-f16.gguf");
+    let draft = LlamaServer::start_at(port, &name, &DRAFT).await;
+    let proxy = Proxy::drafting(target.url(), draft.url()).await;
+
+    let mut streaming = Streaming::begin(&proxy, "/completion", &long(true)).await;
+    streaming.read(60).await;
+    drop(draft);
+    streaming.read_all().await;
+    let record = proxy.record(&streaming.id).await;
+    assert_eq!(record.outcome, "finished");
+    assert!(record.accepted > 0, "{record:?}");
+    is_the_targets_own(&long(true), Value::Array(streaming.events()), &plain, &record);
+
+    proxy
+        .shows("that the drafter is down", Duration::from_secs(5), |status| {
+            status["draft"]["healthy"] == false
+        })
+        .await;
+    let records = answers_are_right_with(&proxy).await;
+    assert_eq!(sum(&records, |record| record.drafted), 0, "{records:?}");
+
+    let _draft = LlamaServer::start_at(port, &name, &DRAFT).await;
+    is_drafted_again(target, &proxy, Duration::from_secs(5)).await;
+}
+
+// What the clients do
+
+#[tokio::test]
+async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_second() {
+    let slots = ["-np", "10", "-c", "8192", "--threads-http", "40"];
+    let args = [&TARGET[..], &slots].concat();
+    let (slow, name) = (slow_target(), model("tightwad-tiny-draft-f16.gguf"));
+    let (target, draft) = tokio::join!(LlamaServer::start(&slow, &args), LlamaServer::start(&name, &slots));
+    let proxy = Proxy::drafting(target.url(), draft.url()).await;
+
+    let clients = join_all((0..10).map(|i| {
+        let body = with(
+            long(true),
+            json!({ "prompt": format!("Story {i}: Once upon a time"), "n_predict": 700 }),
+        );
+        let proxy = &proxy;
+        async move {
+            let mut streaming = Streaming::begin(proxy, "/completion", &body).await;
+            streaming.read(40).await;
+            streaming
+        }
+    }))
+    .await;
+    assert_eq!(proxy.status().await["in_flight"], 10);
+    assert_eq!(target.busy_slots().await, 10);
+
+    drop(clients);
+    let gone = Instant::now();
+    let idle = eventually(Duration::from_secs(1), || async {
+        let in_flight = proxy.status().await["in_flight"].clone();
+        let busy = (target.busy_slots().await, draft.busy_slots().await, in_flight);
+        if busy == (0, 0, json!(0)) { Ok(()) } else { Err(busy) }
+    });
+    if let Err(busy) = idle.await {
+        panic!("busy slots of target and drafter, requests in flight: {busy:?}");
+    }
+    assert!(gone.elapsed() < Duration::from_millis(1500), "{:?}", gone.elapsed());
+    assert!(target.is_alive() && draft.is_alive());
+    let status = proxy.status().await;
+    let outcomes: Vec<_> = status["requests"]
+        .as_array()
+        .expect("requests")
+        .iter()
+        .map(|it| &it["outcome"])
+        .collect();
+    assert_eq!(outcomes, ["cancelled"; 10]);
+    assert!(
+        status["counts"]["accepted"].as_u64() > Some(0),
+        "nothing was drafted: {status:#}"
+    );
+    is_drafted_again(&target, &proxy, Duration::from_secs(5)).await;
+}
+
+// What the target does
+
+#[tokio::test]
+async fn a_target_that_cannot_verify_is_passed_through_and_the_status_says_why() {
+    let stage = stage().await;
+    let stock = LlamaServer::start(&target(), &["-np", "2"]).await;
+    let proxy = Proxy::start(stock.url(), Some(stage.draft.url())).await;
+    let status = proxy
+        .shows("the target", Duration::from_secs(20), |status| {
+            status["target"]["healthy"] == true
+        })
+        .await;
+    assert_eq!(status["verification"], "none");
+    let reason = status["reason"].as_str().expect("a reason");
+    assert!(reason.contains("--spec-draft-external-max"), "{reason}");
+    for stream in [false, true] {
+        let body = with(
+            with(chat("Explain recursion.", 40), sampled()),
+            json!({ "stream": stream }),
+        );
+        let (_, record) = same(&stock, &proxy, CHAT, &body).await;
+        assert_eq!((record.steps, record.drafted), (0, 0), "{record:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_comes_late_or_dies_is_drafted_for_when_it_is_there() {
+    let stage = stage().await;
+    let (port, name) = (free_port(), slow_target());
+    let url = format!("http://127.0.0.1:{port}");
+    let proxy = Proxy::start(&url, Some(stage.draft.url())).await;
+    let body = with(chat("Explain recursion.", 60), greedy());
+
+    let (_, request) = proxy.request(CHAT, &body);
+    let refused = request.send().await.expect("an answer");
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+    let message: Value = refused.json().await.expect("JSON");
+    assert_eq!(message["error"]["code"], "target_unreachable", "{message}");
+
+    let target = LlamaServer::start_at(port, &name, &TARGET).await;
+    is_drafted_again(&target, &proxy, Duration::from_secs(5)).await;
+
+    let mut streaming = Streaming::begin(&proxy, "/completion", &long(true)).await;
+    streaming.read(20).await;
+    drop(target);
+    streaming.read_all().await;
+    let events = streaming.events();
+    let error = &events.last().expect("events")["error"];
+    assert_eq!(error["code"], "target_broke_off", "{error}");
+    assert_eq!(proxy.record(&streaming.id).await.outcome, "failed");
+    let (_, request) = proxy.request(CHAT, &body);
+    assert_eq!(request.send().await.expect("an answer").status(), 503);
+
+    let target = LlamaServer::start_at(port, &name, &TARGET).await;
+    is_drafted_again(&target, &proxy, Duration::from_secs(5)).await;
+}
