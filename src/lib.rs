@@ -7,7 +7,7 @@
 //! | [`engine`] | attaches a drafter to running completions |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
-//! | [`bench`] | what drafting gains, measured |
+//! | [`mod@bench`] | what drafting gains, measured |
 //! | [`supervise`] | child processes |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model, target};
+use harness::proxy::Proxy;
 use serde_json::Value;
 
 /// `tightwad` with nothing in the environment that could change what it does.
@@ -174,7 +175,37 @@ async fn verify_finds_the_drafted_answers_equal_token_by_token() {
         assert_eq!(at["prompts"], at["equal"]);
         assert!(at["prompts"].as_u64().unwrap() >= 35, "{at:#}");
         assert_eq!(at["token_equal_rate"], 1.0, "{at:#}");
+        assert_eq!(at["by_token"], true, "{at:#}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
+    let (target, draft) = pair().await;
+    let drafts = ["--spec-draft-external-max", "16"];
+    let other = LlamaServer::start(&model("tightwad-tiny-draft-weak-f16.gguf"), &drafts).await;
+    let proxy = Proxy::drafting(other.url(), draft.url()).await;
+    let servers = [
+        "--target",
+        target.url(),
+        "--proxy",
+        proxy.url(),
+        "--kinds",
+        "chat,creative",
+        "--json",
+    ];
+    let report = json(&tightwad(&[&["verify"], &servers[..]].concat()), 1);
+    assert_eq!(report["equal"], false, "{report:#}");
+    let at = &report["temperatures"][0];
+    assert!(at["token_equal_rate"].as_f64().unwrap() < 1.0, "{at:#}");
+    let divergence = &at["divergences"][0];
+    assert!(divergence["token"].is_u64(), "{divergence:#}");
+    assert_ne!(divergence["plain"], divergence["drafted"]);
+    let report = json(&tightwad(&[&["bench", "--rounds", "1"], &servers[..]].concat()), 1);
+    assert!(
+        mode(&report["total"], "attached")["differing"].as_u64().unwrap() > 0,
+        "{report:#}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

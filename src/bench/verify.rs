@@ -22,10 +22,12 @@ pub struct Verified {
     pub equal: usize,
     /// Tokens of the plain answers.
     pub tokens: u64,
-    /// Those before the first one that differs.
+    /// Those before the first one that differs; none of a differing answer whose token ids the server does not tell.
     pub equal_tokens: u64,
     /// Equal tokens over tokens.
     pub token_equal_rate: Option<f64>,
+    /// Whether token ids were compared; else the server does not tell them, and the texts were.
+    pub by_token: bool,
     /// Draft tokens that the target verified.
     pub drafted: u64,
     /// Those that it kept.
@@ -61,6 +63,7 @@ pub fn verify(temperature: f64, measured: &Measurements, prompts: &[Prompt]) -> 
         tokens: 0,
         equal_tokens: 0,
         token_equal_rate: None,
+        by_token: true,
         drafted: 0,
         accepted: 0,
         divergences: Vec::new(),
@@ -83,6 +86,7 @@ impl Verified {
     fn add(&mut self, plain: &Sample, drafted: &Sample, prompt: &Prompt) {
         self.prompts += 1;
         self.tokens += plain.answer.tokens;
+        self.by_token &= knows_tokens(&plain.answer) && knows_tokens(&drafted.answer);
         match part(&plain.answer, &drafted.answer) {
             None => {
                 self.equal += 1;
@@ -120,8 +124,7 @@ fn part(plain: &Answer, drafted: &Answer) -> Option<Parted> {
         return None;
     }
     let character = equal_items(texts.0.chars(), texts.1.chars());
-    // The ids are known of both answers or of none.
-    let known = !plain.token_ids.is_empty() && !drafted.token_ids.is_empty();
+    let known = knows_tokens(plain) && knows_tokens(drafted);
     let token = known.then(|| equal_items(plain.token_ids.iter(), drafted.token_ids.iter()));
     let rest = |text: &str| text.chars().skip(character).take(SHOWN).collect();
     Some(Parted {
@@ -131,6 +134,11 @@ fn part(plain: &Answer, drafted: &Answer) -> Option<Parted> {
         plain: rest(&texts.0),
         drafted: rest(&texts.1),
     })
+}
+
+/// Whether the ids of an answer's tokens are known, if it has any.
+fn knows_tokens(answer: &Answer) -> bool {
+    answer.tokens == 0 || !answer.token_ids.is_empty()
 }
 
 /// How many items are equal before the first that is not.
@@ -191,6 +199,7 @@ mod tests {
         assert_eq!((verified.prompts, verified.equal, verified.tokens), (2, 2, 6));
         assert_eq!((verified.drafted, verified.accepted), (10, 8));
         assert_eq!(verified.token_equal_rate, Some(1.0));
+        assert!(verified.by_token);
         assert!(verified.divergences.is_empty());
     }
 
@@ -208,5 +217,18 @@ mod tests {
         let divergence = compare(&[("grün", "grü")]).divergences.remove(0);
         assert_eq!(divergence.character, 3);
         assert_eq!((divergence.plain.as_str(), divergence.drafted.as_str()), ("n", ""));
+    }
+
+    #[test]
+    fn without_token_ids_texts_are_compared() {
+        let (mut plain, mut drafted) = (
+            sample(Mode::Plain, 0, "abc").answer,
+            sample(Mode::Attached, 0, "abd").answer,
+        );
+        plain.token_ids.clear();
+        drafted.token_ids.clear();
+        assert!(part(&plain, &plain).is_none());
+        let parted = part(&plain, &drafted).unwrap();
+        assert_eq!((parted.token, parted.character, parted.equal_tokens), (None, 2, 0));
     }
 }

@@ -45,7 +45,8 @@ impl OwnProxy {
     }
 }
 
-/// Waits until the proxy can draft, and for at most `patience` for its servers to be up; then the reason why it cannot.
+/// Waits until the proxy can draft, for at most `patience`, or until it knows its target and has no draft at all; then
+/// the reason why it cannot.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
     let give_up = tokio::time::Instant::now() + patience;
     loop {
@@ -58,9 +59,8 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         if verifies && reason.is_none() {
             return Ok(None);
         }
-        let up = |server: &Value| server.is_null() || server["healthy"] == true;
-        let knows = up(&status["target"]) && up(&status["draft"]) && reason.is_some();
-        if knows || tokio::time::Instant::now() >= give_up {
+        let hopeless = status["target"]["healthy"] == true && status["draft"].is_null() && reason.is_some();
+        if hopeless || tokio::time::Instant::now() >= give_up {
             return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
         }
         tokio::time::sleep(POLL).await;

@@ -116,9 +116,10 @@ fn text(report: &Report) -> String {
     // Writing to a string cannot fail.
     for verified in &report.temperatures {
         let rate = verified.token_equal_rate.unwrap_or(0.0) * 100.0;
+        let how = if verified.by_token { "" } else { ", compared as texts" };
         let _ = writeln!(
             text,
-            "temperature {}: {} of {} answers equal, {} of {} tokens ({rate:.2}%); {} of {} draft tokens accepted",
+            "temperature {}: {} of {} answers equal, {} of {} tokens ({rate:.2}%){how}; {} of {} draft tokens accepted",
             verified.temperature,
             verified.equal,
             verified.prompts,
