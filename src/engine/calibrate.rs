@@ -75,12 +75,8 @@ async fn step_costs(target: &LlamaServer, key: &str, n_max: usize) -> Result<BTr
     let mut settled = false;
     let (mut pos, mut n_steps, mut last): (usize, u64, Token) = (0, 0, 0);
     while began.elapsed() < BOUND {
-        let size = match settled {
-            true => match sizes.next() {
-                Some(size) => size,
-                None => break,
-            },
-            false => 0,
+        let Some(size) = (if settled { sizes.next() } else { Some(0) }) else {
+            break;
         };
         let tokens = vec![last; if n_steps > 0 { size } else { 0 }];
         let call = DraftCall {

@@ -101,7 +101,7 @@ impl Engine {
         let watching = async move {
             tokio::join!(watching, async move {
                 if let Some(calibration) = calibration {
-                    calibration.await
+                    calibration.await;
                 }
             });
         };

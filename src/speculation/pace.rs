@@ -9,7 +9,7 @@
 //! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. Waiting for a draft
 //! to grow to `m` tokens, at `d` microseconds each, is worth it while that promises more than the best `k` there is:
 //! `E(m) - r (T(m) + wait(m))`, with a usual `a` for tokens that are not there yet. The threshold form of such rules is
-//! optimal (SpecDec++, arXiv 2405.19715, section 3).
+//! optimal (`SpecDec++`, arXiv 2405.19715, section 3).
 
 use std::time::Duration;
 

@@ -93,6 +93,7 @@ pub struct Moment {
 
 /// The state machine of one completion.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not a state")]
 pub struct Session {
     committed: Vec<Token>,
     /// What may follow `committed[..base]`, and what is known of each token of it.
@@ -250,9 +251,9 @@ impl Session {
         };
         let class = Class::of_match(proposal.matched);
         if beyond == 0 {
-            let drafter = self.available.then(Growing::default);
+            let stream = self.available.then(Growing::default);
             let classes = vec![class; proposal.tokens.len()];
-            if pace.worth(&classes, moment.n_max, None) <= pace.worth(&[], moment.n_max, drafter) {
+            if pace.worth(&classes, moment.n_max, None) <= pace.worth(&[], moment.n_max, stream) {
                 return;
             }
             self.stop_stream(actions);
