@@ -50,6 +50,9 @@ const PROMPTS: [&str; 12] = [
     "Explain garbage collection.",
 ];
 
+/// A chat as the models read it.
+const RAW: &str = "<|im_start|>user\nExplain recursion.<|im_end|>\n<|im_start|>assistant\n";
+
 /// A target, a good drafter, and the proxy before them.
 struct Stage {
     target: LlamaServer,
@@ -110,14 +113,6 @@ fn sampled() -> Value {
 
 fn chat(prompt: &str, max_tokens: u32) -> Value {
     json!({ "messages": [{ "role": "user", "content": prompt }], "max_tokens": max_tokens })
-}
-
-/// A drafter that knows the target's mind, and a proxy that drafts with it for the shared target: for answers that the
-/// good drafter seldom guesses.
-async fn with_a_knowing_drafter(target: &LlamaServer) -> (LlamaServer, Proxy) {
-    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
-    let proxy = Proxy::drafting(target.url(), draft.url()).await;
-    (draft, proxy)
 }
 
 /// Asks the target alone and through the proxy: the same answer must come back.
@@ -213,13 +208,10 @@ async fn every_endpoint_gives_the_targets_own_answer_streamed_or_not() {
                     "/v1/responses",
                     json!({ "input": "Explain recursion.", "max_output_tokens": 60 }),
                 ),
-                (
-                    "/v1/completions",
-                    json!({ "prompt": "def add(a, b):\n    ", "max_tokens": 60 }),
-                ),
+                ("/v1/completions", json!({ "prompt": RAW, "max_tokens": 60 })),
                 (
                     "/completion",
-                    json!({ "prompt": "def add(a, b):\n    ", "n_predict": 60, "return_tokens": true }),
+                    json!({ "prompt": RAW, "n_predict": 60, "return_tokens": true }),
                 ),
             ] {
                 let body = with(with(body, sampling.clone()), json!({ "stream": stream }));
@@ -275,7 +267,9 @@ async fn the_status_the_answer_and_the_usage_count_alike() {
 #[tokio::test]
 async fn schemas_grammars_and_tool_calls_constrain_drafted_tokens_too() {
     let stage = stage().await;
-    let (_draft, proxy) = with_a_knowing_drafter(&stage.target).await;
+    // A real drafter, which knows nothing of the constraints, would seldom be right.
+    let draft = FakeDrafter::remembering(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
     let schema = json!({
         "type": "object",
         "properties": { "answer": { "type": "string", "maxLength": 120 }, "sure": { "type": "boolean" } },
@@ -337,12 +331,12 @@ async fn log_probabilities_are_the_targets_own_to_the_last_digit() {
         let listed = answer["choices"][0]["logprobs"]["content"].as_array().map(Vec::len);
         assert_eq!(listed, Some(40), "{answer}");
 
-        let body = json!({ "prompt": "def add(a, b):\n    ", "n_predict": 40, "n_probs": 3, "stream": true });
+        let body = json!({ "prompt": RAW, "n_predict": 40, "n_probs": 3, "stream": true });
         stage
             .same_and_drafted("/completion", &with(body, sampling.clone()))
             .await;
 
-        let body = json!({ "prompt": "def add(a, b):\n    ", "max_tokens": 40, "logprobs": 2 });
+        let body = json!({ "prompt": RAW, "max_tokens": 40, "logprobs": 2 });
         stage.same_and_drafted("/v1/completions", &with(body, sampling)).await;
     }
 }
@@ -405,7 +399,9 @@ async fn characters_that_are_split_over_tokens_arrive_whole() {
 #[tokio::test]
 async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
     let stage = stage().await;
-    let (_draft, proxy) = with_a_knowing_drafter(&stage.target).await;
+    // It knows the target's mind, since it is the same model, without what slows the target down.
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let proxy = Proxy::drafting(stage.target.url(), draft.url()).await;
     let prompt = "\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8);
     for sampling in [greedy(), sampled()] {
         for stream in [false, true] {

@@ -1,9 +1,18 @@
+use std::sync::Mutex;
 use std::time::Duration;
 
+use serde::Deserialize;
 use serde_json::json;
 
 use super::fake_upstream::{Act, FakeUpstream, chunk, json as whole, send, stream_head};
 use super::llama_server::LlamaServer;
+
+/// A request for a draft.
+#[derive(Debug, Deserialize)]
+pub struct Request {
+    pub prompt: Vec<u32>,
+    pub n_predict: usize,
+}
 
 /// A draft server with the vocabulary of a real one, whose drafts follow a script.
 pub struct FakeDrafter {
@@ -11,8 +20,8 @@ pub struct FakeDrafter {
 }
 
 impl FakeDrafter {
-    /// Looks like `real`, and answers `POST /completion` with what `script` makes of the prompt and the length asked for.
-    pub async fn like(real: &LlamaServer, script: impl Fn(usize) -> Vec<Act> + Send + Sync + 'static) -> Self {
+    /// Looks like `real`, and answers `POST /completion` with what `script` makes of the request.
+    pub async fn like(real: &LlamaServer, script: impl Fn(&Request) -> Vec<Act> + Send + Sync + 'static) -> Self {
         let props = real.get_text("/props").await;
         let models = real.get_text("/v1/models").await;
         let n_vocab = real.get("/v1/models").await["data"][0]["meta"]["n_vocab"]
@@ -29,11 +38,7 @@ impl FakeDrafter {
                 assert_eq!(body["tokens"], json!(ids), "the whole vocabulary is asked for at once");
                 whole("200 OK", &vocabulary)
             }
-            ("POST", "/completion") => {
-                let body: serde_json::Value = serde_json::from_slice(&seen.body).expect("JSON");
-                let n = body["n_predict"].as_u64().expect("a length");
-                script(usize::try_from(n).expect("a short draft"))
-            }
+            ("POST", "/completion") => script(&serde_json::from_slice(&seen.body).expect("a request for a draft")),
             other => panic!("a drafter is not asked for {other:?}"),
         })
         .await;
@@ -42,25 +47,33 @@ impl FakeDrafter {
 
     /// Streams tokens at random, without delay: what is late is not verified.
     pub async fn nonsense(real: &LlamaServer) -> Self {
-        Self::like(real, |n| {
-            let mut acts = vec![stream_head()];
-            for i in 1..=n {
-                acts.push(event(rand::random_range(100..4000), i));
-            }
-            acts.extend(end("limit", n));
-            acts
+        Self::like(real, |request| {
+            let tokens: Vec<u32> = (0..request.n_predict).map(|_| rand::random_range(100..4000)).collect();
+            draft(&tokens, "limit")
+        })
+        .await
+    }
+
+    /// Knows what it was asked to continue before, and has nothing to add to anything else: whoever asks for the same
+    /// text again gets it from the first token to nearly the last.
+    pub async fn remembering(real: &LlamaServer) -> Self {
+        let texts: Mutex<Vec<Vec<u32>>> = Mutex::default();
+        Self::like(real, move |request| {
+            let mut texts = texts.lock().expect("no panic before");
+            let known = texts
+                .iter()
+                .filter_map(|text| text.strip_prefix(&request.prompt[..]))
+                .max_by_key(|rest| rest.len());
+            let rest: Vec<u32> = known.into_iter().flatten().copied().take(request.n_predict).collect();
+            texts.push(request.prompt.clone());
+            draft(&rest, if rest.len() < request.n_predict { "eos" } else { "limit" })
         })
         .await
     }
 
     /// Thinks that every text ends where it is.
     pub async fn ends_at_once(real: &LlamaServer) -> Self {
-        Self::like(real, |_| {
-            let mut acts = vec![stream_head()];
-            acts.extend(end("eos", 1));
-            acts
-        })
-        .await
+        Self::like(real, |_| draft(&[], "eos")).await
     }
 
     /// Takes every request for a draft and never answers.
@@ -136,10 +149,14 @@ fn event(token: u32, n_predicted: usize) -> Act {
     chunk(format!("data: {event}\n\n"))
 }
 
-fn end(stop_type: &str, n_predicted: usize) -> [Act; 2] {
-    let event = json!({
+/// A whole stream.
+fn draft(tokens: &[u32], stop_type: &str) -> Vec<Act> {
+    let mut acts = vec![stream_head()];
+    acts.extend(tokens.iter().zip(1..).map(|(token, i)| event(*token, i)));
+    let end = json!({
         "index": 0, "content": "", "tokens": [], "stop": true, "stop_type": stop_type, "id_slot": 0,
-        "tokens_predicted": n_predicted, "tokens_evaluated": 1,
+        "tokens_predicted": tokens.len(), "tokens_evaluated": 1,
     });
-    [chunk(format!("data: {event}\n\n")), Act::EndChunks]
+    acts.extend([chunk(format!("data: {end}\n\n")), Act::EndChunks]);
+    acts
 }
