@@ -7,7 +7,8 @@ mod harness;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use harness::llama_server::{LlamaServer, free_port, llama_cpp, model, target};
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
 use serde_json::Value;
 
@@ -33,7 +34,7 @@ fn json(output: &Output, code: i32) -> Value {
 /// A target that takes drafts, and a draft.
 async fn pair() -> (LlamaServer, LlamaServer) {
     let drafts = ["--spec-draft-external-max", "16", "--metrics", "-np", "2", "-c", "4096"];
-    let target = LlamaServer::start(&target(), &drafts).await;
+    let target = LlamaServer::start(&slow_target(), &drafts).await;
     let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
     (target, draft)
 }
@@ -120,7 +121,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
          draft: {{ port: {draft_port}, slots: 1, threads: 1, model: small }}\n\
          models:\n  big: {{ path: {}, ctx_size: 2048 }}\n  small: {{ path: {}, ctx_size: 2048 }}\n\
          binaries: {{ llama_server: {}/bin/llama-server }}\n",
-        target().display(),
+        slow_target().display(),
         model("tightwad-tiny-draft-f16.gguf").display(),
         llama_cpp().display()
     );
@@ -210,7 +211,7 @@ async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_without_a_draft_verifies_nothing_and_says_so() {
-    let target = LlamaServer::start(&target(), &["-np", "1"]).await;
+    let target = LlamaServer::start(&slow_target(), &["-np", "1"]).await;
     let output = tightwad(&["verify", "--target", target.url(), "--count", "1", "--max-tokens", "8"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
