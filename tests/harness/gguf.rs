@@ -72,7 +72,7 @@ struct Tensor {
 /// are in time for it, as they are for a model of a useful size. The weights of the blocks are zero, so they change
 /// nothing, and take no room on a disk.
 pub fn slow_target() -> PathBuf {
-    const MORE: u32 = 40;
+    const MORE: u32 = 100;
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let path = folder.join(format!("slow-target-{MORE}.gguf"));
     // Of tests that run at once each writes its own, and the last one stays.
