@@ -182,8 +182,11 @@ async fn same_and_drafted(target: &LlamaServer, proxy: &Proxy, path: &str, body:
 async fn the_answers_to_many_prompts_are_the_targets_own() {
     let stage = stage().await;
     for (i, prompt) in PROMPTS.into_iter().enumerate() {
-        for sampling in [greedy(), with(sampled(), json!({ "seed": i }))] {
-            let body = with(with(chat(prompt, 80), sampling), json!({ "stream": i % 2 == 0 }));
+        for (sampling, max_tokens) in [(greedy(), 80), (with(sampled(), json!({ "seed": i })), 40)] {
+            let body = with(
+                with(chat(prompt, max_tokens), sampling),
+                json!({ "stream": i % 2 == 0 }),
+            );
             stage.same_and_drafted(CHAT, &body).await;
         }
     }
@@ -202,7 +205,6 @@ async fn with_a_good_drafter_the_target_takes_far_fewer_steps_than_tokens() {
             generated += record.generated;
         }
         assert!(generated > 500, "{generated} tokens");
-        eprintln!("ROUND {steps} of {generated}");
         if steps * 10 < generated * 6 {
             return;
         }
@@ -214,7 +216,7 @@ async fn with_a_good_drafter_the_target_takes_far_fewer_steps_than_tokens() {
 #[tokio::test]
 async fn every_endpoint_gives_the_targets_own_answer_streamed_or_not() {
     let stage = stage().await;
-    let messages = chat("Explain recursion.", 60);
+    let messages = chat("Explain recursion.", 40);
     for stream in [false, true] {
         for sampling in [greedy(), sampled()] {
             for (path, body) in [
@@ -222,12 +224,12 @@ async fn every_endpoint_gives_the_targets_own_answer_streamed_or_not() {
                 ("/v1/messages", messages.clone()),
                 (
                     "/v1/responses",
-                    json!({ "input": "Explain recursion.", "max_output_tokens": 60 }),
+                    json!({ "input": "Explain recursion.", "max_output_tokens": 40 }),
                 ),
-                ("/v1/completions", json!({ "prompt": RAW, "max_tokens": 60 })),
+                ("/v1/completions", json!({ "prompt": RAW, "max_tokens": 40 })),
                 (
                     "/completion",
-                    json!({ "prompt": RAW, "n_predict": 60, "return_tokens": true }),
+                    json!({ "prompt": RAW, "n_predict": 40, "return_tokens": true }),
                 ),
             ] {
                 let body = with(with(body, sampling.clone()), json!({ "stream": stream }));
@@ -431,7 +433,7 @@ async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
 async fn an_answer_has_as_many_tokens_as_it_may_wherever_that_cuts_a_draft() {
     let stage = stage().await;
     let mut accepted = 0;
-    for max_tokens in [1, 2, 3, 5, 8, 13, 21, 28, 36, 43, 50] {
+    for max_tokens in [1, 2, 3, 5, 9, 15, 24, 33, 43] {
         for stream in [false, true] {
             let body = with(chat("Explain recursion.", max_tokens), greedy());
             let body = with(body, json!({ "stream": stream }));
@@ -447,7 +449,7 @@ async fn an_answer_has_as_many_tokens_as_it_may_wherever_that_cuts_a_draft() {
             }
         }
     }
-    assert!(accepted > 20, "{accepted} drafted tokens in all");
+    assert!(accepted > 10, "{accepted} drafted tokens in all");
 }
 
 #[tokio::test]
@@ -478,7 +480,7 @@ async fn four_clients_at_once_each_get_their_own_answer() {
             accepted += record.accepted;
         }
     }
-    assert!(accepted > 20, "{accepted} drafted tokens in all");
+    assert!(accepted > 10, "{accepted} drafted tokens in all");
 }
 
 // What the drafter does
