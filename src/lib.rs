@@ -7,10 +7,12 @@
 //! | [`engine`] | attaches a drafter to running completions |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
+//! | [`mod@bench`] | what drafting gains, measured |
 //! | [`supervise`] | child processes |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -6,10 +6,11 @@ use std::time::Instant;
 use clap::Args;
 use tokio::sync::mpsc;
 
-use super::completion::{Answer, Message, Piece, Sampling, Server};
 use super::exit::{Exit, Failure};
 use super::status::{self, Counts};
 use crate::config::{self, Config, Secret};
+use crate::upstream::ChatServer;
+use crate::upstream::chat::{Answer, Message, Piece, Wishes};
 
 /// Options of `chat`.
 #[derive(Debug, Args)]
@@ -21,7 +22,7 @@ pub struct Options {
 
 /// One conversation.
 struct Chat {
-    server: Server,
+    server: ChatServer,
     /// Where to ask how drafting went; not when talking past the proxy.
     proxy: Option<(String, Option<Secret>)>,
     messages: Vec<Message>,
@@ -71,14 +72,14 @@ impl Chat {
                 )
             })?;
             (
-                Server::new(target.url.trim_end_matches('/'), target.api_key()?, model)?,
+                ChatServer::new(target.url.trim_end_matches('/'), target.api_key()?, model)?,
                 None,
             )
         } else {
             let proxy = config.proxy.clone().unwrap_or_default();
             let url = config::local_url(&proxy.host, proxy.port);
             let token = proxy.token()?;
-            (Server::new(&url, token.clone(), model)?, Some((url, token)))
+            (ChatServer::new(&url, token.clone(), model)?, Some((url, token)))
         };
         if interactive {
             eprintln!("Talking to {}. Ctrl-C cancels an answer, Ctrl-D ends.", server.url());
@@ -100,21 +101,18 @@ impl Chat {
     /// One prompt and its answer, of which a cancelled one keeps what came.
     async fn turn(&mut self, prompt: String) -> Result<(), Failure> {
         let before = self.counts().await;
-        self.messages.push(Message {
-            role: "user",
-            content: prompt,
-        });
+        self.messages.push(Message::user(prompt));
         let mut printer = Printer::default();
         let began = Instant::now();
         let answer = tokio::select! {
-            answer = self.server.chat(&self.messages, Sampling::default(), |piece| printer.print(piece)) => answer,
+            answer = self.server.chat(&self.messages, Wishes::default(), |piece| printer.print(piece)) => answer,
             _ = tokio::signal::ctrl_c() => {
                 printer.end()?;
                 if !self.interactive {
                     return Err(Failure::new(Exit::Interrupted, "interrupted"));
                 }
                 eprintln!("(cancelled)");
-                self.messages.push(Message { role: "assistant", content: printer.text });
+                self.messages.push(Message::assistant(printer.text));
                 return Ok(());
             }
         };
@@ -125,15 +123,12 @@ impl Chat {
                     .zip(self.counts().await)
                     .map(|(before, after)| after.since(before));
                 eprintln!("{}", summary(&answer, began.elapsed().as_secs_f64(), since));
-                self.messages.push(Message {
-                    role: "assistant",
-                    content: answer.text,
-                });
+                self.messages.push(Message::assistant(answer.text));
                 Ok(())
             }
             Err(failure) => {
                 self.messages.pop();
-                Err(failure)
+                Err(failure.into())
             }
         }
     }

@@ -3,9 +3,11 @@
 use std::io;
 use std::process::ExitCode;
 
+use crate::bench::{OwnDraftError, PromptError, RelayError};
 use crate::config::ConfigError;
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
+use crate::upstream::ChatError;
 
 /// Exit codes. Scripts and systemd units may rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +86,47 @@ impl From<ConfigError> for Failure {
 impl From<GaveUp> for Failure {
     fn from(gave_up: GaveUp) -> Self {
         Self::new(Exit::ChildGaveUp, gave_up.to_string())
+    }
+}
+
+impl From<ChatError> for Failure {
+    fn from(error: ChatError) -> Self {
+        match error {
+            ChatError::Reader(error) => error.into(),
+            ChatError::NoClient(_) => Self::new(Exit::Other, error.to_string()),
+            _ => Self::new(Exit::Unreachable, error.to_string()),
+        }
+    }
+}
+
+impl From<PromptError> for Failure {
+    fn from(error: PromptError) -> Self {
+        let exit = match error {
+            PromptError::Unreadable { .. } | PromptError::Line { .. } | PromptError::Empty => Exit::File,
+            PromptError::UnknownKind { .. } => Exit::Usage,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<RelayError> for Failure {
+    fn from(error: RelayError) -> Self {
+        let exit = match error {
+            RelayError::Url(_) => Exit::Config,
+            RelayError::Io { .. } => Exit::Unreachable,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<OwnDraftError> for Failure {
+    fn from(error: OwnDraftError) -> Self {
+        match error {
+            OwnDraftError::Unfit(error) => error.into(),
+            OwnDraftError::GaveUp(error) => error.into(),
+            OwnDraftError::Chat(error) => error.into(),
+            OwnDraftError::Port(error) => error.into(),
+        }
     }
 }
 

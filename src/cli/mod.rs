@@ -1,17 +1,20 @@
 //! The command line.
 
+mod bench;
 mod chat;
 mod check_config;
-mod completion;
 mod demo;
+mod deployment;
 pub mod exit;
+mod own_proxy;
 mod pid_file;
 mod progress;
 mod proxy;
+mod question_set;
 mod run;
 mod signals;
-mod sse;
 mod status;
+mod verify;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -35,6 +38,7 @@ Examples:
   tightwad run draft                                               on the host with the small one
   tightwad proxy start                                             the endpoint in front of both
   tightwad chat                                                    talk to it
+  tightwad bench                                                   what does drafting gain there?
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 130 interrupted.
@@ -75,6 +79,12 @@ enum Command {
     /// Start a target, a draft and the proxy on this machine and show what drafting gains.
     #[command(after_help = "Example: tightwad demo --target-model big.gguf --draft-model small.gguf --once")]
     Demo(demo::Options),
+    /// Measure what drafting gains on servers that run: the same prompts with and without it.
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::Options),
+    /// Check that drafted answers equal the plain ones, token by token, at temperature 0 and 0.8.
+    #[command(after_help = "Example: tightwad verify --count 10 --kinds code")]
+    Verify(verify::Options),
     /// Become a program that does not outlive its parent.
     #[command(name = parent_bound::SUBCOMMAND, hide = true)]
     ExecChild(ExecChild),
@@ -113,7 +123,10 @@ pub fn main() -> ExitCode {
     if let Command::ExecChild(child) = &cli.command {
         return exec_child(child);
     }
-    let quiet = matches!(cli.command, Command::Demo(_) | Command::Chat(_));
+    let quiet = matches!(
+        cli.command,
+        Command::Demo(_) | Command::Chat(_) | Command::Bench(_) | Command::Verify(_)
+    );
     let filter = std::env::var(LOG_FILTER).unwrap_or_else(|_| if quiet { "error" } else { "info" }.to_owned());
     if let Err(error) = log::init(cli.log_format, &filter) {
         return report(&Failure::new(Exit::Usage, format!("{LOG_FILTER}: {error}")));
@@ -141,6 +154,14 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Command::CheckConfig(options) => check_config::check(file, options),
         Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
         Command::Demo(options) => demo::demo(options).await,
+        Command::Bench(options) => {
+            let loaded = load_unless_named(file, &options.servers)?;
+            bench::bench(options, loaded.as_ref().map(|loaded| &loaded.config)).await
+        }
+        Command::Verify(options) => {
+            let loaded = load_unless_named(file, &options.servers)?;
+            verify::verify(options, loaded.as_ref().map(|loaded| &loaded.config)).await
+        }
         Command::ExecChild(child) => Err(Failure::other("execute", child.command[0].display())),
     }
 }
@@ -152,6 +173,14 @@ fn load(file: Option<&Path>) -> Result<Loaded, Failure> {
         tracing::warn!("{warning}");
     }
     Ok(loaded)
+}
+
+/// The config, unless the command line names a target and no config.
+fn load_unless_named(file: Option<&Path>, servers: &deployment::Servers) -> Result<Option<Loaded>, Failure> {
+    if file.is_none() && servers.target.is_some() {
+        return Ok(None);
+    }
+    load(file).map(Some)
 }
 
 fn exec_child(child: &ExecChild) -> ExitCode {

@@ -47,12 +47,13 @@ fn doing(state: &State) -> String {
 }
 
 /// A line on stderr that is renewed on a terminal, and only begun and ended elsewhere.
-struct Line {
+pub struct Line {
     terminal: bool,
 }
 
 impl Line {
-    fn new() -> Self {
+    /// A line that says nothing yet.
+    pub fn new() -> Self {
         Self {
             terminal: io::stderr().is_terminal(),
         }
@@ -64,13 +65,19 @@ impl Line {
         }
     }
 
-    fn renew(&self, text: &str) {
+    /// Says this instead, on a terminal.
+    pub fn renew(&self, text: &str) {
         if self.terminal {
             let mut stderr = io::stderr().lock();
             // A terminal that is gone has no one to tell.
             let _ = write!(stderr, "\r\x1b[K{text}");
             let _ = stderr.flush();
         }
+    }
+
+    /// Leaves an empty line for what is printed next, on a terminal.
+    pub fn clear(&self) {
+        self.renew("");
     }
 
     fn end(&self, text: &str) {

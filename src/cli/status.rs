@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::completion::{client, refused, unreachable};
 use super::exit::{Exit, Failure};
 use crate::config::Secret;
+use crate::upstream::chat::{client, refused, unreachable};
 
 /// How long the answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,10 +23,10 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> 
             let message = format!("no proxy runs at {url}; start one with `tightwad proxy start`");
             return Failure::new(Exit::NotRunning, message);
         }
-        unreachable(url, &error)
+        unreachable(url, &error).into()
     })?;
     if !response.status().is_success() {
-        return Err(refused(url, response).await);
+        return Err(refused(url, response).await.into());
     }
     response
         .json()

@@ -15,8 +15,8 @@ use tokio::time::{Instant, sleep_until};
 use super::slots::Lease;
 use super::watch::Sight;
 use super::{Counts, Shared};
-use crate::speculation::{Action, Draft, Event, Plan, Session, Step, Token};
-use crate::upstream::{DraftPiece, DraftState, LlamaServer, Offer, OfferAnswer, StreamEnd, UpstreamError};
+use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
+use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
 
 /// A stream of the drafter that is silent for longer has failed.
 const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -25,17 +25,28 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 /// Most pieces of the drafter's stream that are taken at once, so that a burst becomes one offer.
 const PIECES: usize = 64;
 
-/// Runs until the completion ends; cancel it by dropping the future.
+/// What a drafting session works with.
+pub(super) struct Servers {
+    /// The drafter; without one, drafts are only looked up in the text.
+    pub(super) draft: Option<LlamaServer>,
+    pub(super) target: LlamaServer,
+}
+
+/// Runs until the completion ends; cancel it by dropping the future. `prediction` is what the client expects of the answer.
 pub(super) async fn run(
     shared: Arc<Shared>,
-    draft: LlamaServer,
-    target: LlamaServer,
+    servers: Servers,
     key: String,
+    prediction: Option<String>,
     counts: channel::Sender<Counts>,
 ) {
+    let prediction = match prediction {
+        Some(text) => servers.target.tokenize(&text).await.unwrap_or_default(),
+        None => Vec::new(),
+    };
     let sight = shared.sight.subscribe();
     let mut attached = Attached {
-        session: Session::new(),
+        session: Session::new(&prediction),
         follow: None,
         offer: None,
         next_offer: None,
@@ -44,12 +55,13 @@ pub(super) async fn run(
         available: false,
         back_off: BACK_OFF.0,
         retry_at: None,
-        answered: OfferAnswer::none(),
+        answered: DraftAnswer::none(),
+        stepped: Instant::now(),
+        round_trip: Duration::ZERO,
         finished: false,
         counts,
         shared,
-        draft,
-        target,
+        servers,
         key,
         sight,
     };
@@ -60,20 +72,20 @@ pub(super) async fn run(
     }
 }
 
-type Answer = Result<OfferAnswer, UpstreamError>;
+type Answer = Result<DraftAnswer, UpstreamError>;
 
 struct Attached {
     shared: Arc<Shared>,
-    draft: LlamaServer,
-    target: LlamaServer,
+    servers: Servers,
     key: String,
     sight: channel::Receiver<Sight>,
     counts: channel::Sender<Counts>,
     session: Session,
     follow: Option<BoxFuture<'static, Answer>>,
-    offer: Option<BoxFuture<'static, Answer>>,
+    /// With the time when it was sent.
+    offer: Option<(Instant, BoxFuture<'static, Answer>)>,
     /// The newest offer, while an older one is on its way.
-    next_offer: Option<Draft>,
+    next_offer: Option<Offer>,
     stream: Option<Stream>,
     lease: Option<Lease>,
     /// What the session was last told of the drafter.
@@ -82,7 +94,11 @@ struct Attached {
     /// When a drafter that failed is tried again.
     retry_at: Option<Instant>,
     /// The target's last word.
-    answered: OfferAnswer,
+    answered: DraftAnswer,
+    /// When the target's last step was heard of.
+    stepped: Instant,
+    /// How long the target took to answer the last offer.
+    round_trip: Duration,
     finished: bool,
 }
 
@@ -112,8 +128,10 @@ impl Attached {
                 self.follow = None;
                 self.answered(answer, true);
             }
-            Some(answer) = OptionFuture::from(self.offer.as_mut()) => {
-                self.offer = None;
+            Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => {
+                if let Some((asked, _)) = self.offer.take() {
+                    self.round_trip = asked.elapsed();
+                }
                 self.answered(answer, false);
                 if self.offer.is_none() && let Some(next) = self.next_offer.take() {
                     self.send_offer(&next);
@@ -173,7 +191,7 @@ impl Attached {
     }
 
     /// Learns from the target's counts. An answer that was overtaken by a later one is ignored.
-    fn count(&mut self, answer: OfferAnswer) {
+    fn count(&mut self, answer: DraftAnswer) {
         let old = &self.answered;
         if answer.n_steps < old.n_steps {
             return;
@@ -186,12 +204,20 @@ impl Attached {
             n_max = answer.n_max,
             "step"
         );
-        if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
-            self.shared.pace().record_step(Step {
-                drafted: answer.step_n,
-                accepted: answer.step_accepted,
-                duration: Duration::from_micros(answer.step_us),
-            });
+        if answer.n_steps > old.n_steps {
+            let since_last = std::mem::replace(&mut self.stepped, Instant::now()).elapsed();
+            // The first step is the prompt's; of steps that went by unseen it is not known what they verified.
+            if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
+                let drafted = self.session.classes(answer.step_n);
+                if drafted.len() == answer.step_n {
+                    self.shared.pace().record_step(&Step {
+                        drafted,
+                        accepted: answer.step_accepted,
+                        duration: Duration::from_micros(answer.step_us),
+                        since_last,
+                    });
+                }
+            }
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
         let counts = Counts {
@@ -201,7 +227,7 @@ impl Attached {
             generated: end.saturating_sub(answer.n_prompt) as u64,
         };
         self.shared.totals().add(self.counts.send_replace(counts), counts);
-        self.answered = OfferAnswer {
+        self.answered = DraftAnswer {
             tokens: Vec::new(),
             ..answer
         };
@@ -210,7 +236,7 @@ impl Attached {
     fn drafted(&mut self, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
         let Some(stream) = &mut self.stream else { return };
         let id = stream.id;
-        let mut tokens: Vec<Token> = Vec::new();
+        let mut tokens: Vec<(Token, Option<f64>)> = Vec::new();
         let mut end = None;
         for piece in pieces {
             match piece {
@@ -222,7 +248,7 @@ impl Attached {
         let vocabulary = self.shared.sight.borrow().vocabulary;
         let known = tokens
             .iter()
-            .take_while(|token| usize::try_from(**token).is_ok_and(|id| id < vocabulary))
+            .take_while(|(token, _)| usize::try_from(*token).is_ok_and(|id| id < vocabulary))
             .count();
         if known < tokens.len() {
             tokens.truncate(known);
@@ -239,6 +265,8 @@ impl Attached {
             }
             drop(pace);
             self.back_off = BACK_OFF.0;
+            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::UNKNOWN, Class::of_probability));
+            let tokens = tokens.into_iter().map(classed).collect();
             self.handle(Event::Drafted { stream: id, tokens });
         }
         match end {
@@ -257,7 +285,7 @@ impl Attached {
 
     /// The drafter is left alone for a while, longer each time.
     fn drafter_failed(&mut self, why: &str) {
-        tracing::debug!("drafter {}: {why}", self.draft.url());
+        tracing::debug!("the drafter failed: {why}");
         if let Some(stream) = self.stream.take() {
             self.shared.pace().record_silence(stream.silent());
         }
@@ -281,34 +309,47 @@ impl Attached {
     }
 
     fn handle(&mut self, event: Event) {
-        let plan = self.plan();
-        tracing::trace!(?event, ?plan);
-        for action in self.session.handle(event, &plan) {
+        let moment = self.moment();
+        tracing::trace!(?event, ?moment);
+        let actions = {
+            let pace = self.shared.pace();
+            self.session.handle(event, &pace, &moment)
+        };
+        for action in actions {
+            tracing::trace!(?action);
             self.act(action);
         }
     }
 
-    fn plan(&self) -> Plan {
-        let mut cap = self.shared.cap.min(self.sight.borrow().n_max);
+    fn moment(&self) -> Moment {
+        let mut n_max = self.shared.cap.min(self.sight.borrow().n_max);
         if self.answered.state == DraftState::Running {
-            cap = cap.min(self.answered.n_max);
+            n_max = n_max.min(self.answered.n_max);
         }
-        let waiting = self.stream.as_ref().filter(|stream| stream.last_token.is_none());
-        self.shared
-            .pace()
-            .plan(cap, waiting.map_or(Duration::ZERO, Stream::silent))
+        let growing = self.stream.as_ref().map(|stream| Growing {
+            begun: stream.last_token.is_some(),
+            silent: stream.silent(),
+        });
+        Moment {
+            n_max,
+            growing,
+            since_step: self.stepped.elapsed(),
+            round_trip: self.round_trip,
+        }
     }
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Follow(draft) => self.follow = Some(self.post(&draft, true)),
-            Action::Offer(draft) if self.offer.is_some() => self.next_offer = Some(draft),
-            Action::Offer(draft) => self.send_offer(&draft),
+            Action::Follow(offer) => self.follow = Some(self.post(&offer, true)),
+            Action::Offer(offer) if self.offer.is_some() => self.next_offer = Some(offer),
+            Action::Offer(offer) => self.send_offer(&offer),
             Action::Draft { stream: id, prefix, n } => {
-                let Some(lease) = &self.lease else { return };
+                let (Some(lease), Some(draft)) = (&self.lease, &self.servers.draft) else {
+                    return;
+                };
                 self.stream = Some(Stream {
                     id,
-                    pieces: self.draft.draft(prefix, n, lease.index()).ready_chunks(PIECES),
+                    pieces: draft.draft(prefix, n, lease.index()).ready_chunks(PIECES),
                     started: Instant::now(),
                     last_token: None,
                 });
@@ -330,43 +371,42 @@ impl Attached {
         }
     }
 
-    fn send_offer(&mut self, draft: &Draft) {
-        if draft.pos == self.session.committed().len() {
-            self.offer = Some(self.post(draft, false));
+    fn send_offer(&mut self, offer: &Offer) {
+        if offer.pos == self.session.committed().len() {
+            self.offer = Some((Instant::now(), self.post(offer, false)));
         }
     }
 
     fn follow_after(&mut self, pause: Duration) {
         let pos = self.session.committed().len();
         let poll = self.post(
-            &Draft {
+            &Offer {
                 pos,
-                ..Draft::default()
+                ..Offer::default()
             },
             true,
         );
         self.follow = Some(tokio::time::sleep(pause).then(|()| poll).boxed());
     }
 
-    fn post(&self, draft: &Draft, wait: bool) -> BoxFuture<'static, Answer> {
-        let (target, key, draft) = (self.target.clone(), self.key.clone(), draft.clone());
+    fn post(&self, offer: &Offer, wait: bool) -> BoxFuture<'static, Answer> {
+        let (target, key, offer) = (self.servers.target.clone(), self.key.clone(), offer.clone());
         async move {
-            let Draft {
+            let Offer {
                 pos,
                 tokens,
                 n_min,
                 hold_us,
-            } = &draft;
-            target
-                .offer(&Offer {
-                    key: &key,
-                    pos: *pos,
-                    tokens,
-                    n_min: *n_min,
-                    hold_us: *hold_us,
-                    wait,
-                })
-                .await
+            } = &offer;
+            let call = DraftCall {
+                key: &key,
+                pos: *pos,
+                tokens,
+                n_min: *n_min,
+                hold_us: *hold_us,
+                wait,
+            };
+            target.offer(&call).await
         }
         .boxed()
     }

@@ -4,6 +4,7 @@
 //! its drafting session, and [`Engine::status`] tells how it goes.
 
 mod attach;
+mod calibrate;
 mod slots;
 mod vocabulary;
 mod watch;
@@ -93,8 +94,19 @@ impl Engine {
                 MaxDraftTokens::AtMost(n) => usize::from(n),
             },
         });
+        let calibration = target
+            .as_ref()
+            .map(|server| calibrate::run(shared.clone(), server.client.clone()));
+        let watching = watcher.run(shared.sight.clone());
+        let watching = async move {
+            tokio::join!(watching, async move {
+                if let Some(calibration) = calibration {
+                    calibration.await;
+                }
+            });
+        };
         Ok(Arc::new(Self {
-            watcher: tokio::spawn(watcher.run(shared.sight.clone())).abort_handle(),
+            watcher: tokio::spawn(watching).abort_handle(),
             shared,
             draft: draft.map(|server| server.client),
             target: target.map(|server| server.client),
@@ -105,15 +117,18 @@ impl Engine {
     /// drafts or there is nothing to draft with. The session begins by itself when the completion does, waits for a
     /// drafter that is down, and ends when the value is dropped.
     #[must_use]
-    pub fn attach(&self) -> Option<Attachment> {
+    pub fn attach(&self, prediction: Option<String>) -> Option<Attachment> {
         if self.shared.cap == 0 || self.shared.sight.borrow().verification != Verification::Attached {
             return None;
         }
-        let (draft, target) = (self.draft.clone()?, self.target.clone()?);
-        let key = format!("{:032x}", rand::rng().random::<u128>());
+        let servers = attach::Servers {
+            draft: self.draft.clone(),
+            target: self.target.clone()?,
+        };
+        let key = new_key();
         let counts = channel::Sender::new(Counts::default());
         let progress = counts.subscribe();
-        let run = attach::run(self.shared.clone(), draft, target, key.clone(), counts);
+        let run = attach::run(self.shared.clone(), servers, key.clone(), prediction, counts);
         Some(Attachment {
             key,
             progress,
@@ -143,6 +158,11 @@ impl Engine {
             counts: *self.shared.totals(),
         }
     }
+}
+
+/// An unguessable name for a completion: who knows it can read that.
+fn new_key() -> String {
+    format!("{:032x}", rand::rng().random::<u128>())
 }
 
 impl Drop for Engine {

@@ -61,6 +61,8 @@ pub(super) fn discard(body: Body, headers: &HeaderMap) {
 pub(super) struct Asked {
     /// `stream`
     pub(super) streamed: bool,
+    /// The text of `prediction` (OpenAI's predicted outputs).
+    pub(super) prediction: Option<String>,
 }
 
 /// Looks at the body of a completion request.
@@ -73,7 +75,32 @@ pub(super) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked,
     }
     Ok(Asked {
         streamed: fields.stream.is_some_and(|value| value.get() == "true"),
+        prediction: fields.prediction.and_then(|value| predicted_text(value.get())),
     })
+}
+
+/// The text of `{"type": "content", "content": "…"}`, where the content may come in parts. Anything else predicts nothing.
+fn predicted_text(value: &str) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Prediction {
+        content: Content,
+    }
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Content {
+        Whole(String),
+        Parts(Vec<Part>),
+    }
+    #[derive(serde::Deserialize)]
+    struct Part {
+        text: String,
+    }
+    let Prediction { content } = serde_json::from_str(value).ok()?;
+    let text = match content {
+        Content::Whole(text) => text,
+        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+    };
+    (!text.is_empty()).then_some(text)
 }
 
 fn check_count(param: &'static str, value: &str, limit: Option<u64>) -> Result<(), Refusal> {
@@ -111,6 +138,7 @@ const COUNTS: [&str; 4] = ["max_tokens", "max_completion_tokens", "max_output_to
 #[derive(Default)]
 struct Fields<'a> {
     stream: Option<&'a RawValue>,
+    prediction: Option<&'a RawValue>,
     counts: [Option<&'a RawValue>; COUNTS.len()],
 }
 
@@ -129,6 +157,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
                 while let Some(key) = map.next_key()? {
                     match key {
                         Key::Stream => fields.stream = Some(map.next_value()?),
+                        Key::Prediction => fields.prediction = Some(map.next_value()?),
                         Key::Count(which) => {
                             let slot = fields
                                 .counts
@@ -150,6 +179,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
 
 enum Key {
     Stream,
+    Prediction,
     /// Index into [`COUNTS`].
     Count(usize),
     Other,
@@ -169,6 +199,8 @@ impl<'de> Deserialize<'de> for Key {
                 let count = || COUNTS.iter().position(|it| *it == name);
                 Ok(if name == "stream" {
                     Key::Stream
+                } else if name == "prediction" {
+                    Key::Prediction
                 } else {
                     count().map_or(Key::Other, Key::Count)
                 })
@@ -187,6 +219,24 @@ mod tests {
     }
 
     #[test]
+    fn a_prediction_is_read_whole_and_in_parts_and_otherwise_left_alone() {
+        for (body, text) in [
+            (r#"{"prediction":{"type":"content","content":"a\nb"}}"#, Some("a\nb")),
+            (
+                r#"{"prediction":{"content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}}"#,
+                Some("ab"),
+            ),
+            (r#"{"prediction":{"content":""}}"#, None),
+            (r#"{"prediction":"a"}"#, None),
+            (r#"{"prediction":null}"#, None),
+            ("{}", None),
+        ] {
+            let prediction = check(body.as_bytes(), None).unwrap().prediction;
+            assert_eq!(prediction.as_deref(), text, "{body}");
+        }
+    }
+
+    #[test]
     fn only_a_true_stream_is_a_stream() {
         for (body, streamed) in [
             (r#"{"stream":true}"#, true),
@@ -198,7 +248,7 @@ mod tests {
             (r#"{"messages":[{"stream":true}]}"#, false),
             ("{}", false),
         ] {
-            assert_eq!(check(body.as_bytes(), None).unwrap(), Asked { streamed }, "{body}");
+            assert_eq!(check(body.as_bytes(), None).unwrap().streamed, streamed, "{body}");
         }
     }
 

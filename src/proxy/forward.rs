@@ -80,11 +80,12 @@ impl Exchange<'_> {
         headers.insert(X_REQUEST_ID, self.id.header());
         let mut streamed = false;
         if self.route.completion {
-            streamed = admission::check(&body, settings.max_tokens_limit)?.streamed;
+            let asked = admission::check(&body, settings.max_tokens_limit)?;
+            streamed = asked.streamed;
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
             }
-            if let Some(attachment) = self.app.engine.attach()
+            if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);

@@ -1,12 +1,15 @@
 //! Decisions of speculative decoding, free of I/O: what to draft, what to offer, how long to let the target wait.
 //!
-//! [`Session`] follows one completion; [`Pace`] learns what a pair of servers costs and chooses lengths from it.
+//! [`Session`] follows one completion; [`Lookup`] drafts from the text itself; [`Pace`] learns what a pair of servers costs
+//! and chooses from it.
 
+mod lookup;
 mod pace;
 mod session;
 
-pub use pace::{Pace, Plan, Step};
-pub use session::{Action, Draft, Event, Session};
+pub use lookup::{Lookup, Proposal};
+pub use pace::{Choice, Class, Growing, Pace, Step};
+pub use session::{Action, Event, Moment, Offer, Session};
 
 /// A token id of the target's vocabulary.
 pub type Token = i32;

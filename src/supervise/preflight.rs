@@ -106,7 +106,7 @@ fn program(name: &Path) -> Result<PathBuf, Unfit> {
 }
 
 /// Checks that the file is a GGUF model.
-fn model(path: &Path) -> Result<(), Unfit> {
+pub fn model(path: &Path) -> Result<(), Unfit> {
     let mut file = readable("model file", "path", path)?;
     let mut magic = [0; 4];
     match file.read_exact(&mut magic) {
@@ -155,6 +155,11 @@ pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
             source,
         }),
     }
+}
+
+/// A port of this machine that is free right now.
+pub fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
 /// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print

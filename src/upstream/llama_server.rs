@@ -75,7 +75,7 @@ pub struct Props {
 
 /// Body of `POST /draft`.
 #[derive(Debug, Clone, Serialize)]
-pub struct Offer<'a> {
+pub struct DraftCall<'a> {
     /// Names the completion.
     pub key: &'a str,
     /// Position of the first token.
@@ -92,7 +92,7 @@ pub struct Offer<'a> {
 
 /// Answer to `POST /draft`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct OfferAnswer {
+pub struct DraftAnswer {
     /// How the completion stands.
     pub state: DraftState,
     /// Why it will not be drafted for.
@@ -130,7 +130,7 @@ pub struct OfferAnswer {
     pub step_us: u64,
 }
 
-impl OfferAnswer {
+impl DraftAnswer {
     /// Nothing was answered yet.
     #[must_use]
     pub fn none() -> Self {
@@ -171,10 +171,10 @@ pub enum DraftState {
 pub type DraftStream = BoxStream<'static, Result<DraftPiece, UpstreamError>>;
 
 /// A piece of a [`DraftStream`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum DraftPiece {
-    /// The next tokens.
-    Tokens(Vec<Token>),
+    /// The next tokens, each with the probability that the drafter gives it, where it tells.
+    Tokens(Vec<(Token, Option<f64>)>),
     /// The last piece.
     End(StreamEnd),
 }
@@ -199,9 +199,32 @@ struct CompletionEvent {
     /// Tokens generated so far; an event leaves out those that ended inside of a character.
     #[serde(default)]
     tokens_predicted: usize,
+    #[serde(default)]
+    completion_probabilities: Vec<TokenProbability>,
+}
+
+#[derive(Deserialize)]
+struct TokenProbability {
+    id: Token,
+    /// Natural logarithm; null for minus infinity.
+    #[serde(default)]
+    logprob: Option<f64>,
 }
 
 impl CompletionEvent {
+    fn tokens(&self) -> Vec<(Token, Option<f64>)> {
+        let mut told = self.completion_probabilities.iter();
+        let probability = |token: &Token| {
+            let logprob = told.next().filter(|it| it.id == *token)?.logprob?;
+            Some(logprob.exp())
+        };
+        self.tokens
+            .iter()
+            .copied()
+            .zip(self.tokens.iter().map(probability))
+            .collect()
+    }
+
     fn end(&self) -> Option<StreamEnd> {
         self.stop.then(|| {
             if self.stop_type == "eos" {
@@ -301,8 +324,23 @@ impl LlamaServer {
     }
 
     /// Offers draft tokens to a running completion, and learns what it has committed.
-    pub async fn offer(&self, offer: &Offer<'_>) -> Result<OfferAnswer, UpstreamError> {
-        self.post("/draft", offer, None).await
+    pub async fn offer(&self, call: &DraftCall<'_>) -> Result<DraftAnswer, UpstreamError> {
+        self.post("/draft", call, None).await
+    }
+
+    /// Begins a completion that goes on whatever it says, and whose steps can be drafted for under `key`; dropping the
+    /// answer ends it.
+    pub async fn begin_endless(&self, key: &str, n: usize) -> Result<reqwest::Response, UpstreamError> {
+        let body = serde_json::json!({
+            "prompt": "One, two, three,", "n_predict": n, "stream": true, "ignore_eos": true, "cache_prompt": false,
+            "temperature": 0,
+        });
+        let request = self
+            .http
+            .post(self.completion_url())
+            .header("X-Draft-Key", key)
+            .json(&body);
+        self.send("/completion", request).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -337,7 +375,7 @@ impl LlamaServer {
         let response = self.completion(prefix, n, slot, false).await?;
         let event: CompletionEvent = self.read("/completion", response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
-        Ok([DraftPiece::Tokens(event.tokens), DraftPiece::End(end)])
+        Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
     }
 
     fn completion_url(&self) -> String {
@@ -361,7 +399,8 @@ impl LlamaServer {
             return_tokens: bool,
             samplers: [&'static str; 1],
             top_k: u8,
-            response_fields: [&'static str; 3],
+            n_probs: u8,
+            response_fields: [&'static str; 4],
         }
         let body = Body {
             prompt: prefix,
@@ -372,7 +411,8 @@ impl LlamaServer {
             return_tokens: true,
             samplers: ["top_k"],
             top_k: 1,
-            response_fields: ["tokens", "stop", "stop_type"],
+            n_probs: 1,
+            response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
         };
         self.send("/completion", self.http.post(self.completion_url()).json(&body))
             .await
@@ -501,7 +541,7 @@ impl Drafting {
             } else if !event.tokens.is_empty() {
                 self.received += event.tokens.len();
                 self.prefix.extend_from_slice(&event.tokens);
-                self.pending.push_back(DraftPiece::Tokens(event.tokens));
+                self.pending.push_back(DraftPiece::Tokens(event.tokens()));
             }
         }
     }

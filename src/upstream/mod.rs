@@ -1,7 +1,10 @@
 //! Clients of the servers behind us.
 
+pub mod chat;
 mod llama_server;
+mod sse;
 
+pub use chat::{ChatError, ChatServer};
 pub use llama_server::{
-    DraftPiece, DraftState, DraftStream, LlamaServer, Offer, OfferAnswer, Props, StreamEnd, UpstreamError,
+    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, LlamaServer, Props, StreamEnd, UpstreamError,
 };

@@ -1,25 +1,24 @@
 //! `tightwad demo`: what drafting gains on this machine, without a config.
 
-mod bench;
-mod prompts;
+mod rows;
 mod table;
 
-use std::net::TcpListener;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
-use super::completion::Server;
 use super::exit::{Exit, Failure};
+use super::own_proxy::{OwnProxy, why_undrafted};
 use super::{progress, proxy, signals};
+use crate::bench::{Contender, Mode, Plan, Progress, Prompt, measure};
 use crate::config::{self, Binaries, Model, Upstream};
-use crate::engine::{Engine, Verification};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
+use crate::upstream::ChatServer;
+use crate::upstream::chat::Wishes;
 
 /// Context per slot: more than any answer of the demo needs, and within what small models were trained on.
 const CTX_SIZE: u32 = 2048;
@@ -27,6 +26,12 @@ const CTX_SIZE: u32 = 2048;
 const SLOTS: u16 = 2;
 /// How long the engine may take to find out what both servers can.
 const PROBE_PATIENCE: Duration = Duration::from_secs(15);
+/// Longest answer in tokens.
+const MAX_TOKENS: u32 = 120;
+/// Kinds of prompts that the tiny models which come with the sources answer, as any real one does.
+const KINDS: [&str; 5] = ["code", "chat", "list", "reasoning", "creative"];
+/// Prompts of each kind.
+const PROMPTS: usize = 2;
 
 /// Options of `demo`.
 #[derive(Debug, Args)]
@@ -90,23 +95,16 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
         }),
         ..section
     };
-    let engine = proxy::start_engine(&section)?;
-    let serving = {
-        let (engine, stop) = (Arc::clone(&engine), stop.clone());
-        tokio::spawn(async move { proxy::serve_on(listener, &section, engine, stop).await })
-    };
-    probed(&engine, &stop).await;
-
+    let own_proxy = OwnProxy::start(listener, section)?;
     let equal = tokio::select! {
-        equal = measure(options, &engine, &target_url, &url) => equal?,
+        equal = compare(options, &target_url, &url) => equal?,
         () = stop.cancelled() => return Err(interrupted()),
     };
     if !options.once {
         serve_on(&url, &mut services, &stop).await?;
     }
     // The proxy first, so that its last answers still find their servers.
-    stop.cancel();
-    serving.await.map_err(|error| Failure::other("serve", error))??;
+    own_proxy.close().await?;
     for (_, service) in services {
         service.stop().await;
     }
@@ -125,7 +123,7 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
         Role::Draft => &options.draft_model,
     };
     let server = config::Server {
-        port: free_port()?,
+        port: preflight::free_port()?,
         slots: SLOTS,
         threads: Some(options.threads),
         extra_args: options.llama_args.clone(),
@@ -149,37 +147,51 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
     Ok((Service::start(role, launch, servers), url))
 }
 
-/// A port that is free right now.
-fn free_port() -> Result<u16, Failure> {
-    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
-}
-
-/// Waits until the engine knows whether it can draft, and says so when it cannot.
-async fn probed(engine: &Engine, stop: &CancellationToken) {
-    let attached = async {
-        while engine.status().verification != Verification::Attached {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    tokio::select! {
-        () = attached => {}
-        () = stop.cancelled() => {}
-        () = tokio::time::sleep(PROBE_PATIENCE) => {
-            let reason = engine.status().reason.unwrap_or_else(|| "no reason given".into());
-            eprintln!("note: answers will not be drafted: {reason}");
-        }
-    }
-}
-
 /// Measures and prints; true when all answers are equal.
-async fn measure(options: &Options, engine: &Engine, target_url: &str, proxy_url: &str) -> Result<bool, Failure> {
-    let plain = Server::new(target_url, None, None)?;
-    let drafted = Server::new(proxy_url, None, None)?;
+async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result<bool, Failure> {
+    let contender = |mode, url: &str| {
+        let server = ChatServer::new(url, None, None)?;
+        Ok::<_, Failure>(Contender {
+            mode,
+            server,
+            verifier: None,
+        })
+    };
+    let contenders = [
+        contender(Mode::Plain, target_url)?,
+        contender(Mode::Attached, proxy_url)?,
+    ];
+    if let Some(reason) = why_undrafted(&contenders[1].server, PROBE_PATIENCE).await? {
+        eprintln!("note: answers will not be drafted: {reason}");
+    }
+    let prompts = Prompt::of_kinds(Prompt::shipped()?, &KINDS.map(str::to_owned))?;
+    let prompts = Prompt::first_of_each_kind(&prompts, PROMPTS);
+    let plan = Plan {
+        rounds: 1,
+        clients: 1,
+        wishes: Wishes {
+            max_tokens: Some(MAX_TOKENS),
+            temperature: Some(0.0),
+            forget_prompt: true,
+            ..Wishes::default()
+        },
+    };
     let table = table::Table::new(options.json);
     table.head();
-    let report = bench::run(&plain, &drafted, engine, |row| table.row(row)).await?;
+    let mut rows = Vec::new();
+    let measured = measure(&plan, &prompts, &contenders, |progress| {
+        if let Progress::Answered(samples) = progress
+            && let Some(sample) = samples.first()
+        {
+            let row = rows::Row::of(&prompts[sample.prompt], samples);
+            table.row(&row);
+            rows.push(row);
+        }
+    })
+    .await?;
+    let report = rows::Report::of(rows, &measured);
     table.foot(&report)?;
-    Ok(report.equal)
+    Ok(report.total.equal)
 }
 
 /// Serves until Ctrl-C, or until a server is given up.

@@ -1,6 +1,6 @@
 //! The measurements side by side.
 
-use super::bench::{Report, Row};
+use super::rows::{Figures, Report, Row};
 use crate::cli::exit::Failure;
 
 /// Prints rows as they come; with `json` nothing until the end, and then everything as JSON.
@@ -34,16 +34,14 @@ impl Table {
             let prompt: String = if row.prompt.chars().count() > 34 {
                 row.prompt.chars().take(31).chain("...".chars()).collect()
             } else {
-                row.prompt.to_owned()
+                row.prompt.clone()
             };
-            let figures = figures(
-                row.plain_tokens_per_second,
-                row.drafted_tokens_per_second,
-                row.ratio,
-                row.tokens_per_step,
-                row.equal,
+            println!(
+                "{:<10} {prompt:<34} {:>6} {}",
+                row.kind,
+                row.figures.tokens,
+                figures(&row.figures)
             );
-            println!("{:<10} {prompt:<34} {:>6} {figures}", row.kind, row.tokens);
         }
     }
 
@@ -54,15 +52,13 @@ impl Table {
             println!("{json}");
             return Ok(());
         }
-        let figures = figures(
-            report.plain_tokens_per_second,
-            report.drafted_tokens_per_second,
-            report.ratio,
-            report.tokens_per_step,
-            report.equal,
+        println!(
+            "{:<10} {:<34} {:>6} {}",
+            "total",
+            "",
+            report.total.tokens,
+            figures(&report.total)
         );
-        let tokens: u64 = report.rows.iter().map(|row| row.tokens).sum();
-        println!("{:<10} {:<34} {tokens:>6} {figures}", "total", "");
         println!(
             "\nplain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the \
              target; equal: whether both texts are the same"
@@ -71,14 +67,14 @@ impl Table {
     }
 }
 
-fn figures(plain: Option<f64>, drafted: Option<f64>, ratio: Option<f64>, per_step: Option<f64>, equal: bool) -> String {
-    let number = |value: Option<f64>, unit: &str| value.map_or("-".to_owned(), |value| format!("{value:.1}{unit}"));
+fn figures(figures: &Figures) -> String {
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
     columns(
-        &number(plain, ""),
-        &number(drafted, ""),
-        &ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}x")),
-        &number(per_step, ""),
-        if equal { "yes" } else { "NO" },
+        &number(figures.plain_tokens_per_second),
+        &number(figures.drafted_tokens_per_second),
+        &figures.ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}x")),
+        &number(figures.tokens_per_step),
+        if figures.equal { "yes" } else { "NO" },
     )
 }
 

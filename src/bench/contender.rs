@@ -1,0 +1,157 @@
+//! Who is asked.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::upstream::ChatServer;
+
+/// How long a server may take to tell its counts.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A way to get the target's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The target, asked directly.
+    Plain,
+    /// The proxy, which attaches its drafter to the target's completion.
+    Attached,
+    /// A llama-server that holds the target and the draft and drafts in its own process.
+    OwnDraft,
+}
+
+impl Mode {
+    /// Its name in tables.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Attached => "attached",
+            Self::OwnDraft => "own-draft",
+        }
+    }
+}
+
+/// A mode and the server to ask for it.
+#[derive(Debug, Clone)]
+pub struct Contender {
+    /// The mode.
+    pub mode: Mode,
+    /// Who is asked.
+    pub server: ChatServer,
+    /// The llama-server that verifies the drafts and counts them; `None` where nothing is drafted.
+    pub verifier: Option<ChatServer>,
+}
+
+/// What a llama-server has counted of its drafting since it was started (`/metrics`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DraftCounts {
+    /// Steps that verified a draft.
+    pub drafts: u64,
+    /// Steps that kept the draft's token at a position, from the first position on.
+    pub accepted: BTreeMap<usize, u64>,
+}
+
+impl Contender {
+    /// The counts up to now; `None` when the server does not tell.
+    pub(super) async fn draft_counts(&self) -> Option<DraftCounts> {
+        let text = self.verifier.as_ref()?.get("/metrics", PATIENCE).await.ok()?;
+        DraftCounts::parse(&text)
+    }
+}
+
+impl DraftCounts {
+    /// Reads llama-server's metrics; `None` for those of another server.
+    fn parse(metrics: &str) -> Option<Self> {
+        const DRAFTS: &str = "llamacpp:spec_decode_num_drafts_total";
+        const POSITION: &str = "llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position=\"";
+        let mut drafts = None;
+        let mut accepted = BTreeMap::new();
+        for line in metrics.lines() {
+            let Some((name, value)) = line.rsplit_once(' ') else {
+                continue;
+            };
+            if name == DRAFTS {
+                drafts = count(value);
+            } else if let Some(position) = name.strip_prefix(POSITION)
+                && let Ok(position) = position.trim_end_matches("\"}").parse()
+                && let Some(value) = count(value)
+            {
+                accepted.insert(position, value);
+            }
+        }
+        drafts.map(|drafts| Self { drafts, accepted })
+    }
+
+    /// What was counted since `earlier`.
+    pub(super) fn since(&self, earlier: &Self) -> Self {
+        let accepted = self.accepted.iter().map(|(position, count)| {
+            let before = earlier.accepted.get(position).copied().unwrap_or_default();
+            (*position, count.saturating_sub(before))
+        });
+        Self {
+            drafts: self.drafts.saturating_sub(earlier.drafts),
+            accepted: accepted.collect(),
+        }
+    }
+
+    /// Adds `more`.
+    pub(super) fn add(&mut self, more: &Self) {
+        self.drafts += more.drafts;
+        for (position, count) in &more.accepted {
+            *self.accepted.entry(*position).or_default() += count;
+        }
+    }
+}
+
+/// Large counts come in scientific notation with six digits.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn count(text: &str) -> Option<u64> {
+    text.parse::<u64>().ok().or_else(|| {
+        let number = text.parse::<f64>().ok()?;
+        (number >= 0.0).then_some(number as u64)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const METRICS: &str = "\
+# HELP llamacpp:spec_decode_num_drafts_total Speculative: Total speculative decoding verification steps
+# TYPE llamacpp:spec_decode_num_drafts_total counter
+llamacpp:spec_decode_num_drafts_total 1.5e+06
+llamacpp:n_tokens_max 90
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position=\"0\"} 9
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position=\"1\"} 7
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position=\"10\"} 2
+";
+
+    #[test]
+    fn the_metrics_of_llama_server_are_read() {
+        let counts = DraftCounts::parse(METRICS).unwrap();
+        assert_eq!(counts.drafts, 1_500_000);
+        assert_eq!(counts.accepted, BTreeMap::from([(0, 9), (1, 7), (10, 2)]));
+        assert_eq!(DraftCounts::parse("http_requests_total 7\n"), None);
+    }
+
+    #[test]
+    fn counts_are_subtracted_and_added_by_position() {
+        let early = DraftCounts {
+            drafts: 3,
+            accepted: BTreeMap::from([(0, 2)]),
+        };
+        let late = DraftCounts {
+            drafts: 5,
+            accepted: BTreeMap::from([(0, 3), (1, 1)]),
+        };
+        let mut between = late.since(&early);
+        assert_eq!(between.accepted, BTreeMap::from([(0, 1), (1, 1)]));
+        between.add(&early);
+        assert_eq!(between, late);
+        // A server that was started again counts from 0.
+        assert_eq!(early.since(&late).drafts, 0);
+    }
+}

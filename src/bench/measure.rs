@@ -1,0 +1,216 @@
+//! Asks, in turns.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::future::try_join_all;
+
+use super::contender::{Contender, DraftCounts, Mode};
+use super::prompts::Prompt;
+use crate::upstream::ChatError;
+use crate::upstream::chat::{Answer, Wishes};
+
+/// Requests per client of a block: enough that the clients work side by side for most of it.
+const BLOCK: usize = 4;
+
+/// How to ask.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// How often each prompt is asked in each mode.
+    pub rounds: usize,
+    /// Requests at once.
+    pub clients: usize,
+    /// What every request says.
+    pub wishes: Wishes,
+}
+
+/// One answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// How it was got.
+    pub mode: Mode,
+    /// Index of its prompt.
+    pub prompt: usize,
+    /// Same for the answers, one per mode, that are to be equal.
+    pub question: usize,
+    /// Which of the clients asked.
+    pub client: usize,
+    /// The answer.
+    pub answer: Answer,
+    /// From sending the request to its end.
+    pub took: Duration,
+}
+
+/// The requests that one mode had at once or one after the other until it was the next mode's turn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Block {
+    /// The mode.
+    pub mode: Mode,
+    /// The prompts' kind, if it is one.
+    pub kind: Option<String>,
+    /// Time from the first request to the end of the last.
+    pub wall: Duration,
+    /// What the server counted of its drafting in this time.
+    pub(super) counts: Option<DraftCounts>,
+}
+
+/// All that was measured.
+#[derive(Debug, Clone, Default)]
+pub struct Measurements {
+    /// Every answer.
+    pub samples: Vec<Sample>,
+    /// Every block.
+    pub blocks: Vec<Block>,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy)]
+pub enum Progress<'a> {
+    /// A request that does not count yet is about to be sent.
+    WarmingUp(Mode),
+    /// Requests are about to be sent.
+    Asking {
+        /// The mode.
+        mode: Mode,
+        /// Requests that were answered already.
+        done: usize,
+        /// All that will be sent.
+        all: usize,
+    },
+    /// All modes have answered the same questions.
+    Answered(&'a [Sample]),
+}
+
+/// Asks every contender everything. They take turns after every prompt (with several clients: after some prompts for
+/// each), and whoever was first is last the next time, so that a machine that slows down slows all of them down.
+pub async fn measure(
+    plan: &Plan,
+    prompts: &[Prompt],
+    contenders: &[Contender],
+    mut on_progress: impl FnMut(Progress<'_>),
+) -> Result<Measurements, ChatError> {
+    // The first answers pay for memory that is touched for the first time, and the proxy learns from them.
+    for prompt in Prompt::first_of_each_kind(prompts, 1) {
+        for contender in contenders {
+            on_progress(Progress::WarmingUp(contender.mode));
+            contender.ask(&prompt, plan.wishes).await?;
+        }
+    }
+    let blocks = blocks(prompts.len(), plan.clients);
+    let per_round: usize = blocks.iter().map(Vec::len).sum();
+    let all = per_round * plan.rounds * contenders.len();
+    let mut measured = Measurements::default();
+    let (mut turn, mut question) = (0, 0);
+    for _ in 0..plan.rounds {
+        for block in &blocks {
+            let first = measured.samples.len();
+            for place in 0..contenders.len() {
+                let contender = &contenders[(turn + place) % contenders.len()];
+                on_progress(Progress::Asking {
+                    mode: contender.mode,
+                    done: measured.samples.len(),
+                    all,
+                });
+                let questions: Vec<(usize, usize)> = block.iter().copied().zip(question..).collect();
+                let (block, samples) = run_block(plan, prompts, contender, &questions).await?;
+                measured.blocks.push(block);
+                measured.samples.extend(samples);
+            }
+            on_progress(Progress::Answered(&measured.samples[first..]));
+            turn += 1;
+            question += block.len();
+        }
+    }
+    Ok(measured)
+}
+
+impl Contender {
+    pub(super) async fn ask(&self, prompt: &Prompt, wishes: Wishes) -> Result<Answer, ChatError> {
+        self.server.chat(&prompt.messages, wishes, |_| Ok(())).await
+    }
+}
+
+/// `questions`: index of the prompt, and number of the question.
+async fn run_block(
+    plan: &Plan,
+    prompts: &[Prompt],
+    contender: &Contender,
+    questions: &[(usize, usize)],
+) -> Result<(Block, Vec<Sample>), ChatError> {
+    let before = contender.draft_counts().await;
+    let next = AtomicUsize::new(0);
+    let began = Instant::now();
+    let clients = (0..plan.clients.max(1)).map(|client| {
+        let next = &next;
+        async move {
+            let mut samples = Vec::new();
+            while let Some((prompt, question)) = questions.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
+                let sent = Instant::now();
+                let answer = contender.ask(&prompts[prompt], plan.wishes).await?;
+                samples.push(Sample {
+                    mode: contender.mode,
+                    prompt,
+                    question,
+                    client,
+                    answer,
+                    took: sent.elapsed(),
+                });
+            }
+            Ok::<_, ChatError>(samples)
+        }
+    });
+    let samples = try_join_all(clients).await?.concat();
+    let wall = began.elapsed();
+    let after = contender.draft_counts().await;
+    let kind = |(prompt, _): &(usize, usize)| &prompts[*prompt].kind;
+    let block = Block {
+        mode: contender.mode,
+        kind: questions
+            .first()
+            .map(kind)
+            .filter(|first| questions.iter().all(|question| kind(question) == *first))
+            .cloned(),
+        wall,
+        counts: before.zip(after).map(|(before, after)| after.since(&before)),
+    };
+    Ok((block, samples))
+}
+
+/// The prompts of one round (indices), in blocks of about equal size. Several clients repeat a set that is too small to
+/// keep them busy.
+fn blocks(prompts: usize, clients: usize) -> Vec<Vec<usize>> {
+    if prompts == 0 {
+        return Vec::new();
+    }
+    let size = if clients > 1 { clients * BLOCK } else { 1 };
+    let all: Vec<usize> = (0..prompts).cycle().take(prompts.max(size)).collect();
+    let count = (all.len() / size).max(1);
+    let mut rest = all.as_slice();
+    (0..count)
+        .map(|done| {
+            let (block, after) = rest.split_at(rest.len() / (count - done));
+            rest = after;
+            block.to_vec()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_client_changes_the_mode_after_each_prompt() {
+        assert_eq!(blocks(3, 1), [[0], [1], [2]]);
+        assert!(blocks(0, 1).is_empty());
+    }
+
+    #[test]
+    fn several_clients_get_blocks_that_keep_them_busy() {
+        let sizes = |prompts, clients| blocks(prompts, clients).iter().map(Vec::len).collect::<Vec<_>>();
+        assert_eq!(sizes(36, 2), [9, 9, 9, 9]);
+        assert_eq!(sizes(36, 4), [18, 18]);
+        assert_eq!(sizes(5, 2), [8]);
+        assert_eq!(blocks(5, 2), [[0, 1, 2, 3, 4, 0, 1, 2]]);
+    }
+}

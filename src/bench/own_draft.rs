@@ -1,0 +1,222 @@
+//! A llama-server that drafts in its own process, to compare with.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::contender::{Contender, Mode};
+use super::prompts::Prompt;
+use super::statistics::ratio;
+use crate::config::{self, Binaries, MaxDraftTokens, Model, Secret};
+use crate::supervise::command::Role;
+use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::service::{GaveUp, Service};
+use crate::upstream::ChatServer;
+use crate::upstream::chat::{ChatError, Wishes};
+
+/// Draft lengths (`--spec-draft-n-max`) that are tried.
+const LENGTHS: [u16; 3] = [2, 4, 8];
+/// Longest answer of a trial, in tokens.
+const TRIAL_TOKENS: u32 = 64;
+
+/// The two models, and how their server is run.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    /// The programs.
+    pub binaries: Binaries,
+    /// The section `target`.
+    pub server: config::Server,
+    /// The target model and its name.
+    pub target: (String, Model),
+    /// The draft model.
+    pub draft: Model,
+    /// CPU threads for the draft model; the target's if there are none.
+    pub draft_threads: Option<u16>,
+}
+
+/// What one draft length yielded.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Tried {
+    /// Most draft tokens per step.
+    pub n_max: u16,
+    /// Tokens per second over the trial's prompts.
+    pub tokens_per_second: Option<f64>,
+}
+
+/// The running server with the draft length that was best.
+#[derive(Debug)]
+pub struct OwnDraft {
+    /// Whom to ask.
+    pub contender: Contender,
+    /// Most draft tokens per step.
+    pub n_max: u16,
+    /// All lengths that were tried.
+    pub tried: Vec<Tried>,
+    service: Service,
+}
+
+/// Why there is no such server.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnDraftError {
+    /// Something that it needs is missing.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// It does not start.
+    #[error(transparent)]
+    GaveUp(#[from] GaveUp),
+    /// It does not answer.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// There is no port for it.
+    #[error("cannot find a free port: {0}")]
+    Port(#[from] std::io::Error),
+}
+
+impl OwnDraft {
+    /// Tries some draft lengths on a prompt of each kind and keeps the server with the best. `on_trial` is told the
+    /// length before each try.
+    pub async fn start(
+        pair: &Pair,
+        prompts: &[Prompt],
+        wishes: Wishes,
+        on_trial: impl Fn(u16),
+    ) -> Result<Self, OwnDraftError> {
+        preflight::model(&pair.draft.path)?;
+        let trial = Prompt::first_of_each_kind(prompts, 1);
+        let wishes = Wishes {
+            max_tokens: Some(wishes.max_tokens.map_or(TRIAL_TOKENS, |most| most.min(TRIAL_TOKENS))),
+            ..wishes
+        };
+        let mut tried = Vec::new();
+        for n_max in LENGTHS {
+            on_trial(n_max);
+            let (contender, service) = serve(pair, n_max).await?;
+            tried.push(Tried {
+                n_max,
+                tokens_per_second: speed(&contender, &trial, wishes).await?,
+            });
+            service.stop().await;
+        }
+        let n_max = best(&tried);
+        let (contender, service) = serve(pair, n_max).await?;
+        Ok(Self {
+            contender,
+            n_max,
+            tried,
+            service,
+        })
+    }
+
+    /// Ends the server.
+    pub async fn stop(self) {
+        self.service.stop().await;
+    }
+}
+
+/// Starts a server and waits until it serves.
+async fn serve(pair: &Pair, n_max: u16) -> Result<(Contender, Service), OwnDraftError> {
+    // Nobody else needs to ask it.
+    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let server = config::Server {
+        api_key: Some(key.clone()),
+        api_key_file: None,
+        extra_args: arguments(pair, n_max, preflight::free_port()?),
+        ..pair.server.clone()
+    };
+    let (name, model) = &pair.target;
+    let drafts = MaxDraftTokens::AtMost(0);
+    let launch = preflight::llama_server(Role::Target, &pair.binaries, &server, (name, model), drafts).await?;
+    let server = ChatServer::new(launch.url(), Some(key), None)?;
+    let mut service = Service::start(Role::Target, launch, &CancellationToken::new());
+    service.ready().await?;
+    let contender = Contender {
+        mode: Mode::OwnDraft,
+        verifier: Some(server.clone()),
+        server,
+    };
+    Ok((contender, service))
+}
+
+/// The target's own arguments and, so that they win, what makes it draft and what must not collide with the target.
+fn arguments(pair: &Pair, n_max: u16, port: u16) -> Vec<String> {
+    let mut arguments = pair.server.extra_args.clone();
+    let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+    option("-md", pair.draft.path.display().to_string());
+    option("--spec-type", "draft-simple".into());
+    option("--spec-draft-n-max", n_max.to_string());
+    if let Some(threads) = pair.draft_threads {
+        option("-td", threads.to_string());
+    }
+    option("--host", "127.0.0.1".into());
+    option("--port", port.to_string());
+    arguments
+}
+
+/// Tokens per second over the prompts, each asked once to warm up and once to measure.
+async fn speed(contender: &Contender, prompts: &[Prompt], wishes: Wishes) -> Result<Option<f64>, ChatError> {
+    if let Some(prompt) = prompts.first() {
+        contender.ask(prompt, wishes).await?;
+    }
+    let (mut tokens, mut time) = (0, Duration::ZERO);
+    for prompt in prompts {
+        let answer = contender.ask(prompt, wishes).await?;
+        tokens += answer.tokens.saturating_sub(1);
+        time += answer.duration;
+    }
+    Ok(ratio(tokens as f64, time.as_secs_f64()))
+}
+
+/// The fastest length; the shortest of those that nothing is known of.
+fn best(tried: &[Tried]) -> u16 {
+    let speed = |tried: &Tried| tried.tokens_per_second.unwrap_or(0.0);
+    let fastest = tried
+        .iter()
+        .rev()
+        .max_by(|one, other| speed(one).total_cmp(&speed(other)));
+    fastest.map_or(LENGTHS[0], |tried| tried.n_max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> Pair {
+        let model = |path: &str| -> Model { serde_json::from_value(serde_json::json!({ "path": path })).unwrap() };
+        Pair {
+            binaries: Binaries::default(),
+            server: config::Server {
+                extra_args: vec!["--port".into(), "8080".into()],
+                ..config::Server::default()
+            },
+            target: ("big".into(), model("/m/big.gguf")),
+            draft: model("/m/small.gguf"),
+            draft_threads: Some(2),
+        }
+    }
+
+    #[test]
+    fn its_arguments_make_it_draft_and_win_over_the_targets() {
+        assert_eq!(
+            arguments(&pair(), 4, 9000).join(" "),
+            "--port 8080 -md /m/small.gguf --spec-type draft-simple --spec-draft-n-max 4 -td 2 --host 127.0.0.1 \
+             --port 9000"
+        );
+    }
+
+    #[test]
+    fn the_fastest_length_is_kept() {
+        let tried = |speeds: [Option<f64>; 3]| {
+            let tried = LENGTHS.into_iter().zip(speeds);
+            tried
+                .map(|(n_max, tokens_per_second)| Tried {
+                    n_max,
+                    tokens_per_second,
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(best(&tried([Some(10.0), Some(12.0), Some(9.0)])), 4);
+        assert_eq!(best(&tried([None, Some(12.0), Some(15.0)])), 8);
+        assert_eq!(best(&tried([None, None, None])), 2);
+    }
+}

@@ -1,0 +1,209 @@
+//! `tightwad bench`: what drafting gains on servers that run.
+
+mod table;
+
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::deployment::{Deployment, Servers};
+use super::exit::{Exit, Failure};
+use super::progress::Line;
+use super::question_set::QuestionSet;
+use super::signals;
+use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
+use crate::config::Config;
+use crate::upstream::chat::Wishes;
+
+/// Shown below the options.
+pub const EXAMPLES: &str = "\
+Examples:
+  tightwad bench                                            the servers of the config
+  tightwad bench --own-draft --kinds code,edit --json       and llama-server's own drafting, as JSON
+  tightwad bench --target http://big:8080 --draft http://small:8081 --delay 5
+                                                            as if the servers were 5 ms away";
+
+/// Options of `bench`.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    pub(super) servers: Servers,
+    #[command(flatten)]
+    questions: QuestionSet,
+    /// How often each prompt is asked in each mode, after a round that does not count with a prompt of each kind.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Temperature. At 0 the exit code is 1 if texts differ.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f64,
+    /// Requests at once. Several: also the throughput of all together, and the slowest client.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    clients: u16,
+    /// Lengthen each prompt to about this many tokens, with text that has nothing to do with it.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Add this to each round trip to the target and to the draft. The proxy then is one that bench runs in its own
+    /// process, with relays to both servers that hold every byte back; plain answers come through the relay as well.
+    #[arg(long, value_name = "MS", conflicts_with = "proxy")]
+    delay: Option<u16>,
+    /// Compare with llama-server's own drafting too: bench starts one with the models of the config's sections `target`
+    /// and `draft`, whose files must be on this machine; it needs memory for both once more. Draft lengths of 2, 4 and 8
+    /// are tried first, and the fastest is kept.
+    #[arg(long)]
+    own_draft: bool,
+    /// Print everything as JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was measured and how.
+#[derive(Debug, Serialize)]
+struct Report {
+    settings: Settings,
+    /// Why nothing was drafted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    undrafted: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    own_draft: Option<Length>,
+    #[serde(flatten)]
+    comparison: Comparison,
+}
+
+/// How it was measured.
+#[derive(Debug, Serialize)]
+struct Settings {
+    target: String,
+    proxy: String,
+    prompts: usize,
+    rounds: u16,
+    max_tokens: u32,
+    temperature: f64,
+    seed: u32,
+    clients: u16,
+    context: Option<u32>,
+    delay_ms: Option<u16>,
+}
+
+/// The draft length of llama-server's own drafting.
+#[derive(Debug, Clone, Serialize)]
+struct Length {
+    n_max: u16,
+    tried: Vec<Tried>,
+}
+
+/// Measures and prints.
+pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let report = tokio::select! {
+        report = run(options, config) => report?,
+        () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted before all was measured")),
+    };
+    if options.json {
+        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::other("write JSON", error))?;
+        println!("{json}");
+    } else {
+        print!("{}", table::table(&report));
+    }
+    if options.temperature == 0.0 && !report.comparison.equal {
+        return Err(Failure::new(
+            Exit::Other,
+            "some texts differ from the plain ones; `tightwad verify` shows where",
+        ));
+    }
+    Ok(())
+}
+
+async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failure> {
+    let pair = options.own_draft.then(|| pair(config)).transpose()?;
+    let mut prompts = options.questions.prompts()?;
+    let delay = options.delay.map(|delay| Duration::from_millis(delay.into()));
+    let line = Line::new();
+    line.renew("looking at the servers");
+    let deployment = Deployment::find(&options.servers, config, delay).await?;
+    if let Some(reason) = &deployment.undrafted {
+        line.clear();
+        eprintln!("note: answers will not be drafted: {reason}");
+    }
+    if let Some(tokens) = options.context {
+        pad(&mut prompts, tokens as usize, &deployment.target).await;
+    }
+    let plan = Plan {
+        rounds: options.rounds.into(),
+        clients: options.clients.into(),
+        wishes: Wishes {
+            max_tokens: Some(options.questions.max_tokens),
+            temperature: Some(options.temperature),
+            seed: Some(options.questions.seed.into()),
+            // Else whoever asks second finds the prompt read already.
+            forget_prompt: deployment.is_llama_server,
+            token_ids: false,
+        },
+    };
+    let mut contenders = vec![deployment.plain.clone(), deployment.attached.clone()];
+    let own_draft = match &pair {
+        Some(pair) => {
+            let trying = |n_max| line.renew(&format!("llama-server's own drafting: trying {n_max} tokens"));
+            Some(OwnDraft::start(pair, &prompts, plan.wishes, trying).await?)
+        }
+        None => None,
+    };
+    contenders.extend(own_draft.iter().map(|own| own.contender.clone()));
+    let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
+    line.clear();
+    let report = Report {
+        settings: Settings {
+            target: deployment.plain.server.url().to_owned(),
+            proxy: deployment.attached.server.url().to_owned(),
+            prompts: prompts.len(),
+            rounds: options.rounds,
+            max_tokens: options.questions.max_tokens,
+            temperature: options.temperature,
+            seed: options.questions.seed,
+            clients: options.clients,
+            context: options.context,
+            delay_ms: options.delay,
+        },
+        undrafted: deployment.undrafted.clone(),
+        own_draft: own_draft.as_ref().map(|own| Length {
+            n_max: own.n_max,
+            tried: own.tried.clone(),
+        }),
+        comparison: Comparison::of(&measured, &prompts),
+    };
+    if let Some(own) = own_draft {
+        own.stop().await;
+    }
+    deployment.close().await?;
+    Ok(report)
+}
+
+/// Says on a terminal how far it is.
+pub fn show(line: &Line, progress: Progress<'_>) {
+    match progress {
+        Progress::WarmingUp(mode) => line.renew(&format!("warming up: {}", mode.name())),
+        Progress::Asking { mode, done, all } => line.renew(&format!("{done} of {all} answers: {}", mode.name())),
+        Progress::Answered(_) => {}
+    }
+}
+
+/// The two models of the config.
+fn pair(config: Option<&Config>) -> Result<Pair, Failure> {
+    let missing = |section: &str| {
+        Failure::new(
+            Exit::Config,
+            format!("--own-draft needs the section `{section}` in the config, which names the model"),
+        )
+    };
+    let config = config.ok_or_else(|| missing("target"))?;
+    let target = config.target.as_ref().ok_or_else(|| missing("target"))?;
+    let draft = config.draft.as_ref().ok_or_else(|| missing("draft"))?;
+    let (name, model) = config.model_for(target.model.as_deref())?;
+    Ok(Pair {
+        binaries: config.binaries.clone(),
+        server: target.clone(),
+        target: (name.to_owned(), model.clone()),
+        draft: config.model_for(draft.model.as_deref())?.1.clone(),
+        draft_threads: draft.threads,
+    })
+}

@@ -1,0 +1,145 @@
+//! The servers that `bench` and `verify` ask.
+
+use std::time::Duration;
+
+use clap::Args;
+use tokio::net::TcpListener;
+
+use super::exit::{Exit, Failure};
+use super::own_proxy::{OwnProxy, why_undrafted};
+use crate::bench::{Contender, Mode, Relay};
+use crate::config::{self, Config, Secret, Upstream};
+use crate::upstream::{ChatServer, LlamaServer};
+
+/// How long a proxy that runs may take to find out what its servers can.
+const RUNNING_PATIENCE: Duration = Duration::from_secs(3);
+/// The same for one that has just been started.
+const STARTING_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Where the servers are, if not where the config says.
+#[derive(Debug, Args)]
+pub struct Servers {
+    /// The target, which is asked directly for the plain answers. With this no config is read, unless -c names one; no
+    /// key is sent to servers that are named here.
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+    /// The proxy, which is asked for the drafted answers. With --target and without this, one is run in this process.
+    #[arg(long, value_name = "URL")]
+    pub proxy: Option<String>,
+    /// The draft, for a proxy that is run in this process.
+    #[arg(long, value_name = "URL")]
+    pub draft: Option<String>,
+}
+
+/// Both ways to the target.
+#[derive(Debug)]
+pub struct Deployment {
+    /// The target.
+    pub plain: Contender,
+    /// The proxy.
+    pub attached: Contender,
+    /// The target as a llama-server, which it may not be.
+    pub target: LlamaServer,
+    /// Whether it is one.
+    pub is_llama_server: bool,
+    /// Why answers will not be drafted; `None` when they will be.
+    pub undrafted: Option<String>,
+    own_proxy: Option<OwnProxy>,
+    // they relay as long as they live
+    _relays: Vec<Relay>,
+}
+
+impl Deployment {
+    /// Finds the servers. With `delay` a proxy is run in this process, and that much is added to each round trip to the
+    /// target and the draft.
+    pub async fn find(servers: &Servers, config: Option<&Config>, delay: Option<Duration>) -> Result<Self, Failure> {
+        let (draft, target) = config.map(Config::proxy_upstreams).unwrap_or_default();
+        let target = servers.target.as_ref().map(Upstream::at).or(target).ok_or_else(|| {
+            Failure::new(
+                Exit::Config,
+                "the config names no target; set `proxy.target`, or give --target",
+            )
+        })?;
+        let draft = servers.draft.as_ref().map(Upstream::at).or(draft);
+        let mut target = with_key(target)?;
+        let mut draft = draft.map(with_key).transpose()?;
+        let mut relays = Vec::new();
+        if let Some(delay) = delay {
+            for upstream in std::iter::once(&mut target).chain(&mut draft) {
+                let relay = Relay::start(&upstream.url, delay).await?;
+                relay.url().clone_into(&mut upstream.url);
+                relays.push(relay);
+            }
+        }
+
+        let asked = |upstream: &Upstream| {
+            let (key, model) = (upstream.api_key.clone(), upstream.model_name.clone());
+            ChatServer::new(upstream.url.trim_end_matches('/'), key, model)
+        };
+        let plain = asked(&target)?;
+        let llama_server = LlamaServer::new(&target.url, target.api_key.clone())
+            .map_err(|error| Failure::other("make an HTTP client", error))?;
+        // Fails with the target's name, before a proxy is started that would wait for it.
+        plain.get("/v1/models", STARTING_PATIENCE).await?;
+        let is_llama_server = llama_server.props().await.is_ok();
+
+        let section = config.and_then(|config| config.proxy.clone()).unwrap_or_default();
+        let model = target.model_name.clone();
+        let (proxy, own_proxy) = if let Some(url) = &servers.proxy {
+            (ChatServer::new(url.trim_end_matches('/'), None, model)?, None)
+        } else if delay.is_some() || servers.target.is_some() {
+            let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+            let url = format!("http://{}", listener.local_addr()?);
+            let token = Secret::new(format!("{:032x}", rand::random::<u128>()));
+            let section = config::Proxy {
+                target: Some(target),
+                draft,
+                auth_token: Some(token.clone()),
+                auth_token_file: None,
+                ..section
+            };
+            let own = OwnProxy::start(listener, section)?;
+            (ChatServer::new(url, Some(token), model)?, Some(own))
+        } else {
+            let url = config::local_url(&section.host, section.port);
+            (ChatServer::new(url, section.token()?, model)?, None)
+        };
+        let patience = if own_proxy.is_some() {
+            STARTING_PATIENCE
+        } else {
+            RUNNING_PATIENCE
+        };
+        let undrafted = why_undrafted(&proxy, patience).await?;
+
+        Ok(Self {
+            attached: Contender {
+                mode: Mode::Attached,
+                server: proxy,
+                verifier: Some(plain.clone()),
+            },
+            plain: Contender {
+                mode: Mode::Plain,
+                server: plain,
+                verifier: None,
+            },
+            target: llama_server,
+            is_llama_server,
+            undrafted,
+            own_proxy,
+            _relays: relays,
+        })
+    }
+
+    /// Ends what runs in this process.
+    pub async fn close(self) -> Result<(), Failure> {
+        match self.own_proxy {
+            Some(proxy) => proxy.close().await,
+            None => Ok(()),
+        }
+    }
+}
+
+fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
+    upstream.api_key = upstream.api_key()?;
+    Ok(upstream)
+}

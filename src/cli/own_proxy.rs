@@ -1,0 +1,68 @@
+//! A proxy inside of this process, for measurements.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::exit::Failure;
+use super::proxy;
+use crate::config;
+use crate::engine::Engine;
+use crate::upstream::{ChatError, ChatServer};
+
+/// Pause between two looks at a proxy that has not found out yet what its servers can.
+const POLL: Duration = Duration::from_millis(100);
+/// How long a proxy's status may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A running proxy.
+#[derive(Debug)]
+pub struct OwnProxy {
+    stop: CancellationToken,
+    serving: JoinHandle<Result<(), Failure>>,
+}
+
+impl OwnProxy {
+    /// Serves on `listener` as the section says.
+    pub fn start(listener: TcpListener, section: config::Proxy) -> Result<Self, Failure> {
+        let engine: Arc<Engine> = proxy::start_engine(&section)?;
+        let stop = CancellationToken::new();
+        let serving = {
+            let stop = stop.clone();
+            tokio::spawn(async move { proxy::serve_on(listener, &section, engine, stop).await })
+        };
+        Ok(Self { stop, serving })
+    }
+
+    /// Finishes the running answers and ends.
+    pub async fn close(self) -> Result<(), Failure> {
+        self.stop.cancel();
+        self.serving.await.map_err(|error| Failure::other("serve", error))?
+    }
+}
+
+/// Waits until the proxy can draft, for at most `patience`, or until it knows its target and has no draft at all; then
+/// the reason why it cannot.
+pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
+    let give_up = tokio::time::Instant::now() + patience;
+    loop {
+        let status = proxy.get("/v1/tightwad/status", PATIENCE).await?;
+        let Ok(status) = serde_json::from_str::<Value>(&status) else {
+            return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
+        };
+        let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
+        let reason = status["reason"].as_str();
+        if verifies && reason.is_none() {
+            return Ok(None);
+        }
+        let hopeless = status["target"]["healthy"] == true && status["draft"].is_null() && reason.is_some();
+        if hopeless || tokio::time::Instant::now() >= give_up {
+            return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

@@ -1,0 +1,145 @@
+//! `tightwad verify`: whether drafted answers are the plain ones.
+
+use std::fmt::Write;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::bench::show;
+use super::deployment::{Deployment, Servers};
+use super::exit::{Exit, Failure};
+use super::progress::Line;
+use super::question_set::QuestionSet;
+use super::signals;
+use crate::bench::{Plan, Verified, measure, verify as compare};
+use crate::config::Config;
+use crate::upstream::chat::Wishes;
+
+/// At 0 the likeliest token is taken; well above it the sampler's random numbers decide.
+const TEMPERATURES: [f64; 2] = [0.0, 0.8];
+
+/// Options of `verify`.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    pub(super) servers: Servers,
+    #[command(flatten)]
+    questions: QuestionSet,
+    /// How many prompts to ask. Default: all.
+    #[arg(long, value_name = "N")]
+    count: Option<usize>,
+    /// Print everything as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    equal: bool,
+    drafted: u64,
+    accepted: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    undrafted: Option<String>,
+    temperatures: Vec<Verified>,
+}
+
+/// Asks everything with and without drafting, compares and prints.
+pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let report = tokio::select! {
+        report = run(options, config) => report?,
+        () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted before all was compared")),
+    };
+    if options.json {
+        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::other("write JSON", error))?;
+        println!("{json}");
+    } else {
+        print!("{}", text(&report));
+    }
+    if report.drafted == 0 {
+        let reason = report
+            .undrafted
+            .as_deref()
+            .unwrap_or("the proxy offered no drafts; `tightwad proxy status` may say why");
+        return Err(Failure::new(
+            Exit::Other,
+            format!("nothing was drafted, so nothing was verified: {reason}"),
+        ));
+    }
+    if !report.equal {
+        return Err(Failure::new(
+            Exit::Other,
+            "some drafted answers differ from the plain ones",
+        ));
+    }
+    Ok(())
+}
+
+async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failure> {
+    let mut prompts = options.questions.prompts()?;
+    prompts.truncate(options.count.unwrap_or(usize::MAX).max(1));
+    let line = Line::new();
+    line.renew("looking at the servers");
+    let deployment = Deployment::find(&options.servers, config, None).await?;
+    let contenders = [deployment.plain.clone(), deployment.attached.clone()];
+    let mut temperatures = Vec::new();
+    for temperature in TEMPERATURES {
+        let plan = Plan {
+            rounds: 1,
+            clients: 1,
+            wishes: Wishes {
+                max_tokens: Some(options.questions.max_tokens),
+                temperature: Some(temperature),
+                seed: Some(options.questions.seed.into()),
+                forget_prompt: deployment.is_llama_server,
+                token_ids: deployment.is_llama_server,
+            },
+        };
+        let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
+        temperatures.push(compare(temperature, &measured, &prompts));
+    }
+    line.clear();
+    let undrafted = deployment.undrafted.clone();
+    deployment.close().await?;
+    let sum = |of: fn(&Verified) -> u64| temperatures.iter().map(of).sum();
+    Ok(Report {
+        equal: temperatures.iter().all(|verified| verified.divergences.is_empty()),
+        drafted: sum(|verified| verified.drafted),
+        accepted: sum(|verified| verified.accepted),
+        undrafted,
+        temperatures,
+    })
+}
+
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    for verified in &report.temperatures {
+        let rate = verified.token_equal_rate.unwrap_or(0.0) * 100.0;
+        let how = if verified.by_token { "" } else { ", compared as texts" };
+        let _ = writeln!(
+            text,
+            "temperature {}: {} of {} answers equal, {} of {} tokens ({rate:.2}%){how}; {} of {} draft tokens accepted",
+            verified.temperature,
+            verified.equal,
+            verified.prompts,
+            verified.equal_tokens,
+            verified.tokens,
+            verified.accepted,
+            verified.drafted,
+        );
+        for divergence in &verified.divergences {
+            let token = divergence
+                .token
+                .map(|token| format!("token {token}, "))
+                .unwrap_or_default();
+            let prompt: String = divergence.prompt.chars().take(70).collect();
+            let _ = writeln!(
+                text,
+                "  {} {prompt:?}\n    differs at {token}character {}\n      plain:   {:?}\n      drafted: {:?}",
+                divergence.kind, divergence.character, divergence.plain, divergence.drafted
+            );
+        }
+    }
+    text
+}

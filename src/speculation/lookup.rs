@@ -1,0 +1,223 @@
+//! A drafter without a model: text that was there before may come again.
+//!
+//! The last tokens are looked for in the prompt, in the answer so far and in the client's own prediction of the answer; what
+//! followed there is the draft (prompt lookup decoding, Saxena 2023; predicted outputs, OpenAI 2024). It costs no time
+//! worth naming and is right when text is copied: edits of code, quotes, lists of the same shape.
+
+use std::collections::HashMap;
+
+use super::Token;
+
+/// Tokens that must agree at least.
+const SHORTEST: usize = 3;
+/// Tokens that are compared at most; agreement over more says nothing more.
+const LONGEST: usize = 32;
+/// Places remembered for the same few tokens; older ones are forgotten.
+const PLACES: usize = 8;
+/// Separates the prediction from the prompt; no token.
+const GAP: Token = Token::MIN;
+
+/// What may follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proposal {
+    /// The tokens.
+    pub tokens: Vec<Token>,
+    /// How many of the last tokens stand before them in the place that they were found in; at most [`Lookup::LONGEST`].
+    pub matched: usize,
+}
+
+/// An index of one completion's text.
+#[derive(Debug, Default)]
+pub struct Lookup {
+    /// The prediction, a gap, the committed tokens.
+    text: Vec<Token>,
+    /// Length of the prediction.
+    predicted: usize,
+    /// Where the committed tokens begin, and where the answer does.
+    begin: usize,
+    answer: Option<usize>,
+    /// Ends of the places where these tokens stand, the latest last.
+    places: HashMap<[Token; SHORTEST], Vec<usize>>,
+}
+
+impl Lookup {
+    /// Most tokens that [`Proposal::matched`] counts.
+    pub const LONGEST: usize = LONGEST;
+
+    /// An index of nothing but what the client predicts of the answer (perhaps nothing).
+    #[must_use]
+    pub fn new(prediction: &[Token]) -> Self {
+        let mut lookup = Self::default();
+        lookup.push(prediction);
+        lookup.predicted = prediction.len();
+        lookup.text.push(GAP);
+        lookup.begin = lookup.text.len();
+        lookup
+    }
+
+    /// Takes in committed tokens; the first call brings the prompt.
+    pub fn extend(&mut self, committed: &[Token]) {
+        self.push(committed);
+        self.answer.get_or_insert(self.text.len());
+    }
+
+    /// Number of committed tokens taken in.
+    #[must_use]
+    pub fn committed(&self) -> usize {
+        self.text.len() - self.begin
+    }
+
+    /// At most `n` tokens that may follow the committed ones and `drafted` after them.
+    #[must_use]
+    pub fn propose(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
+        if n == 0 {
+            return None;
+        }
+        let kept = LONGEST.saturating_sub(drafted.len()).min(self.committed());
+        let tail = [
+            &self.text[self.text.len() - kept..],
+            &drafted[drafted.len().saturating_sub(LONGEST)..],
+        ]
+        .concat();
+        self.found(&tail, n)
+            .or_else(|| self.predicted_from_the_start(drafted, n))
+    }
+
+    /// What follows the longest match of the end of `tail`; of equally long ones the latest.
+    fn found(&self, tail: &[Token], n: usize) -> Option<Proposal> {
+        let places = self.places.get(tail.last_chunk::<SHORTEST>()?)?;
+        let (matched, end) = places
+            .iter()
+            .filter(|end| self.text.get(**end).is_some_and(|next| *next != GAP))
+            .map(|end| {
+                let before = self.text[..*end].iter().rev().zip(tail.iter().rev());
+                (before.take_while(|(a, b)| a == b).count(), *end)
+            })
+            .max()?;
+        let tokens = self.text[end..]
+            .iter()
+            .copied()
+            .take(n)
+            .take_while(|token| *token != GAP)
+            .collect();
+        Some(Proposal { tokens, matched })
+    }
+
+    /// Before the answer has begun there is nothing to look for: it may be what the client predicts.
+    fn predicted_from_the_start(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
+        let begun = self.answer? < self.text.len() || !drafted.is_empty();
+        (self.predicted > 0 && !begun).then(|| Proposal {
+            tokens: self.text[..self.predicted.min(n)].to_vec(),
+            matched: SHORTEST,
+        })
+    }
+
+    fn push(&mut self, tokens: &[Token]) {
+        for token in tokens {
+            self.text.push(*token);
+            if let Some(last) = self.text.last_chunk::<SHORTEST>().filter(|last| !last.contains(&GAP)) {
+                let places = self.places.entry(*last).or_default();
+                if places.len() == PLACES {
+                    places.remove(0);
+                }
+                places.push(self.text.len());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn indexed(prediction: &[Token], committed: &[Token]) -> Lookup {
+        let mut lookup = Lookup::new(prediction);
+        lookup.extend(committed);
+        lookup
+    }
+
+    #[test]
+    fn what_followed_the_same_words_before_is_proposed() {
+        let lookup = indexed(&[], &[1, 2, 3, 4, 5, 6, 9, 2, 3, 4]);
+        assert_eq!(
+            lookup.propose(&[], 2),
+            Some(Proposal {
+                tokens: vec![5, 6],
+                matched: 3
+            })
+        );
+        assert_eq!(
+            lookup.propose(&[5], 2),
+            Some(Proposal {
+                tokens: vec![6, 9],
+                matched: 4
+            })
+        );
+        assert_eq!(lookup.propose(&[7], 2), None);
+    }
+
+    #[test]
+    fn the_longest_match_wins_and_then_the_latest() {
+        let lookup = indexed(&[], &[8, 1, 2, 3, 4, 7, 1, 2, 3, 5, 8, 1, 2, 3]);
+        assert_eq!(
+            lookup.propose(&[], 1),
+            Some(Proposal {
+                tokens: vec![4],
+                matched: 4
+            })
+        );
+        let lookup = indexed(&[], &[1, 2, 3, 4, 7, 1, 2, 3, 5, 9, 1, 2, 3]);
+        assert_eq!(
+            lookup.propose(&[], 1),
+            Some(Proposal {
+                tokens: vec![5],
+                matched: 3
+            })
+        );
+    }
+
+    #[test]
+    fn an_answer_begins_as_the_client_predicts_and_is_found_again_after_a_change() {
+        let mut lookup = indexed(&[1, 2, 3, 4, 5, 6, 7], &[50, 51, 52]);
+        assert_eq!(lookup.propose(&[], 3).map(|it| it.tokens), Some(vec![1, 2, 3]));
+        lookup.extend(&[1, 60, 3, 4, 5]);
+        assert_eq!(
+            lookup.propose(&[], 9),
+            Some(Proposal {
+                tokens: vec![6, 7],
+                matched: 3
+            })
+        );
+    }
+
+    #[test]
+    fn nothing_is_proposed_beyond_the_end_of_a_text() {
+        let mut lookup = indexed(&[1, 2, 3], &[9]);
+        lookup.extend(&[1, 2, 3]);
+        assert_eq!(lookup.propose(&[], 4), None);
+        assert_eq!(indexed(&[], &[]).propose(&[], 4), None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_proposal_stands_in_the_text_after_what_matched(
+            prediction in prop::collection::vec(0..4, 0..30),
+            committed in prop::collection::vec(0..4, 0..200),
+            drafted in prop::collection::vec(0..4, 0..40),
+            n in 0_usize..9,
+        ) {
+            let lookup = indexed(&prediction, &committed);
+            let Some(proposal) = lookup.propose(&drafted, n) else { return Ok(()) };
+            prop_assert!(!proposal.tokens.is_empty() && proposal.tokens.len() <= n);
+            let tail = [&committed[..], &drafted[..]].concat();
+            let copied = |text: &[Token]| {
+                let matched = &tail[tail.len().saturating_sub(proposal.matched)..];
+                let wanted = [matched, &proposal.tokens[..]].concat();
+                text.windows(wanted.len()).any(|window| window == wanted)
+            };
+            let from_the_start = prediction.starts_with(&proposal.tokens) && drafted.is_empty();
+            prop_assert!(copied(&prediction) || copied(&committed) || from_the_start);
+        }
+    }
+}

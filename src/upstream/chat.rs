@@ -1,0 +1,485 @@
+//! A streamed chat completion, as a client of any OpenAI-compatible server sees it.
+
+use std::borrow::Cow;
+use std::io;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::sse::Data;
+use crate::config::Secret;
+
+/// How long a connection may take to come about.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why there is no answer, or only a part of one.
+#[derive(Debug, thiserror::Error)]
+pub enum ChatError {
+    /// The system cannot set up a client.
+    #[error("cannot make an HTTP client: {0}")]
+    NoClient(#[source] reqwest::Error),
+    /// No connection, or it broke.
+    #[error("cannot talk to {url}: {why}")]
+    Unreachable {
+        /// The server.
+        url: String,
+        /// What happened and what to do.
+        why: &'static str,
+    },
+    /// An answer with an error status.
+    #[error("{url} answers {}: {message}{}", .status.as_u16(), hint(*.status))]
+    Refused {
+        /// The server.
+        url: String,
+        /// The HTTP status.
+        status: StatusCode,
+        /// The server's message.
+        message: String,
+    },
+    /// An error in the stream, or its early end.
+    #[error("{url} broke off the answer: {message}")]
+    BrokenOff {
+        /// The server.
+        url: String,
+        /// Why, in the server's words if it had any.
+        message: String,
+    },
+    /// An event that is none.
+    #[error("{url} sent an event that is no JSON: {cause}")]
+    Malformed {
+        /// The server.
+        url: String,
+        /// What is wrong with it.
+        cause: serde_json::Error,
+    },
+    /// Whoever takes the pieces cannot take more.
+    #[error(transparent)]
+    Reader(#[from] io::Error),
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `user`, `assistant`, `system`.
+    pub role: Cow<'static, str>,
+    /// What it says.
+    pub content: String,
+}
+
+impl Message {
+    /// What a person says.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self {
+            role: "user".into(),
+            content: content.into(),
+        }
+    }
+
+    /// What the model said.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self {
+            role: "assistant".into(),
+            content: content.into(),
+        }
+    }
+}
+
+/// A server with `/v1/chat/completions`.
+#[derive(Debug, Clone)]
+pub struct ChatServer {
+    client: Client,
+    url: String,
+    token: Option<Secret>,
+    model: Option<String>,
+}
+
+/// What of a request differs from the server's defaults.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Wishes {
+    /// Most tokens of the answer.
+    pub max_tokens: Option<u32>,
+    /// Temperature.
+    pub temperature: Option<f64>,
+    /// Seed of the sampler.
+    pub seed: Option<u64>,
+    /// Read the whole prompt, whatever the server remembers of it (a field of llama-server's).
+    pub forget_prompt: bool,
+    /// Tell the ids of the answer's tokens, of a llama-server, which sends them with the log-probabilities.
+    pub token_ids: bool,
+}
+
+/// A piece of a streamed answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Of the answer.
+    Text(String),
+    /// Of the thoughts before it.
+    Reasoning(String),
+}
+
+/// A finished answer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Answer {
+    /// Its text.
+    pub text: String,
+    /// The thoughts before it.
+    pub reasoning: String,
+    /// Its length as the server counts, else in pieces.
+    pub tokens: u64,
+    /// From the sending of the request to the first piece; `None` for an answer without any.
+    pub first_token: Option<Duration>,
+    /// From its first piece to the event that ends it.
+    pub duration: Duration,
+    /// What a llama-server counted of its drafting; `None` when the server does not tell.
+    pub drafting: Option<Drafting>,
+    /// The ids of its tokens, if they were wished for and the server tells.
+    pub token_ids: Vec<i64>,
+}
+
+/// The drafting of one answer: llama-server's `timings`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Drafting {
+    /// Tokens that the target generated.
+    pub generated: u64,
+    /// Draft tokens that it verified.
+    pub drafted: u64,
+    /// Draft tokens that it kept.
+    pub accepted: u64,
+}
+
+impl Answer {
+    /// Tokens per second from the first token to the last; `None` for an answer too short to tell.
+    #[must_use]
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let seconds = self.duration.as_secs_f64();
+        (self.tokens > 1 && seconds > 0.0).then(|| (self.tokens - 1) as f64 / seconds)
+    }
+}
+
+/// An HTTP client for servers that this user's own machines run: never through a proxy of the environment, and with a
+/// connection per request, because llama-server closes idle ones whenever it likes and a POST must not be sent twice.
+pub fn client() -> Result<Client, ChatError> {
+    Client::builder()
+        .no_proxy()
+        .pool_max_idle_per_host(0)
+        .connect_timeout(CONNECT_PATIENCE)
+        .build()
+        .map_err(ChatError::NoClient)
+}
+
+impl ChatServer {
+    /// A server at a base URL without `/v1`.
+    pub fn new(url: impl Into<String>, token: Option<Secret>, model: Option<String>) -> Result<Self, ChatError> {
+        Ok(Self {
+            client: client()?,
+            url: url.into(),
+            token,
+            model,
+        })
+    }
+
+    /// Its base URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Its answer to a GET, as text.
+    pub async fn get(&self, path: &str, patience: Duration) -> Result<String, ChatError> {
+        let request = self.client.get(format!("{}{path}", self.url)).timeout(patience);
+        let response = self.send(request).await?;
+        response.text().await.map_err(|error| unreachable(&self.url, &error))
+    }
+
+    /// Asks, calls `on_piece` with every piece as it comes, and returns the whole. Dropping the future cancels.
+    pub async fn chat(
+        &self,
+        messages: &[Message],
+        wishes: Wishes,
+        mut on_piece: impl FnMut(&Piece) -> io::Result<()>,
+    ) -> Result<Answer, ChatError> {
+        let body = self.body(messages, wishes);
+        let request = self
+            .client
+            .post(format!("{}/v1/chat/completions", self.url))
+            .json(&body);
+        let mut answer = Progress::begin();
+        let response = self.send(request).await?;
+        let mut data = Data::default();
+        let mut stream = response.bytes_stream();
+        while let Some(bytes) = stream.next().await {
+            let bytes = bytes.map_err(|error| unreachable(&self.url, &error))?;
+            for event in data.push(&bytes) {
+                if event == "[DONE]" {
+                    return Ok(answer.finish());
+                }
+                for piece in answer.event(&self.url, &event)? {
+                    on_piece(&piece)?;
+                }
+            }
+        }
+        Err(ChatError::BrokenOff {
+            url: self.url.clone(),
+            message: "it was not complete".into(),
+        })
+    }
+
+    fn body(&self, messages: &[Message], wishes: Wishes) -> Value {
+        let mut body = json!({
+            "messages": messages,
+            "stream": true,
+            "stream_options": { "include_usage": true },
+        });
+        if let Some(model) = &self.model {
+            body["model"] = json!(model);
+        }
+        if let Some(max_tokens) = wishes.max_tokens {
+            body["max_tokens"] = json!(max_tokens);
+        }
+        if let Some(temperature) = wishes.temperature {
+            body["temperature"] = json!(temperature);
+        }
+        if let Some(seed) = wishes.seed {
+            body["seed"] = json!(seed);
+        }
+        if wishes.forget_prompt {
+            body["cache_prompt"] = json!(false);
+        }
+        if wishes.token_ids {
+            body["logprobs"] = json!(true);
+            body["top_logprobs"] = json!(1);
+        }
+        body
+    }
+
+    async fn send(&self, mut request: RequestBuilder) -> Result<Response, ChatError> {
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        let response = request.send().await.map_err(|error| unreachable(&self.url, &error))?;
+        if response.status().is_success() {
+            Ok(response)
+        } else {
+            Err(refused(&self.url, response).await)
+        }
+    }
+}
+
+/// An answer while it comes.
+#[derive(Debug)]
+struct Progress {
+    answer: Answer,
+    pieces: u64,
+    counted: Option<u64>,
+    sent: Instant,
+    first: Option<Instant>,
+    last: Option<Instant>,
+}
+
+impl Progress {
+    fn begin() -> Self {
+        Self {
+            answer: Answer::default(),
+            pieces: 0,
+            counted: None,
+            sent: Instant::now(),
+            first: None,
+            last: None,
+        }
+    }
+
+    fn event(&mut self, url: &str, event: &str) -> Result<Vec<Piece>, ChatError> {
+        let event: Value = serde_json::from_str(event).map_err(|cause| ChatError::Malformed {
+            url: url.to_owned(),
+            cause,
+        })?;
+        if let Some(error) = event.get("error") {
+            return Err(ChatError::BrokenOff {
+                url: url.to_owned(),
+                message: error["message"].as_str().unwrap_or("no reason given").to_owned(),
+            });
+        }
+        if let Some(tokens) = event["usage"]["completion_tokens"].as_u64() {
+            self.counted = Some(tokens);
+        }
+        if let Some(generated) = event["timings"]["predicted_n"].as_u64() {
+            // A server that has not drafted leaves both counts out.
+            let count = |name: &str| event["timings"][name].as_u64().unwrap_or_default();
+            self.answer.drafting = Some(Drafting {
+                generated,
+                drafted: count("draft_n"),
+                accepted: count("draft_n_accepted"),
+            });
+        }
+        let choice = &event["choices"][0];
+        if let Some(tokens) = choice["logprobs"]["content"].as_array() {
+            let ids = tokens.iter().filter_map(|token| token["id"].as_i64());
+            self.answer.token_ids.extend(ids);
+        }
+        let delta = &choice["delta"];
+        let mut pieces = Vec::new();
+        if let Some(text) = delta["reasoning_content"].as_str().filter(|text| !text.is_empty()) {
+            self.answer.reasoning.push_str(text);
+            pieces.push(Piece::Reasoning(text.to_owned()));
+        }
+        if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
+            self.answer.text.push_str(text);
+            pieces.push(Piece::Text(text.to_owned()));
+        }
+        // The last token often is one without a text: the end of the answer.
+        if !pieces.is_empty() || choice["finish_reason"].is_string() {
+            self.last = Some(Instant::now());
+        }
+        if !pieces.is_empty() {
+            self.first = self.first.or(self.last);
+            self.pieces += 1;
+        }
+        Ok(pieces)
+    }
+
+    fn finish(self) -> Answer {
+        let duration = match (self.first, self.last) {
+            (Some(first), Some(last)) => last - first,
+            _ => Duration::ZERO,
+        };
+        Answer {
+            tokens: self.counted.unwrap_or(self.pieces),
+            first_token: self.first.map(|first| first - self.sent),
+            duration,
+            ..self.answer
+        }
+    }
+}
+
+/// The failure to talk to a server.
+#[must_use]
+pub fn unreachable(url: &str, error: &reqwest::Error) -> ChatError {
+    let why = if error.is_connect() {
+        "nothing answers there; start it, or check the URL"
+    } else if error.is_timeout() {
+        "it took too long to answer"
+    } else {
+        "the connection broke"
+    };
+    ChatError::Unreachable {
+        url: url.to_owned(),
+        why,
+    }
+}
+
+/// The failure that a server answered with.
+pub async fn refused(url: &str, response: Response) -> ChatError {
+    let status = response.status();
+    let text = response.text().await.unwrap_or_default();
+    let message = serde_json::from_str::<Value>(&text)
+        .ok()
+        .and_then(|body| {
+            body["error"]["message"]
+                .as_str()
+                .or_else(|| body["error"].as_str())
+                .map(str::to_owned)
+        })
+        .unwrap_or_else(|| text.chars().take(200).collect());
+    ChatError::Refused {
+        url: url.to_owned(),
+        status,
+        message,
+    }
+}
+
+fn hint(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "; check the token or key in the config",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn events(events: &[&str]) -> Result<Answer, ChatError> {
+        let mut progress = Progress::begin();
+        for event in events {
+            progress.event("http://there", event)?;
+        }
+        Ok(progress.finish())
+    }
+
+    #[test]
+    fn the_pieces_make_the_text_and_the_usage_its_length() {
+        let answer = events(&[
+            r#"{"choices":[{"delta":{"role":"assistant","content":null}}]}"#,
+            r#"{"choices":[{"delta":{"reasoning_content":"hm"}}]}"#,
+            r#"{"choices":[{"delta":{"content":"a"}}]}"#,
+            r#"{"choices":[{"delta":{"content":"b"}}]}"#,
+            r#"{"choices":[],"usage":{"completion_tokens":7}}"#,
+        ])
+        .unwrap();
+        assert_eq!(
+            (answer.text.as_str(), answer.reasoning.as_str(), answer.tokens),
+            ("ab", "hm", 7)
+        );
+    }
+
+    #[test]
+    fn an_error_in_the_stream_is_a_failure_with_its_words() {
+        let failure = events(&[r#"{"error":{"message":"the slot is gone","code":500}}"#]).unwrap_err();
+        assert!(failure.to_string().contains("the slot is gone"), "{failure}");
+    }
+
+    #[test]
+    fn one_token_has_no_speed() {
+        let answer = Answer {
+            tokens: 1,
+            duration: Duration::from_secs(1),
+            ..Answer::default()
+        };
+        assert_eq!(answer.tokens_per_second(), None);
+        let answer = Answer { tokens: 11, ..answer };
+        assert_eq!(answer.tokens_per_second(), Some(10.0));
+    }
+
+    #[test]
+    fn the_timings_tell_of_drafting_and_without_them_nothing_is_told() {
+        let silent = events(&[r#"{"choices":[{"delta":{"content":"a"}}]}"#]).unwrap();
+        assert_eq!(silent.drafting, None);
+        let plain = events(&[r#"{"choices":[],"timings":{"predicted_n":9}}"#]).unwrap();
+        assert_eq!(plain.drafting.map(|drafting| drafting.drafted), Some(0));
+        let drafted =
+            events(&[r#"{"choices":[],"timings":{"predicted_n":9,"draft_n":8,"draft_n_accepted":6}}"#]).unwrap();
+        assert_eq!(
+            drafted.drafting,
+            Some(Drafting {
+                generated: 9,
+                drafted: 8,
+                accepted: 6
+            })
+        );
+    }
+
+    #[test]
+    fn the_clock_runs_from_the_first_piece_to_the_event_that_ends_the_answer() {
+        let mut progress = Progress::begin();
+        let pause = || std::thread::sleep(Duration::from_millis(5));
+        pause();
+        progress
+            .event("u", r#"{"choices":[{"delta":{"content":"a"}}]}"#)
+            .unwrap();
+        pause();
+        progress
+            .event("u", r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#)
+            .unwrap();
+        pause();
+        progress
+            .event("u", r#"{"choices":[],"usage":{"completion_tokens":2}}"#)
+            .unwrap();
+        let (sent, last) = (progress.sent, progress.last.unwrap());
+        let answer = progress.finish();
+        assert_eq!(answer.first_token.unwrap() + answer.duration, last - sent);
+        assert!(answer.duration >= Duration::from_millis(5));
+    }
+}

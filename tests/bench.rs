@@ -1,0 +1,267 @@
+//! `bench` and `verify` with real llama-server processes and the tiny models.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
+use harness::proxy::Proxy;
+use serde_json::Value;
+
+/// `tightwad` with nothing in the environment that could change what it does.
+fn tightwad(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tightwad"))
+        .args(args)
+        .env_remove("TIGHTWAD_CONFIG")
+        .env_remove("TIGHTWAD_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// What it printed, if it ended with this code.
+#[track_caller]
+fn json(output: &Output, code: i32) -> Value {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// A target that takes drafts, and a draft.
+async fn pair() -> (LlamaServer, LlamaServer) {
+    let drafts = ["--spec-draft-external-max", "16", "--metrics", "-np", "2", "-c", "4096"];
+    let target = LlamaServer::start(&slow_target(), &drafts).await;
+    let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
+    (target, draft)
+}
+
+fn mode<'a>(group: &'a Value, name: &str) -> &'a Value {
+    let modes = group["modes"].as_array().unwrap();
+    modes.iter().find(|mode| mode["mode"] == name).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
+    let (target, draft) = pair().await;
+    let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
+    let options = ["--kinds", "code,creative", "--rounds", "1", "--json"];
+    let report = json(&tightwad(&[&servers[..], &options[..]].concat()), 0);
+    assert_eq!(report["equal"], true, "{report:#}");
+    let kinds = report["kinds"].as_array().unwrap();
+    assert_eq!(
+        (kinds[0]["kind"].as_str(), kinds[1]["kind"].as_str()),
+        (Some("code"), Some("creative"))
+    );
+    for group in kinds.iter().chain([&report["total"]]) {
+        let (plain, attached) = (mode(group, "plain"), mode(group, "attached"));
+        assert_eq!(
+            (plain["requests"].as_u64(), &attached["differing"]),
+            (attached["requests"].as_u64(), &Value::from(0))
+        );
+        assert_eq!(plain["tokens"], attached["tokens"], "{group:#}");
+        for figure in [
+            "tokens_per_second",
+            "tokens_per_second_median",
+            "tokens_per_second_p95",
+            "ttft_ms_median",
+            "speed_up",
+        ] {
+            assert!(attached[figure].as_f64().unwrap() > 0.0, "{figure}: {group:#}");
+        }
+        assert!(
+            (plain["tokens_per_step"].as_f64().unwrap() - 1.0).abs() < 1e-9,
+            "{group:#}"
+        );
+        let count = |name: &str| attached["acceptance"][name].as_u64().unwrap();
+        assert_eq!(count("wasted"), count("drafted") - count("accepted"));
+        let by_position = attached["acceptance"]["by_position"].as_array().unwrap();
+        // What was kept at all positions is what was kept.
+        let shares: f64 = by_position.iter().map(|share| share.as_f64().unwrap()).sum();
+        assert!(
+            (shares * count("drafts") as f64 - count("accepted") as f64).abs() < 1e-6,
+            "{group:#}"
+        );
+    }
+    // Not of each kind: so quick a target may well be better off alone for a while.
+    let attached = mode(&report["total"], "attached");
+    assert!(
+        attached["acceptance"]["drafted"].as_u64().unwrap() > 0 && attached["tokens_per_step"].as_f64().unwrap() > 1.0,
+        "{report:#}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
+    let (target, draft) = pair().await;
+    let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
+    let options = ["--kinds", "creative", "--rounds", "1", "--json", "--temperature", "0.7"];
+    let more = ["--delay", "5", "--context", "300", "--clients", "2"];
+    let report = json(&tightwad(&[&servers[..], &options[..], &more[..]].concat()), 0);
+    let (plain, attached) = (mode(&report["total"], "plain"), mode(&report["total"], "attached"));
+    assert!(attached["acceptance"]["drafted"].as_u64().unwrap() > 0, "{report:#}");
+    assert!(plain["ttft_ms_median"].as_f64().unwrap() >= 5.0, "{report:#}");
+    for figures in [plain, attached] {
+        for figure in ["throughput_tokens_per_second", "slowest_client_tokens_per_second"] {
+            assert!(figures[figure].as_f64().unwrap() > 0.0, "{figure}: {report:#}");
+        }
+    }
+}
+
+#[test]
+fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_stops() {
+    let folder = tempfile::tempdir().unwrap();
+    let (target_port, draft_port, proxy_port) = (free_port(), free_port(), free_port());
+    let yaml = format!(
+        "proxy: {{ port: {proxy_port} }}\n\
+         target: {{ port: {target_port}, slots: 1, threads: 1, model: big, api_key: hush }}\n\
+         draft: {{ port: {draft_port}, slots: 1, threads: 1, model: small }}\n\
+         models:\n  big: {{ path: {}, ctx_size: 2048 }}\n  small: {{ path: {}, ctx_size: 2048 }}\n\
+         binaries: {{ llama_server: {}/bin/llama-server }}\n",
+        slow_target().display(),
+        model("tightwad-tiny-draft-f16.gguf").display(),
+        llama_cpp().display()
+    );
+    let config = folder.path().join("cluster.yaml");
+    std::fs::write(&config, yaml).unwrap();
+    let config = config.to_str().unwrap();
+    let parts = [&["run", "target"][..], &["run", "draft"], &["proxy", "start"]];
+    // Their children die with them, and they with this test.
+    let _running: Vec<Killed> = parts
+        .iter()
+        .map(|part| Killed::start(config, part, folder.path()))
+        .collect();
+    assert!(
+        (0..300).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            let status = tightwad(&["-c", config, "proxy", "status", "--json"]);
+            let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+            status["verification"] == "attached" && status["reason"].is_null()
+        }),
+        "the proxy does not draft"
+    );
+
+    let options = ["--kinds", "creative", "--rounds", "1", "--json", "--own-draft"];
+    let report = json(&tightwad(&[&["-c", config, "bench"], &options[..]].concat()), 0);
+    assert_eq!(report["equal"], true, "{report:#}");
+    assert_eq!(report["own_draft"]["tried"].as_array().unwrap().len(), 3, "{report:#}");
+    for name in ["attached", "own-draft"] {
+        let acceptance = &mode(&report["total"], name)["acceptance"];
+        assert!(acceptance["drafted"].as_u64().unwrap() > 0, "{name}: {report:#}");
+        assert!(
+            acceptance["by_position"][0].as_f64().unwrap() > 0.0,
+            "{name}: {report:#}"
+        );
+    }
+    let verified = tightwad(&["-c", config, "verify", "--count", "3"]);
+    let text = String::from_utf8(verified.stdout).unwrap();
+    assert_eq!(verified.status.code(), Some(0), "{text}");
+    assert!(text.contains("temperature 0.8: 3 of 3 answers equal"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_finds_the_drafted_answers_equal_token_by_token() {
+    let (target, draft) = pair().await;
+    let servers = ["verify", "--target", target.url(), "--draft", draft.url()];
+    let report = json(
+        &tightwad(&[&servers[..], &["--max-tokens", "24", "--json"]].concat()),
+        0,
+    );
+    assert_eq!(report["equal"], true, "{report:#}");
+    assert!(report["accepted"].as_u64().unwrap() > 0, "{report:#}");
+    for at in report["temperatures"].as_array().unwrap() {
+        assert_eq!(at["prompts"], at["equal"]);
+        assert!(at["prompts"].as_u64().unwrap() >= 35, "{at:#}");
+        assert_eq!(at["token_equal_rate"], 1.0, "{at:#}");
+        assert_eq!(at["by_token"], true, "{at:#}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
+    let (target, draft) = pair().await;
+    let drafts = ["--spec-draft-external-max", "16"];
+    let other = LlamaServer::start(&model("tightwad-tiny-draft-weak-f16.gguf"), &drafts).await;
+    let proxy = Proxy::drafting(other.url(), draft.url()).await;
+    let servers = [
+        "--target",
+        target.url(),
+        "--proxy",
+        proxy.url(),
+        "--kinds",
+        "chat,creative",
+        "--json",
+    ];
+    let report = json(&tightwad(&[&["verify"], &servers[..]].concat()), 1);
+    assert_eq!(report["equal"], false, "{report:#}");
+    let at = &report["temperatures"][0];
+    assert!(at["token_equal_rate"].as_f64().unwrap() < 1.0, "{at:#}");
+    let divergence = &at["divergences"][0];
+    assert!(divergence["token"].is_u64(), "{divergence:#}");
+    assert_ne!(divergence["plain"], divergence["drafted"]);
+    let report = json(&tightwad(&[&["bench", "--rounds", "1"], &servers[..]].concat()), 1);
+    assert!(
+        mode(&report["total"], "attached")["differing"].as_u64().unwrap() > 0,
+        "{report:#}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_without_a_draft_verifies_nothing_and_says_so() {
+    let target = LlamaServer::start(&slow_target(), &["-np", "1"]).await;
+    let output = tightwad(&["verify", "--target", target.url(), "--count", "1", "--max-tokens", "8"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("nothing was drafted, so nothing was verified: "),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_target_that_is_down_is_named_and_exits_6() {
+    let url = format!("http://127.0.0.1:{}", free_port());
+    for command in ["bench", "verify"] {
+        let output = tightwad(&[command, "--target", &url]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(6), "{stderr}");
+        assert!(stderr.contains(&url), "{stderr}");
+    }
+}
+
+#[test]
+fn a_kind_that_is_none_exits_2_and_a_file_that_is_missing_4() {
+    let kinds = tightwad(&["bench", "--target", "http://127.0.0.1:9", "--kinds", "prose"]);
+    assert_eq!(kinds.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&kinds.stderr).contains("code, chat, list"));
+    let file = tightwad(&["bench", "--target", "http://127.0.0.1:9", "--prompts", "/nowhere.jsonl"]);
+    assert_eq!(file.status.code(), Some(4));
+}
+
+/// `tightwad` in the background, killed at the end of the test.
+struct Killed(std::process::Child);
+
+impl Killed {
+    fn start(config: &str, part: &[&str], runtime: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+        command
+            .args(["-c", config])
+            .args(part)
+            .env("XDG_RUNTIME_DIR", runtime)
+            .env_remove("TIGHTWAD_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
