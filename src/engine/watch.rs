@@ -138,7 +138,8 @@ impl Watcher {
             return (sight, None);
         };
         let Some(server) = &self.draft else {
-            sight.reason = Some("no drafter is configured; name one under `proxy.draft`".into());
+            sight.reason =
+                Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into());
             return (sight, None);
         };
         if server.config.backend != Backend::Llamacpp {
@@ -305,7 +306,7 @@ fn log_change(old: &Sight, new: &Sight) {
         match &new.reason {
             Some(reason) if reason == COMPARING => tracing::debug!("{reason}"),
             None => tracing::info!("verification: attached, up to {} draft tokens per step", new.n_max),
-            Some(reason) => tracing::warn!("not drafting: {reason}"),
+            Some(reason) => tracing::warn!("drafting: {reason}"),
         }
     }
 }
