@@ -265,7 +265,7 @@ fn verification(target: Option<&Server>, props: Option<&Props>) -> Result<usize,
         ));
     }
     let Some(props) = props else {
-        return Err("the target has not told yet what it can verify".into());
+        return Err("the target does not answer yet, so it is not known what it can verify".into());
     };
     match props.draft_external_max {
         None => Err(format!(
