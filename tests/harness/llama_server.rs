@@ -201,6 +201,15 @@ impl LlamaServer {
         &self.url
     }
 
+    /// Tokens that it has generated so far; it has to be started with `--metrics`.
+    pub async fn generated(&self) -> u64 {
+        let metrics = self.get_text("/metrics").await;
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("llamacpp:tokens_predicted_total "));
+        line.expect("the metric").trim().parse().expect("a number")
+    }
+
     /// Slots that are working on something, by what the server says.
     pub async fn busy_slots(&self) -> usize {
         let slots = self.get("/slots").await;

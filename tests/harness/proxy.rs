@@ -30,6 +30,7 @@ pub struct Record {
 /// A proxy on a free port of 127.0.0.1, with threads of its own, so that tests can share it.
 pub struct Proxy {
     url: String,
+    target: String,
     shutdown: CancellationToken,
     thread: Option<JoinHandle<()>>,
 }
@@ -70,6 +71,7 @@ impl Proxy {
             }
         });
         Self {
+            target: target.to_owned(),
             url: format!("http://{}", address.await.expect("the proxy's address")),
             shutdown,
             thread: Some(thread),
@@ -84,7 +86,26 @@ impl Proxy {
                 status["verification"] == "attached" && status["draft"]["healthy"] == true && status["reason"].is_null()
             })
             .await;
+        proxy.settles().await;
         proxy
+    }
+
+    /// Waits until the target is left alone: when it comes up, it is measured.
+    pub async fn settles(&self) {
+        let busy = || async {
+            let slots = reqwest::get(format!("{}/slots", self.target)).await.expect("an answer");
+            let slots: Vec<Value> = slots.json().await.expect("a list of slots");
+            slots.iter().any(|slot| slot["is_processing"] == true)
+        };
+        let begun = eventually(Duration::from_millis(300), || async {
+            busy().await.then_some(()).ok_or(())
+        });
+        if begun.await.is_ok() {
+            let ended = eventually(Duration::from_secs(20), || async {
+                (!busy().await).then_some(()).ok_or(())
+            });
+            ended.await.expect("the target is idle");
+        }
     }
 
     pub fn url(&self) -> &str {
