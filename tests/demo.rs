@@ -7,7 +7,8 @@ mod harness;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use harness::llama_server::{free_port, llama_cpp, model, target};
+use harness::gguf::slow_target;
+use harness::llama_server::{free_port, llama_cpp, model};
 use serde_json::Value;
 
 /// `tightwad` with nothing in the environment that could change what it does.
@@ -26,7 +27,7 @@ fn the_demo_drafts_and_the_drafted_texts_equal_the_plain_ones() {
     let mut command = tightwad();
     command.args(["demo", "--once", "--json", "--port", &free_port().to_string()]);
     command.arg("--llama-server").arg(llama_cpp().join("bin/llama-server"));
-    command.arg("--target-model").arg(target());
+    command.arg("--target-model").arg(slow_target());
     command.arg("--draft-model").arg(model("tightwad-tiny-draft-f16.gguf"));
     let output = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -46,7 +47,7 @@ fn a_piped_chat_prints_the_answers_and_nothing_else_to_stdout() {
     let yaml = format!(
         "target: {{ port: {port}, slots: 1, threads: 1, api_key: hush }}\nproxy: {{}}\n\
          models: {{ tiny: {{ path: {}, ctx_size: 2048 }} }}\nbinaries: {{ llama_server: {}/bin/llama-server }}\n",
-        target().display(),
+        slow_target().display(),
         llama_cpp().display()
     );
     std::fs::write(folder.path().join("tightwad.yaml"), yaml).unwrap();

@@ -34,6 +34,9 @@ pub struct Settings {
     pub max_draft_tokens: MaxDraftTokens,
 }
 
+/// Targets with faster plain steps (in microseconds) are not drafted for: following them costs more than drafts save.
+const FASTEST_STEP_US: f64 = 1500.0;
+
 /// A draft server and a target, watched.
 #[derive(Debug)]
 pub struct Engine {
@@ -118,7 +121,8 @@ impl Engine {
     /// drafter that is down, and ends when the value is dropped.
     #[must_use]
     pub fn attach(&self, prediction: Option<String>) -> Option<Attachment> {
-        if self.shared.cap == 0 || self.shared.sight.borrow().verification != Verification::Attached {
+        let attached = self.shared.sight.borrow().verification == Verification::Attached;
+        if self.shared.cap == 0 || !attached || self.too_fast() {
             return None;
         }
         let servers = attach::Servers {
@@ -136,6 +140,11 @@ impl Engine {
         })
     }
 
+    /// Whether a step of the target is over sooner than a drafter can be asked.
+    fn too_fast(&self) -> bool {
+        self.shared.pace().step_us(0).is_some_and(|us| us < FASTEST_STEP_US)
+    }
+
     /// Whether the drafter can be used now.
     #[must_use]
     pub fn can_draft(&self) -> bool {
@@ -149,6 +158,9 @@ impl Engine {
         let mut reason = sight.reason;
         if self.shared.cap == 0 {
             reason = Some("`max_draft_tokens` is 0".into());
+        } else if self.too_fast() {
+            reason =
+                Some("a step of the target takes less than the round trips of drafting, so nothing is drafted".into());
         }
         Status {
             draft: sight.draft,

@@ -40,7 +40,9 @@ pub(super) enum Refusal {
         "the draft server at {url} is down ({problem}): start it, or set `proxy.fallback_on_draft_failure: true` to be answered without it"
     )]
     DrafterDown { url: String, problem: String },
-    #[error("the target at {url} cannot be reached ({cause}): start it there, or correct `proxy.target.url`")]
+    #[error(
+        "the target at {url} cannot be reached ({cause}): start it (`tightwad run target`), or correct its URL in the config"
+    )]
     Unreachable { url: String, cause: String },
     #[error("the target at {url} broke off ({cause}): see its log; the request can be sent again")]
     BrokeOff { url: String, cause: String },

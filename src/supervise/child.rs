@@ -154,10 +154,12 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
     }
 }
 
-/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours.
+/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request.
 fn log(role: Role, line: &str) {
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
+        Some("I") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
+        Some("W") if line.contains("cancel task") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),
         Some("D") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         _ => tracing::info!(target: "tightwad::child", "{role}: {line}"),

@@ -165,7 +165,7 @@ async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, 
 
 /// Its lines went to the log as they came; here they are for those who filter them out.
 fn show_last_lines(role: Role, death: &Death) {
-    if !tracing::enabled!(target: "tightwad::child", tracing::Level::INFO) {
+    if !tracing::enabled!(target: "tightwad::child", tracing::Level::DEBUG) {
         for line in &death.last_lines {
             tracing::error!("last lines of the {role} server: {line}");
         }
