@@ -14,6 +14,7 @@ use harness::fake_drafter::FakeDrafter;
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, essence, free_port, model, target};
 use harness::proxy::{Proxy, Record};
+use harness::request::with;
 use harness::wait::eventually;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
@@ -88,16 +89,6 @@ async fn start_target() -> LlamaServer {
 
 async fn start_draft(name: &str) -> LlamaServer {
     LlamaServer::start(&model(name), &DRAFT).await
-}
-
-fn with(mut body: Value, more: Value) -> Value {
-    let Value::Object(more) = more else {
-        panic!("not an object: {more}")
-    };
-    for (key, value) in more {
-        body[key] = value;
-    }
-    body
 }
 
 /// Every run begins alike: nothing of an earlier prompt is taken over.

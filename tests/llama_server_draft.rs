@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use harness::drafter::{Drafter, Followed, drafted, new_key, perfect, wrong_at_every};
 use harness::llama_server::{LlamaServer, essence, target};
 use harness::random_model;
+use harness::request::with;
 use serde_json::{Value, json};
 
 const EXTERNAL: [&str; 4] = ["--spec-draft-external-max", "8", "-np", "1"];
@@ -28,16 +29,6 @@ fn completion(prompt: &str, n_predict: u32) -> Value {
     json!({
         "prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": false, "return_tokens": true,
     })
-}
-
-fn with(mut body: Value, more: Value) -> Value {
-    let Value::Object(more) = more else {
-        panic!("not an object: {more}")
-    };
-    for (key, value) in more {
-        body[key] = value;
-    }
-    body
 }
 
 /// Prompt and answer of a completion that nobody drafts for, in tokens.

@@ -145,12 +145,6 @@ impl Engine {
         self.shared.pace().step_us(0).is_some_and(|us| us < FASTEST_STEP_US)
     }
 
-    /// Whether the drafter can be used now.
-    #[must_use]
-    pub fn can_draft(&self) -> bool {
-        self.shared.sight.borrow().can_draft
-    }
-
     /// What is known of both servers and how the drafting went so far.
     #[must_use]
     pub fn status(&self) -> Status {

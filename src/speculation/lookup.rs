@@ -22,7 +22,7 @@ const GAP: Token = Token::MIN;
 pub struct Proposal {
     /// The tokens.
     pub tokens: Vec<Token>,
-    /// How many of the last tokens stand before them in the place that they were found in; at most [`Lookup::LONGEST`].
+    /// How many of the last tokens stand before them in the place that they were found in; 32 at most.
     pub matched: usize,
 }
 
@@ -41,9 +41,6 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// Most tokens that [`Proposal::matched`] counts.
-    pub const LONGEST: usize = LONGEST;
-
     /// An index of nothing but what the client predicts of the answer (perhaps nothing).
     #[must_use]
     pub fn new(prediction: &[Token]) -> Self {
@@ -62,8 +59,7 @@ impl Lookup {
     }
 
     /// Number of committed tokens taken in.
-    #[must_use]
-    pub fn committed(&self) -> usize {
+    fn committed(&self) -> usize {
         self.text.len() - self.begin
     }
 

@@ -12,4 +12,5 @@ pub mod gguf;
 pub mod llama_server;
 pub mod proxy;
 pub mod random_model;
+pub mod request;
 pub mod wait;
