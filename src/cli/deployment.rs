@@ -26,9 +26,9 @@ pub struct Servers {
     /// The proxy, which is asked for the drafted answers. With --target and without this, one is run in this process.
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
-    /// The draft, for a proxy that is run in this process.
+    /// The draft, for a proxy that is run in this process; may be given several times.
     #[arg(long, value_name = "URL")]
-    pub draft: Option<String>,
+    pub draft: Vec<String>,
 }
 
 /// Both ways to the target.
@@ -53,19 +53,23 @@ impl Deployment {
     /// Finds the servers. With `delay` a proxy is run in this process, and that much is added to each round trip to the
     /// target and the draft.
     pub async fn find(servers: &Servers, config: Option<&Config>, delay: Option<Duration>) -> Result<Self, Failure> {
-        let (draft, target) = config.map(Config::proxy_upstreams).unwrap_or_default();
+        let (drafts, target) = config.map(Config::proxy_upstreams).unwrap_or_default();
         let target = servers.target.as_ref().map(Upstream::at).or(target).ok_or_else(|| {
             Failure::new(
                 Exit::Config,
                 "the config names no target; set `proxy.target`, or give --target",
             )
         })?;
-        let draft = servers.draft.as_ref().map(Upstream::at).or(draft);
+        let drafts = if servers.draft.is_empty() {
+            drafts
+        } else {
+            servers.draft.iter().map(Upstream::at).collect()
+        };
         let mut target = with_key(target)?;
-        let mut draft = draft.map(with_key).transpose()?;
+        let mut drafts = drafts.into_iter().map(with_key).collect::<Result<Vec<_>, _>>()?;
         let mut relays = Vec::new();
         if let Some(delay) = delay {
-            for upstream in std::iter::once(&mut target).chain(&mut draft) {
+            for upstream in std::iter::once(&mut target).chain(&mut drafts) {
                 let relay = Relay::start(&upstream.url, delay).await?;
                 relay.url().clone_into(&mut upstream.url);
                 relays.push(relay);
@@ -93,7 +97,7 @@ impl Deployment {
             let token = Secret::new(format!("{:032x}", rand::random::<u128>()));
             let section = config::Proxy {
                 target: Some(target),
-                draft,
+                draft: drafts,
                 auth_token: Some(token.clone()),
                 auth_token_file: None,
                 ..section

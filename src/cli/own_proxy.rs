@@ -59,7 +59,8 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         if verifies && reason.is_none() {
             return Ok(None);
         }
-        let hopeless = status["target"]["healthy"] == true && status["draft"].is_null() && reason.is_some();
+        let hopeless =
+            status["target"]["healthy"] == true && status["drafts"] == serde_json::json!([]) && reason.is_some();
         if hopeless || tokio::time::Instant::now() >= give_up {
             return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
         }

@@ -35,10 +35,10 @@ pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
 
 /// Begins to watch the proxy's servers.
 pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
-    let with_key = |upstream: &Option<Upstream>| upstream.clone().map(|upstream| (upstream.clone(), upstream.api_key));
+    let with_key = |upstream: &Upstream| (upstream.clone(), upstream.api_key.clone());
     let settings = engine::Settings {
-        draft: with_key(&proxy.draft),
-        target: with_key(&proxy.target),
+        drafts: proxy.draft.iter().map(with_key).collect(),
+        target: proxy.target.as_ref().map(with_key),
         max_draft_tokens: proxy.max_draft_tokens,
     };
     Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
@@ -74,8 +74,8 @@ pub async fn listen(proxy: &config::Proxy) -> Result<TcpListener, Failure> {
 /// The section `proxy` with the servers that other sections imply, and with all secrets read.
 fn resolved(config: &Config) -> Result<config::Proxy, Failure> {
     let mut proxy = config.proxy.clone().unwrap_or_default();
-    let (draft, target) = config.proxy_upstreams();
-    proxy.draft = draft.map(with_key).transpose()?;
+    let (drafts, target) = config.proxy_upstreams();
+    proxy.draft = drafts.into_iter().map(with_key).collect::<Result<_, _>>()?;
     proxy.target = target.map(with_key).transpose()?;
     proxy.auth_token = proxy.token()?;
     Ok(proxy)

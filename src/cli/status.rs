@@ -91,14 +91,13 @@ pub fn table(url: &str, status: &Value) -> String {
     };
     line("proxy", url);
     line("target", &server(&status["target"]));
-    line(
-        "draft",
-        &if status["draft"].is_null() {
-            "none".to_owned()
-        } else {
-            server(&status["draft"])
-        },
-    );
+    let drafts = status["drafts"].as_array().map_or(&[][..], Vec::as_slice);
+    for draft in drafts {
+        line("draft", &server(draft));
+    }
+    if drafts.is_empty() {
+        line("draft", "none");
+    }
     let reason = status["reason"]
         .as_str()
         .map(|reason| format!(" ({reason})"))
@@ -138,7 +137,7 @@ mod tests {
     fn the_table_shows_what_the_proxy_tells() {
         let status = serde_json::json!({
             "target": { "url": "http://t:1", "model": "big", "healthy": true, "problem": null },
-            "draft": null,
+            "drafts": [],
             "verification": "none",
             "reason": "there is no drafter",
             "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },

@@ -117,8 +117,9 @@ fn absent_files(config: &Config) -> Vec<Finding> {
     if let Some(proxy) = &config.proxy {
         let token_file = proxy.auth_token_file.iter();
         named.extend(token_file.map(|file| (vec!["proxy", "auth_token_file"], file.as_path())));
-        for (section, upstream) in [("draft", &proxy.draft), ("target", &proxy.target)] {
-            let key_file = upstream.iter().filter_map(|upstream| upstream.api_key_file.as_deref());
+        let drafts = proxy.draft.iter().map(|draft| ("draft", draft));
+        for (section, upstream) in drafts.chain(proxy.target.as_ref().map(|target| ("target", target))) {
+            let key_file = upstream.api_key_file.as_deref();
             named.extend(key_file.map(|file| (vec!["proxy", section, "api_key_file"], file)));
         }
     }

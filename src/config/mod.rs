@@ -69,8 +69,10 @@ pub struct Proxy {
     pub host: String,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
-    /// The drafter. None: requests are only forwarded. Derived from the section `draft` when that is given.
-    pub draft: Option<Upstream>,
+    /// The drafter, or a list of them. None: requests are only forwarded. Derived from the section `draft` when that is
+    /// given.
+    #[serde(deserialize_with = "one_or_more")]
+    pub draft: Vec<Upstream>,
     /// The target. Derived from the section `target` (else `coordinator`) when that is given.
     pub target: Option<Upstream>,
     /// Most draft tokens that one step of the target verifies.
@@ -96,7 +98,7 @@ impl Default for Proxy {
         Self {
             host: "127.0.0.1".into(),
             port: 8088,
-            draft: None,
+            draft: Vec::new(),
             target: None,
             max_draft_tokens: MaxDraftTokens::Auto,
             fallback_on_draft_failure: true,
@@ -327,6 +329,24 @@ pub fn is_loopback(host: &str) -> bool {
 #[must_use]
 pub fn is_wildcard(host: &str) -> bool {
     host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
+}
+
+/// A section, or a list of sections.
+fn one_or_more<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Upstream>, D::Error> {
+    struct Visitor;
+    impl<'de> serde::de::Visitor<'de> for Visitor {
+        type Value = Vec<Upstream>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a map")
+        }
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Vec<Upstream>, A::Error> {
+            Upstream::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(|one| vec![one])
+        }
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, seq: A) -> Result<Vec<Upstream>, A::Error> {
+            Vec::deserialize(serde::de::value::SeqAccessDeserializer::new(seq))
+        }
+    }
+    deserializer.deserialize_any(Visitor)
 }
 
 impl Serialize for MaxDraftTokens {

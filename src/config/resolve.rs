@@ -36,30 +36,30 @@ impl Config {
             .map_err(|message| ConfigError::Invalid(vec![Finding::new(key_path(["models"]), message).into_problem()]))
     }
 
-    /// The proxy's drafter and target: as the section `proxy` gives them, else those that this file's sections `draft`
+    /// The proxy's drafters and target: as the section `proxy` gives them, else those that this file's sections `draft`
     /// and `target` (else `coordinator`) run.
     #[must_use]
-    pub fn proxy_upstreams(&self) -> (Option<Upstream>, Option<Upstream>) {
-        let given =
-            |pick: fn(&super::Proxy) -> &Option<Upstream>| self.proxy.as_ref().and_then(|proxy| pick(proxy).clone());
+    pub fn proxy_upstreams(&self) -> (Vec<Upstream>, Option<Upstream>) {
         let of_server = |server: &super::Server| Upstream {
             model_name: self.model_name(server.model.as_deref()),
             api_key: server.api_key.clone(),
             api_key_file: server.api_key_file.clone(),
             ..Upstream::at(local_url(&server.host, server.port))
         };
-        let draft = given(|proxy| &proxy.draft).or_else(|| self.draft.as_ref().map(of_server));
-        let target = given(|proxy| &proxy.target)
-            .or_else(|| self.target.as_ref().map(of_server))
-            .or_else(|| {
-                self.coordinator.as_ref().map(|coordinator| Upstream {
-                    model_name: self.model_name(None),
-                    api_key: coordinator.api_key.clone(),
-                    api_key_file: coordinator.api_key_file.clone(),
-                    ..Upstream::at(local_url(&coordinator.host, coordinator.port))
-                })
-            });
-        (draft, target)
+        let mut drafts = self.proxy.as_ref().map_or(Vec::new(), |proxy| proxy.draft.clone());
+        if drafts.is_empty() {
+            drafts.extend(self.draft.as_ref().map(of_server));
+        }
+        let given = self.proxy.as_ref().and_then(|proxy| proxy.target.clone());
+        let target = given.or_else(|| self.target.as_ref().map(of_server)).or_else(|| {
+            self.coordinator.as_ref().map(|coordinator| Upstream {
+                model_name: self.model_name(None),
+                api_key: coordinator.api_key.clone(),
+                api_key_file: coordinator.api_key_file.clone(),
+                ..Upstream::at(local_url(&coordinator.host, coordinator.port))
+            })
+        });
+        (drafts, target)
     }
 
     fn model_name(&self, wanted: Option<&str>) -> Option<String> {

@@ -165,10 +165,11 @@ impl Check {
 
     fn proxy(&mut self, config: &Config, proxy: &Proxy) {
         self.listener("proxy", &proxy.host);
-        for (name, upstream) in [("draft", &proxy.draft), ("target", &proxy.target)] {
-            if let Some(upstream) = upstream {
-                self.upstream(proxy, name, upstream);
-            }
+        for upstream in &proxy.draft {
+            self.upstream(proxy, "draft", upstream);
+        }
+        if let Some(upstream) = &proxy.target {
+            self.upstream(proxy, "target", upstream);
         }
         if proxy.target.is_none() && config.target.is_none() && config.coordinator.is_none() {
             let message = "missing; give proxy.target, or a section target or coordinator in this file";

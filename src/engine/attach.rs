@@ -1,13 +1,13 @@
 //! One drafted completion: carries the session's actions out and its events in.
 //!
 //! Three conversations go on at once: the *follow*, a long poll that tells what the target commits; the *offer*, which
-//! hands over draft tokens; and the *stream* of the drafter. None of them is on the way of the client's answer.
+//! hands over draft tokens; and the *stream* of each drafter. None of them is on the way of the client's answer.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::future::{BoxFuture, FutureExt, OptionFuture};
+use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
 use futures_util::stream::{BoxStream, ReadyChunks};
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, sleep_until};
@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::slots::Lease;
 use super::watch::Sight;
 use super::{Counts, Shared};
-use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
+use crate::speculation::{Action, Class, Event, Growing, Load, Moment, Offer, Session, Step, Token};
 use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
 
 /// A stream of the drafter that is silent for longer has failed.
@@ -27,8 +27,8 @@ const PIECES: usize = 64;
 
 /// What a drafting session works with.
 pub(super) struct Servers {
-    /// The drafter; without one, drafts are only looked up in the text.
-    pub(super) draft: Option<LlamaServer>,
+    /// The drafters; without one, drafts are only looked up in the text.
+    pub(super) drafts: Vec<LlamaServer>,
     pub(super) target: LlamaServer,
 }
 
@@ -46,22 +46,19 @@ pub(super) async fn run(
     };
     let sight = shared.sight.subscribe();
     let mut attached = Attached {
-        session: Session::new(&prediction),
+        session: Session::new(&prediction, servers.drafts.len()),
         follow: None,
         offer: None,
         next_offer: None,
-        stream: None,
-        lease: None,
-        available: false,
-        back_off: BACK_OFF.0,
-        retry_at: None,
+        drafters: servers.drafts.into_iter().map(Drafter::new).collect(),
         answered: DraftAnswer::none(),
         stepped: Instant::now(),
         round_trip: Duration::ZERO,
+        load: Load::default(),
         finished: false,
         counts,
         shared,
-        servers,
+        target: servers.target,
         key,
         sight,
     };
@@ -76,7 +73,7 @@ type Answer = Result<DraftAnswer, UpstreamError>;
 
 struct Attached {
     shared: Arc<Shared>,
-    servers: Servers,
+    target: LlamaServer,
     key: String,
     sight: channel::Receiver<Sight>,
     counts: channel::Sender<Counts>,
@@ -86,20 +83,74 @@ struct Attached {
     offer: Option<(Instant, BoxFuture<'static, Answer>)>,
     /// The newest offer, while an older one is on its way.
     next_offer: Option<Offer>,
-    stream: Option<Stream>,
-    lease: Option<Lease>,
-    /// What the session was last told of the drafter.
-    available: bool,
-    back_off: Duration,
-    /// When a drafter that failed is tried again.
-    retry_at: Option<Instant>,
+    drafters: Vec<Drafter>,
     /// The target's last word.
     answered: DraftAnswer,
     /// When the target's last step was heard of.
     stepped: Instant,
     /// How long the target took to answer the last offer.
     round_trip: Duration,
+    load: Load,
     finished: bool,
+}
+
+struct Drafter {
+    server: LlamaServer,
+    stream: Option<Stream>,
+    lease: Option<Lease>,
+    /// What the session was last told of it.
+    available: bool,
+    back_off: Duration,
+    /// When it is tried again after a failure.
+    retry_at: Option<Instant>,
+}
+
+impl Drafter {
+    fn new(server: LlamaServer) -> Self {
+        Self {
+            server,
+            stream: None,
+            lease: None,
+            available: false,
+            back_off: BACK_OFF.0,
+            retry_at: None,
+        }
+    }
+
+    /// What it does next.
+    async fn next(&mut self) -> Drafted {
+        let silent_at = self
+            .stream
+            .as_ref()
+            .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
+        tokio::select! {
+            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(|stream| stream.pieces.next())) => {
+                Drafted::Pieces(pieces.unwrap_or_default())
+            }
+            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => Drafted::Silence,
+            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => Drafted::Rested,
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// What there is to handle.
+enum Happened {
+    Followed(Answer),
+    Offered(Answer),
+    /// By the drafter of this number.
+    Drafted(usize, Drafted),
+    /// The servers are seen differently.
+    Seen,
+}
+
+/// What a drafter did.
+enum Drafted {
+    Pieces(Vec<Result<DraftPiece, UpstreamError>>),
+    /// Its stream was silent for too long.
+    Silence,
+    /// It may be tried again.
+    Rested,
 }
 
 struct Stream {
@@ -119,35 +170,43 @@ impl Stream {
 impl Attached {
     /// Waits for the next thing that happens and handles it.
     async fn turn(&mut self) {
-        let silent_at = self
-            .stream
-            .as_ref()
-            .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
-        tokio::select! {
-            Some(answer) = OptionFuture::from(self.follow.as_mut()) => {
+        match self.next().await {
+            Happened::Followed(answer) => {
                 self.follow = None;
                 self.answered(answer, true);
             }
-            Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => {
+            Happened::Offered(answer) => {
                 if let Some((asked, _)) = self.offer.take() {
                     self.round_trip = asked.elapsed();
                 }
                 self.answered(answer, false);
-                if self.offer.is_none() && let Some(next) = self.next_offer.take() {
+                if self.offer.is_none()
+                    && let Some(next) = self.next_offer.take()
+                {
                     self.send_offer(&next);
                 }
             }
-            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(|stream| stream.pieces.next())) => {
-                self.drafted(pieces.unwrap_or_default());
+            Happened::Drafted(drafter, Drafted::Pieces(pieces)) => self.drafted(drafter, pieces),
+            Happened::Drafted(drafter, Drafted::Silence) => {
+                self.drafter_failed(drafter, "it has been silent for too long");
             }
-            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => {
-                self.drafter_failed("it has been silent for too long");
-            }
-            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => {
-                self.retry_at = None;
+            Happened::Drafted(drafter, Drafted::Rested) => {
+                self.drafters[drafter].retry_at = None;
                 self.check_available();
             }
-            Ok(()) = self.sight.changed() => self.check_available(),
+            Happened::Seen => self.check_available(),
+        }
+    }
+
+    async fn next(&mut self) -> Happened {
+        let drafters = self.drafters.iter_mut().map(|drafter| drafter.next().boxed());
+        let drafters: Vec<_> = drafters.collect();
+        let drafted = OptionFuture::from((!drafters.is_empty()).then(|| select_all(drafters)));
+        tokio::select! {
+            Some(answer) = OptionFuture::from(self.follow.as_mut()) => Happened::Followed(answer),
+            Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => Happened::Offered(answer),
+            Some((drafted, drafter, _)) = drafted => Happened::Drafted(drafter, drafted),
+            Ok(()) = self.sight.changed() => Happened::Seen,
         }
     }
 
@@ -208,15 +267,13 @@ impl Attached {
             let since_last = std::mem::replace(&mut self.stepped, Instant::now()).elapsed();
             // The first step is the prompt's; of steps that went by unseen it is not known what they verified.
             if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
-                let drafted = self.session.classes(answer.step_n);
-                if drafted.len() == answer.step_n {
-                    self.shared.pace().record_step(&Step {
-                        drafted,
-                        accepted: answer.step_accepted,
-                        duration: Duration::from_micros(answer.step_us),
-                        since_last,
-                    });
-                }
+                self.shared.pace().record_step(&Step {
+                    drafted: answer.step_n,
+                    accepted: answer.step_accepted,
+                    duration: Duration::from_micros(answer.step_us),
+                    since_last,
+                    load: self.load,
+                });
             }
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
@@ -233,8 +290,9 @@ impl Attached {
         };
     }
 
-    fn drafted(&mut self, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
-        let Some(stream) = &mut self.stream else { return };
+    fn drafted(&mut self, number: usize, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
+        let drafter = &mut self.drafters[number];
+        let Some(stream) = &mut drafter.stream else { return };
         let id = stream.id;
         let mut tokens: Vec<(Token, Option<f64>)> = Vec::new();
         let mut end = None;
@@ -259,61 +317,82 @@ impl Attached {
             let first = stream.last_token.replace(Instant::now()).is_none();
             let mut pace = self.shared.pace();
             if first {
-                pace.record_first_token(silent);
+                pace.record_first_token(number, silent);
             } else {
-                pace.record_tokens(tokens.len(), silent);
+                pace.record_tokens(number, tokens.len(), silent);
             }
             drop(pace);
-            self.back_off = BACK_OFF.0;
-            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::UNKNOWN, Class::of_probability));
+            drafter.back_off = BACK_OFF.0;
+            let class = |p| Class::of_probability(number, p);
+            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::untold(number), class));
             let tokens = tokens.into_iter().map(classed).collect();
             self.handle(Event::Drafted { stream: id, tokens });
         }
+        let current = |drafter: &Drafter| drafter.stream.as_ref().is_some_and(|stream| stream.id == id);
         match end {
-            None if self.stream.is_some() => {}
             Some(Ok(DraftPiece::End(end))) => {
-                self.end_stream(id);
+                if current(&self.drafters[number]) {
+                    self.drafters[number].stream = None;
+                }
                 self.handle(Event::DraftEnded {
                     stream: id,
                     end_of_text: end == StreamEnd::EndOfText,
                 });
             }
-            Some(Err(error)) => self.drafter_failed(&error.to_string()),
+            Some(Err(error)) if current(&self.drafters[number]) => self.drafter_failed(number, &error.to_string()),
             _ => {}
         }
     }
 
     /// The drafter is left alone for a while, longer each time.
-    fn drafter_failed(&mut self, why: &str) {
-        tracing::debug!("the drafter failed: {why}");
-        if let Some(stream) = self.stream.take() {
-            self.shared.pace().record_silence(stream.silent());
+    fn drafter_failed(&mut self, number: usize, why: &str) {
+        let drafter = &mut self.drafters[number];
+        tracing::debug!("the drafter {} failed: {why}", drafter.server.url());
+        if let Some(stream) = drafter.stream.take() {
+            self.shared.pace().record_silence(number, stream.silent());
         }
-        self.retry_at = Some(Instant::now() + self.back_off);
-        self.back_off = (2 * self.back_off).min(BACK_OFF.1);
+        drafter.retry_at = Some(Instant::now() + drafter.back_off);
+        drafter.back_off = (2 * drafter.back_off).min(BACK_OFF.1);
         self.check_available();
     }
 
-    /// Tells the session when the drafter becomes usable or ceases to be.
+    /// Tells the session when a drafter becomes usable or ceases to be.
     fn check_available(&mut self) {
-        let can_draft = self.sight.borrow_and_update().can_draft;
-        let mut available = can_draft && self.retry_at.is_none() && !self.session.committed().is_empty();
-        if available && self.lease.is_none() {
-            self.lease = self.shared.slots.lease(self.session.committed());
-            available = self.lease.is_some();
-        }
-        if available != self.available {
-            self.available = available;
-            self.handle(Event::Available(available));
+        let can_draft: Vec<bool> = {
+            let sight = self.sight.borrow_and_update();
+            sight.drafts.iter().map(|draft| draft.can_draft).collect()
+        };
+        for number in 0..self.drafters.len() {
+            let drafter = &mut self.drafters[number];
+            let can_draft = can_draft.get(number).copied().unwrap_or_default();
+            let mut available = can_draft && drafter.retry_at.is_none() && !self.session.committed().is_empty();
+            if available && drafter.lease.is_none() {
+                drafter.lease = self.shared.slots[number].lease(self.session.committed());
+                available = drafter.lease.is_some();
+            }
+            if available != drafter.available {
+                drafter.available = available;
+                self.handle(Event::Available {
+                    drafter: number,
+                    available,
+                });
+            }
         }
     }
 
     fn handle(&mut self, event: Event) {
-        let moment = self.moment();
+        let growing = self.growing();
+        let moment = Moment {
+            n_max: self.n_max(),
+            growing: &growing,
+            since_step: self.stepped.elapsed(),
+            round_trip: self.round_trip,
+            load: self.load,
+        };
         tracing::trace!(?event, ?moment);
         let actions = {
-            let pace = self.shared.pace();
-            self.session.handle(event, &pace, &moment)
+            let mut pace = self.shared.pace();
+            self.session.handle(event, &mut *pace, &moment)
         };
         for action in actions {
             tracing::trace!(?action);
@@ -321,21 +400,26 @@ impl Attached {
         }
     }
 
-    fn moment(&self) -> Moment {
-        let mut n_max = self.shared.cap.min(self.sight.borrow().n_max);
+    fn n_max(&self) -> usize {
+        let n_max = self.shared.cap.min(self.sight.borrow().n_max);
         if self.answered.state == DraftState::Running {
-            n_max = n_max.min(self.answered.n_max);
+            n_max.min(self.answered.n_max)
+        } else {
+            n_max
         }
-        let growing = self.stream.as_ref().map(|stream| Growing {
-            begun: stream.last_token.is_some(),
-            silent: stream.silent(),
+    }
+
+    fn growing(&self) -> Vec<Growing> {
+        let drafters = self.drafters.iter().enumerate();
+        let growing = drafters.filter_map(|(drafter, it)| {
+            let stream = it.stream.as_ref()?;
+            Some(Growing {
+                drafter,
+                begun: stream.last_token.is_some(),
+                silent: stream.silent(),
+            })
         });
-        Moment {
-            n_max,
-            growing,
-            since_step: self.stepped.elapsed(),
-            round_trip: self.round_trip,
-        }
+        growing.collect()
     }
 
     fn act(&mut self, action: Action) {
@@ -343,31 +427,29 @@ impl Attached {
             Action::Follow(offer) => self.follow = Some(self.post(&offer, true)),
             Action::Offer(offer) if self.offer.is_some() => self.next_offer = Some(offer),
             Action::Offer(offer) => self.send_offer(&offer),
-            Action::Draft { stream: id, prefix, n } => {
-                let (Some(lease), Some(draft)) = (&self.lease, &self.servers.draft) else {
-                    return;
-                };
-                self.stream = Some(Stream {
+            Action::Draft {
+                drafter,
+                stream: id,
+                prefix,
+                n,
+            } => {
+                let it = &mut self.drafters[drafter];
+                let Some(lease) = &it.lease else { return };
+                it.stream = Some(Stream {
                     id,
-                    pieces: draft.draft(prefix, n, lease.index()).ready_chunks(PIECES),
+                    pieces: it.server.draft(prefix, n, lease.index()).ready_chunks(PIECES),
                     started: Instant::now(),
                     last_token: None,
                 });
             }
-            Action::StopDraft => {
-                if let Some(stream) = self.stream.take()
+            Action::StopDraft { drafter } => {
+                if let Some(stream) = self.drafters[drafter].stream.take()
                     && stream.last_token.is_none()
                 {
-                    self.shared.pace().record_silence(stream.silent());
+                    self.shared.pace().record_silence(drafter, stream.silent());
                 }
             }
             Action::Finish => self.finished = true,
-        }
-    }
-
-    fn end_stream(&mut self, id: u64) {
-        if self.stream.as_ref().is_some_and(|stream| stream.id == id) {
-            self.stream = None;
         }
     }
 
@@ -390,7 +472,7 @@ impl Attached {
     }
 
     fn post(&self, offer: &Offer, wait: bool) -> BoxFuture<'static, Answer> {
-        let (target, key, offer) = (self.servers.target.clone(), self.key.clone(), offer.clone());
+        let (target, key, offer) = (self.target.clone(), self.key.clone(), offer.clone());
         async move {
             let Offer {
                 pos,

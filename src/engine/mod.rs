@@ -26,8 +26,8 @@ use watch::{Server, Sight, Watcher};
 /// What the engine needs to know, with the keys read.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// The drafter and its API key.
-    pub draft: Option<(Upstream, Option<Secret>)>,
+    /// The drafters and their API keys.
+    pub drafts: Vec<(Upstream, Option<Secret>)>,
     /// The target and its API key.
     pub target: Option<(Upstream, Option<Secret>)>,
     /// Most draft tokens per step.
@@ -37,11 +37,11 @@ pub struct Settings {
 /// Targets with faster plain steps (in microseconds) are not drafted for: following them costs more than drafts save.
 const FASTEST_STEP_US: f64 = 1500.0;
 
-/// A draft server and a target, watched.
+/// Draft servers and a target, watched.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    draft: Option<LlamaServer>,
+    drafts: Vec<LlamaServer>,
     target: Option<LlamaServer>,
     watcher: AbortHandle,
 }
@@ -50,7 +50,8 @@ pub struct Engine {
 #[derive(Debug)]
 struct Shared {
     sight: channel::Sender<Sight>,
-    slots: Slots,
+    /// Of each drafter.
+    slots: Vec<Slots>,
     pace: Mutex<Pace>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
@@ -68,25 +69,26 @@ impl Shared {
 }
 
 impl Engine {
-    /// Begins to watch both servers in the background; returns at once, whatever is down. Must be called within a tokio
+    /// Begins to watch the servers in the background; returns at once, whatever is down. Must be called within a tokio
     /// runtime.
     ///
     /// # Errors
     /// When the system cannot set up an HTTP client.
     pub fn start(settings: Settings) -> Result<Arc<Self>, reqwest::Error> {
-        let server = |upstream: Option<(Upstream, Option<Secret>)>| {
-            upstream
-                .map(|(config, key)| {
-                    Ok(Server {
-                        client: LlamaServer::new(&config.url, key)?,
-                        config,
-                    })
-                })
-                .transpose()
+        let server = |(config, key): (Upstream, Option<Secret>)| {
+            Ok(Server {
+                client: LlamaServer::new(&config.url, key)?,
+                config,
+            })
         };
-        let (draft, target) = (server(settings.draft)?, server(settings.target)?);
-        let slots = Slots::default();
-        let watcher = Watcher::new(draft.clone(), target.clone(), slots.clone());
+        let target = settings.target.map(server).transpose()?;
+        let drafts = settings
+            .drafts
+            .into_iter()
+            .map(server)
+            .collect::<Result<Vec<_>, reqwest::Error>>()?;
+        let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
+        let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone());
         let shared = Arc::new(Shared {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
@@ -111,7 +113,7 @@ impl Engine {
         Ok(Arc::new(Self {
             watcher: tokio::spawn(watching).abort_handle(),
             shared,
-            draft: draft.map(|server| server.client),
+            drafts: drafts.into_iter().map(|server| server.client).collect(),
             target: target.map(|server| server.client),
         }))
     }
@@ -126,7 +128,7 @@ impl Engine {
             return None;
         }
         let servers = attach::Servers {
-            draft: self.draft.clone(),
+            drafts: self.drafts.clone(),
             target: self.target.clone()?,
         };
         let key = new_key();
@@ -157,7 +159,7 @@ impl Engine {
                 Some("a step of the target takes less than the round trips of drafting, so nothing is drafted".into());
         }
         Status {
-            draft: sight.draft,
+            drafts: sight.drafts.into_iter().map(|draft| draft.status).collect(),
             target: sight.target,
             verification: sight.verification,
             reason,
@@ -262,8 +264,8 @@ pub struct ServerStatus {
 /// The engine's part of `/v1/tightwad/status`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Status {
-    /// The drafter; `None` when none is configured.
-    pub draft: Option<ServerStatus>,
+    /// The drafters.
+    pub drafts: Vec<ServerStatus>,
     /// The target.
     pub target: ServerStatus,
     /// How drafts are verified.

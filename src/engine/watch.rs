@@ -1,10 +1,10 @@
-//! Watches the two servers: who answers, what the target can verify, whether the vocabularies agree.
+//! Watches the servers: who answers, what the target can verify, whether the vocabularies agree.
 
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::future::{BoxFuture, FutureExt, OptionFuture};
-use futures_util::stream::{self, BoxStream};
+use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
@@ -26,36 +26,49 @@ pub struct Server {
     pub client: LlamaServer,
 }
 
-/// What is known of both servers.
+/// What is known of the servers.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Sight {
-    /// The drafter, when one is configured.
-    pub draft: Option<ServerStatus>,
+    /// The drafters.
+    pub drafts: Vec<DraftSight>,
     /// The target.
     pub target: ServerStatus,
     /// How the target verifies.
     pub verification: Verification,
-    /// Why it does not, or what keeps the drafter from being used.
+    /// Why it does not, or what keeps all drafters from being used.
     pub reason: Option<String>,
     /// Most draft tokens of one step of the target.
     pub n_max: usize,
     /// Size of the target's vocabulary.
     pub vocabulary: usize,
-    /// Whether the drafter can be used now.
+}
+
+/// What is known of a drafter.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DraftSight {
+    /// Its health.
+    pub status: ServerStatus,
+    /// Whether it can be used now.
     pub can_draft: bool,
 }
 
 /// Looks again and again, and remembers what does not change while the servers stay the same. Nothing waits for a server
-/// that does not answer: neither the looks at the other one, nor what is told of it.
+/// that does not answer: neither the looks at the others, nor what is told of them.
 #[derive(Debug)]
 pub struct Watcher {
-    draft: Option<Server>,
+    drafts: Vec<Draft>,
     target: Option<Server>,
+}
+
+#[derive(Debug)]
+struct Draft {
+    server: Server,
     slots: Slots,
     /// The pair of servers that was compared last, and the outcome.
     compared: Option<Compared>,
     /// The drafter was looked at since: a comparison that failed may work now.
     compare_again: bool,
+    comparing: bool,
 }
 
 /// Two servers, as far as it takes to notice that one of them is another one now.
@@ -64,47 +77,63 @@ type Pair = (Props, Props);
 type Compared = (Pair, Result<Comparison, UpstreamError>);
 
 impl Watcher {
-    /// Watches these servers.
+    /// Watches these servers; each drafter has its slots.
     #[must_use]
-    pub fn new(draft: Option<Server>, target: Option<Server>, slots: Slots) -> Self {
-        Self {
-            draft,
-            target,
+    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>) -> Self {
+        let draft = |(server, slots)| Draft {
+            server,
             slots,
             compared: None,
             compare_again: false,
+            comparing: false,
+        };
+        Self {
+            drafts: drafts.into_iter().zip(slots).map(draft).collect(),
+            target,
         }
     }
 
     /// What is known before the first look.
     #[must_use]
     pub fn first_sight(&self) -> Sight {
-        self.judge(&Look::before(self.target.as_ref()), &Look::before(self.draft.as_ref()))
-            .0
+        self.judge(&Look::before(self.target.as_ref()), &self.not_seen()).0
+    }
+
+    fn not_seen(&self) -> Vec<Look> {
+        self.drafts
+            .iter()
+            .map(|draft| Look::before(Some(&draft.server)))
+            .collect()
     }
 
     /// Looks for ever; publishes what changed.
     pub async fn run(mut self, sight: tokio::sync::watch::Sender<Sight>) {
-        let (mut target_looks, mut draft_looks) = (looks(self.target.clone()), looks(self.draft.clone()));
+        let mut target_looks = looks(self.target.clone());
+        let mut draft_looks: SelectAll<_> = (self.drafts.iter().enumerate())
+            .map(|(number, draft)| {
+                looks(Some(draft.server.clone()))
+                    .map(move |look| (number, look))
+                    .boxed()
+            })
+            .collect();
         let mut target = Look::before(self.target.as_ref());
-        let mut draft = Look::before(self.draft.as_ref());
-        let mut comparing: Option<BoxFuture<'static, Compared>> = None;
+        let mut drafts = self.not_seen();
+        let mut comparisons: FuturesUnordered<BoxFuture<'static, (usize, Compared)>> = FuturesUnordered::new();
         loop {
             tokio::select! {
                 Some(look) = target_looks.next() => target = look,
-                Some(look) = draft_looks.next() => {
-                    draft = look;
-                    self.compare_again = true;
+                Some((number, look)) = draft_looks.next() => {
+                    drafts[number] = look;
+                    self.drafts[number].compare_again = true;
                 }
-                Some(compared) = OptionFuture::from(comparing.as_mut()) => {
-                    comparing = None;
-                    self.compared = Some(compared);
+                Some((number, compared)) = comparisons.next() => {
+                    self.drafts[number].comparing = false;
+                    self.drafts[number].compared = Some(compared);
                 }
             }
-            let (seen, missing) = self.judge(&target, &draft);
-            if comparing.is_none() {
-                comparing = missing.and_then(|pair| self.compare(pair));
-                self.compare_again &= comparing.is_none();
+            let (seen, missing) = self.judge(&target, &drafts);
+            for (number, pair) in missing {
+                comparisons.extend(self.compare(number, pair));
             }
             sight.send_if_modified(|old| {
                 if *old == seen {
@@ -117,11 +146,10 @@ impl Watcher {
         }
     }
 
-    /// What the last looks come to, and the pair that has yet to be compared.
-    fn judge(&self, target: &Look, draft: &Look) -> (Sight, Option<Pair>) {
+    /// What the last looks come to, and the pairs that have yet to be compared.
+    fn judge(&self, target: &Look, looks: &[Look]) -> (Sight, Vec<(usize, Pair)>) {
         let mut sight = Sight {
             target: target.status.clone(),
-            draft: self.draft.as_ref().map(|_| draft.status.clone()),
             ..Sight::default()
         };
         match verification(self.target.as_ref(), target.props.as_ref()) {
@@ -129,57 +157,96 @@ impl Watcher {
                 sight.verification = Verification::Attached;
                 sight.n_max = n_max;
             }
-            Err(reason) => {
-                sight.reason = Some(reason);
-                return (sight, None);
-            }
+            Err(reason) => sight.reason = Some(reason),
         }
-        let Some(target_props) = &target.props else {
-            return (sight, None);
-        };
-        let Some(server) = &self.draft else {
-            sight.reason =
-                Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into());
-            return (sight, None);
-        };
-        if server.config.backend != Backend::Llamacpp {
-            sight.reason = Some(format!(
-                "a drafter with `backend: {}` gives no token ids; run the draft model with llama-server",
-                backend_name(server.config.backend)
-            ));
-            return (sight, None);
-        }
-        let Some(draft_props) = &draft.props else {
-            return (sight, None);
-        };
-        self.slots.resize(draft_props.total_slots);
-        let pair = (draft_props.clone(), target_props.clone());
-        match &self.compared {
-            Some((compared, outcome)) if *compared == pair => match outcome {
-                Ok(Comparison::Same { target_size }) => {
-                    sight.vocabulary = *target_size;
-                    sight.can_draft = true;
+        let mut missing = Vec::new();
+        for (number, (draft, look)) in self.drafts.iter().zip(looks).enumerate() {
+            let mut seen = DraftSight {
+                status: look.status.clone(),
+                can_draft: false,
+            };
+            if sight.verification == Verification::Attached
+                && let Some(target) = &target.props
+                && look.status.problem.is_none()
+            {
+                match draft.fits(look, target) {
+                    Fit::Fits { vocabulary } => {
+                        sight.vocabulary = vocabulary;
+                        seen.can_draft = true;
+                    }
+                    Fit::Not(why) => seen.status.problem = Some(why),
+                    Fit::Unknown { why, pair } => {
+                        seen.status.problem = Some(why);
+                        missing.extend(pair.map(|pair| (number, pair)));
+                    }
                 }
-                Ok(Comparison::Different(difference)) => sight.reason = Some(difference.clone()),
-                Err(error) => {
-                    sight.reason = Some(format!("the vocabularies could not be compared: {error}"));
-                    return (sight, self.compare_again.then_some(pair));
-                }
-            },
-            _ => {
-                sight.reason = Some(COMPARING.into());
-                return (sight, Some(pair));
             }
+            sight.drafts.push(seen);
         }
-        (sight, None)
+        if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.can_draft) {
+            let problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
+            sight.reason = if self.drafts.is_empty() {
+                Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
+            } else {
+                problems.filter_map(|draft| draft.status.problem.clone()).next()
+            };
+        }
+        (sight, missing)
     }
 
-    fn compare(&self, pair: Pair) -> Option<BoxFuture<'static, Compared>> {
-        let (draft, target) = (
-            self.draft.as_ref()?.client.clone(),
-            self.target.as_ref()?.client.clone(),
-        );
-        Some(async move { (pair, vocabulary::compare(&draft, &target).await) }.boxed())
+    fn compare(&mut self, number: usize, pair: Pair) -> Option<BoxFuture<'static, (usize, Compared)>> {
+        let target = self.target.as_ref()?.client.clone();
+        let draft = &mut self.drafts[number];
+        if draft.comparing {
+            return None;
+        }
+        draft.comparing = true;
+        draft.compare_again = false;
+        let client = draft.server.client.clone();
+        Some(async move { (number, (pair, vocabulary::compare(&client, &target).await)) }.boxed())
+    }
+}
+
+/// Whether a drafter can draft for the target.
+enum Fit {
+    Fits { vocabulary: usize },
+    Not(String),
+    Unknown { why: String, pair: Option<Pair> },
+}
+
+impl Draft {
+    fn fits(&self, look: &Look, target: &Props) -> Fit {
+        let backend = self.server.config.backend;
+        if backend != Backend::Llamacpp {
+            return Fit::Not(format!(
+                "a drafter with `backend: {}` gives no token ids; run the draft model with llama-server",
+                backend_name(backend)
+            ));
+        }
+        let Some(props) = &look.props else {
+            return Fit::Unknown {
+                why: COMPARING.into(),
+                pair: None,
+            };
+        };
+        self.slots.resize(props.total_slots);
+        let pair = (props.clone(), target.clone());
+        match &self.compared {
+            Some((compared, outcome)) if *compared == pair => match outcome {
+                Ok(Comparison::Same { target_size }) => Fit::Fits {
+                    vocabulary: *target_size,
+                },
+                Ok(Comparison::Different(difference)) => Fit::Not(difference.clone()),
+                Err(error) => Fit::Unknown {
+                    why: format!("the vocabularies could not be compared: {error}"),
+                    pair: self.compare_again.then_some(pair),
+                },
+            },
+            _ => Fit::Unknown {
+                why: COMPARING.into(),
+                pair: Some(pair),
+            },
+        }
     }
 }
 
@@ -289,14 +356,13 @@ fn backend_name(backend: Backend) -> &'static str {
 }
 
 fn log_change(old: &Sight, new: &Sight) {
-    for (role, old, new) in [
-        ("target", Some(&old.target), Some(&new.target)),
-        ("draft", old.draft.as_ref(), new.draft.as_ref()),
-    ] {
-        let Some(new) = new else { continue };
+    let drafts = new.drafts.iter().enumerate();
+    let drafts = drafts.map(|(number, new)| ("draft", old.drafts.get(number).map(|old| &old.status), &new.status));
+    for (role, old, new) in std::iter::once(("target", Some(&old.target), &new.target)).chain(drafts) {
         if old.is_none_or(|old| old.healthy != new.healthy || old.problem != new.problem) {
             match &new.problem {
                 None if new.healthy => tracing::info!("{role} server {} is up", new.url),
+                Some(problem) if problem == COMPARING => tracing::debug!("{role} server {}: {problem}", new.url),
                 Some(problem) => tracing::warn!("{role} server {}: {problem}", new.url),
                 None => {}
             }

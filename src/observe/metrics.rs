@@ -150,18 +150,15 @@ impl Collector for Drafting {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;
         }
-        let draft = status
-            .draft
-            .map(|draft| ("tightwad_draft_up", "Whether the drafter answers", draft.healthy));
-        let target = (
-            "tightwad_target_up",
-            "Whether the target answers",
-            status.target.healthy,
-        );
-        for (name, help, up) in draft.into_iter().chain([target]) {
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            ConstGauge::new(i64::from(up)).encode(metric)?;
+        let help = "Whether the drafter answers";
+        let mut metric = encoder.encode_descriptor("tightwad_draft_up", help, None, MetricType::Gauge)?;
+        for draft in &status.drafts {
+            let labels = [("url", draft.url.as_str())];
+            ConstGauge::new(i64::from(draft.healthy)).encode(metric.encode_family(&labels)?)?;
         }
+        let help = "Whether the target answers";
+        let metric = encoder.encode_descriptor("tightwad_target_up", help, None, MetricType::Gauge)?;
+        ConstGauge::new(i64::from(status.target.healthy)).encode(metric)?;
         Ok(())
     }
 }

@@ -119,12 +119,16 @@ impl Exchange<'_> {
     }
 
     fn refuse_without_drafter(&self) -> Result<(), Refusal> {
-        match self.app.engine.status().draft {
-            Some(draft) if !draft.healthy => Err(Refusal::DrafterDown {
+        let drafts = self.app.engine.status().drafts;
+        if drafts.iter().any(|draft| draft.healthy) {
+            return Ok(());
+        }
+        match drafts.into_iter().next() {
+            Some(draft) => Err(Refusal::DrafterDown {
                 url: draft.url,
                 problem: draft.problem.unwrap_or_else(|| "it does not answer".to_owned()),
             }),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 

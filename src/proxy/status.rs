@@ -51,7 +51,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 /// `GET /v1/tightwad/status`
 pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
     let engine::Status {
-        draft,
+        drafts,
         target,
         verification,
         reason,
@@ -60,7 +60,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
     Json(Status {
         version: VERSION,
         uptime_seconds: app.started.elapsed().as_secs_f64(),
-        draft,
+        drafts,
         target,
         verification,
         reason,
@@ -75,7 +75,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
 pub(super) struct Status {
     version: &'static str,
     uptime_seconds: f64,
-    draft: Option<engine::ServerStatus>,
+    drafts: Vec<engine::ServerStatus>,
     target: engine::ServerStatus,
     verification: engine::Verification,
     reason: Option<String>,

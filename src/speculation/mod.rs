@@ -8,8 +8,8 @@ mod pace;
 mod session;
 
 pub use lookup::{Lookup, Proposal};
-pub use pace::{Choice, Class, Growing, Pace, Step};
-pub use session::{Action, Event, Moment, Offer, Session};
+pub use pace::{Choice, Circumstances, Class, Growing, Load, Pace, Step};
+pub use session::{Action, Event, Moment, Offer, Policy, Session};
 
 /// A token id of the target's vocabulary.
 pub type Token = i32;

@@ -1,157 +1,215 @@
-//! What a pair of servers costs, and how many draft tokens the target should verify next.
+//! What a target and its drafters cost, and how many draft tokens the target should verify next.
 //!
-//! A draft token has a *class*: how sure the drafter was, or how well the text matched that it was copied from. From what
-//! the target kept, each class gets a chance of acceptance `a`. A step over the first `k` tokens of a draft yields
+//! A draft token has a *class*: how sure its drafter was, or how well the text matched that it was copied from. From what
+//! the target chose itself, each class gets a chance of acceptance `a`. A step over the first `k` tokens of a draft yields
 //! `E(k) = 1 + a_1 + a_1 a_2 + … + a_1…a_k` tokens (Leviathan et al. 2023, section 3.1, with a chance per token) and takes
 //! `T(k)`, measured for each `k`: on some machines two tokens cost as much as two steps, and eight less than seven.
 //!
 //! With `r` tokens per microsecond as they come now, a step is worth `E(k) - r T(k)`: what it yields less what the target
-//! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. Waiting for a draft
-//! to grow to `m` tokens, at `d` microseconds each, is worth it while that promises more than the best `k` there is:
-//! `E(m) - r (T(m) + wait(m))`, with a usual `a` for tokens that are not there yet. The threshold form of such rules is
-//! optimal (`SpecDec++`, arXiv 2405.19715, section 3).
+//! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. Three kinds of
+//! waiting are weighed in the same coin:
+//!
+//! - for a draft to grow to `m` tokens: `E(m) - r (T(m) + w)`, where `w` is how long its last token comes after the target
+//!   is done with the step that it is in (drafting during a step costs nothing), with a usual `a` for tokens to come;
+//! - after a step, for the word of what comes next: worth a round trip if the usual draft is;
+//! - a drafter is asked at all while its usual draft is worth more than a plain step. If not it is asked again now and
+//!   then, less and less often, and its drafts are only compared with what the target says, which costs the target nothing.
+//!
+//! Other completions in the same pass make it longer for all of them: `T` is taken beyond their tokens, and `r` is what
+//! all of them yield. The threshold form of such rules is optimal (`SpecDec++`, arXiv 2405.19715, section 3).
 
 use std::time::Duration;
 
+use super::session::Policy;
+
 /// What is known of a draft token before the target sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Class(usize);
+pub struct Class {
+    source: Source,
+    /// Index into the source's grades.
+    grade: usize,
+}
+
+/// Where a draft token comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The drafter of that number.
+    Drafter(usize),
+    /// The text itself.
+    Copy,
+}
+
+/// Bounds of a drafter's doubt, `1 - p`, and the chance that a token of that grade starts with.
+const DOUBT: [(f64, f64); 10] = [
+    (0.001, 0.99),
+    (0.003, 0.98),
+    (0.01, 0.97),
+    (0.03, 0.95),
+    (0.1, 0.9),
+    (0.2, 0.8),
+    (0.35, 0.7),
+    (0.5, 0.55),
+    (0.7, 0.4),
+    (1.1, 0.2),
+];
+/// The grade of a drafter's token whose doubt is not told, which comes after [`DOUBT`], and its chance.
+const UNTOLD: (usize, f64) = (DOUBT.len(), 0.7);
+/// Fewest matching tokens of each grade of copies, and the chance that a token of that grade starts with.
+const MATCHED: [(usize, f64); 4] = [(0, 0.5), (5, 0.7), (9, 0.8), (17, 0.9)];
+/// The chance of a token that a drafter of which nothing is known has yet to draft.
+const USUAL: f64 = 0.7;
 
 impl Class {
-    /// Bounds of the drafter's doubt, `1 - p`, and the chance that a token of that class starts with.
-    const DOUBT: [(f64, f64); 10] = [
-        (0.001, 0.99),
-        (0.003, 0.98),
-        (0.01, 0.97),
-        (0.03, 0.95),
-        (0.1, 0.9),
-        (0.2, 0.8),
-        (0.35, 0.7),
-        (0.5, 0.55),
-        (0.7, 0.4),
-        (1.1, 0.2),
-    ];
-    /// A token of a drafter that does not tell.
-    pub const UNKNOWN: Self = Self(Self::DOUBT.len());
-    /// Fewest matching tokens of each class of copies, and the chance that a token of that class starts with.
-    const MATCHED: [(usize, f64); 4] = [(0, 0.5), (5, 0.7), (9, 0.8), (17, 0.9)];
-    const COUNT: usize = Self::DOUBT.len() + 1 + Self::MATCHED.len();
-
-    /// A token that the drafter gives the probability `p`.
+    /// A token that the drafter of this number gives the probability `p`.
     #[must_use]
-    pub fn of_probability(p: f64) -> Self {
-        Self(
-            Self::DOUBT
-                .iter()
-                .position(|(doubt, _)| 1.0 - p < *doubt)
-                .unwrap_or(Self::DOUBT.len() - 1),
-        )
+    pub fn of_probability(drafter: usize, p: f64) -> Self {
+        let grade = DOUBT.iter().position(|(doubt, _)| 1.0 - p < *doubt);
+        Self {
+            source: Source::Drafter(drafter),
+            grade: grade.unwrap_or(DOUBT.len() - 1),
+        }
+    }
+
+    /// A token of the drafter of this number, which does not tell how sure it is.
+    #[must_use]
+    pub fn untold(drafter: usize) -> Self {
+        Self {
+            source: Source::Drafter(drafter),
+            grade: UNTOLD.0,
+        }
     }
 
     /// A token that is copied from a place where the `matched` tokens before it are the same.
     #[must_use]
     pub fn of_match(matched: usize) -> Self {
-        let class = Self::MATCHED
-            .iter()
-            .rposition(|(fewest, _)| *fewest <= matched)
-            .unwrap_or_default();
-        Self(Self::UNKNOWN.0 + 1 + class)
-    }
-
-    /// The chance of acceptance of a pair of which nothing is known.
-    fn prior(self) -> f64 {
-        match self.0.checked_sub(Self::UNKNOWN.0) {
-            None => Self::DOUBT[self.0].1,
-            Some(0) => 0.7,
-            Some(copy) => Self::MATCHED[copy - 1].1,
+        let grade = MATCHED.iter().rposition(|(fewest, _)| *fewest <= matched);
+        Self {
+            source: Source::Copy,
+            grade: grade.unwrap_or_default(),
         }
     }
 }
 
 /// One step of the target.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Step<'a> {
-    /// Classes of the draft tokens that it verified.
-    pub drafted: &'a [Class],
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Draft tokens that it verified.
+    pub drafted: usize,
     /// Of these, the ones that it kept.
     pub accepted: usize,
     /// How long the pass took.
     pub duration: Duration,
     /// Since the step before, waiting included.
     pub since_last: Duration,
+    /// What else was in the pass.
+    pub load: Load,
 }
 
-/// What is known of a pair of draft server and target.
-#[derive(Debug, Clone)]
+/// What other completions do at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Load {
+    /// Other completions that run.
+    pub others: usize,
+    /// Tokens that they bring into a pass, all together.
+    pub tokens: usize,
+}
+
+/// More draft tokens are on their way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Growing {
+    /// The drafter that makes them.
+    pub drafter: usize,
+    /// Whether the stream has given tokens already.
+    pub begun: bool,
+    /// Time since its last token, or since it was asked for.
+    pub silent: Duration,
+}
+
+/// The moment at which a step is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Circumstances {
+    /// Most draft tokens of a step.
+    pub n_max: usize,
+    /// Whether the draft grows.
+    pub growing: Option<Growing>,
+    /// How long the target will go on with the step that it is in, in microseconds; 0: it waits for us.
+    pub busy_us: f64,
+    /// From asking the target to its answer.
+    pub round_trip: Duration,
+    /// What else the target does.
+    pub load: Load,
+}
+
+/// What the target should do next.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Choice {
+    /// Draft tokens to verify.
+    pub n: usize,
+    /// How long the target should wait for more before its next step, in microseconds; 0: go on with these.
+    pub wait_us: u64,
+    /// How long the target should wait after that step for the word of what comes next, in microseconds.
+    pub hold_us: u64,
+    /// What the step is worth, in tokens; only differences mean something.
+    pub worth: f64,
+}
+
+/// What is known of a target and its drafters.
+#[derive(Debug, Clone, Default)]
 pub struct Pace {
-    acceptance: [Rate; Class::COUNT],
-    /// Of the drafter's tokens of any class.
-    usual: Rate,
     step: StepCost,
+    copies: [Rate; MATCHED.len()],
+    drafters: Vec<Drafter>,
+    /// Tokens and microseconds of the last steps, fading.
+    tokens: f64,
+    us: f64,
+}
+
+/// What is known of one drafter.
+#[derive(Debug, Clone)]
+struct Drafter {
+    /// By doubt.
+    acceptance: [Rate; DOUBT.len() + 1],
+    /// Of its tokens of any grade.
+    usual: Rate,
     /// Microseconds from the start of a stream to its first token.
     first_us: Average,
     /// Microseconds per further token.
     token_us: Average,
-    /// Tokens and microseconds of the last steps, fading.
-    tokens: f64,
-    us: f64,
-    steps_without_draft: u32,
+    /// Steps of the target since it was asked last, and after how many it is asked again although it does not pay.
+    idle: u32,
+    patience: u32,
 }
 
-impl Default for Pace {
+impl Default for Drafter {
     fn default() -> Self {
         Self {
-            acceptance: [Rate::default(); Class::COUNT],
+            acceptance: [Rate::default(); DOUBT.len() + 1],
             usual: Rate::default(),
-            step: StepCost::default(),
             first_us: Average::default(),
             token_us: Average::default(),
-            tokens: 0.0,
-            us: 0.0,
-            steps_without_draft: 0,
+            idle: 0,
+            patience: PATIENCE.0,
         }
     }
 }
 
-/// What the target should do next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Choice {
-    /// Draft tokens to verify.
-    pub n: usize,
-    /// How long the target should wait for more, in microseconds; 0: go on with these.
-    pub wait_us: u64,
-}
-
-/// While drafting does not pay, one step in so many still gets a draft, to see whether it does now.
-const PROBE_EVERY: u32 = 32;
+/// Steps until a drafter that does not pay is asked again: at first, and at most; it doubles in between.
+const PATIENCE: (u32, u32) = (16, 512);
 /// Where nothing was measured, drafts are this long.
 const FIRST_GUESS: usize = 8;
+/// Microseconds by which things may come later than expected.
+const SLACK_US: f64 = 500.0;
 
 impl Pace {
     /// Takes in a step of the target.
-    pub fn record_step(&mut self, step: &Step<'_>) {
-        for (i, class) in step.drafted.iter().take(step.accepted + 1).enumerate() {
-            let hit = i < step.accepted;
-            self.acceptance[class.0].record(hit);
-            if class.0 <= Class::UNKNOWN.0 {
-                self.usual.record(hit);
-            }
-        }
-        self.step.record(step.drafted.len(), micros(step.duration));
+    pub fn record_step(&mut self, step: &Step) {
+        self.step.record(step.load.tokens + step.drafted, micros(step.duration));
         // A pause of the client or of the machine is no cost of the step.
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
         self.tokens = 0.95 * self.tokens + 1.0 + step.accepted as f64;
         self.us = 0.95 * self.us + since_last.max(micros(step.duration));
-        let drafted = !step.drafted.is_empty();
-        self.steps_without_draft = if drafted {
-            0
-        } else {
-            self.steps_without_draft.saturating_add(1)
-        };
-        if drafted {
-            for rate in &mut self.acceptance {
-                rate.fade();
-            }
+        for drafter in &mut self.drafters {
+            drafter.idle = drafter.idle.saturating_add(1);
         }
     }
 
@@ -163,113 +221,24 @@ impl Pace {
         }
     }
 
-    /// Takes in how long a stream of the drafter took to its first token.
-    pub fn record_first_token(&mut self, latency: Duration) {
-        self.first_us.record(micros(latency));
+    /// Takes in how long a stream of a drafter took to its first token.
+    pub fn record_first_token(&mut self, drafter: usize, latency: Duration) {
+        self.drafter(drafter).first_us.record(micros(latency));
     }
 
     /// Takes in that a stream was given up before its first token: it would have taken at least this long.
-    pub fn record_silence(&mut self, silent: Duration) {
-        if self.first_us.get().is_none_or(|usual| micros(silent) > usual) {
-            self.first_us.record(micros(silent));
+    pub fn record_silence(&mut self, drafter: usize, silent: Duration) {
+        let first_us = &mut self.drafter(drafter).first_us;
+        if first_us.get().is_none_or(|usual| micros(silent) > usual) {
+            first_us.record(micros(silent));
         }
     }
 
     /// Takes in the time between tokens of one stream.
-    pub fn record_tokens(&mut self, n: usize, duration: Duration) {
+    pub fn record_tokens(&mut self, drafter: usize, n: usize, duration: Duration) {
         if n > 0 {
-            self.token_us.record(micros(duration) / n as f64);
+            self.drafter(drafter).token_us.record(micros(duration) / n as f64);
         }
-    }
-
-    /// What to do with a draft, when one step can verify at most `n_max` tokens. `growing` says that more tokens are on
-    /// their way: how long the drafter has been silent, and whether it has begun.
-    #[must_use]
-    pub fn choose(&self, draft: &[Class], n_max: usize, growing: Option<Growing>) -> Choice {
-        self.weigh(draft, n_max, growing).0
-    }
-
-    /// What the best choice is worth, in tokens.
-    #[must_use]
-    pub fn worth(&self, draft: &[Class], n_max: usize, growing: Option<Growing>) -> f64 {
-        self.weigh(draft, n_max, growing).1
-    }
-
-    fn weigh(&self, draft: &[Class], n_max: usize, growing: Option<Growing>) -> (Choice, f64) {
-        let draft = &draft[..draft.len().min(n_max)];
-        let Some(plain_us) = self.step.micros(0) else {
-            return (
-                Choice {
-                    n: draft.len().min(FIRST_GUESS),
-                    wait_us: 0,
-                },
-                0.0,
-            );
-        };
-        let rate = self.rate(plain_us);
-        let cost = |n: usize| rate * self.step.micros(n).unwrap_or(plain_us);
-        let (mut reach, mut expected) = (1.0, 1.0);
-        let mut best = (0, expected - cost(0));
-        for (i, class) in draft.iter().enumerate() {
-            reach *= self.chance(std::slice::from_ref(class));
-            expected += reach;
-            if expected - cost(i + 1) > best.1 {
-                best = (i + 1, expected - cost(i + 1));
-            }
-        }
-        let mut choice = Choice { n: best.0, wait_us: 0 };
-        if let Some(growing) = growing
-            && let (Some(first_us), Some(token_us)) = (self.first_us.get(), self.token_us.get())
-        {
-            let silent_us = micros(growing.silent);
-            let next_us = if growing.begun {
-                token_us.max(silent_us - token_us)
-            } else {
-                first_us.max(silent_us)
-            };
-            let mut wait_us = next_us - token_us;
-            for n in draft.len() + 1..=n_max {
-                wait_us += token_us;
-                reach *= self.usual.of(0.7);
-                expected += reach;
-                let worth = expected - cost(n) - rate * wait_us;
-                if worth > best.1 {
-                    best.1 = worth;
-                    // Half as much again as expected, and never more than the step that waiting saves.
-                    choice.wait_us = whole((1.5 * wait_us + 500.0).min(plain_us));
-                }
-            }
-        }
-        if choice.n == 0 && choice.wait_us == 0 && self.steps_without_draft >= PROBE_EVERY {
-            choice.n = draft.len().min(FIRST_GUESS);
-        }
-        (choice, best.1)
-    }
-
-    /// Whether drafts of the drafter are worth their while: it is asked for none while they are not, but for a probe now
-    /// and then.
-    #[must_use]
-    pub fn pays(&self, n_max: usize) -> bool {
-        let Some(plain_us) = self.step.micros(0) else {
-            return true;
-        };
-        let rate = self.rate(plain_us);
-        let (mut reach, mut expected) = (1.0, 1.0);
-        let pays = (1..=n_max).any(|n| {
-            reach *= self.usual.of(0.7);
-            expected += reach;
-            expected - rate * self.step.micros(n).unwrap_or(plain_us) > 1.0 - rate * plain_us
-        });
-        pays || self.steps_without_draft >= PROBE_EVERY
-    }
-
-    /// The chance that all of `draft` is accepted.
-    #[must_use]
-    pub fn chance(&self, draft: &[Class]) -> f64 {
-        draft
-            .iter()
-            .map(|class| self.acceptance[class.0].of(class.prior()))
-            .product()
     }
 
     /// How long a step over `n` draft tokens takes, in microseconds; `None` before the first one.
@@ -278,20 +247,193 @@ impl Pace {
         self.step.micros(n)
     }
 
-    /// Tokens per microsecond as they come now, and at least what plain steps give.
-    fn rate(&self, plain_us: f64) -> f64 {
+    /// Whether the usual draft of this drafter is worth more than a plain step.
+    #[must_use]
+    pub fn pays(&self, drafter: usize, n_max: usize, load: Load) -> bool {
+        let Some(market) = self.market(load) else { return true };
+        let unknown = Drafter::default();
+        let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
+        market.worth_of_usual(drafter.usual.of(USUAL), drafter, n_max) > market.worth(1.0, 0)
+    }
+
+    fn drafter(&mut self, number: usize) -> &mut Drafter {
+        if self.drafters.len() <= number {
+            self.drafters.resize_with(number + 1, Drafter::default);
+        }
+        &mut self.drafters[number]
+    }
+
+    fn acceptance(&self, class: Class) -> f64 {
+        match class.source {
+            Source::Copy => self.copies[class.grade].of(MATCHED[class.grade].1),
+            Source::Drafter(number) => {
+                let prior = DOUBT.get(class.grade).map_or(UNTOLD.1, |(_, chance)| *chance);
+                let known = self.drafters.get(number).map(|drafter| drafter.acceptance[class.grade]);
+                known.unwrap_or_default().of(prior)
+            }
+        }
+    }
+
+    fn market(&self, load: Load) -> Option<Market<'_>> {
+        let plain_us = self.step.micros(load.tokens)?;
         let now = if self.us > 0.0 { self.tokens / self.us } else { 0.0 };
-        now.max(1.0 / plain_us)
+        Some(Market {
+            step: &self.step,
+            load,
+            plain_us,
+            rate: now.max(1.0 / plain_us) * (load.others + 1) as f64,
+        })
     }
 }
 
-/// More draft tokens are on their way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Growing {
-    /// Whether the stream has given tokens already.
-    pub begun: bool,
-    /// Time since its last token, or since it was asked for.
-    pub silent: Duration,
+/// What time costs.
+struct Market<'a> {
+    step: &'a StepCost,
+    load: Load,
+    /// A step without a draft.
+    plain_us: f64,
+    /// Tokens per microsecond of all completions as they come now, and at least what plain steps give.
+    rate: f64,
+}
+
+impl Market<'_> {
+    /// What a step over `n` draft tokens is worth that is expected to yield `expected` tokens.
+    fn worth(&self, expected: f64, n: usize) -> f64 {
+        expected - self.rate * self.step.micros(self.load.tokens + n).unwrap_or(self.plain_us)
+    }
+
+    /// Chooses to wait for a draft of `begun` tokens, which is accepted as a whole with the chance `reach` and yields
+    /// `expected` tokens, if a longer one is worth more.
+    fn weigh_growth(
+        &self,
+        drafter: &Drafter,
+        growing: Growing,
+        begun: usize,
+        (mut reach, mut expected): (f64, f64),
+        moment: &Circumstances,
+        choice: &mut Choice,
+    ) {
+        let (Some(first_us), Some(token_us)) = (drafter.first_us.get(), drafter.token_us.get()) else {
+            return;
+        };
+        let silent_us = micros(growing.silent);
+        let next_us = if growing.begun {
+            token_us.max(silent_us - token_us)
+        } else {
+            first_us.max(silent_us)
+        };
+        let mut comes_us = next_us - token_us;
+        for n in begun + 1..=moment.n_max {
+            comes_us += token_us;
+            reach *= drafter.usual.of(USUAL);
+            expected += reach;
+            let late_us = (comes_us - moment.busy_us).max(0.0);
+            let worth = self.worth(expected, n) - self.rate * late_us;
+            if worth > choice.worth {
+                choice.worth = worth;
+                // Half as much again as expected, and never more than the step that waiting saves.
+                let wait_us = 1.5 * comes_us + SLACK_US - moment.busy_us;
+                choice.wait_us = whole(wait_us.clamp(0.0, self.plain_us));
+            }
+        }
+    }
+
+    /// What a step over a draft of tokens with this `chance` is worth, if it is drafted while the target steps.
+    fn worth_of_usual(&self, chance: f64, drafter: &Drafter, n_max: usize) -> f64 {
+        let (first_us, token_us) = (drafter.first_us.get(), drafter.token_us.get());
+        let (mut reach, mut expected) = (1.0, 1.0);
+        (1..=n_max)
+            .map(|n| {
+                reach *= chance;
+                expected += reach;
+                let drafting_us = first_us.unwrap_or(0.0) + (n - 1) as f64 * token_us.unwrap_or(0.0);
+                self.worth(expected, n) - self.rate * (drafting_us - self.plain_us).max(0.0)
+            })
+            .fold(f64::MIN, f64::max)
+    }
+}
+
+impl Policy for Pace {
+    fn observe(&mut self, class: Class, accepted: bool) {
+        match class.source {
+            Source::Copy => self.copies[class.grade].record(accepted),
+            Source::Drafter(number) => {
+                let drafter = self.drafter(number);
+                drafter.acceptance[class.grade].record(accepted);
+                drafter.usual.record(accepted);
+            }
+        }
+    }
+
+    fn asks(&mut self, drafter: usize, n_max: usize, load: Load) -> bool {
+        let pays = self.pays(drafter, n_max, load);
+        let drafter = self.drafter(drafter);
+        if pays {
+            drafter.patience = PATIENCE.0;
+        } else if drafter.idle >= drafter.patience {
+            drafter.patience = (2 * drafter.patience).min(PATIENCE.1);
+        } else {
+            return false;
+        }
+        drafter.idle = 0;
+        true
+    }
+
+    fn chance(&self, draft: &[Class]) -> f64 {
+        draft.iter().map(|class| self.acceptance(*class)).product()
+    }
+
+    fn step_us(&self, n: usize) -> f64 {
+        self.step.micros(n).unwrap_or(0.0)
+    }
+
+    fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
+        let draft = &draft[..draft.len().min(moment.n_max)];
+        let Some(market) = self.market(moment.load) else {
+            return Choice {
+                n: draft.len().min(FIRST_GUESS),
+                ..Choice::default()
+            };
+        };
+        let (mut reach, mut expected) = (1.0, 1.0);
+        let mut choice = Choice {
+            worth: market.worth(expected, 0),
+            ..Choice::default()
+        };
+        for (i, class) in draft.iter().enumerate() {
+            reach *= self.acceptance(*class);
+            expected += reach;
+            let worth = market.worth(expected, i + 1);
+            if worth > choice.worth {
+                (choice.n, choice.worth) = (i + 1, worth);
+            }
+        }
+        let copied = Drafter::default();
+        let (drafter, chance) = match (moment.growing, draft.first()) {
+            (Some(growing), _) => {
+                let Some(drafter) = self.drafters.get(growing.drafter) else {
+                    return choice;
+                };
+                market.weigh_growth(drafter, growing, draft.len(), (reach, expected), moment, &mut choice);
+                (drafter, drafter.usual.of(USUAL))
+            }
+            (None, Some(class)) => match class.source {
+                Source::Drafter(number) => match self.drafters.get(number) {
+                    Some(drafter) => (drafter, drafter.usual.of(USUAL)),
+                    None => return choice,
+                },
+                Source::Copy => (&copied, self.acceptance(*class)),
+            },
+            (None, None) => return choice,
+        };
+        // The round trip is not free: the target could take a plain step meanwhile.
+        let round_trip_us = micros(moment.round_trip);
+        let next = market.worth_of_usual(chance, drafter, moment.n_max) - market.rate * round_trip_us;
+        if next > market.worth(1.0, 0) {
+            choice.hold_us = whole(2.0 * round_trip_us + SLACK_US);
+        }
+        choice
+    }
 }
 
 fn micros(duration: Duration) -> f64 {
@@ -323,17 +465,10 @@ impl Rate {
         self.hits = self.hits * 0.98 + f64::from(u8::from(hit));
     }
 
-    /// What is not tried any more is forgotten in some hundred steps, so that it is tried again.
-    fn fade(&mut self) {
-        self.tries *= 0.995;
-        self.hits *= 0.995;
-    }
-
     fn of(self, prior: f64) -> f64 {
         (self.hits + Self::WEIGHT * prior) / (self.tries + Self::WEIGHT)
     }
 }
-
 /// Time of a step by the number of draft tokens: a scale, in microseconds, that follows the machine's load and the growing
 /// context, times a shape that belongs to the hardware. So sizes that are not used do not keep the costs of another time.
 #[derive(Debug, Clone, Default)]
@@ -404,178 +539,5 @@ impl Average {
 
     fn get(self) -> Option<f64> {
         self.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const SURE: f64 = 0.995;
-    const UNSURE: f64 = 0.6;
-
-    fn us(us: f64) -> Duration {
-        Duration::from_secs_f64(us / 1e6)
-    }
-
-    /// A pair whose steps cost `step_us(n)`, whose sure tokens are right and whose unsure ones seldom.
-    fn measured(step_us: impl Fn(usize) -> f64, first_us: f64, token_us: f64) -> Pace {
-        let (sure, unsure) = (Class::of_probability(SURE), Class::of_probability(UNSURE));
-        let mut pace = Pace::default();
-        for i in 0..300_usize {
-            let (drafted, accepted) = match i % 4 {
-                0 => (vec![], 0),
-                1 => (vec![sure; 4], 4),
-                2 => (vec![sure; 8], 8),
-                _ => (vec![unsure; 3], 0),
-            };
-            let duration = us(step_us(drafted.len()));
-            pace.record_step(&Step {
-                drafted: &drafted,
-                accepted,
-                duration,
-                since_last: duration,
-            });
-            pace.record_first_token(us(first_us));
-            pace.record_tokens(4, us(4.0 * token_us));
-        }
-        pace
-    }
-
-    fn linear(n: usize) -> f64 {
-        40_000.0 * (1.0 + 0.1 * n as f64)
-    }
-
-    fn sure(n: usize) -> Vec<Class> {
-        vec![Class::of_probability(SURE); n]
-    }
-
-    const FRESH: Growing = Growing {
-        begun: false,
-        silent: Duration::ZERO,
-    };
-
-    #[test]
-    fn sure_tokens_are_offered_and_unsure_ones_are_not() {
-        let pace = measured(linear, 2_000.0, 200.0);
-        assert_eq!(pace.choose(&sure(8), 16, None).n, 8);
-        assert_eq!(pace.choose(&[Class::of_probability(UNSURE); 8], 16, None).n, 0);
-        let mixed = [sure(5), vec![Class::of_probability(UNSURE); 5]].concat();
-        assert_eq!(pace.choose(&mixed, 16, None).n, 5);
-    }
-
-    #[test]
-    fn sizes_that_cost_too_much_are_left_out() {
-        // One to three tokens cost as much as two steps, as on some CPUs.
-        let steep = |n: usize| {
-            if n == 0 {
-                35_000.0
-            } else {
-                90_000.0 + 5_000.0 * n as f64
-            }
-        };
-        let mut pace = measured(steep, 2_000.0, 200.0);
-        pace.calibrate((0..16).map(|n| (n, us(steep(n)))));
-        assert_eq!(pace.choose(&sure(1), 16, None).n, 0);
-        assert_eq!(pace.choose(&sure(12), 16, None).n, 12);
-    }
-
-    #[test]
-    fn a_fast_drafter_is_waited_for_and_a_slow_or_silent_one_is_not() {
-        let fast = measured(linear, 2_000.0, 200.0);
-        let choice = fast.choose(&[], 16, Some(FRESH));
-        assert!(choice.wait_us > 2_000 && choice.wait_us < 40_000, "{choice:?}");
-        let silent = Growing {
-            begun: false,
-            silent: Duration::from_millis(500),
-        };
-        assert_eq!(fast.choose(&[], 16, Some(silent)).wait_us, 0);
-        let slow = measured(linear, 90_000.0, 90_000.0);
-        assert_eq!(slow.choose(&[], 16, Some(FRESH)).wait_us, 0);
-    }
-
-    #[test]
-    fn once_enough_is_drafted_the_target_goes_on() {
-        let pace = measured(linear, 2_000.0, 200.0);
-        let begun = Growing {
-            begun: true,
-            silent: Duration::ZERO,
-        };
-        assert!(pace.choose(&sure(2), 16, Some(begun)).wait_us > 0);
-        assert_eq!(pace.choose(&sure(16), 16, Some(begun)).wait_us, 0);
-        let hopeless = [sure(3), vec![Class::of_probability(UNSURE); 2]].concat();
-        assert_eq!(pace.choose(&hopeless, 16, Some(begun)), Choice { n: 3, wait_us: 0 });
-    }
-
-    #[test]
-    fn nonsense_is_not_offered_but_tried_again() {
-        let mut pace = Pace::default();
-        let class = Class::UNKNOWN;
-        for _ in 0..60 {
-            let step = Step {
-                drafted: &[class; 4],
-                accepted: 0,
-                duration: us(linear(4)),
-                since_last: us(linear(4)),
-            };
-            pace.record_step(&step);
-        }
-        pace.calibrate([(0, us(linear(0))), (4, us(linear(4)))]);
-        assert_eq!(pace.choose(&[class; 4], 16, None).n, 0);
-        assert!(!pace.pays(16));
-        for _ in 0..PROBE_EVERY {
-            pace.record_step(&Step {
-                drafted: &[],
-                accepted: 0,
-                duration: us(linear(0)),
-                since_last: us(linear(0)),
-            });
-        }
-        assert!(pace.pays(16) && pace.choose(&[class; 4], 16, None).n > 0);
-    }
-
-    #[test]
-    fn a_machine_that_slows_down_slows_all_sizes() {
-        let mut cost = StepCost::default();
-        for n in [0, 4, 8] {
-            cost.record(n, linear(n));
-        }
-        for _ in 0..40 {
-            cost.record(0, 2.0 * linear(0));
-        }
-        let slower = cost.micros(8).unwrap() / linear(8);
-        assert!((1.4..=2.1).contains(&slower), "{slower}");
-    }
-
-    proptest! {
-        #[test]
-        fn a_choice_is_always_possible(
-            steps in prop::collection::vec((prop::collection::vec(0..Class::COUNT, 0..20), 0_usize..20, 1_u64..10_000_000), 0..100),
-            tokens in prop::collection::vec((0_u64..10_000_000, 0_usize..9, 0_u64..10_000_000), 0..50),
-            draft in prop::collection::vec(0..Class::COUNT, 0..40),
-            n_max in 0_usize..32,
-            growing in prop::option::of((any::<bool>(), 0_u64..100_000_000)),
-        ) {
-            let mut pace = Pace::default();
-            for (drafted, accepted, us) in steps {
-                let drafted: Vec<Class> = drafted.into_iter().map(Class).collect();
-                let duration = Duration::from_micros(us);
-                let accepted = accepted.min(drafted.len());
-                pace.record_step(&Step { drafted: &drafted, accepted, duration, since_last: 2 * duration });
-            }
-            for (first, n, us) in tokens {
-                pace.record_first_token(Duration::from_micros(first));
-                pace.record_tokens(n, Duration::from_micros(us));
-            }
-            let draft: Vec<Class> = draft.into_iter().map(Class).collect();
-            let growing = growing.map(|(begun, silent)| Growing { begun, silent: Duration::from_micros(silent) });
-            let choice = pace.choose(&draft, n_max, growing);
-            prop_assert!(choice.n <= n_max.min(draft.len()));
-            if let Some(plain) = pace.step_us(0) {
-                prop_assert!(choice.wait_us as f64 <= plain);
-            }
-            prop_assert!(growing.is_some() || choice.wait_us == 0);
-        }
     }
 }

@@ -1,14 +1,15 @@
 //! The state of one drafted completion.
 //!
-//! There are two texts: the *committed* tokens, which the target has chosen, and the *draft*, which may follow them: found
-//! in the text itself by [`Lookup`], or appended by a stream of the drafter. As long as the draft repeats what the target
-//! commits it stays; of what reaches beyond the committed tokens [`Pace`] chooses how much is offered. When the two differ,
-//! the draft is dropped and a new one starts from the committed tokens.
+//! There is one text that counts, the *committed* tokens, which the target has chosen, and there are several *drafts* of
+//! what may follow them: one found in the text itself by [`Lookup`], and one per drafter, appended by its stream. As long
+//! as a draft repeats what the target commits it stays; when the two differ it is dropped and a new one starts from the
+//! committed tokens. Of the drafts that reach beyond the committed tokens the [`Policy`] chooses the one that is worth
+//! most, how much of it is offered, and whether the target should wait.
 
 use std::time::Duration;
 
-use super::pace::{Class, Growing};
-use super::{Lookup, Pace, Token};
+use super::pace::{Choice, Circumstances, Class, Growing, Load};
+use super::{Lookup, Token};
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,22 +26,27 @@ pub enum Event {
     },
     /// The target ended the completion, or will not take drafts for it.
     Ended,
-    /// A stream of the drafter produced tokens.
+    /// A stream of a drafter produced tokens.
     Drafted {
         /// As in [`Action::Draft`].
         stream: u64,
-        /// The next tokens of this stream, with how sure the drafter was of each.
+        /// The next tokens of this stream, with what is known of each.
         tokens: Vec<(Token, Class)>,
     },
-    /// A stream of the drafter is over.
+    /// A stream of a drafter is over.
     DraftEnded {
         /// As in [`Action::Draft`].
         stream: u64,
         /// The drafter thinks that the text ends here, so it has nothing to add.
         end_of_text: bool,
     },
-    /// The drafter became usable, or ceased to be.
-    Available(bool),
+    /// A drafter became usable, or ceased to be.
+    Available {
+        /// Its number.
+        drafter: usize,
+        /// Whether it is usable now.
+        available: bool,
+    },
 }
 
 /// What to do.
@@ -50,8 +56,10 @@ pub enum Action {
     Follow(Offer),
     /// Offer `tokens` at `pos`; replaces an earlier offer that was not sent yet.
     Offer(Offer),
-    /// Start a stream of the drafter that continues `prefix` by at most `n` tokens. Ends any earlier stream.
+    /// Start a stream of a drafter that continues `prefix` by at most `n` tokens.
     Draft {
+        /// The drafter's number.
+        drafter: usize,
         /// Names the stream in the events.
         stream: u64,
         /// All tokens before the stream's first.
@@ -59,8 +67,11 @@ pub enum Action {
         /// Most tokens to produce.
         n: usize,
     },
-    /// End the running stream of the drafter.
-    StopDraft,
+    /// End the running stream of this drafter.
+    StopDraft {
+        /// The drafter's number.
+        drafter: usize,
+    },
     /// Nothing is left to do.
     Finish,
 }
@@ -79,52 +90,138 @@ pub struct Offer {
 }
 
 /// What a session has to know of the moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Moment {
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Moment<'a> {
     /// Most draft tokens that the target can verify in one step.
     pub n_max: usize,
-    /// The running stream, if there is one.
-    pub growing: Option<Growing>,
-    /// Time since the target's last step.
+    /// The running streams.
+    pub growing: &'a [Growing],
+    /// Time since the target's last step was heard of.
     pub since_step: Duration,
     /// From asking the target to its answer.
     pub round_trip: Duration,
+    /// What else the target does.
+    pub load: Load,
+}
+
+/// Who decides; see [`super::Pace`].
+pub trait Policy {
+    /// Learns that a draft token was what the target chose itself, or was not. All tokens before it were.
+    fn observe(&mut self, class: Class, accepted: bool);
+
+    /// Whether a drafter should draft now; if so, it will.
+    fn asks(&mut self, drafter: usize, n_max: usize, load: Load) -> bool;
+
+    /// The chance that all of `draft` is accepted.
+    fn chance(&self, draft: &[Class]) -> f64;
+
+    /// How long a step over `n` tokens beside the first takes, in microseconds.
+    fn step_us(&self, n: usize) -> f64;
+
+    /// What the target should do with a draft.
+    fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice;
 }
 
 /// The state machine of one completion.
 #[derive(Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "independent facts, not a state")]
 pub struct Session {
     committed: Vec<Token>,
-    /// What may follow `committed[..base]`, and what is known of each token of it.
-    draft: Vec<Token>,
-    classes: Vec<Class>,
-    base: usize,
-    /// What the target was told last.
+    lookup: Lookup,
+    copied: Draft,
+    drafters: Vec<Drafter>,
+    /// What the target was told last, and what is known of each token of it.
     told: Offer,
-    /// The running stream.
-    running: Option<u64>,
+    told_classes: Vec<Class>,
+    target: Target,
     /// Streams started so far.
     streams: u64,
+    ended: bool,
+}
+
+/// What may follow `committed[..base]`.
+#[derive(Debug, Default)]
+struct Draft {
+    tokens: Vec<Token>,
+    /// What is known of each token.
+    classes: Vec<Class>,
+    base: usize,
+}
+
+#[derive(Debug, Default)]
+struct Drafter {
+    draft: Draft,
+    /// The running stream.
+    running: Option<u64>,
     /// The draft ends with the end of the text.
     complete: bool,
-    lookup: Lookup,
-    /// All of the draft was found in the text itself.
-    found: bool,
     available: bool,
-    ended: bool,
+}
+
+/// What the target does, by a clock that counts microseconds since its last commit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Target {
+    /// It waits for an offer until then.
+    Waits { until_us: f64 },
+    /// It has been in a step over `n` draft tokens since then.
+    Steps { since_us: f64, n: usize },
+}
+
+impl Default for Target {
+    fn default() -> Self {
+        Self::Steps { since_us: 0.0, n: 0 }
+    }
 }
 
 /// A draft of which the drafter's next token would be accepted with less chance is not continued.
 const HOPELESS: f64 = 0.05;
+/// A stream that is behind by no more tokens than this may catch up: a new one would have to read these as well.
+const MAY_LAG: usize = 2;
+
+impl Draft {
+    /// Number of tokens beyond the committed ones.
+    fn beyond(&self, committed: usize) -> usize {
+        (self.base + self.tokens.len()).saturating_sub(committed)
+    }
+
+    /// The tokens beyond the committed ones, and their classes.
+    fn ahead(&self, committed: usize) -> (&[Token], &[Class]) {
+        let start = self.tokens.len() - self.beyond(committed);
+        (&self.tokens[start..], &self.classes[start..])
+    }
+
+    /// Forgets what is confirmed. False: it is contradicted, or behind by more than `may_lag` tokens.
+    fn reconcile(&mut self, committed: &[Token], may_lag: usize, policy: &mut impl Policy) -> bool {
+        let unseen = &committed[self.base..];
+        let compared = unseen.len().min(self.tokens.len());
+        let agreed = unseen.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
+        for (i, class) in self.classes[..compared].iter().enumerate().take(agreed + 1) {
+            policy.observe(*class, i < agreed);
+        }
+        if agreed < compared || unseen.len() - compared > may_lag {
+            return false;
+        }
+        self.tokens.drain(..compared);
+        self.classes.drain(..compared);
+        self.base += compared;
+        true
+    }
+
+    fn drop_at(&mut self, base: usize) {
+        *self = Self {
+            base,
+            ..Self::default()
+        };
+    }
+}
 
 impl Session {
-    /// A completion of which nothing is known yet but the client's prediction (perhaps empty), and a drafter that is not
-    /// usable yet.
+    /// A completion of which nothing is known yet but the client's prediction (perhaps empty), and this many drafters that
+    /// are not usable yet.
     #[must_use]
-    pub fn new(prediction: &[Token]) -> Self {
+    pub fn new(prediction: &[Token], drafters: usize) -> Self {
         Self {
             lookup: Lookup::new(prediction),
+            drafters: std::iter::repeat_with(Drafter::default).take(drafters).collect(),
             ..Self::default()
         }
     }
@@ -135,11 +232,11 @@ impl Session {
         &self.committed
     }
 
-    /// What was known of the draft's first `n` tokens beyond the committed ones.
+    /// What was known of the first `n` tokens that the target was offered after the committed ones.
     #[must_use]
-    pub fn classes(&self, n: usize) -> &[Class] {
-        let beyond = &self.classes[self.classes.len() - self.beyond()..];
-        &beyond[..n.min(beyond.len())]
+    pub fn offered(&self, n: usize) -> &[Class] {
+        let classes = &self.told_classes[self.told_classes.len() - self.told_beyond()..];
+        &classes[..n.min(classes.len())]
     }
 
     /// The first thing to do: learn the prompt.
@@ -149,7 +246,7 @@ impl Session {
     }
 
     /// Takes in what happened and tells what to do, in this order.
-    pub fn handle(&mut self, event: Event, pace: &Pace, moment: &Moment) -> Vec<Action> {
+    pub fn handle(&mut self, event: Event, policy: &mut impl Policy, moment: &Moment<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.ended {
             return actions;
@@ -158,135 +255,149 @@ impl Session {
         match event {
             Event::Committed { pos, tokens, followed } => {
                 follow = followed;
-                let known = self.committed.len().saturating_sub(pos);
-                if pos <= self.committed.len() && known < tokens.len() {
-                    self.committed.extend_from_slice(&tokens[known..]);
-                    self.lookup.extend(&tokens[known..]);
-                }
+                self.commit(pos, &tokens, moment);
             }
             Event::Ended => {
                 self.ended = true;
-                self.running = None;
-                return vec![Action::StopDraft, Action::Finish];
+                for drafter in 0..self.drafters.len() {
+                    self.stop_stream(drafter, &mut actions);
+                }
+                actions.push(Action::Finish);
+                return actions;
             }
             Event::Drafted { stream, tokens } => {
-                if self.running == Some(stream) {
+                if let Some(drafter) = self.drafter_of(stream) {
                     for (token, class) in tokens {
-                        self.draft.push(token);
-                        self.classes.push(class);
+                        drafter.draft.tokens.push(token);
+                        drafter.draft.classes.push(class);
                     }
                 }
             }
             Event::DraftEnded { stream, end_of_text } => {
-                if self.running == Some(stream) {
-                    self.running = None;
-                    self.complete = end_of_text;
+                if let Some(drafter) = self.drafter_of(stream) {
+                    drafter.running = None;
+                    drafter.complete = end_of_text;
                 }
             }
-            Event::Available(available) => {
-                self.available = available;
+            Event::Available { drafter, available } => {
+                if let Some(it) = self.drafters.get_mut(drafter) {
+                    it.available = available;
+                }
                 if !available {
-                    self.stop_stream(&mut actions);
+                    self.stop_stream(drafter, &mut actions);
                 }
             }
         }
-        self.reconcile(&mut actions);
-        self.look_up(pace, moment, &mut actions);
-        let begins = self.extend_draft(pace, moment, &mut actions);
-        let growing = if begins {
-            Some(Growing::default())
-        } else {
-            moment.growing.filter(|_| self.running.is_some())
-        };
-        self.offer(follow, pace, &Moment { growing, ..*moment }, &mut actions);
+        self.reconcile(policy, &mut actions);
+        self.look_up(moment.n_max);
+        let begun: Vec<usize> = (0..self.drafters.len())
+            .filter(|drafter| self.draft_on(*drafter, policy, moment, &mut actions))
+            .collect();
+        self.offer(follow, &begun, policy, moment, &mut actions);
         actions
     }
 
-    /// Number of draft tokens beyond the committed ones.
-    fn beyond(&self) -> usize {
-        (self.base + self.draft.len()).saturating_sub(self.committed.len())
+    fn drafter_of(&mut self, stream: u64) -> Option<&mut Drafter> {
+        self.drafters.iter_mut().find(|it| it.running == Some(stream))
     }
 
-    fn stop_stream(&mut self, actions: &mut Vec<Action>) {
-        if self.running.take().is_some() {
-            actions.push(Action::StopDraft);
+    fn stop_stream(&mut self, drafter: usize, actions: &mut Vec<Action>) {
+        if self
+            .drafters
+            .get_mut(drafter)
+            .is_some_and(|it| it.running.take().is_some())
+        {
+            actions.push(Action::StopDraft { drafter });
         }
     }
 
-    /// Forgets the part of the draft that is confirmed, and all of it when it was contradicted or overtaken.
-    fn reconcile(&mut self, actions: &mut Vec<Action>) {
-        let unseen = &self.committed[self.base..];
-        let common = unseen.len().min(self.draft.len());
-        let contradicted = unseen[..common] != self.draft[..common];
-        let behind = unseen.len() - common;
-        // A stream that is behind by a token or two may catch up: a new one would have to read these as well.
-        let overtaken = behind > if self.running.is_some() { 2 } else { 0 };
-        if contradicted || overtaken {
-            self.stop_stream(actions);
-            self.drop_draft();
-        } else {
-            self.draft.drain(..common);
-            self.classes.drain(..common);
-            self.base += common;
-        }
-    }
-
-    fn drop_draft(&mut self) {
-        self.draft.clear();
-        self.classes.clear();
-        self.base = self.committed.len();
-        self.complete = false;
-        self.found = false;
-    }
-
-    /// Drafts from the text itself where nothing is drafted, or goes on doing so, if that promises something.
-    fn look_up(&mut self, pace: &Pace, moment: &Moment, actions: &mut Vec<Action>) {
-        let beyond = self.beyond();
-        if self.committed.is_empty() || (beyond > 0 && !self.found) || beyond >= moment.n_max {
+    fn commit(&mut self, pos: usize, tokens: &[Token], moment: &Moment<'_>) {
+        let known = self.committed.len().saturating_sub(pos);
+        if pos > self.committed.len() || known >= tokens.len() {
             return;
         }
-        let drafted = &self.draft[self.draft.len() - beyond..];
-        let Some(proposal) = self.lookup.propose(drafted, moment.n_max - beyond) else {
-            return;
-        };
-        let class = Class::of_match(proposal.matched);
-        if beyond == 0 {
-            let stream = self.available.then(Growing::default);
-            let classes = vec![class; proposal.tokens.len()];
-            if pace.worth(&classes, moment.n_max, None) <= pace.worth(&[], moment.n_max, stream) {
-                return;
+        self.committed.extend_from_slice(&tokens[known..]);
+        self.lookup.extend(&tokens[known..]);
+        // What is left of the offer goes into the next step at once, or is waited for to grow.
+        let left = self.told_beyond().min(moment.n_max);
+        self.target = if left < self.told.n_min.min(moment.n_max) {
+            Target::Waits {
+                until_us: self.told.hold_us as f64,
             }
-            self.stop_stream(actions);
-            self.drop_draft();
-            self.found = true;
-        }
-        self.classes.extend(proposal.tokens.iter().map(|_| class));
-        self.draft.extend(proposal.tokens);
+        } else {
+            Target::Steps { since_us: 0.0, n: left }
+        };
     }
 
-    /// Starts a stream when too little is drafted ahead and none is running; says whether it did.
-    fn extend_draft(&mut self, pace: &Pace, moment: &Moment, actions: &mut Vec<Action>) -> bool {
-        let beyond = self.beyond();
-        if self.running.is_some()
-            || self.complete
-            || !self.available
+    /// Tokens of the last offer that may still follow the committed ones.
+    fn told_beyond(&self) -> usize {
+        let passed = self.committed.len().saturating_sub(self.told.pos);
+        if self.told.tokens.len() <= passed || self.told.tokens[..passed] != self.committed[self.told.pos..] {
+            return 0;
+        }
+        self.told.tokens.len() - passed
+    }
+
+    /// Forgets what of the drafts is confirmed, and drafts that were contradicted or overtaken.
+    fn reconcile(&mut self, policy: &mut impl Policy, actions: &mut Vec<Action>) {
+        if !self.copied.reconcile(&self.committed, 0, policy) {
+            self.copied.drop_at(self.committed.len());
+        }
+        for (number, drafter) in self.drafters.iter_mut().enumerate() {
+            let may_lag = if drafter.running.is_some() { MAY_LAG } else { 0 };
+            if !drafter.draft.reconcile(&self.committed, may_lag, policy) {
+                if drafter.running.take().is_some() {
+                    actions.push(Action::StopDraft { drafter: number });
+                }
+                drafter.draft.drop_at(self.committed.len());
+                drafter.complete = false;
+            }
+        }
+    }
+
+    /// Drafts from the text itself.
+    fn look_up(&mut self, n_max: usize) {
+        let beyond = self.copied.beyond(self.committed.len());
+        if self.committed.is_empty() || beyond >= n_max {
+            return;
+        }
+        let (ahead, _) = self.copied.ahead(self.committed.len());
+        if let Some(proposal) = self.lookup.propose(ahead, n_max - beyond) {
+            let class = Class::of_match(proposal.matched);
+            self.copied.classes.extend(proposal.tokens.iter().map(|_| class));
+            self.copied.tokens.extend(proposal.tokens);
+        }
+    }
+
+    /// Starts a stream of a drafter that has drafted too little and has none running; says whether it did.
+    fn draft_on(
+        &mut self,
+        number: usize,
+        policy: &mut impl Policy,
+        moment: &Moment<'_>,
+        actions: &mut Vec<Action>,
+    ) -> bool {
+        let drafter = &mut self.drafters[number];
+        let beyond = drafter.draft.beyond(self.committed.len());
+        let (ahead, classes) = drafter.draft.ahead(self.committed.len());
+        if drafter.running.is_some()
+            || drafter.complete
+            || !drafter.available
             || self.committed.is_empty()
             || beyond > moment.n_max
-            || (beyond > 0 && self.found)
             || moment.n_max == 0
-            || !pace.pays(moment.n_max)
-            || pace.chance(self.classes(beyond)) < HOPELESS
+            || policy.chance(classes) < HOPELESS
+            || !policy.asks(number, moment.n_max, moment.load)
         {
             return false;
         }
         self.streams += 1;
-        self.running = Some(self.streams);
-        self.found = false;
-        let start = self.draft.len() - beyond;
-        let prefix = [&self.committed[..], &self.draft[start..]].concat();
+        let prefix = [&self.committed[..], ahead].concat();
         // Enough for a step, for the token that the target adds, and for the next step.
         let n = (2 * moment.n_max + 1 - beyond).min(moment.n_max + 1);
+        drafter.running = Some(self.streams);
         actions.push(Action::Draft {
+            drafter: number,
             stream: self.streams,
             prefix,
             n,
@@ -294,36 +405,59 @@ impl Session {
         true
     }
 
-    /// Offers the part of the draft that is worth it, with a new follow or when the target was told something else.
-    fn offer(&mut self, follow: bool, pace: &Pace, moment: &Moment, actions: &mut Vec<Action>) {
-        let beyond = self.beyond();
-        let choice = pace.choose(self.classes(beyond), moment.n_max, moment.growing);
-        let start = self.draft.len() - beyond;
-        let tokens = self.draft[start..start + choice.n].to_vec();
+    /// Offers the part of the best draft that is worth it, with a new follow or when the target was told something else.
+    /// The streams of `begun` were just started.
+    fn offer(
+        &mut self,
+        follow: bool,
+        begun: &[usize],
+        policy: &impl Policy,
+        moment: &Moment<'_>,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.committed.is_empty() {
+            if follow {
+                actions.push(Action::Follow(Offer::default()));
+            }
+            return;
+        }
+        // By the target's clock, when this offer arrives.
+        let now_us = micros(moment.since_step + moment.round_trip);
+        let busy_us = self.busy_us(now_us, policy);
+        let (choice, tokens, classes) = self.best(busy_us.unwrap_or(0.0), begun, policy, moment);
         let (n_min, hold_us) = if choice.wait_us > 0 {
-            // Until we say that it is enough.
-            (moment.n_max, choice.wait_us + micros(moment.since_step))
-        } else {
+            // Until we say that it is enough; counted from the last step, or from the one that goes on.
+            let counted_us = if busy_us.is_some() { 0 } else { whole(now_us) };
+            (moment.n_max, choice.wait_us + counted_us)
+        } else if choice.hold_us > 0 && (busy_us.is_some() || choice.n > 0) {
             // These are enough. After the step that takes them the target waits until it has heard what comes next.
-            (
-                choice.n,
-                if choice.n > 0 {
-                    2 * micros(moment.round_trip) + 500
-                } else {
-                    0
-                },
-            )
+            (choice.n.max(1), choice.hold_us)
+        } else {
+            (0, 0)
         };
         let offer = Offer {
             pos: self.committed.len(),
-            tokens,
+            tokens: tokens[..choice.n].to_vec(),
             n_min,
             hold_us,
         };
-        let news =
-            (offer.pos, offer.tokens.len(), offer.n_min) != (self.told.pos, self.told.tokens.len(), self.told.n_min);
-        if follow || (news && !self.committed.is_empty()) {
+        let classes = classes[..choice.n].to_vec();
+        let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
+        if follow || news {
+            if busy_us.is_none() {
+                self.target = if offer.tokens.len() < offer.n_min {
+                    Target::Waits {
+                        until_us: offer.hold_us as f64,
+                    }
+                } else {
+                    Target::Steps {
+                        since_us: now_us,
+                        n: offer.tokens.len(),
+                    }
+                };
+            }
             self.told = offer.clone();
+            self.told_classes = classes;
             actions.push(if follow {
                 Action::Follow(offer)
             } else {
@@ -331,22 +465,84 @@ impl Session {
             });
         }
     }
+
+    /// The draft that is worth most, and what to do with it.
+    fn best(
+        &self,
+        busy_us: f64,
+        begun: &[usize],
+        policy: &impl Policy,
+        moment: &Moment<'_>,
+    ) -> (Choice, &[Token], &[Class]) {
+        let weigh = |draft: &'_ Draft, growing: Option<Growing>| {
+            let circumstances = Circumstances {
+                n_max: moment.n_max,
+                growing,
+                busy_us,
+                round_trip: moment.round_trip,
+                load: moment.load,
+            };
+            policy.choose(draft.ahead(self.committed.len()).1, &circumstances)
+        };
+        let (mut best, mut choice) = (&self.copied, weigh(&self.copied, None));
+        for (number, drafter) in self.drafters.iter().enumerate() {
+            let growing = if begun.contains(&number) {
+                Some(Growing {
+                    drafter: number,
+                    ..Growing::default()
+                })
+            } else {
+                let running = moment.growing.iter().find(|growing| growing.drafter == number);
+                running.copied().filter(|_| drafter.running.is_some())
+            };
+            if growing.is_none() && drafter.draft.beyond(self.committed.len()) == 0 {
+                continue;
+            }
+            let other = weigh(&drafter.draft, growing);
+            if other.worth > choice.worth || (other.worth == choice.worth && other.n >= choice.n) {
+                (best, choice) = (&drafter.draft, other);
+            }
+        }
+        let (tokens, classes) = best.ahead(self.committed.len());
+        (choice, tokens, classes)
+    }
+
+    /// How long the target goes on with a step that it was in at `now_us`; `None`: it waits for an offer.
+    fn busy_us(&self, now_us: f64, policy: &impl Policy) -> Option<f64> {
+        let (since_us, n) = match self.target {
+            Target::Waits { until_us } if now_us < until_us => return None,
+            Target::Waits { until_us } => (until_us, self.told_beyond()),
+            Target::Steps { since_us, n } => (since_us, n),
+        };
+        Some((since_us + policy.step_us(n) - now_us).max(0.0))
+    }
 }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "microseconds of a step, not negative"
+)]
+fn whole(us: f64) -> u64 {
+    us as u64
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Pace;
     use super::*;
     use proptest::prelude::*;
 
-    const MOMENT: Moment = Moment {
+    const MOMENT: Moment<'_> = Moment {
         n_max: 4,
-        growing: None,
+        growing: &[],
         since_step: Duration::ZERO,
         round_trip: Duration::from_micros(100),
+        load: Load { others: 0, tokens: 0 },
     };
 
     /// A session with costs of which nothing is known.
@@ -357,7 +553,7 @@ mod tests {
 
     impl Tried {
         fn handle(&mut self, event: Event) -> Vec<Action> {
-            self.session.handle(event, &self.pace, &MOMENT)
+            self.session.handle(event, &mut self.pace, &MOMENT)
         }
     }
 
@@ -372,13 +568,17 @@ mod tests {
     fn drafted(stream: u64, tokens: &[Token]) -> Event {
         Event::Drafted {
             stream,
-            tokens: tokens.iter().map(|token| (*token, Class::UNKNOWN)).collect(),
+            tokens: tokens.iter().map(|token| (*token, Class::untold(0))).collect(),
         }
+    }
+
+    fn available(available: bool) -> Event {
+        Event::Available { drafter: 0, available }
     }
 
     fn started(actions: &[Action]) -> Option<(u64, Vec<Token>, usize)> {
         actions.iter().find_map(|action| match action {
-            Action::Draft { stream, prefix, n } => Some((*stream, prefix.clone(), *n)),
+            Action::Draft { stream, prefix, n, .. } => Some((*stream, prefix.clone(), *n)),
             _ => None,
         })
     }
@@ -393,22 +593,15 @@ mod tests {
     /// A session that knows the prompt 1 2 3 and has drafted 4 5 6.
     fn drafting() -> Tried {
         let mut tried = Tried {
-            session: Session::new(&[]),
+            session: Session::new(&[], 1),
             pace: Pace::default(),
         };
-        tried.handle(Event::Available(true));
+        tried.handle(available(true));
         let actions = tried.handle(committed(0, &[1, 2, 3]));
         assert_eq!(started(&actions), Some((1, vec![1, 2, 3], 5)));
         let actions = tried.handle(drafted(1, &[4, 5, 6]));
-        assert_eq!(
-            sent(&actions),
-            Some(Offer {
-                pos: 3,
-                tokens: vec![4, 5, 6],
-                n_min: 3,
-                hold_us: 700
-            })
-        );
+        let offer = sent(&actions).unwrap();
+        assert_eq!((offer.pos, &offer.tokens[..]), (3, &[4, 5, 6][..]));
         tried
     }
 
@@ -427,7 +620,7 @@ mod tests {
     fn a_draft_that_was_contradicted_is_dropped_and_begun_again() {
         let mut session = drafting();
         let actions = session.handle(committed(3, &[4, 9]));
-        assert!(actions.contains(&Action::StopDraft));
+        assert!(actions.contains(&Action::StopDraft { drafter: 0 }));
         assert_eq!(sent(&actions).map(|draft| (draft.pos, draft.tokens)), Some((5, vec![])));
         assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 9], 5)));
         let late = session.handle(drafted(1, &[7]));
@@ -470,7 +663,7 @@ mod tests {
     #[test]
     fn the_target_never_waits_for_a_drafter_that_is_gone() {
         let mut session = drafting();
-        session.handle(Event::Available(false));
+        session.handle(available(false));
         let actions = session.handle(committed(3, &[9]));
         assert_eq!(
             sent(&actions),
@@ -482,14 +675,14 @@ mod tests {
             })
         );
         assert_eq!(started(&actions), None);
-        let actions = session.handle(Event::Available(true));
+        let actions = session.handle(available(true));
         assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 9], 5)));
     }
 
     #[test]
     fn text_that_comes_again_is_offered_without_a_drafter() {
         let mut tried = Tried {
-            session: Session::new(&[]),
+            session: Session::new(&[], 1),
             pace: Pace::default(),
         };
         tried.pace.calibrate([(0, Duration::from_millis(40))]);
@@ -503,7 +696,10 @@ mod tests {
     #[test]
     fn after_the_end_nothing_is_done() {
         let mut session = drafting();
-        assert_eq!(session.handle(Event::Ended), vec![Action::StopDraft, Action::Finish]);
+        assert_eq!(
+            session.handle(Event::Ended),
+            vec![Action::StopDraft { drafter: 0 }, Action::Finish]
+        );
         assert_eq!(session.handle(committed(3, &[4])), vec![]);
     }
 
@@ -540,11 +736,11 @@ mod tests {
             let mut pace = Pace::default();
             if measured {
                 pace.calibrate([(0, Duration::from_millis(40))]);
-                pace.record_first_token(Duration::from_millis(2));
-                pace.record_tokens(1, Duration::from_micros(300));
+                pace.record_first_token(0, Duration::from_millis(2));
+                pace.record_tokens(0, 1, Duration::from_micros(300));
             }
             let text = |from: usize, to: usize| (from..to).map(|i| Token::try_from(i).unwrap()).collect::<Vec<_>>();
-            let mut session = Session::new(&[]);
+            let mut session = Session::new(&[], 1);
             let mut known = 0;
             let mut stream: Option<(u64, usize)> = None;
             let mut streams = 0;
@@ -564,7 +760,7 @@ mod tests {
                             .iter()
                             .enumerate()
                             .map(|(i, right)| Token::try_from(*end + i).unwrap() * if *right { 1 } else { -1 } - Token::from(!right))
-                            .map(|token| (token, Class::UNKNOWN))
+                            .map(|token| (token, Class::untold(0)))
                             .collect::<Vec<_>>();
                         *end += tokens.len();
                         Event::Drafted { stream: *id, tokens }
@@ -573,11 +769,12 @@ mod tests {
                         let Some((id, _)) = stream.take() else { continue };
                         Event::DraftEnded { stream: id, end_of_text }
                     }
-                    Move::Available(available) => Event::Available(available),
+                    Move::Available(it) => available(it),
                 };
                 let followed = matches!(event, Event::Committed { followed: true, .. });
-                let growing = stream.map(|_| Growing { begun: true, silent: Duration::ZERO });
-                let actions = session.handle(event, &pace, &Moment { n_max, growing, ..MOMENT });
+                let growing = stream.map(|_| Growing { drafter: 0, begun: true, silent: Duration::ZERO });
+                let moment = Moment { n_max, growing: growing.as_slice(), ..MOMENT };
+                let actions = session.handle(event, &mut pace, &moment);
                 let follows = actions.iter().filter(|action| matches!(action, Action::Follow(_))).count();
                 prop_assert_eq!(follows, usize::from(followed), "one follow is always outstanding");
                 for action in actions {
@@ -587,20 +784,22 @@ mod tests {
                             prop_assert!(draft.tokens.len() <= n_max);
                             prop_assert!((draft.n_min == 0) == (draft.hold_us == 0));
                         }
-                        Action::Draft { stream: id, prefix, n } => {
+                        Action::Draft { stream: id, prefix, n, .. } => {
                             prop_assert!(stream.is_none(), "one stream at a time");
                             prop_assert!(id > streams && n > 0);
                             prop_assert_eq!(&prefix[..known], &text(0, known)[..]);
                             streams = id;
                             stream = Some((id, prefix.len()));
                         }
-                        Action::StopDraft => stream = None,
+                        Action::StopDraft { .. } => stream = None,
                         Action::Finish => prop_assert!(false, "it was not ended"),
                     }
                 }
                 prop_assert_eq!(session.committed(), &text(0, known)[..]);
-                prop_assert!(session.draft.len() == session.beyond(), "confirmed draft tokens are forgotten");
-                prop_assert!(session.draft.len() == session.classes.len());
+                for draft in [&session.copied, &session.drafters[0].draft] {
+                    prop_assert!(draft.tokens.len() == draft.beyond(known), "confirmed draft tokens are forgotten");
+                    prop_assert!(draft.tokens.len() == draft.classes.len());
+                }
             }
         }
 
@@ -612,13 +811,13 @@ mod tests {
         ) {
             let mut pace = Pace::default();
             pace.calibrate([(0, Duration::from_millis(40))]);
-            let mut session = Session::new(&prediction);
+            let mut session = Session::new(&prediction, 0);
             let mut text = Vec::new();
             for tokens in commits {
                 let pos = text.len();
                 text.extend_from_slice(&tokens);
                 let event = Event::Committed { pos, tokens, followed: true };
-                for action in session.handle(event, &pace, &MOMENT) {
+                for action in session.handle(event, &mut pace, &MOMENT) {
                     match action {
                         Action::Follow(offer) => {
                             prop_assert_eq!(offer.pos, text.len());

@@ -39,7 +39,7 @@ impl Proxy {
     /// Before the target at one URL, with the drafter at the other.
     pub async fn start(target: &str, draft: Option<&str>) -> Self {
         let engine = engine::Settings {
-            draft: draft.map(|url| (Upstream::at(url), None)),
+            drafts: draft.into_iter().map(|url| (Upstream::at(url), None)).collect(),
             target: Some((Upstream::at(target), None)),
             ..engine::Settings::default()
         };
@@ -83,7 +83,9 @@ impl Proxy {
         let proxy = Self::start(target, Some(draft)).await;
         proxy
             .shows("that it drafts", Duration::from_secs(20), |status| {
-                status["verification"] == "attached" && status["draft"]["healthy"] == true && status["reason"].is_null()
+                status["verification"] == "attached"
+                    && status["drafts"][0]["healthy"] == true
+                    && status["reason"].is_null()
             })
             .await;
         proxy.settles().await;

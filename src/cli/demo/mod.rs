@@ -89,10 +89,10 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
             model_name: Some("target".into()),
             ..Upstream::at(&target_url)
         }),
-        draft: Some(Upstream {
+        draft: vec![Upstream {
             model_name: Some("draft".into()),
             ..Upstream::at(draft_url)
-        }),
+        }],
         ..section
     };
     let own_proxy = OwnProxy::start(listener, section)?;
