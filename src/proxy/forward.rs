@@ -85,11 +85,17 @@ impl Exchange<'_> {
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
             }
+            let predicted = asked.prediction.is_some() && self.route.chat;
             if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
                 self.running.drafts_with(attachment);
+                if predicted {
+                    self.running.is_predicted();
+                    // Nothing can be put into a compressed answer.
+                    headers.remove(header::ACCEPT_ENCODING);
+                }
             }
         }
         if streamed {
@@ -163,7 +169,11 @@ impl Exchange<'_> {
         } else if relay::is_open_event_stream(&headers) {
             self.events().of(answer)
         } else {
-            relay::unchanged(answer, self.running)
+            let (body, sized) = relay::whole(answer, self.running);
+            if !sized {
+                headers.remove(header::CONTENT_LENGTH);
+            }
+            body
         };
         let mut response = Response::new(body);
         *response.status_mut() = status;

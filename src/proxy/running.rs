@@ -21,6 +21,8 @@ const LONGEST_PATH: usize = 128;
 pub(super) struct Running {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
+    /// The client predicted the answer, and is told what came of it.
+    predicted: bool,
     id: String,
     path: String,
     route: Route,
@@ -37,6 +39,7 @@ impl Running {
         Self {
             observed: Arc::clone(observed),
             attachment: None,
+            predicted: false,
             id,
             path: path.chars().take(LONGEST_PATH).collect(),
             route,
@@ -56,6 +59,17 @@ impl Running {
     /// Drafts for this request from now on until it ends.
     pub(super) fn drafts_with(&mut self, attachment: Attachment) {
         self.attachment = Some(attachment);
+    }
+
+    /// The client predicted the answer of a chat.
+    pub(super) fn is_predicted(&mut self) {
+        self.predicted = true;
+    }
+
+    /// What the drafting will have come to when the answer is over, if that is to stand in the answer.
+    pub(super) fn reported(&self) -> Option<impl Future<Output = Counts> + Send + 'static> {
+        let attachment = self.attachment.as_ref().filter(|_| self.predicted)?;
+        Some(attachment.settled())
     }
 
     /// The client is told this.
@@ -127,7 +141,8 @@ impl Drop for Running {
         match (attachment, Handle::try_current()) {
             (Some(attachment), Ok(runtime)) => {
                 runtime.spawn(async move {
-                    let counts = attachment.settle().await;
+                    let counts = attachment.settled().await;
+                    drop(attachment);
                     report(&observed, Record { counts, ..record });
                 });
             }

@@ -93,6 +93,8 @@ struct Sums {
     drafted: u64,
     accepted: u64,
     generated: u64,
+    accepted_prediction_tokens: u64,
+    rejected_prediction_tokens: u64,
     acceptance_rate: Option<f64>,
     tokens_per_step: Option<f64>,
 }
@@ -105,6 +107,8 @@ impl From<Counts> for Sums {
             drafted: counts.drafted,
             accepted: counts.accepted,
             generated: counts.generated,
+            accepted_prediction_tokens: counts.accepted_prediction_tokens,
+            rejected_prediction_tokens: counts.rejected_prediction_tokens,
             acceptance_rate: ratio(counts.accepted, counts.drafted),
             tokens_per_step: ratio(counts.generated, counts.steps),
         }

@@ -35,7 +35,9 @@ impl Class {
     pub const UNKNOWN: Self = Self(Self::DOUBT.len());
     /// Fewest matching tokens of each class of copies, and the chance that a token of that class starts with.
     const MATCHED: [(usize, f64); 4] = [(0, 0.5), (5, 0.7), (9, 0.8), (17, 0.9)];
-    const COUNT: usize = Self::DOUBT.len() + 1 + Self::MATCHED.len();
+    /// The first class of tokens that the client predicted; those of other copies stand before them.
+    const PREDICTED: usize = Self::DOUBT.len() + 1 + Self::MATCHED.len();
+    const COUNT: usize = Self::PREDICTED + Self::MATCHED.len();
 
     /// A token that the drafter gives the probability `p`.
     #[must_use]
@@ -58,12 +60,24 @@ impl Class {
         Self(Self::UNKNOWN.0 + 1 + class)
     }
 
+    /// A token that is copied from the client's prediction of the answer, as in [`Self::of_match`].
+    #[must_use]
+    pub fn of_prediction(matched: usize) -> Self {
+        Self(Self::of_match(matched).0 + Self::MATCHED.len())
+    }
+
+    /// Whether the client predicted this token.
+    #[must_use]
+    pub fn is_predicted(self) -> bool {
+        self.0 >= Self::PREDICTED
+    }
+
     /// The chance of acceptance of a pair of which nothing is known.
     fn prior(self) -> f64 {
         match self.0.checked_sub(Self::UNKNOWN.0) {
             None => Self::DOUBT[self.0].1,
             Some(0) => 0.7,
-            Some(copy) => Self::MATCHED[copy - 1].1,
+            Some(copy) => Self::MATCHED[(copy - 1) % Self::MATCHED.len()].1,
         }
     }
 }

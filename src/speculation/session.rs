@@ -249,7 +249,7 @@ impl Session {
         let Some(proposal) = self.lookup.propose(drafted, moment.n_max - beyond) else {
             return;
         };
-        let class = Class::of_match(proposal.matched);
+        let class = proposal.class();
         if beyond == 0 {
             let stream = self.available.then(Growing::default);
             let classes = vec![class; proposal.tokens.len()];
