@@ -1,5 +1,7 @@
 //! Drafts without a drafter: text that comes again, and what the client predicts.
 
+#![allow(clippy::unwrap_used)]
+
 mod harness;
 
 use std::time::Duration;
@@ -41,7 +43,7 @@ fn tokens_per_step(record: &Record) -> f64 {
 
 /// The accepted and rejected tokens of the prediction, as the client is told.
 fn told(usage: &Value, record: &Record) -> (u64, u64) {
-    let told = |name: &str| usage["completion_tokens_details"][name].as_u64().expect("a number");
+    let told = |name: &str| usage["completion_tokens_details"][name].as_u64().unwrap();
     let (accepted, rejected) = (told("accepted_prediction_tokens"), told("rejected_prediction_tokens"));
     assert_eq!(
         (accepted, rejected),

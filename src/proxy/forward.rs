@@ -15,6 +15,7 @@ use super::respond::Refusal;
 use super::router::{App, RequestId};
 use super::running::Running;
 use super::target::Outgoing;
+use crate::engine::Verification;
 
 /// Answers a request that is none of our own endpoints'.
 pub(super) async fn forward(
@@ -97,6 +98,13 @@ impl Exchange<'_> {
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
+        }
+        if let Some(agreement) = &self.app.agreement
+            && self.route.completion
+            && self.app.engine.status().verification == Verification::None
+            && let Some(question) = agreement.question(self.route.label, &body)
+        {
+            self.running.is_compared(question);
         }
         if streamed {
             self.running.streams();

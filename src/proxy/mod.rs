@@ -12,11 +12,13 @@
 //! | `target` | the connection to the target |
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
 //! | `usage` | what a request with a prediction finds in its answer's usage |
+//! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
 //! | `running` | what is counted of a request while it lives |
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
 mod admission;
+mod agreement;
 mod events;
 mod forward;
 mod headers;

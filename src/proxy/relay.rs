@@ -71,7 +71,7 @@ pub(super) fn whole(response: Response, mut running: Running) -> (Body, bool) {
     let body = Body::from_stream(bytes.filter_map(move |chunk| {
         match &chunk {
             Some(Ok(bytes)) => {
-                running.bytes_came();
+                running.bytes_came(bytes);
                 left = left.map(|left| left.saturating_sub(bytes.len() as u64));
                 // Who knows the length does not wait for the end.
                 if left == Some(0) {
@@ -175,7 +175,7 @@ impl Events {
             };
             match step {
                 Step::Bytes(bytes) => {
-                    self.running.bytes_came();
+                    self.running.bytes_came(&bytes);
                     self.boundary.pass(&bytes);
                     return Some(bytes);
                 }

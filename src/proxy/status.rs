@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::agreement::Measured;
 use super::router::App;
 use crate::engine::{self, Counts};
 use crate::observe::metrics::CONTENT_TYPE;
@@ -65,6 +66,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         verification,
         reason,
         counts: Sums::from(counts),
+        agreement: app.agreement.as_ref().map(|agreement| agreement.measured()),
         in_flight: app.observed.metrics.in_flight.get(),
         requests: app.observed.recent.newest_first(),
     })
@@ -80,6 +82,9 @@ pub(super) struct Status {
     verification: engine::Verification,
     reason: Option<String>,
     counts: Sums,
+    /// Of the drafter with a target that cannot verify drafts; absent unless it is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agreement: Option<Measured>,
     in_flight: i64,
     /// Newest first.
     requests: Vec<Record>,
