@@ -382,7 +382,13 @@ pub async fn refused(url: &str, response: Response) -> ChatError {
                 .or_else(|| body["error"].as_str())
                 .map(str::to_owned)
         })
-        .unwrap_or_else(|| text.chars().take(200).collect());
+        .unwrap_or_else(|| {
+            if text.trim_start().starts_with('<') {
+                "a web page; is this the right server?".to_owned()
+            } else {
+                text.chars().take(200).collect()
+            }
+        });
     ChatError::Refused {
         url: url.to_owned(),
         status,
