@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// `tightwad` with nothing in the environment that could change what it does.
 fn tightwad(args: &[&str]) -> Output {
@@ -25,7 +25,7 @@ fn tightwad(args: &[&str]) -> Output {
 
 /// What it printed, if it ended with this code.
 #[track_caller]
-fn json(output: &Output, code: i32) -> Value {
+fn printed(output: &Output, code: i32) -> Value {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{stderr}");
     serde_json::from_slice(&output.stdout).unwrap()
@@ -49,7 +49,7 @@ async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
     let (target, draft) = pair().await;
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
     let options = ["--kinds", "code,creative", "--rounds", "1", "--json"];
-    let report = json(&tightwad(&[&servers[..], &options[..]].concat()), 0);
+    let report = printed(&tightwad(&[&servers[..], &options[..]].concat()), 0);
     assert_eq!(report["equal"], true, "{report:#}");
     let kinds = report["kinds"].as_array().unwrap();
     assert_eq!(
@@ -100,7 +100,7 @@ async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
     let options = ["--kinds", "creative", "--rounds", "1", "--json", "--temperature", "0.7"];
     let more = ["--delay", "5", "--context", "300", "--clients", "2"];
-    let report = json(&tightwad(&[&servers[..], &options[..], &more[..]].concat()), 0);
+    let report = printed(&tightwad(&[&servers[..], &options[..], &more[..]].concat()), 0);
     let (plain, attached) = (mode(&report["total"], "plain"), mode(&report["total"], "attached"));
     assert!(attached["acceptance"]["drafted"].as_u64().unwrap() > 0, "{report:#}");
     assert!(plain["ttft_ms_median"].as_f64().unwrap() >= 5.0, "{report:#}");
@@ -109,6 +109,42 @@ async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
             assert!(figures[figure].as_f64().unwrap() > 0.0, "{figure}: {report:#}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_sends_what_the_prompts_predict_when_asked_to() {
+    let target = LlamaServer::start(
+        &slow_target(),
+        &["--spec-draft-external-max", "16", "--metrics", "-np", "2"],
+    )
+    .await;
+    let question = "Write a short story about a fox.";
+    let ask = json!({ "messages": [{ "role": "user", "content": question }], "max_tokens": 80, "temperature": 0 });
+    let answer = target.post("/v1/chat/completions", &ask).await;
+    let line = json!({
+        "kind": "edit", "prompt": question, "prediction": answer["choices"][0]["message"]["content"],
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    std::fs::write(&file, format!("{line}\n")).unwrap();
+    let options = ["bench", "--target", target.url(), "--prompts", file.to_str().unwrap()];
+    let more = ["--max-tokens", "80", "--rounds", "3", "--json"];
+    let without = printed(&tightwad(&[&options[..], &more[..]].concat()), 0);
+    let with = printed(&tightwad(&[&options[..], &more[..], &["--prediction"]].concat()), 0);
+    let accepted = |report: &Value| {
+        mode(&report["total"], "attached")["acceptance"]["accepted"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(with["settings"]["prediction"], true);
+    assert!(
+        accepted(&with) > 100 && accepted(&with) > 2 * accepted(&without),
+        "of 240 tokens {} and {} without",
+        accepted(&with),
+        accepted(&without)
+    );
+    let none = tightwad(&["bench", "--target", target.url(), "--kinds", "chat", "--prediction"]);
+    assert_eq!(none.status.code(), Some(2));
 }
 
 #[test]
@@ -145,9 +181,9 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
     );
 
     let options = ["--kinds", "creative", "--rounds", "1", "--json", "--own-draft"];
-    let report = json(&tightwad(&[&["-c", config, "bench"], &options[..]].concat()), 0);
+    let report = printed(&tightwad(&[&["-c", config, "bench"], &options[..]].concat()), 0);
     assert_eq!(report["equal"], true, "{report:#}");
-    assert_eq!(report["own_draft"]["tried"].as_array().unwrap().len(), 3, "{report:#}");
+    assert_eq!(report["own_draft"]["tried"].as_array().unwrap().len(), 8, "{report:#}");
     for name in ["attached", "own-draft"] {
         let acceptance = &mode(&report["total"], name)["acceptance"];
         assert!(acceptance["drafted"].as_u64().unwrap() > 0, "{name}: {report:#}");
@@ -166,7 +202,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
 async fn verify_finds_the_drafted_answers_equal_token_by_token() {
     let (target, draft) = pair().await;
     let servers = ["verify", "--target", target.url(), "--draft", draft.url()];
-    let report = json(
+    let report = printed(
         &tightwad(&[&servers[..], &["--max-tokens", "24", "--json"]].concat()),
         0,
     );
@@ -195,14 +231,14 @@ async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
         "chat,creative",
         "--json",
     ];
-    let report = json(&tightwad(&[&["verify"], &servers[..]].concat()), 1);
+    let report = printed(&tightwad(&[&["verify"], &servers[..]].concat()), 1);
     assert_eq!(report["equal"], false, "{report:#}");
     let at = &report["temperatures"][0];
     assert!(at["token_equal_rate"].as_f64().unwrap() < 1.0, "{at:#}");
     let divergence = &at["divergences"][0];
     assert!(divergence["token"].is_u64(), "{divergence:#}");
     assert_ne!(divergence["plain"], divergence["drafted"]);
-    let report = json(&tightwad(&[&["bench", "--rounds", "1"], &servers[..]].concat()), 1);
+    let report = printed(&tightwad(&[&["bench", "--rounds", "1"], &servers[..]].concat()), 1);
     assert!(
         mode(&report["total"], "attached")["differing"].as_u64().unwrap() > 0,
         "{report:#}"

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -215,6 +215,39 @@ fn a_missing_config_exits_3() {
 }
 
 #[test]
+fn a_missing_config_is_one_problem_and_said_once() {
+    let user = User::new();
+    let nowhere = user.run(&["-c", "nowhere.yaml", "check-config"]);
+    assert_eq!(nowhere.stderr.lines().count(), 1, "{nowhere:?}");
+    let none = user.run(&["check-config"]);
+    none.fails(3, &["no cluster file"]);
+    for ended in [nowhere, none] {
+        assert!(!ended.stderr.contains("the environment"), "{ended:?}");
+    }
+    // What the environment says is summed up under its name.
+    let mut command = user.tightwad(&["check-config"]);
+    command.env("TIGHTWAD_PROXY__PRT", "1").env("TIGHTWAD_PROXY__PORT", "2");
+    let ended = Ended::from(command.output().unwrap());
+    assert!(ended.stderr.contains("the environment: 1 problem"), "{ended:?}");
+}
+
+#[test]
+fn a_missing_token_or_key_file_exits_4_and_is_named() {
+    let user = User::new();
+    let target = "target: { url: \"http://127.0.0.1:1\" }";
+    user.config(&format!(
+        "proxy: {{ port: {}, auth_token_file: token, {target} }}\n",
+        free_port()
+    ));
+    user.run(&["run", "proxy"]).fails(4, &["auth_token_file", "token"]);
+    user.run(&["proxy", "status"]).fails(4, &["auth_token_file"]);
+    fs::write(user.path("token"), "\n").unwrap();
+    user.run(&["run", "proxy"]).fails(4, &["token", "is empty"]);
+    user.fake_target(free_port(), "api_key_file: key");
+    user.run(&["run", "target"]).fails(4, &["api_key_file", "key"]);
+}
+
+#[test]
 fn a_host_without_that_part_exits_3_and_names_the_section() {
     let user = User::new();
     user.config("proxy: { target: { url: \"http://127.0.0.1:1\" } }\n");
@@ -411,6 +444,42 @@ fn a_proxy_that_does_not_run_cannot_be_stopped_or_asked_and_that_exits_7() {
     ));
     user.run(&["proxy", "stop"]).fails(7, &["no proxy"]);
     user.run(&["proxy", "status"]).fails(7, &["no proxy", "proxy start"]);
+}
+
+/// Answers every connection with this, as long as the test runs.
+fn serves(answer: &'static str) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut socket = socket.unwrap();
+            let mut request = [0; 1024];
+            let _ = socket.read(&mut request);
+            let _ = socket.write_all(answer.as_bytes());
+        }
+    });
+    port
+}
+
+#[test]
+fn the_status_of_another_server_is_one_sentence_without_its_page() {
+    for answer in [
+        "HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<html>\n<body>no such page</body>",
+        "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<html>\n<body>welcome</body>",
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{\"hello\":1}",
+    ] {
+        let user = User::new();
+        let port = serves(answer);
+        user.config(&format!(
+            "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+        ));
+        let ended = user.run(&["proxy", "status"]);
+        ended.fails(6, &["no proxy of Tightwad's", &port.to_string(), "`port`"]);
+        assert!(
+            !ended.stderr.contains('<') && ended.stderr.lines().count() == 1,
+            "{ended:?}"
+        );
+    }
 }
 
 #[test]

@@ -744,6 +744,7 @@ fn everything() -> Config {
             target: Some(upstream),
             max_draft_tokens: MaxDraftTokens::Auto,
             fallback_on_draft_failure: true,
+            measure_agreement: false,
             auth_token: Some(Secret::new("k")),
             auth_token_file: Some("f".into()),
             allow_unauthenticated: false,

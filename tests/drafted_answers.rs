@@ -16,6 +16,7 @@ use harness::llama_server::{LlamaServer, essence, free_port, model, target};
 use harness::proxy::{Proxy, Record};
 use harness::request::with;
 use harness::wait::eventually;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
@@ -749,6 +750,7 @@ async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_
     assert_eq!(proxy.status().await["in_flight"], 10);
     assert_eq!(target.busy_slots().await, 10);
 
+    let before = target.generated().await;
     drop(clients);
     let gone = Instant::now();
     let idle = eventually(Duration::from_secs(1), || async {
@@ -760,6 +762,9 @@ async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_
         panic!("busy slots of target and drafter, requests in flight: {busy:?}");
     }
     assert!(gone.elapsed() < Duration::from_millis(1500), "{:?}", gone.elapsed());
+    // They did not just come to their ends.
+    let generated = target.generated().await - before;
+    assert!(generated < 10 * 450 / 2, "{generated} tokens were generated");
     assert!(target.is_alive() && draft.is_alive());
     let status = proxy.status().await;
     let outcomes: Vec<_> = status["requests"]
@@ -774,6 +779,46 @@ async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_
         "nothing was drafted: {status:#}"
     );
     is_drafted_again(&target, &draft, &proxy, Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_client_that_vanishes_frees_the_drafter_though_the_target_says_nothing() {
+    let (target, real) = tokio::join!(start_target(), start_draft("tightwad-tiny-draft-f16.gguf"));
+    let draft = FakeDrafter::hangs(&real).await;
+    let proxy = Proxy::drafting(target.url(), &draft.url()).await;
+    let mut client = Streaming::begin(&proxy, "/completion", &with(long(true), json!({ "n_predict": 450 }))).await;
+    client.read(5).await;
+    // Stopped while a stream of the drafter is open: nobody but the client can end it for some seconds.
+    let stopped = eventually(Duration::from_secs(10), || async {
+        target.signal(Signal::STOP);
+        let one = eventually(Duration::from_millis(300), || async {
+            (draft.unended() == 1).then_some(()).ok_or(())
+        });
+        let one = one.await;
+        if one.is_err() {
+            target.signal(Signal::CONT);
+        }
+        one
+    });
+    stopped.await.expect("a draft is asked for");
+
+    drop(client);
+    let freed = eventually(Duration::from_secs(1), || async {
+        match draft.unended() {
+            0 => Ok(()),
+            unended => Err(unended),
+        }
+    });
+    let freed = freed.await;
+    target.signal(Signal::CONT);
+    assert_eq!(freed, Ok(()), "drafts are still asked for");
+    let idle = eventually(Duration::from_secs(2), || async {
+        match target.busy_slots().await {
+            0 => Ok(()),
+            busy => Err(busy),
+        }
+    });
+    assert_eq!(idle.await, Ok(()), "slots of the target are still busy");
 }
 
 // What the target does

@@ -43,7 +43,7 @@ impl Proxy {
     /// In front of `target`, which is watched, with a drafter.
     async fn drafting(target: &str, draft: &str, change: impl FnOnce(&mut Settings)) -> Self {
         let engine = engine::Settings {
-            draft: Some((Upstream::at(draft), None)),
+            drafts: vec![(Upstream::at(draft), None)],
             target: Some((Upstream::at(target), None)),
             ..engine::Settings::default()
         };
@@ -1034,4 +1034,99 @@ async fn the_proxy_adds_less_than_a_millisecond_to_the_first_byte() {
     let (direct, through) = (median(&mut direct), median(&mut through));
     println!("first byte, median and 99th percentile: direct {direct:?}, through the proxy {through:?}");
     assert!(through.0 < direct.0 + Duration::from_millis(1));
+}
+
+// What is measured beside
+
+/// A target that streams `text` word by word.
+async fn says(text: &'static str) -> FakeUpstream {
+    FakeUpstream::start(move |_| {
+        let words = text.split_inclusive(' ').map(|word| {
+            let event = serde_json::json!({ "choices": [{ "delta": { "content": word } }] });
+            chunk(format!("data: {event}\n\n"))
+        });
+        let end = [chunk("data: [DONE]\n\n"), Act::EndChunks];
+        std::iter::once(stream_head()).chain(words).chain(end).collect()
+    })
+    .await
+}
+
+fn measuring(drafter: &FakeUpstream) -> impl FnOnce(&mut Settings) + use<> {
+    let drafter = Upstream {
+        model_name: Some("small".into()),
+        ..Upstream::at(drafter.url())
+    };
+    |settings| settings.measure_agreement_with = Some(drafter)
+}
+
+#[tokio::test]
+async fn the_status_tells_how_far_the_drafter_agrees_with_a_target_that_cannot_verify() {
+    let target = says("The quick brown fox").await;
+    let drafter = FakeUpstream::start(|_| {
+        json(
+            "200 OK",
+            r#"{"choices":[{"message":{"content":"The quick red fox"},"finish_reason":"stop"}]}"#,
+        )
+    })
+    .await;
+    let proxy = Proxy::before(&target.url(), measuring(&drafter)).await;
+    assert_eq!(proxy.status().await["agreement"]["share"], Value::Null);
+
+    let body = r#"{"messages":[{"role":"user","content":"Go on."}],"model":"big","stream":true,"temperature":0.9}"#;
+    let answer = proxy.post(CHAT, body).send().await.unwrap().text().await.unwrap();
+    assert!(answer.ends_with("data: [DONE]\n\n"), "{answer}");
+    drafter.has_seen(1).await;
+    let asked = drafter.only();
+    assert_eq!(
+        (asked.target.as_str(), target.only().body.as_slice()),
+        (CHAT, body.as_bytes())
+    );
+    let asked: Value = serde_json::from_slice(&asked.body).unwrap();
+    let expected = serde_json::json!({
+        "messages": [{ "role": "user", "content": "Go on." }], "model": "small", "stream": false, "temperature": 0,
+        "max_tokens": 64,
+    });
+    assert_eq!(asked, expected);
+
+    let mut measured = Value::Null;
+    for _ in 0..200 {
+        measured = proxy.status().await["agreement"].clone();
+        if measured["answers"] == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // "The quick " is common; the drafter's text has 17 characters.
+    assert_eq!((&measured["answers"], &measured["characters"]), (&1.into(), &17.into()));
+    assert!(
+        (measured["share"].as_f64().unwrap() - 10.0 / 17.0).abs() < 1e-9,
+        "{measured}"
+    );
+}
+
+#[tokio::test]
+async fn a_drafter_that_hangs_delays_no_answer_and_is_left_alone_when_the_next_request_comes() {
+    let target = FakeUpstream::start(|seen| {
+        let mut answer = json("200 OK", r#"{"choices":[{"text":"one two"}]}"#);
+        if seen.number > 0 {
+            answer.insert(0, wait(300));
+        }
+        answer
+    })
+    .await;
+    let drafter = FakeUpstream::start(|_| vec![Act::Hang]).await;
+    let proxy = Proxy::before(&target.url(), measuring(&drafter)).await;
+    let ask = || async {
+        let answer = proxy
+            .post("/v1/completions", r#"{"prompt":"Count."}"#)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(answer.text().await.unwrap(), r#"{"choices":[{"text":"one two"}]}"#);
+    };
+    ask().await;
+    drafter.has_seen(1).await;
+    let (left, ()) = tokio::join!(drafter.was_left(), ask());
+    assert!(left.elapsed() < Duration::from_secs(1));
+    assert_eq!(proxy.status().await["agreement"]["answers"], 0);
 }

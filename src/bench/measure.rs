@@ -126,7 +126,8 @@ pub async fn measure(
 
 impl Contender {
     pub(super) async fn ask(&self, prompt: &Prompt, wishes: Wishes) -> Result<Answer, ChatError> {
-        self.server.chat(&prompt.messages, wishes, |_| Ok(())).await
+        let prediction = prompt.prediction.as_deref();
+        self.server.chat(&prompt.messages, prediction, wishes, |_| Ok(())).await
     }
 }
 

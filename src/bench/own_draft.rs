@@ -1,6 +1,6 @@
 //! A llama-server that drafts in its own process, to compare with.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -15,8 +15,12 @@ use crate::supervise::service::{GaveUp, Service};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{ChatError, Wishes};
 
-/// Draft lengths (`--spec-draft-n-max`) that are tried.
-const LENGTHS: [u16; 3] = [2, 4, 8];
+/// Draft lengths (`--spec-draft-n-max`) that are tried, the most telling first.
+const LENGTHS: [u16; 8] = [4, 8, 2, 16, 1, 12, 6, 3];
+/// In the first trial no prompt begins after this time; the others ask the same prompts.
+const TRIAL_BOUND: Duration = Duration::from_secs(20);
+/// No trial begins after this time.
+const BOUND: Duration = Duration::from_secs(300);
 /// Longest answer of a trial, in tokens.
 const TRIAL_TOKENS: u32 = 64;
 
@@ -51,7 +55,7 @@ pub struct OwnDraft {
     pub contender: Contender,
     /// Most draft tokens per step.
     pub n_max: u16,
-    /// All lengths that were tried.
+    /// All lengths that were tried, the shortest first.
     pub tried: Vec<Tried>,
     service: Service,
 }
@@ -83,21 +87,29 @@ impl OwnDraft {
         on_trial: impl Fn(u16),
     ) -> Result<Self, OwnDraftError> {
         preflight::model(&pair.draft.path)?;
-        let trial = Prompt::first_of_each_kind(prompts, 1);
+        let mut trial = Prompt::first_of_each_kind(prompts, 1);
         let wishes = Wishes {
             max_tokens: Some(wishes.max_tokens.map_or(TRIAL_TOKENS, |most| most.min(TRIAL_TOKENS))),
             ..wishes
         };
-        let mut tried = Vec::new();
+        let began = Instant::now();
+        let mut tried: Vec<Tried> = Vec::new();
         for n_max in LENGTHS {
+            if began.elapsed() > BOUND {
+                break;
+            }
             on_trial(n_max);
             let (contender, service) = serve(pair, n_max).await?;
+            let bound = if tried.is_empty() { TRIAL_BOUND } else { Duration::MAX };
+            let (asked, tokens_per_second) = speed(&contender, &trial, wishes, bound).await?;
+            trial.truncate(asked);
             tried.push(Tried {
                 n_max,
-                tokens_per_second: speed(&contender, &trial, wishes).await?,
+                tokens_per_second,
             });
             service.stop().await;
         }
+        tried.sort_by_key(|tried| tried.n_max);
         let n_max = best(&tried);
         let (contender, service) = serve(pair, n_max).await?;
         Ok(Self {
@@ -153,18 +165,29 @@ fn arguments(pair: &Pair, n_max: u16, port: u16) -> Vec<String> {
     arguments
 }
 
-/// Tokens per second over the prompts, each asked once to warm up and once to measure.
-async fn speed(contender: &Contender, prompts: &[Prompt], wishes: Wishes) -> Result<Option<f64>, ChatError> {
+/// How many of the prompts were asked within the bound, at least one, and tokens per second over them. The first is asked
+/// once more before, to warm up.
+async fn speed(
+    contender: &Contender,
+    prompts: &[Prompt],
+    wishes: Wishes,
+    bound: Duration,
+) -> Result<(usize, Option<f64>), ChatError> {
     if let Some(prompt) = prompts.first() {
         contender.ask(prompt, wishes).await?;
     }
-    let (mut tokens, mut time) = (0, Duration::ZERO);
+    let began = Instant::now();
+    let (mut asked, mut tokens, mut time) = (0, 0, Duration::ZERO);
     for prompt in prompts {
+        if asked > 0 && began.elapsed() > bound {
+            break;
+        }
+        asked += 1;
         let answer = contender.ask(prompt, wishes).await?;
         tokens += answer.tokens.saturating_sub(1);
         time += answer.duration;
     }
-    Ok(ratio(tokens as f64, time.as_secs_f64()))
+    Ok((asked, ratio(tokens as f64, time.as_secs_f64())))
 }
 
 /// The fastest length; the shortest of those that nothing is known of.
@@ -207,7 +230,7 @@ mod tests {
     #[test]
     fn the_fastest_length_is_kept() {
         let tried = |speeds: [Option<f64>; 3]| {
-            let tried = LENGTHS.into_iter().zip(speeds);
+            let tried = [2, 4, 8].into_iter().zip(speeds);
             tried
                 .map(|(n_max, tokens_per_second)| Tried {
                     n_max,

@@ -16,6 +16,8 @@ pub struct Prompt {
     pub kind: String,
     /// The conversation; never empty.
     pub messages: Vec<Message>,
+    /// What the answer is likely to repeat, such as the text to edit: `prediction` of the request.
+    pub prediction: Option<String>,
 }
 
 /// Why there are no prompts.
@@ -58,6 +60,7 @@ struct Line {
     kind: String,
     prompt: Option<String>,
     messages: Option<Vec<Message>>,
+    prediction: Option<String>,
 }
 
 impl Line {
@@ -71,6 +74,7 @@ impl Line {
         Ok(Prompt {
             kind: self.kind,
             messages,
+            prediction: self.prediction,
         })
     }
 }
@@ -180,6 +184,14 @@ mod tests {
             assert!(of_kind.len() >= 5, "{kind}");
             // With an answer of the usual length a context of 2048 tokens holds each of them.
             assert!(of_kind.iter().all(|prompt| prompt.question().len() < 2000), "{kind}");
+            // What is to be edited stands in the question, and is predicted.
+            let predicted = |prompt: &&Prompt| {
+                prompt
+                    .prediction
+                    .as_ref()
+                    .is_some_and(|it| prompt.question().contains(it))
+            };
+            assert_eq!(of_kind.iter().all(predicted), kind == "edit", "{kind}");
         }
     }
 

@@ -307,6 +307,7 @@ mod tests {
             .map(|kind| Prompt {
                 kind: kind.into(),
                 messages: Vec::new(),
+                prediction: None,
             })
             .to_vec()
     }

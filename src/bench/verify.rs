@@ -189,6 +189,7 @@ mod tests {
         let prompt = Prompt {
             kind: "chat".into(),
             messages: vec![Message::user("Hi")],
+            prediction: None,
         };
         verify(0.0, &measured, &[prompt])
     }

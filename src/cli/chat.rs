@@ -105,7 +105,7 @@ impl Chat {
         let mut printer = Printer::default();
         let began = Instant::now();
         let answer = tokio::select! {
-            answer = self.server.chat(&self.messages, Wishes::default(), |piece| printer.print(piece)) => answer,
+            answer = self.server.chat(&self.messages, None, Wishes::default(), |piece| printer.print(piece)) => answer,
             _ = tokio::signal::ctrl_c() => {
                 printer.end()?;
                 if !self.interactive {

@@ -79,7 +79,11 @@ impl From<Unfit> for Failure {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::new(Exit::Config, error.to_string())
+        let exit = match error {
+            ConfigError::Secret { .. } => Exit::File,
+            _ => Exit::Config,
+        };
+        Self::new(exit, error.to_string())
     }
 }
 

@@ -1,17 +1,22 @@
-//! What `bench` and `verify` ask.
+//! What `bench` and `verify` ask, and how they end.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
-use super::exit::Failure;
+use serde::Serialize;
+
+use super::deployment::Deployment;
+use super::exit::{Exit, Failure};
+use super::signals;
 use crate::bench::Prompt;
+use crate::upstream::chat::Wishes;
 
 /// Which prompts.
 #[derive(Debug, Args)]
 pub struct QuestionSet {
     /// Prompts to ask instead of the usual ones: lines such as {"kind": "chat", "prompt": "Hello"}; instead of `prompt`
-    /// also `messages`, a list of objects with `role` and `content`.
+    /// also `messages`, a list of objects with `role` and `content`; and perhaps `prediction`, for --prediction.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Only prompts of these kinds; the usual ones are of: code, chat, list, reasoning, creative, edit, summary.
@@ -23,6 +28,10 @@ pub struct QuestionSet {
     /// Seed of the sampler, the same for every request.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u32,
+    /// Send what the prompts predict of their answers (of the usual ones those of the kind edit do), as OpenAI's
+    /// `prediction`. The proxy drafts from it; stock servers ignore it.
+    #[arg(long)]
+    pub prediction: bool,
 }
 
 impl QuestionSet {
@@ -32,6 +41,47 @@ impl QuestionSet {
             Some(file) => Prompt::read(file)?,
             None => Prompt::shipped()?,
         };
-        Ok(Prompt::of_kinds(all, &self.kinds)?)
+        let mut prompts = Prompt::of_kinds(all, &self.kinds)?;
+        if !self.prediction {
+            for prompt in &mut prompts {
+                prompt.prediction = None;
+            }
+        } else if prompts.iter().all(|prompt| prompt.prediction.is_none()) {
+            let message = "none of the prompts has a `prediction`; leave --prediction out, or ask e.g. --kinds edit";
+            return Err(Failure::new(Exit::Usage, message));
+        }
+        Ok(prompts)
     }
+
+    /// What all requests say.
+    pub fn wishes(&self, temperature: f64, deployment: &Deployment) -> Wishes {
+        Wishes {
+            max_tokens: Some(self.max_tokens),
+            temperature: Some(temperature),
+            seed: Some(self.seed.into()),
+            // Else whoever asks second finds the prompt read already.
+            forget_prompt: deployment.is_llama_server,
+            token_ids: false,
+        }
+    }
+}
+
+/// What comes of `work`, which Ctrl-C or SIGTERM ends.
+pub async fn unless_stopped<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let stop = signals::stop_token()?;
+    tokio::select! {
+        done = work => done,
+        () = stop.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted before all was asked")),
+    }
+}
+
+/// Prints a report, as JSON or as `text`.
+pub fn print<R: Serialize>(report: &R, json: bool, text: impl FnOnce(&R) -> String) -> Result<(), Failure> {
+    if json {
+        let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;
+        println!("{json}");
+    } else {
+        print!("{}", text(report));
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use reqwest::StatusCode;
 use serde_json::Value;
 
 use super::exit::{Exit, Failure};
@@ -25,13 +26,20 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> 
         }
         unreachable(url, &error).into()
     })?;
-    if !response.status().is_success() {
+    let status = response.status();
+    if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         return Err(refused(url, response).await.into());
     }
-    response
-        .json()
-        .await
-        .map_err(|error| Failure::other(&format!("read the status of {url}"), error))
+    let told: Option<Value> = response.json().await.ok();
+    told.filter(|told| status.is_success() && told["verification"].is_string())
+        .ok_or_else(|| {
+            let message = format!(
+                "{url} answers ({}), but is no proxy of Tightwad's; check `host` and `port` of the section `proxy`, and what \
+                 else listens there",
+                status.as_u16()
+            );
+            Failure::new(Exit::Unreachable, message)
+        })
 }
 
 /// The counts of drafting so far.
@@ -111,7 +119,24 @@ pub fn table(url: &str, status: &Value) -> String {
         "drafting",
         &counts.describe().unwrap_or_else(|| "nothing drafted yet".to_owned()),
     );
+    if let Some(agreement) = agreement(&status["agreement"]) {
+        line("agreement", &agreement);
+    }
     text
+}
+
+/// In words; `None` when it is not measured.
+fn agreement(measured: &Value) -> Option<String> {
+    let meaning = measured["meaning"].as_str()?;
+    Some(match measured["share"].as_f64() {
+        Some(share) => format!(
+            "{:.0}% of {} characters in {} answers ({meaning})",
+            100.0 * share,
+            measured["characters"],
+            measured["answers"]
+        ),
+        None => "nothing measured yet".to_owned(),
+    })
 }
 
 fn server(server: &Value) -> String {
@@ -141,6 +166,7 @@ mod tests {
             "verification": "none",
             "reason": "there is no drafter",
             "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },
+            "agreement": { "answers": 2, "characters": 90, "share": 0.6, "meaning": "they agree" },
         });
         let table = table("http://p:2", &status);
         for part in [
@@ -148,6 +174,7 @@ mod tests {
             "none (there is no drafter)",
             "4.0 tokens per step",
             "75% of 40",
+            "60% of 90 characters in 2 answers (they agree)",
         ] {
             assert!(table.contains(part), "{part} is missing in\n{table}");
         }

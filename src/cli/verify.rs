@@ -9,8 +9,7 @@ use super::bench::show;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::progress::Line;
-use super::question_set::QuestionSet;
-use super::signals;
+use super::question_set::{QuestionSet, print, unless_stopped};
 use crate::bench::{Plan, Verified, measure, verify as compare};
 use crate::config::Config;
 use crate::upstream::chat::Wishes;
@@ -45,17 +44,8 @@ struct Report {
 
 /// Asks everything with and without drafting, compares and prints.
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
-    let report = tokio::select! {
-        report = run(options, config) => report?,
-        () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted before all was compared")),
-    };
-    if options.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::other("write JSON", error))?;
-        println!("{json}");
-    } else {
-        print!("{}", text(&report));
-    }
+    let report = unless_stopped(run(options, config)).await?;
+    print(&report, options.json, text)?;
     if report.drafted == 0 {
         let reason = report
             .undrafted
@@ -88,11 +78,8 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
             rounds: 1,
             clients: 1,
             wishes: Wishes {
-                max_tokens: Some(options.questions.max_tokens),
-                temperature: Some(temperature),
-                seed: Some(options.questions.seed.into()),
-                forget_prompt: deployment.is_llama_server,
                 token_ids: deployment.is_llama_server,
+                ..options.questions.wishes(temperature, &deployment)
             },
         };
         let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;

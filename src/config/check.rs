@@ -27,21 +27,28 @@ pub struct CheckReport {
 
 impl fmt::Display for CheckReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for problem in &self.problems {
-            writeln!(f, "{problem}")?;
+        let mut lines: Vec<String> = self.problems.iter().map(ToString::to_string).collect();
+        lines.extend(self.warnings.iter().map(|warning| format!("warning: {warning}")));
+        if !self.nothing_was_read() {
+            let subject = self
+                .file
+                .as_ref()
+                .map_or("the environment".into(), |file| file.display().to_string());
+            lines.push(match self.problems.len() {
+                0 => format!("{subject}: ok"),
+                1 => format!("{subject}: 1 problem"),
+                n => format!("{subject}: {n} problems"),
+            });
         }
-        for warning in &self.warnings {
-            writeln!(f, "warning: {warning}")?;
-        }
-        let subject = self
-            .file
-            .as_ref()
-            .map_or("the environment".into(), |file| file.display().to_string());
-        match self.problems.len() {
-            0 => write!(f, "{subject}: ok"),
-            1 => write!(f, "{subject}: 1 problem"),
-            n => write!(f, "{subject}: {n} problems"),
-        }
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl CheckReport {
+    /// Whether there is no source of a configuration to sum up, which the only problem then says.
+    fn nothing_was_read(&self) -> bool {
+        let of_no_source = |problem: &Problem| problem.key.is_empty() && problem.variable.is_none();
+        self.file.is_none() && self.problems.iter().any(of_no_source)
     }
 }
 

@@ -79,6 +79,8 @@ pub struct Proxy {
     pub max_draft_tokens: MaxDraftTokens,
     /// Answer without the drafter while that is down (true), or refuse requests until it is back (false).
     pub fallback_on_draft_failure: bool,
+    /// Ask the drafter now and then what a target that cannot verify drafts has answered, and show how far both agree.
+    pub measure_agreement: bool,
     /// Token that clients send as `Authorization: Bearer …` (or `x-api-key`). Prefer `auth_token_file`.
     pub auth_token: Option<Secret>,
     /// File that holds the token; surrounding white space is dropped.
@@ -102,6 +104,7 @@ impl Default for Proxy {
             target: None,
             max_draft_tokens: MaxDraftTokens::Auto,
             fallback_on_draft_failure: true,
+            measure_agreement: false,
             auth_token: None,
             auth_token_file: None,
             allow_unauthenticated: false,

@@ -277,13 +277,22 @@ impl Attached {
             }
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
+        let (accepted, rejected) = predicted(
+            self.session
+                .offered(whole(answer.n_drafted.saturating_sub(old.n_drafted))),
+            whole(answer.n_accepted.saturating_sub(old.n_accepted)),
+        );
+        let before = *self.counts.borrow();
         let counts = Counts {
             steps: answer.n_steps,
             drafted: answer.n_drafted,
             accepted: answer.n_accepted,
             generated: end.saturating_sub(answer.n_prompt) as u64,
+            accepted_prediction_tokens: before.accepted_prediction_tokens + accepted,
+            rejected_prediction_tokens: before.rejected_prediction_tokens + rejected,
         };
-        self.shared.totals().add(self.counts.send_replace(counts), counts);
+        self.counts.send_replace(counts);
+        self.shared.totals().add(before, counts);
         self.answered = DraftAnswer {
             tokens: Vec::new(),
             ..answer
@@ -491,5 +500,35 @@ impl Attached {
             target.offer(&call).await
         }
         .boxed()
+    }
+}
+
+/// How many of `verified` the client had predicted: of the first `accepted`, and of the rest.
+fn predicted(verified: &[Class], accepted: usize) -> (u64, u64) {
+    let (accepted, rejected) = verified.split_at(accepted.min(verified.len()));
+    let count = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+    (count(accepted), count(rejected))
+}
+
+fn whole(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_tokens_of_the_prediction_are_counted_as_such() {
+        let classes = [
+            Class::of_prediction(3),
+            Class::of_probability(0, 0.9),
+            Class::of_prediction(40),
+            Class::of_match(40),
+            Class::of_prediction(5),
+        ];
+        assert_eq!(predicted(&classes, 3), (2, 1));
+        assert_eq!(predicted(&classes, 9), (3, 0));
+        assert_eq!(predicted(&[], 2), (0, 0));
     }
 }

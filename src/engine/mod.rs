@@ -200,11 +200,15 @@ impl Attachment {
         *self.progress.borrow()
     }
 
-    /// The counts of a completion whose answer has come in full: waits a moment for the target's last word.
-    pub async fn settle(mut self) -> Counts {
-        let ended = async { while self.progress.changed().await.is_ok() {} };
-        let _late = tokio::time::timeout(Duration::from_millis(250), ended).await;
-        self.counts()
+    /// The counts of a completion whose answer has come in full: waits a moment for the target's last word. The future
+    /// does not keep the drafting alive.
+    pub fn settled(&self) -> impl Future<Output = Counts> + Send + 'static {
+        let mut progress = self.progress.clone();
+        async move {
+            let ended = async { while progress.changed().await.is_ok() {} };
+            let _late = tokio::time::timeout(Duration::from_millis(250), ended).await;
+            *progress.borrow()
+        }
     }
 }
 
@@ -214,7 +218,7 @@ impl Drop for Attachment {
     }
 }
 
-/// Counted by the target.
+/// Counted by the target, but for the tokens of predictions, which it cannot tell from others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Passes of the target model in which it generated.
@@ -225,6 +229,10 @@ pub struct Counts {
     pub accepted: u64,
     /// Tokens that the target generated.
     pub generated: u64,
+    /// Of the accepted tokens, those that the client had predicted (`prediction` of the request).
+    pub accepted_prediction_tokens: u64,
+    /// Tokens of the client's prediction that the target verified and did not keep.
+    pub rejected_prediction_tokens: u64,
 }
 
 impl Counts {
@@ -234,6 +242,12 @@ impl Counts {
         self.drafted += new.drafted.saturating_sub(old.drafted);
         self.accepted += new.accepted.saturating_sub(old.accepted);
         self.generated += new.generated.saturating_sub(old.generated);
+        self.accepted_prediction_tokens += new
+            .accepted_prediction_tokens
+            .saturating_sub(old.accepted_prediction_tokens);
+        self.rejected_prediction_tokens += new
+            .rejected_prediction_tokens
+            .saturating_sub(old.rejected_prediction_tokens);
     }
 }
 

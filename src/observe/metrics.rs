@@ -146,6 +146,16 @@ impl Collector for Drafting {
                 "Tokens that the target generated",
                 status.counts.generated,
             ),
+            (
+                "tightwad_accepted_prediction_tokens",
+                "Tokens of the clients' predictions that the target kept",
+                status.counts.accepted_prediction_tokens,
+            ),
+            (
+                "tightwad_rejected_prediction_tokens",
+                "Tokens of the clients' predictions that the target verified and did not keep",
+                status.counts.rejected_prediction_tokens,
+            ),
         ] {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;

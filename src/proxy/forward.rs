@@ -15,6 +15,7 @@ use super::respond::Refusal;
 use super::router::{App, RequestId};
 use super::running::Running;
 use super::target::Outgoing;
+use crate::engine::Verification;
 
 /// Answers a request that is none of our own endpoints'.
 pub(super) async fn forward(
@@ -85,12 +86,25 @@ impl Exchange<'_> {
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
             }
+            let predicted = asked.prediction.is_some() && self.route.chat;
             if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
                 self.running.drafts_with(attachment);
+                if predicted {
+                    self.running.is_predicted();
+                    // Nothing can be put into a compressed answer.
+                    headers.remove(header::ACCEPT_ENCODING);
+                }
             }
+        }
+        if let Some(agreement) = &self.app.agreement
+            && self.route.completion
+            && self.app.engine.status().verification == Verification::None
+            && let Some(question) = agreement.question(self.route.label, &body)
+        {
+            self.running.is_compared(question);
         }
         if streamed {
             self.running.streams();
@@ -167,7 +181,11 @@ impl Exchange<'_> {
         } else if relay::is_open_event_stream(&headers) {
             self.events().of(answer)
         } else {
-            relay::unchanged(answer, self.running)
+            let (body, sized) = relay::whole(answer, self.running);
+            if !sized {
+                headers.remove(header::CONTENT_LENGTH);
+            }
+            body
         };
         let mut response = Response::new(body);
         *response.status_mut() = status;

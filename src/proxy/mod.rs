@@ -11,11 +11,14 @@
 //! | `forward` | sends it on and makes the answer |
 //! | `target` | the connection to the target |
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
+//! | `usage` | what a request with a prediction finds in its answer's usage |
+//! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
 //! | `running` | what is counted of a request while it lives |
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
 mod admission;
+mod agreement;
 mod events;
 mod forward;
 mod headers;
@@ -29,6 +32,7 @@ mod settings;
 mod status;
 mod target;
 mod token;
+mod usage;
 
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

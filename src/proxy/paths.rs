@@ -16,6 +16,9 @@ const COMPLETIONS: [&str; 10] = [
     "/messages",
 ];
 
+/// Of these, OpenAI's chat completions.
+const CHATS: [&str; 2] = ["/v1/chat/completions", "/chat/completions"];
+
 /// Other paths that the metrics know by name.
 const NAMED: [&str; 24] = [
     "/v1/models",
@@ -73,6 +76,8 @@ pub(super) struct Route {
     pub(super) label: &'static str,
     /// Whether the target generates there.
     pub(super) completion: bool,
+    /// Whether its requests and answers are those of OpenAI's chat completions.
+    pub(super) chat: bool,
     /// Whether clients are kept out.
     pub(super) hidden: bool,
 }
@@ -84,6 +89,7 @@ impl Route {
             return Self {
                 label,
                 completion: method == Method::POST,
+                chat: CHATS.contains(&label),
                 hidden: false,
             };
         }
@@ -91,6 +97,7 @@ impl Route {
         Self {
             label,
             completion: false,
+            chat: false,
             hidden: is_draft(path),
         }
     }

@@ -16,6 +16,7 @@ use super::paths::Dialect;
 use super::respond::{self, Refusal};
 use super::running::Running;
 use super::target::root_cause;
+use super::usage;
 
 /// Most of a target's error answer that is read when it has to travel in an event.
 const LONGEST_ERROR: usize = 64 * 1024;
@@ -45,18 +46,32 @@ fn content_type(headers: &HeaderMap) -> &str {
         .unwrap_or_default()
 }
 
-/// The body of an answer that nothing is put into. When the target breaks off, the client's connection does too.
-pub(super) fn unchanged(response: Response, mut running: Running) -> Body {
+/// The bytes of an answer, with its usage completed where the client is told what came of its prediction, and whether
+/// they have the length that the target announced.
+fn bytes_of(answer: Response, running: &Running) -> (BoxStream<'static, reqwest::Result<Bytes>>, bool) {
+    let streamed = is_event_stream(answer.headers());
+    let open = answer.status().is_success() && !answer.headers().contains_key(header::CONTENT_ENCODING);
+    match running.reported().filter(|_| open) {
+        None => (answer.bytes_stream().boxed(), true),
+        Some(counts) => (usage::completed(answer.bytes_stream(), streamed, counts), false),
+    }
+}
+
+/// The body of an answer that is no open event stream, and whether it has the length that the target announced. When the
+/// target breaks off, the client's connection does too.
+pub(super) fn whole(response: Response, mut running: Running) -> (Body, bool) {
     let mut left = response.content_length();
     if left == Some(0) {
         running.finishes();
-        return Body::empty();
+        return (Body::empty(), true);
     }
-    let bytes = response.bytes_stream().map(Some).chain(stream::once(async { None }));
-    Body::from_stream(bytes.filter_map(move |chunk| {
+    let (bytes, sized) = bytes_of(response, &running);
+    left = left.filter(|_| sized);
+    let bytes = bytes.map(Some).chain(stream::once(async { None }));
+    let body = Body::from_stream(bytes.filter_map(move |chunk| {
         match &chunk {
             Some(Ok(bytes)) => {
-                running.bytes_came();
+                running.bytes_came(bytes);
                 left = left.map(|left| left.saturating_sub(bytes.len() as u64));
                 // Who knows the length does not wait for the end.
                 if left == Some(0) {
@@ -70,7 +85,8 @@ pub(super) fn unchanged(response: Response, mut running: Running) -> Body {
             None => running.finishes(),
         }
         std::future::ready(chunk)
-    }))
+    }));
+    (body, sized)
 }
 
 /// An event stream, with comments in long silences and with an error event when the target breaks off.
@@ -129,7 +145,7 @@ impl Events {
 
     /// The stream of an answer that has begun.
     pub(super) fn of(mut self, answer: Response) -> Body {
-        self.source = Source::Flowing(answer.bytes_stream().boxed());
+        self.source = Source::Flowing(bytes_of(answer, &self.running).0);
         Body::from_stream(self.stream())
     }
 
@@ -159,7 +175,7 @@ impl Events {
             };
             match step {
                 Step::Bytes(bytes) => {
-                    self.running.bytes_came();
+                    self.running.bytes_came(&bytes);
                     self.boundary.pass(&bytes);
                     return Some(bytes);
                 }
@@ -199,7 +215,7 @@ impl Events {
             }
             .event(self.dialect));
         }
-        self.source = Source::Flowing(answer.bytes_stream().boxed());
+        self.source = Source::Flowing(bytes_of(answer, &self.running).0);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 
+use super::agreement::Agreement;
 use super::headers::X_REQUEST_ID;
 use super::paths::Dialect;
 use super::respond::Refusal;
@@ -30,6 +31,8 @@ pub(super) struct App {
     pub(super) engine: Arc<Engine>,
     pub(super) target: Target,
     pub(super) observed: Arc<Observed>,
+    /// `None`: not measured.
+    pub(super) agreement: Option<Arc<Agreement>>,
     pub(super) started: Instant,
 }
 
@@ -37,11 +40,16 @@ impl App {
     pub(super) fn new(settings: Settings, engine: Arc<Engine>) -> Result<Self, TargetError> {
         let target = Target::new(&settings.target, settings.target_api_key.as_ref())?;
         let observed = Arc::new(Observed::new(&engine));
+        let drafter = settings.measure_agreement_with.clone();
+        let agreement = drafter
+            .map(|drafter| Agreement::new(drafter).map(Arc::new))
+            .transpose()?;
         Ok(Self {
             settings,
             engine,
             target,
             observed,
+            agreement,
             started: Instant::now(),
         })
     }

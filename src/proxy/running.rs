@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use axum::http::StatusCode;
 use tokio::runtime::Handle;
 
+use super::agreement::Question;
 use super::paths::Route;
 use crate::engine::{Attachment, Counts};
 use crate::observe::metrics::Ended;
@@ -21,6 +22,10 @@ const LONGEST_PATH: usize = 128;
 pub(super) struct Running {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
+    /// The client predicted the answer, and is told what came of it.
+    predicted: bool,
+    /// What the drafter may be asked too.
+    question: Option<Question>,
     id: String,
     path: String,
     route: Route,
@@ -37,6 +42,8 @@ impl Running {
         Self {
             observed: Arc::clone(observed),
             attachment: None,
+            predicted: false,
+            question: None,
             id,
             path: path.chars().take(LONGEST_PATH).collect(),
             route,
@@ -58,14 +65,33 @@ impl Running {
         self.attachment = Some(attachment);
     }
 
+    /// The client predicted the answer of a chat.
+    pub(super) fn is_predicted(&mut self) {
+        self.predicted = true;
+    }
+
+    /// The drafter may be asked the same when the answer is complete.
+    pub(super) fn is_compared(&mut self, question: Question) {
+        self.question = Some(question);
+    }
+
+    /// What the drafting will have come to when the answer is over, if that is to stand in the answer.
+    pub(super) fn reported(&self) -> Option<impl Future<Output = Counts> + Send + 'static> {
+        let attachment = self.attachment.as_ref().filter(|_| self.predicted)?;
+        Some(attachment.settled())
+    }
+
     /// The client is told this.
     pub(super) fn answers(&mut self, status: StatusCode) {
         self.status = Some(status);
     }
 
     /// Bytes of the target's answer came.
-    pub(super) fn bytes_came(&mut self) {
+    pub(super) fn bytes_came(&mut self, bytes: &[u8]) {
         self.first_byte.get_or_insert_with(Instant::now);
+        if let Some(question) = &mut self.question {
+            question.answered(bytes);
+        }
     }
 
     /// The answer is complete.
@@ -92,6 +118,9 @@ impl Drop for Running {
         let duration = self.begun.elapsed();
         let metrics = &self.observed.metrics;
         metrics.in_flight.dec();
+        if let Some(question) = self.question.take().filter(|_| self.outcome == Outcome::Finished) {
+            question.compare(&self.observed);
+        }
         metrics
             .requests
             .get_or_create(&Ended {
@@ -127,7 +156,8 @@ impl Drop for Running {
         match (attachment, Handle::try_current()) {
             (Some(attachment), Ok(runtime)) => {
                 runtime.spawn(async move {
-                    let counts = attachment.settle().await;
+                    let counts = attachment.settled().await;
+                    drop(attachment);
                     report(&observed, Record { counts, ..record });
                 });
             }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::config::{self, Secret};
+use crate::config::{self, Secret, Upstream};
 
 /// How long running answers may go on after the proxy was told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -24,6 +24,8 @@ pub struct Settings {
     pub keepalive: Option<Duration>,
     /// Whether completions are answered while the drafter is down.
     pub fallback_on_draft_failure: bool,
+    /// The drafter whose agreement with a target that cannot verify drafts is measured. None: it is not.
+    pub measure_agreement_with: Option<Upstream>,
     /// How long running answers may go on after the proxy was told to stop.
     pub drain: Duration,
 }
@@ -61,6 +63,7 @@ impl TryFrom<&config::Proxy> for Settings {
             max_body_size: proxy.max_body_size,
             keepalive: (proxy.keepalive_seconds > 0).then(|| Duration::from_secs(proxy.keepalive_seconds)),
             fallback_on_draft_failure: proxy.fallback_on_draft_failure,
+            measure_agreement_with: proxy.draft.first().cloned().filter(|_| proxy.measure_agreement),
             drain: DRAIN,
         })
     }
@@ -84,6 +87,23 @@ fn base_url(text: &str) -> Result<reqwest::Url, SettingsError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn agreement_is_measured_only_when_asked_for_and_with_a_drafter() {
+        let (target, draft) = (Upstream::at("http://t:1"), Upstream::at("http://d:1"));
+        let with = |measure_agreement, draft: Option<&Upstream>| {
+            let proxy = config::Proxy {
+                target: Some(target.clone()),
+                draft: draft.cloned().into_iter().collect(),
+                measure_agreement,
+                ..config::Proxy::default()
+            };
+            Settings::try_from(&proxy).unwrap().measure_agreement_with
+        };
+        assert_eq!(with(config::Proxy::default().measure_agreement, Some(&draft)), None);
+        assert_eq!(with(true, None), None);
+        assert_eq!(with(true, Some(&draft)), Some(draft));
+    }
 
     #[test]
     fn a_target_url_without_a_scheme_is_explained() {

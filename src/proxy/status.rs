@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::agreement::Measured;
 use super::router::App;
 use crate::engine::{self, Counts};
 use crate::observe::metrics::CONTENT_TYPE;
@@ -65,6 +66,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         verification,
         reason,
         counts: Sums::from(counts),
+        agreement: app.agreement.as_ref().map(|agreement| agreement.measured()),
         in_flight: app.observed.metrics.in_flight.get(),
         requests: app.observed.recent.newest_first(),
     })
@@ -80,6 +82,9 @@ pub(super) struct Status {
     verification: engine::Verification,
     reason: Option<String>,
     counts: Sums,
+    /// Of the drafter with a target that cannot verify drafts; absent unless it is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agreement: Option<Measured>,
     in_flight: i64,
     /// Newest first.
     requests: Vec<Record>,
@@ -93,6 +98,8 @@ struct Sums {
     drafted: u64,
     accepted: u64,
     generated: u64,
+    accepted_prediction_tokens: u64,
+    rejected_prediction_tokens: u64,
     acceptance_rate: Option<f64>,
     tokens_per_step: Option<f64>,
 }
@@ -105,6 +112,8 @@ impl From<Counts> for Sums {
             drafted: counts.drafted,
             accepted: counts.accepted,
             generated: counts.generated,
+            accepted_prediction_tokens: counts.accepted_prediction_tokens,
+            rejected_prediction_tokens: counts.rejected_prediction_tokens,
             acceptance_rate: ratio(counts.accepted, counts.drafted),
             tokens_per_step: ratio(counts.generated, counts.steps),
         }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use super::Token;
+use super::{Class, Token};
 
 /// Tokens that must agree at least.
 const SHORTEST: usize = 3;
@@ -24,6 +24,20 @@ pub struct Proposal {
     pub tokens: Vec<Token>,
     /// How many of the last tokens stand before them in the place that they were found in; 32 at most.
     pub matched: usize,
+    /// They stand in the client's prediction.
+    pub predicted: bool,
+}
+
+impl Proposal {
+    /// What is known of each of these tokens.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        if self.predicted {
+            Class::of_prediction(self.matched)
+        } else {
+            Class::of_match(self.matched)
+        }
+    }
 }
 
 /// An index of one completion's text.
@@ -75,19 +89,20 @@ impl Lookup {
             &drafted[drafted.len().saturating_sub(LONGEST)..],
         ]
         .concat();
-        self.found(&tail, n)
-            .or_else(|| self.predicted_from_the_start(drafted, n))
+        self.predicted_from_the_start(drafted, n)
+            .or_else(|| self.found(&tail, n))
     }
 
-    /// What follows the longest match of the end of `tail`; of equally long ones the latest.
+    /// What follows the longest match of the end of `tail`; of equally long ones the client's prediction, else the latest.
     fn found(&self, tail: &[Token], n: usize) -> Option<Proposal> {
         let places = self.places.get(tail.last_chunk::<SHORTEST>()?)?;
-        let (matched, end) = places
+        let (matched, predicted, end) = places
             .iter()
             .filter(|end| self.text.get(**end).is_some_and(|next| *next != GAP))
             .map(|end| {
                 let before = self.text[..*end].iter().rev().zip(tail.iter().rev());
-                (before.take_while(|(a, b)| a == b).count(), *end)
+                let matched = before.take_while(|(a, b)| a == b).count();
+                (matched, *end < self.predicted, *end)
             })
             .max()?;
         let tokens = self.text[end..]
@@ -96,15 +111,20 @@ impl Lookup {
             .take(n)
             .take_while(|token| *token != GAP)
             .collect();
-        Some(Proposal { tokens, matched })
+        Some(Proposal {
+            tokens,
+            matched,
+            predicted,
+        })
     }
 
-    /// Before the answer has begun there is nothing to look for: it may be what the client predicts.
+    /// Before the answer has begun it may be what the client predicts.
     fn predicted_from_the_start(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
         let begun = self.answer? < self.text.len() || !drafted.is_empty();
         (self.predicted > 0 && !begun).then(|| Proposal {
             tokens: self.text[..self.predicted.min(n)].to_vec(),
             matched: SHORTEST,
+            predicted: true,
         })
     }
 
@@ -140,14 +160,16 @@ mod tests {
             lookup.propose(&[], 2),
             Some(Proposal {
                 tokens: vec![5, 6],
-                matched: 3
+                matched: 3,
+                predicted: false,
             })
         );
         assert_eq!(
             lookup.propose(&[5], 2),
             Some(Proposal {
                 tokens: vec![6, 9],
-                matched: 4
+                matched: 4,
+                predicted: false,
             })
         );
         assert_eq!(lookup.propose(&[7], 2), None);
@@ -160,7 +182,8 @@ mod tests {
             lookup.propose(&[], 1),
             Some(Proposal {
                 tokens: vec![4],
-                matched: 4
+                matched: 4,
+                predicted: false,
             })
         );
         let lookup = indexed(&[], &[1, 2, 3, 4, 7, 1, 2, 3, 5, 9, 1, 2, 3]);
@@ -168,7 +191,8 @@ mod tests {
             lookup.propose(&[], 1),
             Some(Proposal {
                 tokens: vec![5],
-                matched: 3
+                matched: 3,
+                predicted: false,
             })
         );
     }
@@ -182,9 +206,20 @@ mod tests {
             lookup.propose(&[], 9),
             Some(Proposal {
                 tokens: vec![6, 7],
-                matched: 3
+                matched: 3,
+                predicted: true,
             })
         );
+    }
+
+    #[test]
+    fn what_the_client_predicts_goes_before_the_same_text_elsewhere() {
+        // An edit: the text stands in the prompt and in the prediction.
+        let mut lookup = indexed(&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5, 50]);
+        let predicted = |lookup: &Lookup| lookup.propose(&[], 2).map(|it| (it.tokens, it.predicted));
+        assert_eq!(predicted(&lookup), Some((vec![1, 2], true)));
+        lookup.extend(&[1, 2, 3]);
+        assert_eq!(predicted(&lookup), Some((vec![4, 5], true)));
     }
 
     #[test]
@@ -213,7 +248,8 @@ mod tests {
                 text.windows(wanted.len()).any(|window| window == wanted)
             };
             let from_the_start = prediction.starts_with(&proposal.tokens) && drafted.is_empty();
-            prop_assert!(copied(&prediction) || copied(&committed) || from_the_start);
+            let found = if proposal.predicted { copied(&prediction) || from_the_start } else { copied(&committed) };
+            prop_assert!(found);
         }
     }
 }

@@ -37,6 +37,8 @@ enum Source {
     Drafter(usize),
     /// The text itself.
     Copy,
+    /// The client, who predicted the answer.
+    Prediction,
 }
 
 /// Bounds of a drafter's doubt, `1 - p`, and the chance that a token of that grade starts with.
@@ -87,6 +89,21 @@ impl Class {
             source: Source::Copy,
             grade: grade.unwrap_or_default(),
         }
+    }
+
+    /// A token that is copied from the client's prediction of the answer, as in [`Self::of_match`].
+    #[must_use]
+    pub fn of_prediction(matched: usize) -> Self {
+        Self {
+            source: Source::Prediction,
+            ..Self::of_match(matched)
+        }
+    }
+
+    /// Whether the client predicted this token.
+    #[must_use]
+    pub fn is_predicted(self) -> bool {
+        self.source == Source::Prediction
     }
 }
 
@@ -158,6 +175,7 @@ pub struct Choice {
 pub struct Pace {
     step: StepCost,
     copies: [Rate; MATCHED.len()],
+    predicted: [Rate; MATCHED.len()],
     drafters: Vec<Drafter>,
     /// Tokens and microseconds of the last steps, fading.
     tokens: f64,
@@ -266,6 +284,7 @@ impl Pace {
     fn acceptance(&self, class: Class) -> f64 {
         match class.source {
             Source::Copy => self.copies[class.grade].of(MATCHED[class.grade].1),
+            Source::Prediction => self.predicted[class.grade].of(MATCHED[class.grade].1),
             Source::Drafter(number) => {
                 let prior = DOUBT.get(class.grade).map_or(UNTOLD.1, |(_, chance)| *chance);
                 let known = self.drafters.get(number).map(|drafter| drafter.acceptance[class.grade]);
@@ -357,6 +376,7 @@ impl Policy for Pace {
     fn observe(&mut self, class: Class, accepted: bool) {
         match class.source {
             Source::Copy => self.copies[class.grade].record(accepted),
+            Source::Prediction => self.predicted[class.grade].record(accepted),
             Source::Drafter(number) => {
                 let drafter = self.drafter(number);
                 drafter.acceptance[class.grade].record(accepted);
@@ -422,7 +442,7 @@ impl Policy for Pace {
                     Some(drafter) => (drafter, drafter.usual.of(USUAL)),
                     None => return choice,
                 },
-                Source::Copy => (&copied, self.acceptance(*class)),
+                Source::Copy | Source::Prediction => (&copied, self.acceptance(*class)),
             },
             (None, None) => return choice,
         };

@@ -363,7 +363,7 @@ impl Session {
         }
         let (ahead, _) = self.copied.ahead(self.committed.len());
         if let Some(proposal) = self.lookup.propose(ahead, n_max - beyond) {
-            let class = Class::of_match(proposal.matched);
+            let class = proposal.class();
             self.copied.classes.extend(proposal.tokens.iter().map(|_| class));
             self.copied.tokens.extend(proposal.tokens);
         }

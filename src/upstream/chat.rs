@@ -194,14 +194,16 @@ impl ChatServer {
         response.text().await.map_err(|error| unreachable(&self.url, &error))
     }
 
-    /// Asks, calls `on_piece` with every piece as it comes, and returns the whole. Dropping the future cancels.
+    /// Asks, calls `on_piece` with every piece as it comes, and returns the whole. `prediction` is a text that much of the
+    /// answer may repeat (OpenAI's predicted outputs). Dropping the future cancels.
     pub async fn chat(
         &self,
         messages: &[Message],
+        prediction: Option<&str>,
         wishes: Wishes,
         mut on_piece: impl FnMut(&Piece) -> io::Result<()>,
     ) -> Result<Answer, ChatError> {
-        let body = self.body(messages, wishes);
+        let body = self.body(messages, prediction, wishes);
         let request = self
             .client
             .post(format!("{}/v1/chat/completions", self.url))
@@ -227,7 +229,7 @@ impl ChatServer {
         })
     }
 
-    fn body(&self, messages: &[Message], wishes: Wishes) -> Value {
+    fn body(&self, messages: &[Message], prediction: Option<&str>, wishes: Wishes) -> Value {
         let mut body = json!({
             "messages": messages,
             "stream": true,
@@ -235,6 +237,9 @@ impl ChatServer {
         });
         if let Some(model) = &self.model {
             body["model"] = json!(model);
+        }
+        if let Some(prediction) = prediction {
+            body["prediction"] = json!({ "type": "content", "content": prediction });
         }
         if let Some(max_tokens) = wishes.max_tokens {
             body["max_tokens"] = json!(max_tokens);
@@ -382,7 +387,13 @@ pub async fn refused(url: &str, response: Response) -> ChatError {
                 .or_else(|| body["error"].as_str())
                 .map(str::to_owned)
         })
-        .unwrap_or_else(|| text.chars().take(200).collect());
+        .unwrap_or_else(|| {
+            if text.trim_start().starts_with('<') {
+                "a web page; is this the right server?".to_owned()
+            } else {
+                text.chars().take(200).collect()
+            }
+        });
     ChatError::Refused {
         url: url.to_owned(),
         status,

@@ -2,7 +2,7 @@
 
 pub mod chat;
 mod llama_server;
-mod sse;
+pub(crate) mod sse;
 
 pub use chat::{ChatError, ChatServer};
 pub use llama_server::{

@@ -134,6 +134,13 @@ impl FakeDrafter {
         self.server.url()
     }
 
+    /// Drafts that were asked for and neither came to an end nor were given up, of a drafter that never ends one.
+    pub fn unended(&self) -> usize {
+        // In this order: what was given up was asked for before.
+        let left = self.server.left();
+        self.asked() - left
+    }
+
     /// Requests for drafts so far.
     pub fn asked(&self) -> usize {
         let seen = self.server.seen();

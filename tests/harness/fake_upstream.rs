@@ -163,6 +163,11 @@ impl FakeUpstream {
         until("the requests to come", || self.log.seen.lock().unwrap().len() >= count).await;
     }
 
+    /// How often the other side has gone away in the middle of an answer.
+    pub fn left(&self) -> usize {
+        self.log.left.lock().unwrap().len()
+    }
+
     /// Waits until the other side has gone away in the middle of an answer, and tells when.
     pub async fn was_left(&self) -> Instant {
         until("the other side to leave", || !self.log.left.lock().unwrap().is_empty()).await;

@@ -24,6 +24,8 @@ pub struct Record {
     pub drafted: u64,
     pub accepted: u64,
     pub generated: u64,
+    pub accepted_prediction_tokens: u64,
+    pub rejected_prediction_tokens: u64,
     pub outcome: String,
 }
 

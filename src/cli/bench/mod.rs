@@ -10,11 +10,9 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::progress::Line;
-use super::question_set::QuestionSet;
-use super::signals;
+use super::question_set::{QuestionSet, print, unless_stopped};
 use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
 use crate::config::Config;
-use crate::upstream::chat::Wishes;
 
 /// Shown below the options.
 pub const EXAMPLES: &str = "\
@@ -48,8 +46,8 @@ pub struct Options {
     #[arg(long, value_name = "MS", conflicts_with = "proxy")]
     delay: Option<u16>,
     /// Compare with llama-server's own drafting too: bench starts one with the models of the config's sections `target`
-    /// and `draft`, whose files must be on this machine; it needs memory for both once more. Draft lengths of 2, 4 and 8
-    /// are tried first, and the fastest is kept.
+    /// and `draft`, whose files must be on this machine; it needs memory for both once more. Draft lengths
+    /// of 1, 2, 3, 4, 6, 8, 12 and 16 are tried first, as far as five minutes allow, and the fastest is kept.
     #[arg(long)]
     own_draft: bool,
     /// Print everything as JSON instead of the table.
@@ -80,6 +78,8 @@ struct Settings {
     max_tokens: u32,
     temperature: f64,
     seed: u32,
+    /// Whether what the prompts predict of their answers was sent.
+    prediction: bool,
     clients: u16,
     context: Option<u32>,
     delay_ms: Option<u16>,
@@ -94,17 +94,8 @@ struct Length {
 
 /// Measures and prints.
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
-    let report = tokio::select! {
-        report = run(options, config) => report?,
-        () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted before all was measured")),
-    };
-    if options.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::other("write JSON", error))?;
-        println!("{json}");
-    } else {
-        print!("{}", table::table(&report));
-    }
+    let report = unless_stopped(run(options, config)).await?;
+    print(&report, options.json, table::table)?;
     if options.temperature == 0.0 && !report.comparison.equal {
         return Err(Failure::new(
             Exit::Other,
@@ -123,7 +114,7 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     let deployment = Deployment::find(&options.servers, config, delay).await?;
     if let Some(reason) = &deployment.undrafted {
         line.clear();
-        eprintln!("note: answers will not be drafted: {reason}");
+        eprintln!("note: {reason}");
     }
     if let Some(tokens) = options.context {
         pad(&mut prompts, tokens as usize, &deployment.target).await;
@@ -131,14 +122,7 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     let plan = Plan {
         rounds: options.rounds.into(),
         clients: options.clients.into(),
-        wishes: Wishes {
-            max_tokens: Some(options.questions.max_tokens),
-            temperature: Some(options.temperature),
-            seed: Some(options.questions.seed.into()),
-            // Else whoever asks second finds the prompt read already.
-            forget_prompt: deployment.is_llama_server,
-            token_ids: false,
-        },
+        wishes: options.questions.wishes(options.temperature, &deployment),
     };
     let mut contenders = vec![deployment.plain.clone(), deployment.attached.clone()];
     let own_draft = match &pair {
@@ -160,6 +144,7 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
             max_tokens: options.questions.max_tokens,
             temperature: options.temperature,
             seed: options.questions.seed,
+            prediction: options.questions.prediction,
             clients: options.clients,
             context: options.context,
             delay_ms: options.delay,

@@ -12,6 +12,9 @@ pub fn table(report: &Report) -> String {
         "prompts {}, rounds {}, max tokens {}, temperature {}, seed {}, clients {}",
         settings.prompts, settings.rounds, settings.max_tokens, settings.temperature, settings.seed, settings.clients
     );
+    if settings.prediction {
+        text.push_str(", with predictions");
+    }
     if let Some(tokens) = settings.context {
         push(&mut text, format_args!(", context {tokens}"));
     }
