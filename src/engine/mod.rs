@@ -18,7 +18,7 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream};
-use crate::speculation::Pace;
+use crate::speculation::{Pace, Policy};
 use crate::upstream::LlamaServer;
 use slots::Slots;
 use watch::{Server, Sight, Watcher};

@@ -184,11 +184,11 @@ impl Watcher {
             sight.drafts.push(seen);
         }
         if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.can_draft) {
-            let problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
+            let mut problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
             sight.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
             } else {
-                problems.filter_map(|draft| draft.status.problem.clone()).next()
+                problems.find_map(|draft| draft.status.problem.clone())
             };
         }
         (sight, missing)

@@ -6,6 +6,8 @@
 mod lookup;
 mod pace;
 mod session;
+#[cfg(test)]
+mod simulator;
 
 pub use lookup::{Lookup, Proposal};
 pub use pace::{Choice, Circumstances, Class, Growing, Load, Pace, Step};
