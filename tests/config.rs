@@ -266,7 +266,7 @@ tightwad.yaml:2: proxy.prot: unknown key; did you mean port?
 tightwad.yaml:3: proxy.port: expected a whole number from 0 to 65535, found a list
 tightwad.yaml:4: proxy.draft.modle_name: unknown key; did you mean model_name?
 tightwad.yaml:5: proxy.target.url: missing; it has no default
-tightwad.yaml:6: proxy.target.backend: `olama` is none of llamacpp, ollama, openai; did you mean ollama?
+tightwad.yaml:6: proxy.target.backend: `olama` is none of llamacpp, ollama, openai, vllm, sglang; did you mean ollama?
 tightwad.yaml:8: workers.0.gpus.0.vram_gb: expected a number, found `much`
 tightwad.yaml:9: nonsense: unknown key; the keys here are proxy, target, draft, coordinator, workers, models, binaries";
     assert_eq!(error_of(text), expected);

@@ -1,0 +1,275 @@
+//! What the engine lends to answers in rounds ([`crate::rounds`]): the target, the drafter, what is known of both.
+
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::sync::watch as channel;
+use tokio::time::{Instant, timeout_at};
+
+use super::slots::Lease;
+use super::watch::Server;
+use super::{Counts, Engine, Shared, Verification};
+use crate::config::{Backend, Secret};
+use crate::rounds::{FanOut, Moment, Scored, Target, prove};
+use crate::speculation::{Class, Pace, Token};
+use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
+
+/// Pause after a trial that failed.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// A drafter gets as long as so many steps of the target would take …
+const STEPS: f64 = 2.0;
+/// … within these bounds, and the second while no step was measured.
+const DRAFTING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// How long a drafter that failed is left alone by the same answer.
+const BACK_OFF: Duration = Duration::from_secs(2);
+/// A draft of which the next token would be accepted with less chance is not continued.
+const HOPELESS: f64 = 0.2;
+
+/// What came of trying the target.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) enum Trial {
+    /// It was not tried yet.
+    #[default]
+    Pending,
+    /// It verifies drafts exactly; the drafter's tokens mean the same to it, or not.
+    Passed {
+        /// Whether they do.
+        same_vocabulary: bool,
+    },
+    /// It does not, or did not answer; one sentence.
+    Failed(String),
+}
+
+/// A target that is asked in rounds, and what came of trying it.
+#[derive(Debug)]
+pub(super) struct RoundsTarget {
+    target: Arc<dyn Target>,
+    trial: channel::Sender<Trial>,
+}
+
+impl RoundsTarget {
+    /// Of a server that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
+    pub(super) fn of(server: &Server, key: Option<Secret>) -> Result<Option<Self>, reqwest::Error> {
+        let (url, model) = (&server.config.url, server.config.model_name.clone());
+        let target: Arc<dyn Target> = match server.config.backend {
+            Backend::Llamacpp => Arc::new(FanOut::new(server.client.clone())),
+            Backend::Vllm => Arc::new(Scored::new(Vllm::new(url, key, model)?)),
+            Backend::Sglang => Arc::new(Scored::new(Sglang::new(url, key, model)?)),
+            Backend::Ollama | Backend::Openai => return Ok(None),
+        };
+        Ok(Some(Self {
+            target,
+            trial: channel::Sender::default(),
+        }))
+    }
+
+    /// Why it is not asked, if so.
+    pub(super) fn reason(&self) -> Option<String> {
+        match &*self.trial.borrow() {
+            Trial::Pending => Some("it is being tried whether the target verifies drafts exactly".into()),
+            Trial::Passed { .. } => None,
+            Trial::Failed(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// Why the drafter is not used, if so.
+    pub(super) fn drafter_reason(&self) -> Option<String> {
+        (*self.trial.borrow()
+            == Trial::Passed {
+                same_vocabulary: false,
+            })
+        .then(|| {
+            "the drafter splits text into other tokens than the target, so only text that comes again is drafted; take a \
+             drafter of the target's model family"
+                .into()
+        })
+    }
+
+    /// Tries the target whenever it comes up.
+    pub(super) async fn watch(target: Arc<Self>, shared: Arc<Shared>, draft: Option<LlamaServer>) {
+        let mut sight = shared.sight.subscribe();
+        loop {
+            if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
+                return;
+            }
+            let trial = target.try_out(&shared, draft.as_ref()).await;
+            let failed = matches!(trial, Trial::Failed(_));
+            if let Trial::Failed(reason) = &trial {
+                tracing::warn!("drafting: {reason}");
+            }
+            target.trial.send_replace(trial);
+            if failed {
+                tokio::time::sleep(TRY_AGAIN).await;
+                continue;
+            }
+            // A drafter that comes up later is compared then.
+            let could_draft = sight.borrow().can_draft;
+            let changed = |sight: &super::Sight| !sight.verification.is_in_rounds() || sight.can_draft != could_draft;
+            if sight.wait_for(changed).await.is_err() {
+                return;
+            }
+            if !sight.borrow().verification.is_in_rounds() {
+                target.trial.send_replace(Trial::Pending);
+            }
+        }
+    }
+
+    async fn try_out(&self, shared: &Shared, draft: Option<&LlamaServer>) -> Trial {
+        match prove(&*self.target).await {
+            Ok((costs, tokens)) => {
+                shared.pace().calibrate(costs);
+                Trial::Passed {
+                    same_vocabulary: self.splits_alike(&tokens, draft).await,
+                }
+            }
+            Err(flaw) => Trial::Failed(flaw.to_string()),
+        }
+    }
+
+    /// Whether the drafter splits a text into the same tokens; a drafter that does not answer is asked again when it does.
+    async fn splits_alike(&self, tokens: &[Token], draft: Option<&LlamaServer>) -> bool {
+        let Some(draft) = draft else { return true };
+        match draft.tokenize(crate::rounds::PROOF_TEXT).await {
+            Ok(theirs) => theirs == tokens,
+            Err(_) => true,
+        }
+    }
+}
+
+impl Engine {
+    /// What an answer in rounds works with; `None` when the target is not asked in rounds.
+    #[must_use]
+    pub fn rounds(&self) -> Option<Drafting> {
+        let rounds = self.rounds.as_ref()?;
+        let same_vocabulary = match *rounds.trial.borrow() {
+            Trial::Passed { same_vocabulary } => same_vocabulary,
+            _ => return None,
+        };
+        if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
+            return None;
+        }
+        Some(Drafting {
+            shared: Arc::clone(&self.shared),
+            target: Arc::clone(&rounds.target),
+            draft: self.draft.clone().filter(|_| same_vocabulary),
+            lease: None,
+            tired_until: None,
+            counts: channel::Sender::default(),
+            url: self.shared.sight.borrow().target.url.clone(),
+        })
+    }
+}
+
+/// The drafting of one answer in rounds.
+#[derive(Debug)]
+pub struct Drafting {
+    shared: Arc<Shared>,
+    target: Arc<dyn Target>,
+    draft: Option<LlamaServer>,
+    lease: Option<Lease>,
+    /// When a drafter that failed is tried again.
+    tired_until: Option<Instant>,
+    counts: channel::Sender<Counts>,
+    url: String,
+}
+
+impl Drafting {
+    pub(crate) fn target(&self) -> &Arc<dyn Target> {
+        &self.target
+    }
+
+    pub(crate) fn target_url(&self) -> &str {
+        &self.url
+    }
+
+    pub(crate) fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.shared.pace()
+    }
+
+    pub(crate) fn counts(&self) -> channel::Receiver<Counts> {
+        self.counts.subscribe()
+    }
+
+    /// Changes the counts of this answer, and the sum of all.
+    pub(crate) fn count(&self, change: impl FnOnce(Counts) -> Counts) {
+        let old = *self.counts.borrow();
+        let new = change(old);
+        self.shared.totals().add(old, new);
+        self.counts.send_replace(new);
+    }
+
+    pub(crate) fn moment(&self) -> Moment {
+        let sight = self.shared.sight.borrow();
+        let rested = self.tired_until.is_none_or(|until| until <= Instant::now());
+        Moment {
+            n_max: self.shared.cap.min(sight.n_max),
+            can_draft: self.draft.is_some() && sight.can_draft && rested,
+        }
+    }
+
+    /// At most `n` draft tokens after `context`; what does not come in time is left out.
+    pub(crate) async fn draft(&mut self, context: &[Token], n: usize) -> Vec<(Token, Class)> {
+        let Some(draft) = self.draft.clone() else {
+            return Vec::new();
+        };
+        if self.lease.is_none() {
+            self.lease = self.shared.slots.lease(context);
+        }
+        let Some(slot) = self.lease.as_ref().map(Lease::index) else {
+            return Vec::new();
+        };
+        let begun = Instant::now();
+        let step = self.shared.pace().step_us(0);
+        let most = step.map_or(DRAFTING.1, |us| {
+            Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
+        });
+        let vocabulary = self.shared.sight.borrow().vocabulary;
+        let mut pieces = draft.draft(context.to_vec(), n, slot);
+        let mut drafted: Vec<(Token, Class)> = Vec::new();
+        let mut last = begun;
+        loop {
+            let piece = match timeout_at(begun + most, pieces.next()).await {
+                Ok(Some(Ok(DraftPiece::Tokens(tokens)))) => tokens,
+                Ok(Some(Ok(DraftPiece::End(_))) | None) => break,
+                Ok(Some(Err(error))) => {
+                    tracing::debug!("the drafter failed: {error}");
+                    self.tired_until = Some(Instant::now() + BACK_OFF);
+                    break;
+                }
+                Err(_) => {
+                    if drafted.is_empty() {
+                        self.shared.pace().record_silence(begun.elapsed());
+                        self.tired_until = Some(Instant::now() + BACK_OFF);
+                    }
+                    break;
+                }
+            };
+            let (now, n_piece) = (Instant::now(), piece.len());
+            if drafted.is_empty() {
+                self.shared.pace().record_first_token(now - begun);
+            } else {
+                self.shared.pace().record_tokens(n_piece, now - last);
+            }
+            last = now;
+            let known = piece
+                .into_iter()
+                .take_while(|(token, _)| usize::try_from(*token).is_ok_and(|id| id < vocabulary));
+            drafted.extend(known.map(|(token, p)| (token, p.map_or(Class::UNKNOWN, Class::of_probability))));
+            let classes: Vec<Class> = drafted.iter().map(|(_, class)| *class).collect();
+            if drafted.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {
+                break;
+            }
+        }
+        drafted.truncate(n);
+        drafted
+    }
+}
+
+impl Verification {
+    /// Whether the proxy drives it.
+    #[must_use]
+    pub fn is_in_rounds(self) -> bool {
+        matches!(self, Self::FanOut | Self::Scored)
+    }
+}
