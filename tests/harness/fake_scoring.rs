@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use serde_json::{Value, json};
 
 use super::fake_drafter::draft;
-use super::fake_upstream::{Act, FakeUpstream, Seen, json as whole};
+use super::fake_upstream::{Act, FakeUpstream, Seen, json as whole, wait};
 
 /// What the model answers to every chat.
 pub const STORY: &str =
@@ -19,6 +19,8 @@ const USER: i64 = 257;
 const ASSISTANT: i64 = 258;
 /// Tokens of a block of vLLM's cache.
 const BLOCK: usize = 16;
+/// Milliseconds of a step, however many draft tokens it scores.
+const STEP: u64 = 4;
 /// Tokens that a prompt and its answer may have.
 const MAX_MODEL_LEN: usize = 2000;
 
@@ -128,10 +130,13 @@ pub async fn vllm(quirks: Quirks) -> FakeUpstream {
                 let computed = [&tokens[..], &generated[..generated.len() - 1]].concat();
                 cache.extend((1..=computed.len() / BLOCK).map(|n| (salt.clone(), computed[..n * BLOCK].to_vec())));
                 let choice = json!({ "index": 0, "logprobs": null, "finish_reason": finish, "token_ids": generated });
-                answer(&json!({
-                    "request_id": "generate-tokens-1", "choices": [choice], "prompt_logprobs": rows,
-                    "kv_transfer_params": null,
-                }))
+                after(
+                    generated.len(),
+                    &json!({
+                        "request_id": "generate-tokens-1", "choices": [choice], "prompt_logprobs": rows,
+                        "kv_transfer_params": null,
+                    }),
+                )
             }
             "/v1/completions" => {
                 if is_over(&asked, quirks) {
@@ -193,7 +198,7 @@ pub async fn sglang(quirks: Quirks) -> FakeUpstream {
                         })
                         .collect();
                 }
-                answer(&json!({ "text": decode(&generated, false), "output_ids": generated, "meta_info": meta }))
+                after(generated.len(), &json!({ "text": decode(&generated, false), "output_ids": generated, "meta_info": meta }))
             }
             "/v1/completions" => completion(&body, None, quirks),
             "/v1/chat/completions" => chat_completion(),
@@ -292,7 +297,8 @@ fn completion(body: &Value, rows: Option<Vec<Value>>, quirks: Quirks) -> Vec<Act
         choice["token_ids"] = json!(generated);
     }
     let usage = json!({ "prompt_tokens": prompt.len(), "completion_tokens": generated.len() });
-    answer(
+    after(
+        generated.len(),
         &json!({ "id": "cmpl-1", "object": "text_completion", "model": "fake", "choices": [choice], "usage": usage }),
     )
 }
@@ -305,6 +311,13 @@ fn chat_completion() -> Vec<Act> {
 
 fn answer(body: &Value) -> Vec<Act> {
     whole("200 OK", &body.to_string())
+}
+
+/// The answer after so many steps.
+fn after(steps: usize, body: &Value) -> Vec<Act> {
+    let mut acts = vec![wait(STEP * steps as u64)];
+    acts.extend(answer(body));
+    acts
 }
 
 fn not_found() -> Vec<Act> {
