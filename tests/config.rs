@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use serde_json::Value as Json;
 use tightwad::config::{
     Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, Environment, Gpu, GpuBackend, Loaded,
-    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, Worker, check_config_in, load_in,
+    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
 };
 
 const MINIMAL: &str = "proxy: { target: { url: 'http://127.0.0.1:8080' } }\n";
@@ -743,6 +743,7 @@ fn everything() -> Config {
             draft: Some(upstream.clone()),
             target: Some(upstream),
             max_draft_tokens: MaxDraftTokens::Auto,
+            verification: VerificationMode::Auto,
             fallback_on_draft_failure: true,
             measure_agreement: false,
             auth_token: Some(Secret::new("k")),

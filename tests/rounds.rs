@@ -304,6 +304,9 @@ async fn vllm_is_asked_for_the_likeliest_tokens_and_says_the_same_in_fewer_steps
     tells_the_story(&proxy, true).await;
     // The same again: what the first answers have cached must not be read for rows.
     tells_the_story(&proxy, true).await;
+    let named = with(chat("Hello", 300), json!({ "model": "fake" }));
+    let (answer, _) = proxy.post(CHAT, &named).await;
+    assert_eq!((gist(&answer).0.as_str(), &answer["model"]), (STORY, &json!("fake")));
     let seen = server.seen();
     assert!(
         seen.iter().all(|seen| seen.target != CHAT),
@@ -312,7 +315,16 @@ async fn vllm_is_asked_for_the_likeliest_tokens_and_says_the_same_in_fewer_steps
 }
 
 #[tokio::test]
-async fn rows_that_are_missing_or_an_old_vllm_cost_speed_and_nothing_else() {
+async fn an_adapter_of_the_model_answers_for_itself() {
+    let server = fake_scoring::vllm(Quirks::default()).await;
+    let proxy = scoring(&server, Backend::Vllm, None).await;
+    let adapted = with(chat("Hello", 300), json!({ "model": "adapted" }));
+    let (answer, record) = proxy.post(CHAT, &adapted).await;
+    assert_eq!((gist(&answer).0.as_str(), record.steps), ("by the server itself", 0));
+}
+
+#[tokio::test]
+async fn an_old_vllm_is_asked_through_its_completions() {
     let draft = fake_scoring::drafter().await;
     let old = Quirks {
         old: true,
@@ -323,6 +335,18 @@ async fn rows_that_are_missing_or_an_old_vllm_cost_speed_and_nothing_else() {
     tells_the_story(&proxy, true).await;
     let alone = scoring(&server, Backend::Vllm, None).await;
     tells_the_story(&alone, false).await;
+}
+
+#[tokio::test]
+async fn rows_that_go_missing_cost_speed_and_nothing_else() {
+    let draft = fake_scoring::drafter().await;
+    let later = Quirks {
+        rowless_later: true,
+        ..Quirks::default()
+    };
+    let server = fake_scoring::vllm(later).await;
+    let proxy = scoring(&server, Backend::Vllm, Some(&draft)).await;
+    tells_the_story(&proxy, false).await;
 }
 
 #[tokio::test]

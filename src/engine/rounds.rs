@@ -142,9 +142,8 @@ impl Engine {
     #[must_use]
     pub fn rounds(&self) -> Option<Drafting> {
         let rounds = self.rounds.as_ref()?;
-        let same_vocabulary = match *rounds.trial.borrow() {
-            Trial::Passed { same_vocabulary } => same_vocabulary,
-            _ => return None,
+        let Trial::Passed { same_vocabulary } = *rounds.trial.borrow() else {
+            return None;
         };
         if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
             return None;

@@ -250,12 +250,9 @@ impl Run {
                     }
                 }
                 Action::Finish(finish) => {
-                    let mut rest = String::new();
-                    if !self.unsaid.is_empty() {
-                        let text = self.text(self.unsaid.len()).await?;
-                        rest = text.trim_end_matches('\u{fffd}').to_owned();
-                        self.unsaid.clear();
-                    }
+                    let text = self.text(self.unsaid.len()).await?;
+                    let rest = text.trim_end_matches('\u{fffd}').to_owned();
+                    self.unsaid.clear();
                     let said = self.stops.push(&rest);
                     let rest = if said.stopped {
                         said.text
@@ -332,6 +329,9 @@ impl Run {
 
     /// The text of the first `n` unsaid tokens.
     async fn text(&self, n: usize) -> Result<String, UpstreamError> {
+        if n == 0 {
+            return Ok(String::new());
+        }
         let context = self.rounds.context();
         let begin = context.len() - self.unsaid.len();
         let before = &context[begin.saturating_sub(BEFORE)..begin];

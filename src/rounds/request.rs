@@ -107,6 +107,9 @@ impl Request {
             }
         }
         let asks = request.content != Content::Tokens(Vec::new());
+        if request.include_usage && !request.streamed {
+            return None;
+        }
         (is_greedy && asks).then_some(request)
     }
 }
@@ -222,6 +225,7 @@ mod tests {
             r#","max_tokens":0"#,
             r#","max_tokens":-1"#,
             r#","top_p":5"#,
+            r#","stream_options":{"include_usage":true}"#,
             r#","max_tokens":5,"max_completion_tokens":6"#,
             r#","something":1"#,
             r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,

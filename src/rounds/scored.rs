@@ -26,12 +26,10 @@ const TAIL: usize = 8;
 
 /// A server that scores prompts.
 pub trait Server: Debug + Send + Sync {
+    /// The names of its model.
+    fn models(&self) -> impl Future<Output = Result<Vec<String>, UpstreamError>> + Send;
     /// The tokens of `{"messages": …}` or `{"prompt": …}`.
-    fn tokenize(
-        &self,
-        prompt: Value,
-        model: Option<&str>,
-    ) -> impl Future<Output = Result<Tokenized, UpstreamError>> + Send;
+    fn tokenize(&self, prompt: Value) -> impl Future<Output = Result<Tokenized, UpstreamError>> + Send;
     /// The text of tokens.
     fn detokenize(&self, tokens: &[Token]) -> impl Future<Output = Result<String, UpstreamError>> + Send;
     /// See [`Vllm::score`].
@@ -47,8 +45,12 @@ pub trait Server: Debug + Send + Sync {
 }
 
 impl Server for Vllm {
-    async fn tokenize(&self, prompt: Value, model: Option<&str>) -> Result<Tokenized, UpstreamError> {
-        self.tokenize(prompt, model).await
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.models().await
+    }
+
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+        self.tokenize(prompt).await
     }
 
     async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
@@ -65,8 +67,12 @@ impl Server for Vllm {
 }
 
 impl Server for Sglang {
-    async fn tokenize(&self, prompt: Value, model: Option<&str>) -> Result<Tokenized, UpstreamError> {
-        self.tokenize(prompt, model).await
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.models().await
+    }
+
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+        self.tokenize(prompt).await
     }
 
     async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
@@ -131,20 +137,27 @@ impl<S: Server> Scored<S> {
     }
 
     async fn prompt_of(&self, request: &Request) -> Result<Option<Prompt>, UpstreamError> {
-        let model = request.model.as_deref();
+        let models = self.server.models().await?;
+        // An adapter's answers are another model's.
+        let Some(model) = models
+            .into_iter()
+            .find(|name| request.model.as_ref().is_none_or(|asked| asked == name))
+        else {
+            return Ok(None);
+        };
         let prompt = match &request.content {
             Content::Messages(messages) => {
-                let prompt = self.server.tokenize(json!({ "messages": messages }), model).await?;
+                let prompt = self.server.tokenize(json!({ "messages": messages })).await?;
                 let tail = prompt.tokens.len().saturating_sub(TAIL);
                 if opens_reasoning(&self.server.detokenize(&prompt.tokens[tail..]).await?) {
                     return Ok(None);
                 }
                 prompt
             }
-            Content::Text(text) => self.server.tokenize(json!({ "prompt": text }), model).await?,
+            Content::Text(text) => self.server.tokenize(json!({ "prompt": text })).await?,
             Content::Tokens(tokens) => Tokenized {
                 tokens: tokens.clone(),
-                n_ctx: self.server.tokenize(json!({ "prompt": "a" }), model).await?.n_ctx,
+                n_ctx: self.server.tokenize(json!({ "prompt": "a" })).await?.n_ctx,
             },
         };
         let room = prompt.n_ctx.map(|n_ctx| n_ctx.saturating_sub(prompt.tokens.len()));
@@ -161,7 +174,7 @@ impl<S: Server> Scored<S> {
             .filter(|limit| *limit > 0 && !prompt.tokens.is_empty())
             .map(|limit| Prompt {
                 limit,
-                model: request.model.clone().unwrap_or_default(),
+                model,
                 tokens: prompt.tokens,
             }))
     }
@@ -229,7 +242,7 @@ impl<S: Server> Target for Scored<S> {
     fn tokens<'a>(&'a self, text: &'a str) -> BoxFuture<'a, Result<Vec<Token>, UpstreamError>> {
         async move {
             let prompt = json!({ "prompt": text, "add_special_tokens": false });
-            Ok(self.server.tokenize(prompt, None).await?.tokens)
+            Ok(self.server.tokenize(prompt).await?.tokens)
         }
         .boxed()
     }

@@ -77,6 +77,23 @@ impl Connection {
         self.read(path, response).await
     }
 
+    /// The models that a server of vLLM's kind lists, without those that adapt another one (`parent`: LoRA).
+    pub(super) async fn own_models(&self) -> Result<Vec<String>, UpstreamError> {
+        #[derive(serde::Deserialize)]
+        struct Models {
+            data: Vec<Model>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Model {
+            id: String,
+            #[serde(default)]
+            parent: Option<String>,
+        }
+        let models: Models = self.get("/v1/models").await?;
+        let own = models.data.into_iter().filter(|model| model.parent.is_none());
+        Ok(own.map(|model| model.id).collect())
+    }
+
     /// A POST; without a timeout it may take as long as it likes.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,

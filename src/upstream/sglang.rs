@@ -65,8 +65,13 @@ impl Sglang {
         })
     }
 
-    fn with_model(&self, mut body: Value, model: Option<&str>) -> Value {
-        if let Some(model) = model.or(self.model.as_deref()) {
+    /// The names of the model, without those of adapters.
+    pub async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.connection.own_models().await
+    }
+
+    fn with_model(&self, mut body: Value) -> Value {
+        if let Some(model) = &self.model {
             body["model"] = json!(model);
         }
         body
@@ -74,12 +79,12 @@ impl Sglang {
 
     /// The tokens of a chat (`{"messages": …}`, if this version can) or of a text (`{"prompt": …}`) as a prompt. How many
     /// there may be is not told: `max_model_len` is here what the tokeniser thinks.
-    pub async fn tokenize(&self, prompt: Value, model: Option<&str>) -> Result<Tokenized, UpstreamError> {
+    pub async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
         #[derive(Deserialize)]
         struct Answer {
             tokens: Vec<Token>,
         }
-        let body = self.with_model(prompt, model);
+        let body = self.with_model(prompt);
         let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(Tokenized {
             tokens: answer.tokens,
@@ -93,7 +98,7 @@ impl Sglang {
         struct Answer {
             text: String,
         }
-        let body = self.with_model(json!({ "tokens": tokens, "skip_special_tokens": true }), None);
+        let body = self.with_model(json!({ "tokens": tokens, "skip_special_tokens": true }));
         let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.text)
     }
@@ -141,9 +146,8 @@ impl Sglang {
 
     /// What the server itself answers to a prompt at temperature 0, with all its defaults.
     pub async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
-        let body = json!({ "prompt": prompt, "temperature": 0, "max_tokens": n });
-        let model = self.model.as_deref().unwrap_or("default");
-        vllm::complete(&self.connection, &self.with_model(body, Some(model))).await
+        let body = json!({ "model": "default", "prompt": prompt, "temperature": 0, "max_tokens": n });
+        vllm::complete(&self.connection, &self.with_model(body)).await
     }
 }
 

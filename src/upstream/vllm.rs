@@ -73,21 +73,26 @@ impl Vllm {
         })
     }
 
-    fn with_model(&self, mut body: Value, model: Option<&str>) -> Value {
-        if let Some(model) = model.or(self.model.as_deref()) {
+    /// The names of the model, without those of adapters.
+    pub async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.connection.own_models().await
+    }
+
+    fn with_model(&self, mut body: Value) -> Value {
+        if let Some(model) = &self.model {
             body["model"] = json!(model);
         }
         body
     }
 
     /// The tokens of a chat (`{"messages": …}`) or of a text (`{"prompt": …}`) as a prompt.
-    pub async fn tokenize(&self, prompt: Value, model: Option<&str>) -> Result<Tokenized, UpstreamError> {
+    pub async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
         #[derive(Deserialize)]
         struct Answer {
             tokens: Vec<Token>,
             max_model_len: usize,
         }
-        let body = self.with_model(prompt, model);
+        let body = self.with_model(prompt);
         let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(Tokenized {
             tokens: answer.tokens,
@@ -101,7 +106,7 @@ impl Vllm {
         struct Answer {
             prompt: String,
         }
-        let body = self.with_model(json!({ "tokens": tokens }), None);
+        let body = self.with_model(json!({ "tokens": tokens }));
         let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.prompt)
     }
@@ -120,9 +125,11 @@ impl Vllm {
             match self.score_cached(answer, &tokens, draft, n).await {
                 Err(UpstreamError::Refused { status: 404 | 405, .. }) => self.is_old.store(true, Ordering::Relaxed),
                 // Garbage in a cached row may be a number that JSON does not have; a connection may have been closed.
-                Err(UpstreamError::Refused { status: 500.., .. } | UpstreamError::Malformed { .. })
-                | Err(UpstreamError::Unreachable { .. })
-                    if !draft.is_empty() => {}
+                Err(
+                    UpstreamError::Refused { status: 500.., .. }
+                    | UpstreamError::Malformed { .. }
+                    | UpstreamError::Unreachable { .. },
+                ) if !draft.is_empty() => {}
                 outcome => return outcome,
             }
         }
@@ -142,10 +149,7 @@ impl Vllm {
             sampling["skip_reading_prefix_cache"] = json!(false);
         }
         let body = json!({ "token_ids": tokens, "sampling_params": sampling, "cache_salt": answer });
-        let answer = self
-            .connection
-            .post_once(GENERATE, &self.with_model(body, None))
-            .await?;
+        let answer = self.connection.post_once(GENERATE, &self.with_model(body)).await?;
         self.read(GENERATE, answer, draft)
     }
 
@@ -155,7 +159,7 @@ impl Vllm {
         if !draft.is_empty() {
             body["prompt_logprobs"] = json!(1);
         }
-        let body = self.with_model(body, None);
+        let body = self.with_model(body);
         let answer = self.connection.post(COMPLETIONS, &body, None).await?;
         self.read(COMPLETIONS, answer, draft)
     }
@@ -188,7 +192,7 @@ impl Vllm {
     /// What the server itself answers to a prompt at temperature 0, with all its defaults.
     pub async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
         let body = json!({ "prompt": prompt, "temperature": 0, "max_tokens": n });
-        complete(&self.connection, &self.with_model(body, None)).await
+        complete(&self.connection, &self.with_model(body)).await
     }
 }
 

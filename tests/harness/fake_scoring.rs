@@ -85,15 +85,29 @@ fn ids(value: &Value) -> Vec<i64> {
 
 /// How a fake differs from the real one at its best.
 #[derive(Debug, Clone, Copy, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent faults")]
 pub struct Quirks {
     /// vLLM without `/inference/v1/generate`; SGLang whose `/tokenize` takes no messages.
     pub old: bool,
     /// No row is told.
     pub rowless: bool,
+    /// None after the trial.
+    pub rowless_later: bool,
     /// Completions are bent by a default of the model, as by a repetition penalty.
     pub bent: bool,
     /// The answers that are asked for from this one on (counted from 1, those of the trial included) fail.
     pub fails_from: Option<usize>,
+}
+
+impl Quirks {
+    /// How it is in the round that is asked for just now.
+    fn in_round(self, asked: &Mutex<usize>) -> Self {
+        let tried = *asked.lock().expect("no panic before") > 4;
+        Self {
+            rowless: self.rowless || (self.rowless_later && tried),
+            ..self
+        }
+    }
 }
 
 /// A vLLM.
@@ -103,7 +117,9 @@ pub async fn vllm(quirks: Quirks) -> FakeUpstream {
     FakeUpstream::start(move |seen| {
         let body = body(seen);
         match seen.target.as_str() {
-            "/v1/models" => whole("200 OK", r#"{"object":"list","data":[{"id":"fake"}]}"#),
+            "/v1/models" => answer(&json!({ "object": "list", "data": [
+                { "id": "fake", "root": "fake", "parent": null }, { "id": "adapted", "root": "a", "parent": "fake" },
+            ] })),
             "/tokenize" => {
                 let tokens = prompt(&body);
                 let count = tokens.len();
@@ -125,7 +141,8 @@ pub async fn vllm(quirks: Quirks) -> FakeUpstream {
                 let cached = (1..=tokens.len() / BLOCK)
                     .take_while(|n| cache.contains(&(salt.clone(), tokens[..n * BLOCK].to_vec())))
                     .count();
-                let rows = (!sampling["prompt_logprobs"].is_null()).then(|| rows(&tokens, cached * BLOCK, quirks));
+                let rows = (!sampling["prompt_logprobs"].is_null())
+                    .then(|| rows(&tokens, cached * BLOCK, quirks.in_round(&asked)));
                 // The last token that was generated has not been computed.
                 let computed = [&tokens[..], &generated[..generated.len() - 1]].concat();
                 cache.extend((1..=computed.len() / BLOCK).map(|n| (salt.clone(), computed[..n * BLOCK].to_vec())));
@@ -142,8 +159,9 @@ pub async fn vllm(quirks: Quirks) -> FakeUpstream {
                 if is_over(&asked, quirks) {
                     return internal_error();
                 }
-                let rows = (!body["prompt_logprobs"].is_null()).then(|| rows(&prompt(&body), 0, quirks));
-                completion(&body, rows, quirks)
+                let rows =
+                    (!body["prompt_logprobs"].is_null()).then(|| rows(&prompt(&body), 0, quirks.in_round(&asked)));
+                completion(&body, rows.as_ref(), quirks)
             }
             "/v1/chat/completions" => chat_completion(),
             _ => not_found(),
@@ -228,7 +246,7 @@ pub async fn drafter() -> FakeUpstream {
                     .filter(|token| **token != END)
                     .enumerate()
                     .map(|(i, token)| {
-                        if (prompt.len() + i) % 10 == 0 {
+                        if (prompt.len() + i).is_multiple_of(10) {
                             120
                         } else {
                             u32::try_from(*token).expect("an id")
@@ -273,8 +291,9 @@ fn rows(tokens: &[i64], cached: usize, quirks: Quirks) -> Vec<Value> {
                 json!({ "logprob": -0.5, "rank": rank, "decoded_token": "x" }),
             )
         };
+        // Of all that may lie there the worst: whatever stands in the prompt is right.
         if i < cached {
-            return Value::Object([entry(tokens[i] ^ 1, 1)].into_iter().collect());
+            return Value::Object([entry(tokens[i], 1)].into_iter().collect());
         }
         let best = next(&tokens[..i]);
         Value::Object([entry(tokens[i], 7), entry(best, 1)].into_iter().collect())
@@ -282,7 +301,7 @@ fn rows(tokens: &[i64], cached: usize, quirks: Quirks) -> Vec<Value> {
     (0..tokens.len()).map(row).collect()
 }
 
-fn completion(body: &Value, rows: Option<Vec<Value>>, quirks: Quirks) -> Vec<Act> {
+fn completion(body: &Value, rows: Option<&Vec<Value>>, quirks: Quirks) -> Vec<Act> {
     let prompt = prompt(body);
     let n = body["max_tokens"].as_u64().unwrap_or(16);
     let (mut generated, finish) = generate(&prompt, usize::try_from(n).expect("small"));
