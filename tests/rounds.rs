@@ -14,8 +14,9 @@ use harness::llama_server::{LlamaServer, model, target};
 use harness::proxy::{Proxy, Record};
 use harness::request::with;
 use harness::wait::eventually;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tightwad::config::{Backend, Upstream, VerificationMode};
+use tightwad::rounds::{Ask, FanOut, Target};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -113,26 +114,64 @@ async fn same(target: &LlamaServer, proxy: &Proxy, path: &str, body: &Value) -> 
 }
 
 #[tokio::test]
-async fn a_stock_llama_server_answers_in_fewer_steps_than_tokens_and_says_the_same() {
+async fn a_stock_llama_server_says_the_same_in_rounds() {
     let stage = stage().await;
-    let (mut steps, mut generated, mut accepted) = (0, 0, 0);
     for (i, prompt) in PROMPTS.into_iter().enumerate() {
         let raw = format!("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n");
-        let options = json!({ "stream": i % 2 == 0, "stream_options": { "include_usage": true } });
+        let options = json!({ "stream": true, "stream_options": { "include_usage": true } });
         let options = if i % 2 == 0 { options } else { json!({}) };
         let completion = json!({ "prompt": raw, "max_tokens": 60, "temperature": 0, "cache_prompt": false });
         for (path, body) in [(CHAT, chat(prompt, 60)), (COMPLETIONS, completion)] {
             let record = same(&stage.target, &stage.proxy, path, &with(body, options.clone())).await;
             assert!(record.steps > 0, "it is not the target that answered: {record:?}");
-            steps += record.steps;
-            generated += record.generated;
-            accepted += record.accepted;
         }
     }
-    assert!(
-        accepted > 0 && steps < generated,
-        "{steps} steps for {generated} tokens"
-    );
+}
+
+#[tokio::test]
+async fn a_stock_llama_server_verifies_drafts_and_takes_fewer_rounds_than_tokens() {
+    let stage = stage().await;
+    let client = tightwad::upstream::LlamaServer::new(stage.target.url(), None).expect("a client");
+    let rounds = FanOut::new(client);
+    let sampling = Map::from_iter([("temperature".to_owned(), json!(0))]);
+    let raw = "<|im_start|>user\nExplain recursion.<|im_end|>\n<|im_start|>assistant\n";
+    let prompt = stage.target.tokenize(raw).await;
+    let verify = async |context: &[i32], draft: &[i32], n| {
+        let ask = Ask {
+            answer: "one",
+            context,
+            draft,
+            n,
+            sampling: &sampling,
+        };
+        rounds.verify(ask).await.expect("a verdict")
+    };
+    let own = verify(&prompt, &[], 41).await.next;
+    assert_eq!(own.len(), 41);
+    // Four tokens at a time, of which every eleventh is wrong.
+    let (mut said, mut asked) = (0, 0);
+    while said < 41 {
+        let context = [&prompt[..], &own[..said]].concat();
+        let mut draft = own[said..].iter().copied().take(4).collect::<Vec<i32>>();
+        let mut right = draft.len();
+        for (i, token) in draft.iter_mut().enumerate() {
+            if (said + i) % 11 == 10 {
+                *token += 1;
+                right = right.min(i);
+            }
+        }
+        if draft.is_empty() {
+            break;
+        }
+        let verdict = verify(&context, &draft, 1).await;
+        assert_eq!((verdict.judged, verdict.accepted), (draft.len(), right));
+        if let Some(next) = own.get(said + right) {
+            assert_eq!(verdict.next, [*next]);
+        }
+        said += right + 1;
+        asked += 1;
+    }
+    assert!(asked <= 14, "{asked} rounds for 41 tokens");
 }
 
 #[tokio::test]
@@ -252,7 +291,7 @@ async fn scoring(server: &FakeUpstream, backend: Backend, draft: Option<&FakeUps
     if draft.is_some() {
         proxy
             .shows("a drafter", PATIENCE, |status| {
-                status["draft"]["healthy"] == true && status["reason"].is_null()
+                status["drafts"][0]["healthy"] == true && status["reason"].is_null()
             })
             .await;
     }

@@ -4,15 +4,16 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, timeout_at};
 
 use super::slots::Lease;
-use super::watch::Server;
+use super::watch::{Server, Sight};
 use super::{Counts, Engine, Shared, Verification};
 use crate::config::{Backend, Secret};
-use crate::rounds::{FanOut, Moment, Scored, Target, prove};
-use crate::speculation::{Class, Pace, Token};
+use crate::rounds::{FanOut, Moment, PROOF_TEXT, Scored, Target, prove};
+use crate::speculation::{Class, Pace, Policy, Token};
 use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
 
 /// Pause after a trial that failed.
@@ -32,10 +33,10 @@ pub(super) enum Trial {
     /// It was not tried yet.
     #[default]
     Pending,
-    /// It verifies drafts exactly; the drafter's tokens mean the same to it, or not.
+    /// It verifies drafts exactly.
     Passed {
-        /// Whether they do.
-        same_vocabulary: bool,
+        /// Which drafters split text into the same tokens.
+        fits: Vec<bool>,
     },
     /// It does not, or did not answer; one sentence.
     Failed(String),
@@ -75,11 +76,9 @@ impl RoundsTarget {
 
     /// Why the drafter is not used, if so.
     pub(super) fn drafter_reason(&self) -> Option<String> {
-        (*self.trial.borrow()
-            == Trial::Passed {
-                same_vocabulary: false,
-            })
-        .then(|| {
+        let nobody_fits =
+            matches!(&*self.trial.borrow(), Trial::Passed { fits } if !fits.is_empty() && !fits.contains(&true));
+        nobody_fits.then(|| {
             "the drafter splits text into other tokens than the target, so only text that comes again is drafted; take a \
              drafter of the target's model family"
                 .into()
@@ -87,13 +86,13 @@ impl RoundsTarget {
     }
 
     /// Tries the target whenever it comes up.
-    pub(super) async fn watch(target: Arc<Self>, shared: Arc<Shared>, draft: Option<LlamaServer>) {
+    pub(super) async fn watch(target: Arc<Self>, shared: Arc<Shared>, drafts: Vec<LlamaServer>) {
         let mut sight = shared.sight.subscribe();
         loop {
             if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
                 return;
             }
-            let trial = target.try_out(&shared, draft.as_ref()).await;
+            let trial = target.try_out(&shared, &drafts).await;
             let failed = matches!(trial, Trial::Failed(_));
             if let Trial::Failed(reason) = &trial {
                 tracing::warn!("drafting: {reason}");
@@ -104,8 +103,8 @@ impl RoundsTarget {
                 continue;
             }
             // A drafter that comes up later is compared then.
-            let could_draft = sight.borrow().can_draft;
-            let changed = |sight: &super::Sight| !sight.verification.is_in_rounds() || sight.can_draft != could_draft;
+            let could_draft = usable(&sight.borrow());
+            let changed = |sight: &Sight| !sight.verification.is_in_rounds() || usable(sight) != could_draft;
             if sight.wait_for(changed).await.is_err() {
                 return;
             }
@@ -115,26 +114,27 @@ impl RoundsTarget {
         }
     }
 
-    async fn try_out(&self, shared: &Shared, draft: Option<&LlamaServer>) -> Trial {
+    async fn try_out(&self, shared: &Shared, drafts: &[LlamaServer]) -> Trial {
         match prove(&*self.target).await {
             Ok((costs, tokens)) => {
                 shared.pace().calibrate(costs);
                 Trial::Passed {
-                    same_vocabulary: self.splits_alike(&tokens, draft).await,
+                    fits: join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await,
                 }
             }
             Err(flaw) => Trial::Failed(flaw.to_string()),
         }
     }
+}
 
-    /// Whether the drafter splits a text into the same tokens; a drafter that does not answer is asked again when it does.
-    async fn splits_alike(&self, tokens: &[Token], draft: Option<&LlamaServer>) -> bool {
-        let Some(draft) = draft else { return true };
-        match draft.tokenize(crate::rounds::PROOF_TEXT).await {
-            Ok(theirs) => theirs == tokens,
-            Err(_) => true,
-        }
-    }
+/// Whether a drafter splits a text into the same tokens; one that does not answer is asked again when it does.
+async fn splits_alike(draft: &LlamaServer, tokens: &[Token]) -> bool {
+    draft.tokenize(PROOF_TEXT).await.map_or(true, |theirs| theirs == tokens)
+}
+
+/// Which drafters can be used.
+fn usable(sight: &Sight) -> Vec<bool> {
+    sight.drafts.iter().map(|draft| draft.can_draft).collect()
 }
 
 impl Engine {
@@ -142,18 +142,22 @@ impl Engine {
     #[must_use]
     pub fn rounds(&self) -> Option<Drafting> {
         let rounds = self.rounds.as_ref()?;
-        let Trial::Passed { same_vocabulary } = *rounds.trial.borrow() else {
+        let Trial::Passed { fits } = rounds.trial.borrow().clone() else {
             return None;
         };
         if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
             return None;
         }
+        let drafter = |(server, fits): (&LlamaServer, bool)| Drafter {
+            server: server.clone(),
+            fits,
+            lease: None,
+            tired_until: None,
+        };
         Some(Drafting {
             shared: Arc::clone(&self.shared),
             target: Arc::clone(&rounds.target),
-            draft: self.draft.clone().filter(|_| same_vocabulary),
-            lease: None,
-            tired_until: None,
+            drafters: self.drafts.iter().zip(fits).map(drafter).collect(),
             counts: channel::Sender::default(),
             url: self.shared.sight.borrow().target.url.clone(),
         })
@@ -165,12 +169,19 @@ impl Engine {
 pub struct Drafting {
     shared: Arc<Shared>,
     target: Arc<dyn Target>,
-    draft: Option<LlamaServer>,
-    lease: Option<Lease>,
-    /// When a drafter that failed is tried again.
-    tired_until: Option<Instant>,
+    drafters: Vec<Drafter>,
     counts: channel::Sender<Counts>,
     url: String,
+}
+
+#[derive(Debug)]
+struct Drafter {
+    server: LlamaServer,
+    /// It splits text into the target's tokens.
+    fits: bool,
+    lease: Option<Lease>,
+    /// When it is tried again after a failure.
+    tired_until: Option<Instant>,
 }
 
 impl Drafting {
@@ -200,22 +211,27 @@ impl Drafting {
 
     pub(crate) fn moment(&self) -> Moment {
         let sight = self.shared.sight.borrow();
-        let rested = self.tired_until.is_none_or(|until| until <= Instant::now());
+        let now = Instant::now();
+        let usable = |(number, drafter): (usize, &Drafter)| {
+            let rested = drafter.tired_until.is_none_or(|until| until <= now);
+            let can_draft = sight.drafts.get(number).is_some_and(|draft| draft.can_draft);
+            (drafter.fits && rested && can_draft).then_some(number)
+        };
         Moment {
             n_max: self.shared.cap.min(sight.n_max),
-            can_draft: self.draft.is_some() && sight.can_draft && rested,
+            drafters: self.drafters.iter().enumerate().filter_map(usable).collect(),
         }
     }
 
-    /// At most `n` draft tokens after `context`; what does not come in time is left out.
-    pub(crate) async fn draft(&mut self, context: &[Token], n: usize) -> Vec<(Token, Class)> {
-        let Some(draft) = self.draft.clone() else {
+    /// At most `n` draft tokens of a drafter after `context`; what does not come in time is left out.
+    pub(crate) async fn draft(&mut self, number: usize, context: &[Token], n: usize) -> Vec<(Token, Class)> {
+        let Some(drafter) = self.drafters.get_mut(number) else {
             return Vec::new();
         };
-        if self.lease.is_none() {
-            self.lease = self.shared.slots.lease(context);
+        if drafter.lease.is_none() {
+            drafter.lease = self.shared.slots.get(number).and_then(|slots| slots.lease(context));
         }
-        let Some(slot) = self.lease.as_ref().map(Lease::index) else {
+        let Some(slot) = drafter.lease.as_ref().map(Lease::index) else {
             return Vec::new();
         };
         let begun = Instant::now();
@@ -224,8 +240,9 @@ impl Drafting {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
         let vocabulary = self.shared.sight.borrow().vocabulary;
-        let mut pieces = draft.draft(context.to_vec(), n, slot);
-        let mut drafted: Vec<(Token, Class)> = Vec::new();
+        let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
+        let mut pieces = drafter.server.draft(context.to_vec(), n, slot);
+        let mut found: Vec<(Token, Class)> = Vec::new();
         let mut last = begun;
         loop {
             let piece = match timeout_at(begun + most, pieces.next()).await {
@@ -233,35 +250,35 @@ impl Drafting {
                 Ok(Some(Ok(DraftPiece::End(_))) | None) => break,
                 Ok(Some(Err(error))) => {
                     tracing::debug!("the drafter failed: {error}");
-                    self.tired_until = Some(Instant::now() + BACK_OFF);
+                    drafter.tired_until = Some(Instant::now() + BACK_OFF);
                     break;
                 }
                 Err(_) => {
-                    if drafted.is_empty() {
-                        self.shared.pace().record_silence(begun.elapsed());
-                        self.tired_until = Some(Instant::now() + BACK_OFF);
+                    if found.is_empty() {
+                        self.shared.pace().record_silence(number, begun.elapsed());
+                        drafter.tired_until = Some(Instant::now() + BACK_OFF);
                     }
                     break;
                 }
             };
             let (now, n_piece) = (Instant::now(), piece.len());
-            if drafted.is_empty() {
-                self.shared.pace().record_first_token(now - begun);
+            if found.is_empty() {
+                self.shared.pace().record_first_token(number, now - begun);
             } else {
-                self.shared.pace().record_tokens(n_piece, now - last);
+                self.shared.pace().record_tokens(number, n_piece, now - last);
             }
             last = now;
             let known = piece
                 .into_iter()
                 .take_while(|(token, _)| usize::try_from(*token).is_ok_and(|id| id < vocabulary));
-            drafted.extend(known.map(|(token, p)| (token, p.map_or(Class::UNKNOWN, Class::of_probability))));
-            let classes: Vec<Class> = drafted.iter().map(|(_, class)| *class).collect();
-            if drafted.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {
+            found.extend(known.map(|(token, p)| (token, class(p))));
+            let classes: Vec<Class> = found.iter().map(|(_, class)| *class).collect();
+            if found.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {
                 break;
             }
         }
-        drafted.truncate(n);
-        drafted
+        found.truncate(n);
+        found
     }
 }
 

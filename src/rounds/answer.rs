@@ -14,7 +14,7 @@ use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
 use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
 use crate::engine::{Counts, Drafting};
-use crate::speculation::{Step, Token};
+use crate::speculation::{Class, Load, Step, Token};
 use crate::upstream::UpstreamError;
 
 /// Tokens before a piece of text that are detokenised with it.
@@ -192,6 +192,8 @@ struct Run {
     /// Tokens of the answer that count, when a stop string ended it before all that were generated.
     stopped_at: Option<usize>,
     last_step: Instant,
+    /// The client predicted the answer, and is told what came of it.
+    is_predicted: bool,
 }
 
 impl Run {
@@ -203,6 +205,7 @@ impl Run {
         target: Arc<dyn Target>,
     ) -> Self {
         let mut run = Self {
+            is_predicted: !prediction.is_empty(),
             target,
             name: new_name(),
             sampling: request.sampling,
@@ -219,7 +222,11 @@ impl Run {
     }
 
     fn usage(&self) -> Usage {
+        let counts = *self.drafting.counts().borrow();
         Usage {
+            predicted: self
+                .is_predicted
+                .then_some((counts.accepted_prediction_tokens, counts.rejected_prediction_tokens)),
             prompt: self.rounds.n_prompt(),
             completion: self.stopped_at.unwrap_or(self.rounds.generated()),
         }
@@ -227,7 +234,7 @@ impl Run {
 
     fn handle(&mut self, event: Event) {
         let moment = self.drafting.moment();
-        let actions = self.rounds.handle(event, &self.drafting.pace(), &moment);
+        let actions = self.rounds.handle(event, &mut *self.drafting.pace(), &moment);
         self.actions.extend(actions);
     }
 
@@ -239,8 +246,8 @@ impl Run {
                 return Ok(Piece::End(Finish::Stop));
             };
             match action {
-                Action::Draft { n } => {
-                    let drafted = self.drafting.draft(self.rounds.context(), n).await;
+                Action::Draft { drafter, n } => {
+                    let drafted = self.drafting.draft(drafter, self.rounds.context(), n).await;
                     self.handle(Event::Drafted(drafted));
                 }
                 Action::Verify { draft, n } => self.verify(&draft, n).await?,
@@ -305,12 +312,17 @@ impl Run {
             self.learn(verdict.judged, verdict.accepted, steps, duration, since_last);
         }
         let (judged, accepted) = (verdict.judged as u64, verdict.accepted as u64);
+        let predicted = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+        let all_predicted = predicted(self.rounds.classes(verdict.judged));
+        let right_predicted = predicted(self.rounds.classes(verdict.accepted));
         self.handle(Event::Verified(verdict));
         self.drafting.count(|counts| Counts {
             steps: counts.steps + steps as u64,
             drafted: counts.drafted + judged,
             accepted: counts.accepted + accepted,
             generated: self.rounds.generated() as u64,
+            accepted_prediction_tokens: counts.accepted_prediction_tokens + right_predicted,
+            rejected_prediction_tokens: counts.rejected_prediction_tokens + all_predicted - right_predicted,
         });
         Ok(())
     }
@@ -319,10 +331,11 @@ impl Run {
         let mut pace = self.drafting.pace();
         for _ in 0..steps {
             pace.record_step(&Step {
-                drafted: self.rounds.classes(judged),
+                drafted: judged,
                 accepted,
                 duration,
                 since_last,
+                load: Load::default(),
             });
         }
     }

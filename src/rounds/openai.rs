@@ -16,6 +16,8 @@ pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 pub(super) struct Usage {
     pub(super) prompt: usize,
     pub(super) completion: usize,
+    /// Tokens of the client's prediction that were kept, and those that were not, if it predicted anything.
+    pub(super) predicted: Option<(u64, u64)>,
 }
 
 /// What all parts of an answer have in common.
@@ -115,10 +117,15 @@ impl Style {
 
 impl Usage {
     fn json(self) -> Value {
-        json!({
+        let mut usage = json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-        })
+        });
+        if let Some((accepted, rejected)) = self.predicted {
+            usage["completion_tokens_details"] =
+                json!({ "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected });
+        }
+        usage
     }
 }

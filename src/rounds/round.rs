@@ -4,7 +4,7 @@
 //! Where nothing is drafted, the target generates some tokens by itself: that costs it no more than if it did so in an
 //! ordinary answer. Whatever is drafted, only what the target chose is said.
 
-use crate::speculation::{Class, Lookup, Pace, Token};
+use crate::speculation::{Circumstances, Class, Load, Lookup, Policy, Token};
 
 use super::Verdict;
 
@@ -27,8 +27,10 @@ pub enum Event {
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Draft at most `n` tokens after the text so far.
+    /// Let this drafter draft at most `n` tokens after the text so far.
     Draft {
+        /// Its number.
+        drafter: usize,
         /// Most tokens.
         n: usize,
     },
@@ -66,12 +68,12 @@ impl Finish {
 }
 
 /// What has to be known of the moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Moment {
     /// Most draft tokens that the target can verify at once.
     pub n_max: usize,
-    /// Whether there is a drafter that can be asked.
-    pub can_draft: bool,
+    /// The drafters that can be asked, the best first.
+    pub drafters: Vec<usize>,
 }
 
 /// The state machine of one answer.
@@ -82,9 +84,10 @@ pub struct Rounds {
     n_prompt: usize,
     /// Most tokens of the answer.
     limit: usize,
-    /// What the target is verifying.
-    asked: Vec<Token>,
-    /// What is known of each token of it.
+    /// What the target is verifying: the first of `draft`.
+    asked: usize,
+    /// What may follow the text, and what is known of each token of it.
+    draft: Vec<Token>,
     classes: Vec<Class>,
     lookup: Lookup,
     /// Tokens of the answer, the one that ends it included.
@@ -102,7 +105,8 @@ impl Rounds {
             n_prompt: prompt.len(),
             context: prompt,
             limit,
-            asked: Vec::new(),
+            asked: 0,
+            draft: Vec::new(),
             classes: Vec::new(),
             lookup,
             generated: 0,
@@ -135,23 +139,30 @@ impl Rounds {
     }
 
     /// Takes in what happened and tells what to do, in this order.
-    pub fn handle(&mut self, event: Event, pace: &Pace, moment: &Moment) -> Vec<Action> {
+    pub fn handle(&mut self, event: Event, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
         if self.finished {
             return Vec::new();
         }
         match event {
-            Event::Begin => vec![self.next(pace, moment)],
-            Event::Drafted(tokens) => vec![self.verify(&tokens, pace, moment)],
+            Event::Begin => vec![self.next(policy, moment)],
+            Event::Drafted(tokens) => vec![self.verify(&tokens, policy, moment)],
             // Perhaps it is the draft's fault.
-            Event::Refused => vec![self.ask(Vec::new(), Vec::new(), 1)],
-            Event::Verified(verdict) => self.verified(verdict, pace, moment),
+            Event::Refused => vec![self.ask(Vec::new(), Vec::new(), 0, 1)],
+            Event::Verified(verdict) => self.verified(verdict, policy, moment),
         }
     }
 
-    fn verified(&mut self, verdict: Verdict, pace: &Pace, moment: &Moment) -> Vec<Action> {
-        let accepted = verdict.accepted.min(self.asked.len());
-        let mut tokens = self.asked[..accepted].to_vec();
+    fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
+        let mut tokens = self.draft[..verdict.accepted.min(self.asked)].to_vec();
         tokens.extend(verdict.next);
+        // The part of the draft that was not worth verifying is compared as well: it tells what the next may be worth.
+        for (i, token) in tokens.iter().enumerate().take(self.draft.len()) {
+            let agrees = self.draft[i] == *token;
+            policy.observe(self.classes[i], agrees);
+            if !agrees {
+                break;
+            }
+        }
         let room = self.limit - self.generated;
         let ended = verdict.ended && tokens.len() <= room;
         tokens.truncate(room);
@@ -177,8 +188,8 @@ impl Rounds {
                 Action::Finish(finish)
             }
             // It does not tell what comes next but by generating it.
-            None if stalled => self.ask(Vec::new(), Vec::new(), 1),
-            None => self.next(pace, moment),
+            None if stalled => self.ask(Vec::new(), Vec::new(), 0, 1),
+            None => self.next(policy, moment),
         });
         actions
     }
@@ -189,52 +200,67 @@ impl Rounds {
         moment.n_max.min(room.saturating_sub(1))
     }
 
-    fn next(&mut self, pace: &Pace, moment: &Moment) -> Action {
+    fn next(&mut self, policy: &mut impl Policy, moment: &Moment) -> Action {
         let most = self.most(moment);
         let found = self.lookup.propose(&[], most).map(|proposal| {
-            let class = Class::of_match(proposal.matched);
-            let classes = vec![class; proposal.tokens.len()];
+            let classes = vec![proposal.class(); proposal.tokens.len()];
             (proposal.tokens, classes)
         });
-        if let Some((mut tokens, mut classes)) = found {
-            let n = pace.choose(&classes, most, None).n;
+        if let Some((tokens, classes)) = found {
+            let n = choose(policy, &classes, most);
             if n > 0 {
-                tokens.truncate(n);
-                classes.truncate(n);
-                return self.ask(tokens, classes, 1);
+                return self.ask(tokens, classes, n, 1);
             }
         }
-        if most > 0 && moment.can_draft && pace.pays(most) {
-            return Action::Draft { n: most };
+        let asked = |drafter: &&usize| most > 0 && policy.asks(**drafter, most, Load::default());
+        if let Some(drafter) = moment.drafters.iter().find(asked) {
+            return Action::Draft {
+                drafter: *drafter,
+                n: most,
+            };
         }
         self.plain()
     }
 
-    fn verify(&mut self, drafted: &[(Token, Class)], pace: &Pace, moment: &Moment) -> Action {
+    fn verify(&mut self, drafted: &[(Token, Class)], policy: &mut impl Policy, moment: &Moment) -> Action {
         if drafted.is_empty() {
             return self.plain();
         }
-        let classes: Vec<Class> = drafted.iter().map(|(_, class)| *class).collect();
-        let n = pace.choose(&classes, self.most(moment), None).n;
-        let tokens = drafted[..n].iter().map(|(token, _)| *token).collect();
-        // One token further on the drafter may be surer.
-        self.ask(tokens, classes[..n].to_vec(), 1)
+        let (tokens, classes): (Vec<Token>, Vec<Class>) = drafted.iter().copied().unzip();
+        let n = choose(policy, &classes, self.most(moment));
+        // Where none is worth it, the drafter may be surer one token further on.
+        self.ask(tokens, classes, n, 1)
     }
 
     fn plain(&mut self) -> Action {
-        self.ask(Vec::new(), Vec::new(), PLAIN.min(self.limit - self.generated))
+        self.ask(Vec::new(), Vec::new(), 0, PLAIN.min(self.limit - self.generated))
     }
 
-    fn ask(&mut self, draft: Vec<Token>, classes: Vec<Class>, n: usize) -> Action {
-        self.asked.clone_from(&draft);
+    /// Asks the target about the first `asked` tokens of a draft or, if there are none, to generate `n`.
+    fn ask(&mut self, draft: Vec<Token>, classes: Vec<Class>, asked: usize, n: usize) -> Action {
+        self.draft = draft;
         self.classes = classes;
-        Action::Verify { draft, n }
+        self.asked = asked;
+        Action::Verify {
+            draft: self.draft[..asked].to_vec(),
+            n,
+        }
     }
+}
+
+/// How many tokens of a draft are worth verifying.
+fn choose(policy: &impl Policy, draft: &[Class], n_max: usize) -> usize {
+    let moment = Circumstances {
+        n_max,
+        ..Circumstances::default()
+    };
+    policy.choose(draft, &moment).n.min(draft.len()).min(n_max)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::speculation::Pace;
     use proptest::prelude::*;
 
     const END: Token = 9;
@@ -330,22 +356,22 @@ mod tests {
             rounds in prop::collection::vec(behaviour(), 1..20),
         ) {
             let (expected, finish, generated) = greedy(&prompt, limit);
-            let moment = Moment { n_max, can_draft };
-            let pace = Pace::default();
+            let moment = Moment { n_max, drafters: (0..usize::from(can_draft)).collect() };
+            let mut pace = Pace::default();
             let mut machine = Rounds::new(prompt.clone(), &prediction, limit);
             let mut behaviours = rounds.iter().cycle();
-            let mut actions: std::collections::VecDeque<Action> = machine.handle(Event::Begin, &pace, &moment).into();
+            let mut actions: std::collections::VecDeque<Action> = machine.handle(Event::Begin, &mut pace, &moment).into();
             let (mut said, mut end, mut passes) = (Vec::new(), None, 0);
             while let Some(action) = actions.pop_front() {
                 let event = match action {
-                    Action::Draft { n } => {
+                    Action::Draft { n, .. } => {
                         let how = behaviours.next().unwrap();
                         let mut text = machine.context().to_vec();
                         for _ in 0..how.right {
                             text.push(choice(&text));
                         }
                         let right = text[machine.context().len()..].iter();
-                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, Class::UNKNOWN));
+                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, Class::untold(0)));
                         Event::Drafted(drafted.collect())
                     }
                     Action::Verify { draft, n } => {
@@ -369,7 +395,7 @@ mod tests {
                         continue;
                     }
                 };
-                actions.extend(machine.handle(event, &pace, &moment));
+                actions.extend(machine.handle(event, &mut pace, &moment));
             }
             prop_assert_eq!(&said, &expected);
             prop_assert_eq!(end, Some(finish));
