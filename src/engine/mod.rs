@@ -1,7 +1,7 @@
 //! Attaches a drafter to running completions: the I/O around [`crate::speculation`].
 //!
-//! The proxy sees three things: [`Engine::start`] begins to watch the two servers, [`Engine::attach`] gives a completion
-//! its drafting session, and [`Engine::status`] tells how it goes.
+//! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
+//! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
 mod attach;
 mod calibrate;

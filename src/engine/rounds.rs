@@ -12,12 +12,12 @@ use super::slots::Lease;
 use super::watch::{Server, Sight};
 use super::{Counts, Engine, Shared, Verification};
 use crate::config::{Backend, Secret};
-use crate::rounds::{FanOut, Moment, PROOF_TEXT, Scored, Target, prove};
+use crate::rounds::{FanOut, Flaw, Moment, PROOF_TEXT, Scored, Target, prove};
 use crate::speculation::{Class, Pace, Policy, Token};
 use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
 
-/// Pause after a trial that failed.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(120));
 /// A drafter gets as long as so many steps of the target would take …
 const STEPS: f64 = 2.0;
 /// … within these bounds, and the second while no step was measured.
@@ -92,16 +92,21 @@ impl RoundsTarget {
             if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
                 return;
             }
-            let trial = target.try_out(&shared, &drafts).await;
-            let failed = matches!(trial, Trial::Failed(_));
-            if let Trial::Failed(reason) = &trial {
-                tracing::warn!("drafting: {reason}");
-            }
-            target.trial.send_replace(trial);
-            if failed {
-                tokio::time::sleep(TRY_AGAIN).await;
-                continue;
-            }
+            let fits = match target.try_out(&shared, &drafts).await {
+                Ok(fits) => fits,
+                Err(flaw) => {
+                    tracing::warn!("drafting: {flaw}");
+                    target.trial.send_replace(Trial::Failed(flaw.to_string()));
+                    let pause = match flaw {
+                        Flaw::Failed(_) => TRY_AGAIN.0,
+                        Flaw::Differs { .. } => TRY_AGAIN.1,
+                    };
+                    let gone = sight.wait_for(|sight| !sight.verification.is_in_rounds());
+                    let _restarted = tokio::time::timeout(pause, gone).await;
+                    continue;
+                }
+            };
+            target.trial.send_replace(Trial::Passed { fits });
             // A drafter that comes up later is compared then.
             let could_draft = usable(&sight.borrow());
             let changed = |sight: &Sight| !sight.verification.is_in_rounds() || usable(sight) != could_draft;
@@ -114,16 +119,11 @@ impl RoundsTarget {
         }
     }
 
-    async fn try_out(&self, shared: &Shared, drafts: &[LlamaServer]) -> Trial {
-        match prove(&*self.target).await {
-            Ok((costs, tokens)) => {
-                shared.pace().calibrate(costs);
-                Trial::Passed {
-                    fits: join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await,
-                }
-            }
-            Err(flaw) => Trial::Failed(flaw.to_string()),
-        }
+    /// Tells which drafters split text into the same tokens.
+    async fn try_out(&self, shared: &Shared, drafts: &[LlamaServer]) -> Result<Vec<bool>, Flaw> {
+        let (costs, tokens) = prove(&*self.target).await?;
+        shared.pace().calibrate(costs);
+        Ok(join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await)
     }
 }
 

@@ -39,7 +39,7 @@ impl FanOut {
         let room = props.default_generation_settings.n_ctx.saturating_sub(tokens.len());
         Ok((room > 0 && !tokens.is_empty()).then(|| Prompt {
             limit: request.max_tokens.map_or(room, |most| most.min(room)),
-            model: props.model_alias.unwrap_or_default(),
+            model: props.model_alias.or_else(|| request.model.clone()).unwrap_or_default(),
             tokens,
         }))
     }
