@@ -9,11 +9,13 @@ use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
-use crate::config::{Backend, Upstream};
+use crate::config::{Backend, Upstream, VerificationMode};
 use crate::upstream::{LlamaServer, Props, UpstreamError};
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Most draft tokens that a server is asked to score at once.
+const SCORED_MAX: usize = 16;
 /// The reason while it is not known yet whether the drafter fits.
 const COMPARING: &str = "the vocabularies are being compared";
 
@@ -58,6 +60,7 @@ pub struct DraftSight {
 pub struct Watcher {
     drafts: Vec<Draft>,
     target: Option<Server>,
+    mode: VerificationMode,
 }
 
 #[derive(Debug)]
@@ -79,7 +82,7 @@ type Compared = (Pair, Result<Comparison, UpstreamError>);
 impl Watcher {
     /// Watches these servers; each drafter has its slots.
     #[must_use]
-    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>) -> Self {
+    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>, mode: VerificationMode) -> Self {
         let draft = |(server, slots)| Draft {
             server,
             slots,
@@ -90,6 +93,7 @@ impl Watcher {
         Self {
             drafts: drafts.into_iter().zip(slots).map(draft).collect(),
             target,
+            mode,
         }
     }
 
@@ -152,9 +156,9 @@ impl Watcher {
             target: target.status.clone(),
             ..Sight::default()
         };
-        match verification(self.target.as_ref(), target.props.as_ref()) {
-            Ok(n_max) => {
-                sight.verification = Verification::Attached;
+        match verification(self.mode, self.target.as_ref(), target) {
+            Ok((verification, n_max)) => {
+                sight.verification = verification;
                 sight.n_max = n_max;
             }
             Err(reason) => sight.reason = Some(reason),
@@ -165,11 +169,8 @@ impl Watcher {
                 status: look.status.clone(),
                 can_draft: false,
             };
-            if sight.verification == Verification::Attached
-                && let Some(target) = &target.props
-                && look.status.problem.is_none()
-            {
-                match draft.fits(look, target) {
+            if sight.verification != Verification::None && look.status.problem.is_none() {
+                match draft.fits(look, target.props.as_ref()) {
                     Fit::Fits { vocabulary } => {
                         sight.vocabulary = vocabulary;
                         seen.can_draft = true;
@@ -183,7 +184,7 @@ impl Watcher {
             }
             sight.drafts.push(seen);
         }
-        if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.can_draft) {
+        if sight.verification != Verification::None && !sight.drafts.iter().any(|draft| draft.can_draft) {
             let mut problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
             sight.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
@@ -215,7 +216,7 @@ enum Fit {
 }
 
 impl Draft {
-    fn fits(&self, look: &Look, target: &Props) -> Fit {
+    fn fits(&self, look: &Look, target: Option<&Props>) -> Fit {
         let backend = self.server.config.backend;
         if backend != Backend::Llamacpp {
             return Fit::Not(format!(
@@ -230,6 +231,10 @@ impl Draft {
             };
         };
         self.slots.resize(props.total_slots);
+        let Some(target) = target else {
+            // Who scores prompts does not tell its vocabulary so; a text is compared when it is tried.
+            return Fit::Fits { vocabulary: usize::MAX };
+        };
         let pair = (props.clone(), target.clone());
         match &self.compared {
             Some((compared, outcome)) if *compared == pair => match outcome {
@@ -320,30 +325,69 @@ async fn look_at(server: &Server) -> Look {
     Look { status, props }
 }
 
-/// How many draft tokens the target can verify at once, or why it cannot.
-fn verification(target: Option<&Server>, props: Option<&Props>) -> Result<usize, String> {
+/// How the target verifies, and how many draft tokens at once; or why it does not.
+fn verification(mode: VerificationMode, target: Option<&Server>, look: &Look) -> Result<(Verification, usize), String> {
     let Some(target) = target else {
         return Err("no target is configured; name one under `proxy.target`".into());
     };
-    if target.config.backend != Backend::Llamacpp {
-        return Err(format!(
+    let backend = target.config.backend;
+    let wants = |mode: &str, what: &str| {
+        Err(format!(
+            "`proxy.verification: {mode}` needs {what}, and the target is configured as `backend: {}`; correct one of them",
+            backend_name(backend)
+        ))
+    };
+    match (mode, backend) {
+        (VerificationMode::None, _) => Err("`proxy.verification` is none".into()),
+        (VerificationMode::Auto | VerificationMode::Scored, Backend::Vllm | Backend::Sglang) => {
+            if look.status.healthy {
+                Ok((Verification::Scored, SCORED_MAX))
+            } else {
+                Err(NOT_YET.into())
+            }
+        }
+        (VerificationMode::Scored, _) => wants("scored", "vLLM or SGLang"),
+        (VerificationMode::FanOut, Backend::Llamacpp) => fan_out(look.props.as_ref()),
+        (VerificationMode::FanOut, _) => wants("fan-out", "a llama-server"),
+        (VerificationMode::Auto | VerificationMode::Attached, Backend::Llamacpp) => attached(look.props.as_ref()),
+        (VerificationMode::Attached, _) => wants("attached", "Tightwad's llama-server"),
+        (VerificationMode::Auto, Backend::Ollama | Backend::Openai) => Err(format!(
             "a target with `backend: {}` cannot verify drafts; run the model with Tightwad's llama-server to draft for it",
-            backend_name(target.config.backend)
-        ));
+            backend_name(backend)
+        )),
     }
+}
+
+const NOT_YET: &str = "the target does not answer yet, so it is not known what it can verify";
+
+fn attached(props: Option<&Props>) -> Result<(Verification, usize), String> {
     let Some(props) = props else {
-        return Err("the target does not answer yet, so it is not known what it can verify".into());
+        return Err(NOT_YET.into());
     };
     match props.draft_external_max {
         None => Err(format!(
-            "the target is a stock llama-server ({}), which cannot verify drafts; run the one of `scripts/llama-cpp` or of \
-             the flake",
+            "the target is a stock llama-server ({}), which cannot verify drafts by itself; run the one of \
+             `scripts/llama-cpp` or of the flake, or set `proxy.verification: fan-out`",
             props.build_info
         )),
         Some(0) => {
             Err("the target was started without `--spec-draft-external-max`; `tightwad run target` sets it".into())
         }
-        Some(n) => Ok(n),
+        Some(n) => Ok((Verification::Attached, n)),
+    }
+}
+
+fn fan_out(props: Option<&Props>) -> Result<(Verification, usize), String> {
+    let Some(props) = props else {
+        return Err(NOT_YET.into());
+    };
+    match props.total_slots {
+        0 | 1 => Err(
+            "`proxy.verification: fan-out` needs a slot for each length of a draft, and the target has one; start it with \
+             `-np 5` or more"
+                .into(),
+        ),
+        slots => Ok((Verification::FanOut, slots - 1)),
     }
 }
 
@@ -352,6 +396,8 @@ fn backend_name(backend: Backend) -> &'static str {
         Backend::Llamacpp => "llamacpp",
         Backend::Ollama => "ollama",
         Backend::Openai => "openai",
+        Backend::Vllm => "vllm",
+        Backend::Sglang => "sglang",
     }
 }
 
@@ -371,7 +417,11 @@ fn log_change(old: &Sight, new: &Sight) {
     if old.verification != new.verification || old.reason != new.reason {
         match &new.reason {
             Some(reason) if reason == COMPARING => tracing::debug!("{reason}"),
-            None => tracing::info!("verification: attached, up to {} draft tokens per step", new.n_max),
+            None => tracing::info!(
+                "verification: {}, up to {} draft tokens per step",
+                new.verification.name(),
+                new.n_max
+            ),
             Some(reason) => tracing::warn!("drafting: {reason}"),
         }
     }

@@ -2,56 +2,19 @@
 //! our patch (`nix/llama-cpp`).
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use futures_util::{Stream, StreamExt, stream::BoxStream};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::connection::{Connection, PATIENCE, UpstreamError, unreachable};
 use crate::config::Secret;
 use crate::speculation::Token;
-
-/// What a server knows by itself it tells within this time, or not at all.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Why a server behind us gave no answer that can be used.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum UpstreamError {
-    /// No connection, or it broke.
-    #[error("{url} is unreachable: {cause}")]
-    Unreachable {
-        /// What was asked.
-        url: String,
-        /// The innermost cause.
-        cause: String,
-    },
-    /// An answer with an error status.
-    #[error("{url} answered {status}: {message}")]
-    Refused {
-        /// What was asked.
-        url: String,
-        /// The HTTP status.
-        status: u16,
-        /// The server's message.
-        message: String,
-    },
-    /// An answer that is not what llama-server sends.
-    #[error("{url} sent something else than llama-server would: {cause}")]
-    Malformed {
-        /// What was asked.
-        url: String,
-        /// What is wrong with it.
-        cause: String,
-    },
-}
 
 /// One llama-server.
 #[derive(Debug, Clone)]
 pub struct LlamaServer {
-    base: String,
-    http: reqwest::Client,
-    key: Option<Secret>,
+    connection: Connection,
 }
 
 /// What `GET /props` tells.
@@ -71,6 +34,26 @@ pub struct Props {
     /// Most draft tokens per step; absent without our patch, 0 when drafting is turned off.
     #[serde(default)]
     pub draft_external_max: Option<usize>,
+    /// What holds for a request that says nothing else.
+    #[serde(default)]
+    pub default_generation_settings: GenerationSettings,
+}
+
+/// Part of [`Props`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct GenerationSettings {
+    /// Tokens that a slot has room for; 0 when it is not told.
+    #[serde(default)]
+    pub n_ctx: usize,
+}
+
+/// What a `POST /completion` generated after one of its prompts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Generated {
+    /// The tokens, with the one that ends the text.
+    pub tokens: Vec<Token>,
+    /// Whether the last token ends the text.
+    pub ended: bool,
 }
 
 /// Body of `POST /draft`.
@@ -239,33 +222,24 @@ impl CompletionEvent {
 impl LlamaServer {
     /// A client of the server at `base` (without a path). Fails only when the system cannot set up TLS.
     pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .http1_only()
-            .connect_timeout(Duration::from_secs(3))
-            .pool_max_idle_per_host(32)
-            .pool_idle_timeout(Duration::from_secs(4))
-            .build()?;
-        Ok(Self {
-            base: base.trim_end_matches('/').to_owned(),
-            http,
-            key,
-        })
+        let connection = Connection::new(base, key)?;
+        Ok(Self { connection })
     }
 
     /// The base URL.
     #[must_use]
     pub fn url(&self) -> &str {
-        &self.base
+        self.connection.url()
     }
 
     /// Whether the model is loaded: `GET /health`.
     pub async fn health(&self) -> Result<(), UpstreamError> {
-        self.get::<serde::de::IgnoredAny>("/health").await.map(drop)
+        self.connection.get::<serde::de::IgnoredAny>("/health").await.map(drop)
     }
 
     /// Whether anything that is not an error of the server itself comes back from `GET /v1/models`.
     pub async fn answers(&self) -> Result<(), UpstreamError> {
-        match self.get::<serde::de::IgnoredAny>("/v1/models").await {
+        match self.connection.get::<serde::de::IgnoredAny>("/v1/models").await {
             Err(UpstreamError::Refused { status, .. }) if status < 500 && status != 401 && status != 403 => Ok(()),
             other => other.map(drop),
         }
@@ -273,7 +247,7 @@ impl LlamaServer {
 
     /// `GET /props`.
     pub async fn props(&self) -> Result<Props, UpstreamError> {
-        self.get("/props").await
+        self.connection.get("/props").await
     }
 
     /// Number of tokens in the vocabulary, of `GET /v1/models`.
@@ -290,13 +264,13 @@ impl LlamaServer {
         struct Meta {
             n_vocab: usize,
         }
-        let models: Models = self.get("/v1/models").await?;
+        let models: Models = self.connection.get("/v1/models").await?;
         models
             .data
             .first()
             .map(|entry| entry.meta.n_vocab)
             .ok_or_else(|| UpstreamError::Malformed {
-                url: format!("{}/v1/models", self.base),
+                url: format!("{}/v1/models", self.url()),
                 cause: "no model is listed".into(),
             })
     }
@@ -308,7 +282,7 @@ impl LlamaServer {
             content: String,
         }
         let body = serde_json::json!({ "tokens": tokens });
-        let answer: Answer = self.post("/detokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.content)
     }
 
@@ -319,13 +293,93 @@ impl LlamaServer {
             tokens: Vec<Token>,
         }
         let body = serde_json::json!({ "content": text, "parse_special": true });
-        let answer: Answer = self.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.tokens)
+    }
+
+    /// The tokens of a prompt, with those that the model wants around it.
+    pub async fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Token>,
+        }
+        let body = serde_json::json!({ "content": text, "add_special": true, "parse_special": true });
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        Ok(answer.tokens)
+    }
+
+    /// The prompt that the model's template makes of a chat.
+    pub async fn apply_template(&self, messages: &serde_json::Value) -> Result<String, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            prompt: String,
+        }
+        let body = serde_json::json!({ "messages": messages });
+        let answer: Answer = self.connection.post("/apply-template", &body, Some(PATIENCE)).await?;
+        Ok(answer.prompt)
+    }
+
+    /// Generates at most `n` tokens after each of `prompts`, all in the same passes if there are as many slots; `sampling`
+    /// has further fields of the request.
+    pub async fn generate(
+        &self,
+        prompts: &[&[Token]],
+        n: usize,
+        sampling: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<Vec<Generated>, UpstreamError> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            #[serde(flatten)]
+            sampling: &'a serde_json::Map<String, serde_json::Value>,
+            prompt: &'a [&'a [Token]],
+            n_predict: usize,
+            stream: bool,
+            cache_prompt: bool,
+            return_tokens: bool,
+            response_fields: [&'static str; 3],
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Answer {
+            Several(Vec<One>),
+            Single(One),
+        }
+        #[derive(Deserialize)]
+        struct One {
+            #[serde(default)]
+            index: usize,
+            tokens: Vec<Token>,
+            stop_type: String,
+        }
+        let body = Body {
+            sampling,
+            prompt: prompts,
+            n_predict: n,
+            stream: false,
+            cache_prompt: true,
+            return_tokens: true,
+            response_fields: ["index", "tokens", "stop_type"],
+        };
+        let mut answers = match self.connection.post("/completion", &body, None).await? {
+            Answer::Several(several) => several,
+            Answer::Single(one) => vec![one],
+        };
+        if answers.len() != prompts.len() || answers.iter().any(|one| one.tokens.is_empty()) {
+            return Err(self
+                .connection
+                .malformed("/completion", "not each prompt was continued"));
+        }
+        answers.sort_by_key(|one| one.index);
+        let generated = |one: One| Generated {
+            ended: one.stop_type == "eos",
+            tokens: one.tokens,
+        };
+        Ok(answers.into_iter().map(generated).collect())
     }
 
     /// Offers draft tokens to a running completion, and learns what it has committed.
     pub async fn offer(&self, call: &DraftCall<'_>) -> Result<DraftAnswer, UpstreamError> {
-        self.post("/draft", call, None).await
+        self.connection.post("/draft", call, None).await
     }
 
     /// Begins a completion that goes on whatever it says, and whose steps can be drafted for under `key`; dropping the
@@ -335,12 +389,8 @@ impl LlamaServer {
             "prompt": "One, two, three,", "n_predict": n, "stream": true, "ignore_eos": true, "cache_prompt": false,
             "temperature": 0,
         });
-        let request = self
-            .http
-            .post(self.completion_url())
-            .header("X-Draft-Key", key)
-            .json(&body);
-        self.send("/completion", request).await
+        let request = self.connection.request("/completion", &body).header("X-Draft-Key", key);
+        self.connection.send("/completion", request).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -373,13 +423,13 @@ impl LlamaServer {
     /// As [`Self::draft`], in one piece.
     async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.completion(prefix, n, slot, false).await?;
-        let event: CompletionEvent = self.read("/completion", response).await?;
+        let event: CompletionEvent = self.connection.read("/completion", response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
         Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
     }
 
     fn completion_url(&self) -> String {
-        format!("{}/completion", self.base)
+        format!("{}/completion", self.url())
     }
 
     async fn completion(
@@ -414,79 +464,8 @@ impl LlamaServer {
             n_probs: 1,
             response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
         };
-        self.send("/completion", self.http.post(self.completion_url()).json(&body))
-            .await
-    }
-
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        let request = self.http.get(format!("{}{path}", self.base)).timeout(PATIENCE);
-        let response = self.send(path, request).await?;
-        self.read(path, response).await
-    }
-
-    async fn post<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        body: &impl Serialize,
-        timeout: Option<Duration>,
-    ) -> Result<T, UpstreamError> {
-        let mut request = self.http.post(format!("{}{path}", self.base)).json(body);
-        if let Some(timeout) = timeout {
-            request = request.timeout(timeout);
-        }
-        let response = self.send(path, request).await?;
-        self.read(path, response).await
-    }
-
-    async fn send(&self, path: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
-        let request = match &self.key {
-            Some(key) => request.bearer_auth(key.expose()),
-            None => request,
-        };
-        let url = || format!("{}{path}", self.base);
-        let again = request.try_clone();
-        let response = match (request.send().await, again) {
-            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
-            // anything, so it can be asked again.
-            (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
-            (outcome, _) => outcome,
-        };
-        let response = response.map_err(|error| unreachable(url(), &error))?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        let status = response.status().as_u16();
-        let body = response.text().await.unwrap_or_default();
-        let message = serde_json::from_str::<serde_json::Value>(&body)
-            .ok()
-            .and_then(|body| body.pointer("/error/message")?.as_str().map(str::to_owned))
-            .unwrap_or(body);
-        Err(UpstreamError::Refused {
-            url: url(),
-            status,
-            message,
-        })
-    }
-
-    async fn read<T: DeserializeOwned>(&self, path: &str, response: reqwest::Response) -> Result<T, UpstreamError> {
-        let url = || format!("{}{path}", self.base);
-        let body = response.bytes().await.map_err(|error| unreachable(url(), &error))?;
-        serde_json::from_slice(&body).map_err(|error| UpstreamError::Malformed {
-            url: url(),
-            cause: error.to_string(),
-        })
-    }
-}
-
-/// Names the innermost cause, which says more than reqwest's own words.
-fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    UpstreamError::Unreachable {
-        url,
-        cause: cause.to_string(),
+        let request = self.connection.request("/completion", &body);
+        self.connection.send("/completion", request).await
     }
 }
 
