@@ -5,6 +5,7 @@
 
 mod attach;
 mod calibrate;
+mod crowd;
 mod rounds;
 mod slots;
 mod vocabulary;
@@ -22,6 +23,7 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Pace, Policy};
 use crate::upstream::LlamaServer;
+use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::Slots;
@@ -60,6 +62,7 @@ struct Shared {
     sight: channel::Sender<Sight>,
     /// Of each drafter.
     slots: Vec<Slots>,
+    crowd: Crowd,
     pace: Mutex<Pace>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
@@ -105,6 +108,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
+            crowd: Crowd::default(),
             pace: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
