@@ -2,56 +2,19 @@
 //! our patch (`nix/llama-cpp`).
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
-use futures_util::{Stream, StreamExt, stream::BoxStream};
-use serde::de::DeserializeOwned;
+use bytes::BytesMut;
+use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 
+use super::connection::{Connection, PATIENCE, UpstreamError};
 use crate::config::Secret;
-use crate::speculation::Token;
-
-/// What a server knows by itself it tells within this time, or not at all.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Why a server behind us gave no answer that can be used.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum UpstreamError {
-    /// No connection, or it broke.
-    #[error("{url} is unreachable: {cause}")]
-    Unreachable {
-        /// What was asked.
-        url: String,
-        /// The innermost cause.
-        cause: String,
-    },
-    /// An answer with an error status.
-    #[error("{url} answered {status}: {message}")]
-    Refused {
-        /// What was asked.
-        url: String,
-        /// The HTTP status.
-        status: u16,
-        /// The server's message.
-        message: String,
-    },
-    /// An answer that is not what llama-server sends.
-    #[error("{url} sent something else than llama-server would: {cause}")]
-    Malformed {
-        /// What was asked.
-        url: String,
-        /// What is wrong with it.
-        cause: String,
-    },
-}
+use crate::speculation::{Spelled, Token};
 
 /// One llama-server.
 #[derive(Debug, Clone)]
 pub struct LlamaServer {
-    base: String,
-    http: reqwest::Client,
-    key: Option<Secret>,
+    connection: Connection,
 }
 
 /// What `GET /props` tells.
@@ -65,6 +28,9 @@ pub struct Props {
     /// The model's file.
     #[serde(default)]
     pub model_path: String,
+    /// The text of the token that begins a sequence; empty where the model has none.
+    #[serde(default)]
+    pub bos_token: String,
     /// Version of llama.cpp.
     #[serde(default)]
     pub build_info: String,
@@ -239,33 +205,25 @@ impl CompletionEvent {
 impl LlamaServer {
     /// A client of the server at `base` (without a path). Fails only when the system cannot set up TLS.
     pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .http1_only()
-            .connect_timeout(Duration::from_secs(3))
-            .pool_max_idle_per_host(32)
-            .pool_idle_timeout(Duration::from_secs(4))
-            .build()?;
         Ok(Self {
-            base: base.trim_end_matches('/').to_owned(),
-            http,
-            key,
+            connection: Connection::new(base, key)?,
         })
     }
 
     /// The base URL.
     #[must_use]
     pub fn url(&self) -> &str {
-        &self.base
+        self.connection.base()
     }
 
     /// Whether the model is loaded: `GET /health`.
     pub async fn health(&self) -> Result<(), UpstreamError> {
-        self.get::<serde::de::IgnoredAny>("/health").await.map(drop)
+        self.connection.get::<serde::de::IgnoredAny>("/health").await.map(drop)
     }
 
     /// Whether anything that is not an error of the server itself comes back from `GET /v1/models`.
     pub async fn answers(&self) -> Result<(), UpstreamError> {
-        match self.get::<serde::de::IgnoredAny>("/v1/models").await {
+        match self.connection.get::<serde::de::IgnoredAny>("/v1/models").await {
             Err(UpstreamError::Refused { status, .. }) if status < 500 && status != 401 && status != 403 => Ok(()),
             other => other.map(drop),
         }
@@ -273,7 +231,7 @@ impl LlamaServer {
 
     /// `GET /props`.
     pub async fn props(&self) -> Result<Props, UpstreamError> {
-        self.get("/props").await
+        self.connection.get("/props").await
     }
 
     /// Number of tokens in the vocabulary, of `GET /v1/models`.
@@ -290,13 +248,13 @@ impl LlamaServer {
         struct Meta {
             n_vocab: usize,
         }
-        let models: Models = self.get("/v1/models").await?;
+        let models: Models = self.connection.get("/v1/models").await?;
         models
             .data
             .first()
             .map(|entry| entry.meta.n_vocab)
             .ok_or_else(|| UpstreamError::Malformed {
-                url: format!("{}/v1/models", self.base),
+                url: self.connection.url("/v1/models"),
                 cause: "no model is listed".into(),
             })
     }
@@ -308,7 +266,7 @@ impl LlamaServer {
             content: String,
         }
         let body = serde_json::json!({ "tokens": tokens });
-        let answer: Answer = self.post("/detokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.content)
     }
 
@@ -319,13 +277,43 @@ impl LlamaServer {
             tokens: Vec<Token>,
         }
         let body = serde_json::json!({ "content": text, "parse_special": true });
-        let answer: Answer = self.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.tokens)
+    }
+
+    /// The tokens of `text`, read as in [`Self::tokenize`], each with its bytes.
+    pub async fn spell(&self, text: &str) -> Result<Vec<Spelled>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Entry>,
+        }
+        #[derive(Deserialize)]
+        struct Entry {
+            id: Token,
+            piece: Piece,
+        }
+        /// Bytes only where they are no text by themselves.
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Piece {
+            Text(String),
+            Bytes(Vec<u8>),
+        }
+        let body = serde_json::json!({ "content": text, "parse_special": true, "with_pieces": true });
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let spelled = |Entry { id, piece }| Spelled {
+            token: id,
+            bytes: match piece {
+                Piece::Text(text) => text.into_bytes(),
+                Piece::Bytes(bytes) => bytes,
+            },
+        };
+        Ok(answer.tokens.into_iter().map(spelled).collect())
     }
 
     /// Offers draft tokens to a running completion, and learns what it has committed.
     pub async fn offer(&self, call: &DraftCall<'_>) -> Result<DraftAnswer, UpstreamError> {
-        self.post("/draft", call, None).await
+        self.connection.post("/draft", call, None).await
     }
 
     /// Begins a completion that goes on whatever it says, and whose steps can be drafted for under `key`; dropping the
@@ -336,11 +324,11 @@ impl LlamaServer {
             "temperature": 0,
         });
         let request = self
-            .http
-            .post(self.completion_url())
+            .connection
+            .request("/completion")
             .header("X-Draft-Key", key)
             .json(&body);
-        self.send("/completion", request).await
+        self.connection.send("/completion", request).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -352,7 +340,10 @@ impl LlamaServer {
         let server = self.clone();
         let start = async move {
             let events = match server.completion(&prefix, n, slot, true).await {
-                Ok(response) => sse(server.completion_url(), response),
+                Ok(response) => sse(
+                    server.completion_url(),
+                    server.connection.lines("/completion", response),
+                ),
                 Err(error) => futures_util::stream::iter([Err(error)]).boxed(),
             };
             Drafting {
@@ -373,13 +364,13 @@ impl LlamaServer {
     /// As [`Self::draft`], in one piece.
     async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.completion(prefix, n, slot, false).await?;
-        let event: CompletionEvent = self.read("/completion", response).await?;
+        let event: CompletionEvent = self.connection.read("/completion", response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
         Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
     }
 
     fn completion_url(&self) -> String {
-        format!("{}/completion", self.base)
+        self.connection.url("/completion")
     }
 
     async fn completion(
@@ -414,79 +405,8 @@ impl LlamaServer {
             n_probs: 1,
             response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
         };
-        self.send("/completion", self.http.post(self.completion_url()).json(&body))
-            .await
-    }
-
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        let request = self.http.get(format!("{}{path}", self.base)).timeout(PATIENCE);
-        let response = self.send(path, request).await?;
-        self.read(path, response).await
-    }
-
-    async fn post<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        body: &impl Serialize,
-        timeout: Option<Duration>,
-    ) -> Result<T, UpstreamError> {
-        let mut request = self.http.post(format!("{}{path}", self.base)).json(body);
-        if let Some(timeout) = timeout {
-            request = request.timeout(timeout);
-        }
-        let response = self.send(path, request).await?;
-        self.read(path, response).await
-    }
-
-    async fn send(&self, path: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
-        let request = match &self.key {
-            Some(key) => request.bearer_auth(key.expose()),
-            None => request,
-        };
-        let url = || format!("{}{path}", self.base);
-        let again = request.try_clone();
-        let response = match (request.send().await, again) {
-            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
-            // anything, so it can be asked again.
-            (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
-            (outcome, _) => outcome,
-        };
-        let response = response.map_err(|error| unreachable(url(), &error))?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        let status = response.status().as_u16();
-        let body = response.text().await.unwrap_or_default();
-        let message = serde_json::from_str::<serde_json::Value>(&body)
-            .ok()
-            .and_then(|body| body.pointer("/error/message")?.as_str().map(str::to_owned))
-            .unwrap_or(body);
-        Err(UpstreamError::Refused {
-            url: url(),
-            status,
-            message,
-        })
-    }
-
-    async fn read<T: DeserializeOwned>(&self, path: &str, response: reqwest::Response) -> Result<T, UpstreamError> {
-        let url = || format!("{}{path}", self.base);
-        let body = response.bytes().await.map_err(|error| unreachable(url(), &error))?;
-        serde_json::from_slice(&body).map_err(|error| UpstreamError::Malformed {
-            url: url(),
-            cause: error.to_string(),
-        })
-    }
-}
-
-/// Names the innermost cause, which says more than reqwest's own words.
-fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    UpstreamError::Unreachable {
-        url,
-        cause: cause.to_string(),
+        let request = self.connection.request("/completion").json(&body);
+        self.connection.send("/completion", request).await
     }
 }
 
@@ -548,49 +468,19 @@ impl Drafting {
 }
 
 /// The `data:` events of a server-sent event stream.
-fn sse(url: String, response: reqwest::Response) -> Events {
-    let lines = Lines {
-        bytes: response.bytes_stream().boxed(),
-        buffer: BytesMut::new(),
-    };
-    futures_util::stream::unfold((lines, url), |(mut lines, url)| async move {
-        loop {
-            match lines.next().await? {
-                Ok(line) => {
-                    let Some(data) = line.strip_prefix(b"data:") else {
-                        continue;
-                    };
-                    let event = serde_json::from_slice(data).map_err(|error| UpstreamError::Malformed {
+fn sse(url: String, lines: BoxStream<'static, Result<BytesMut, UpstreamError>>) -> Events {
+    lines
+        .filter_map(move |line| {
+            let event = line
+                .map(|line| {
+                    let data = line.strip_prefix(b"data:")?;
+                    Some(serde_json::from_slice(data).map_err(|error| UpstreamError::Malformed {
                         url: url.clone(),
                         cause: error.to_string(),
-                    });
-                    return Some((event, (lines, url)));
-                }
-                Err(error) => return Some((Err(unreachable(url.clone(), &error)), (lines, url))),
-            }
-        }
-    })
-    .boxed()
-}
-
-/// Splits a body into lines.
-struct Lines<S> {
-    bytes: S,
-    buffer: BytesMut,
-}
-
-impl<S: Stream<Item = reqwest::Result<bytes::Bytes>> + Unpin> Lines<S> {
-    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
-        loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line = self.buffer.split_to(end);
-                self.buffer.advance(1);
-                return Some(Ok(line));
-            }
-            match self.bytes.next().await? {
-                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
-                Err(error) => return Some(Err(error)),
-            }
-        }
-    }
+                    }))
+                })
+                .transpose();
+            std::future::ready(event.map(Result::flatten))
+        })
+        .boxed()
 }

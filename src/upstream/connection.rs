@@ -1,0 +1,217 @@
+//! HTTP to one server behind us.
+
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{Stream, StreamExt, stream::BoxStream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::Secret;
+
+/// What a server knows by itself it tells within this time, or not at all.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a server behind us gave no answer that can be used.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum UpstreamError {
+    /// No connection, or it broke.
+    #[error("{url} is unreachable: {cause}")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// The innermost cause.
+        cause: String,
+    },
+    /// An answer with an error status, or an error in a stream.
+    #[error("{url} answered {status}: {message}")]
+    Refused {
+        /// What was asked.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+        /// The server's message.
+        message: String,
+    },
+    /// An answer that is not what such a server sends.
+    #[error("{url} sent something else than it should: {cause}")]
+    Malformed {
+        /// What was asked.
+        url: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// No model is configured, and the server has not exactly one.
+    #[error("{url} lists {count} models; name one of them with `model_name`")]
+    WhichModel {
+        /// What was asked.
+        url: String,
+        /// Models listed.
+        count: usize,
+    },
+}
+
+/// A base URL, the key for it, and connections that are kept.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    base: String,
+    http: reqwest::Client,
+    key: Option<Secret>,
+}
+
+impl Connection {
+    /// To the server at `base` (without a path). Fails only when the system cannot set up TLS.
+    pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder()
+            .http1_only()
+            .connect_timeout(Duration::from_secs(3))
+            .pool_max_idle_per_host(32)
+            .pool_idle_timeout(Duration::from_secs(4))
+            .build()?;
+        Ok(Self {
+            base: base.trim_end_matches('/').to_owned(),
+            http,
+            key,
+        })
+    }
+
+    /// The base URL.
+    #[must_use]
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// The URL of a path.
+    #[must_use]
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// GET, read as JSON.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
+        let request = self.http.get(self.url(path)).timeout(PATIENCE);
+        let response = self.send(path, request).await?;
+        self.read(path, response).await
+    }
+
+    /// POST, read as JSON.
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        timeout: Option<Duration>,
+    ) -> Result<T, UpstreamError> {
+        let mut request = self.request(path).json(body);
+        if let Some(timeout) = timeout {
+            request = request.timeout(timeout);
+        }
+        let response = self.send(path, request).await?;
+        self.read(path, response).await
+    }
+
+    /// A POST that is not sent yet.
+    #[must_use]
+    pub fn request(&self, path: &str) -> reqwest::RequestBuilder {
+        self.http.post(self.url(path))
+    }
+
+    /// Sends a request to `path`; an error status is an error.
+    pub async fn send(&self, path: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
+        let request = match &self.key {
+            Some(key) => request.bearer_auth(key.expose()),
+            None => request,
+        };
+        let again = request.try_clone();
+        let response = match (request.send().await, again) {
+            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
+            // anything, so it can be asked again.
+            (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
+            (outcome, _) => outcome,
+        };
+        let response = response.map_err(|error| unreachable(self.url(path), &error))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status().as_u16();
+        let body = response.text().await.unwrap_or_default();
+        let message = serde_json::from_str::<serde_json::Value>(&body)
+            .ok()
+            .and_then(|body| error_message(body.get("error")?))
+            .unwrap_or(body);
+        Err(UpstreamError::Refused {
+            url: self.url(path),
+            status,
+            message,
+        })
+    }
+
+    /// The body of an answer, as JSON.
+    pub async fn read<T: DeserializeOwned>(&self, path: &str, response: reqwest::Response) -> Result<T, UpstreamError> {
+        let body = response
+            .bytes()
+            .await
+            .map_err(|error| unreachable(self.url(path), &error))?;
+        serde_json::from_slice(&body).map_err(|error| UpstreamError::Malformed {
+            url: self.url(path),
+            cause: error.to_string(),
+        })
+    }
+
+    /// The lines of an answer as they come, without their ends.
+    #[must_use]
+    pub fn lines(
+        &self,
+        path: &str,
+        response: reqwest::Response,
+    ) -> BoxStream<'static, Result<BytesMut, UpstreamError>> {
+        let url = self.url(path);
+        let lines = Lines {
+            bytes: response.bytes_stream().boxed(),
+            buffer: BytesMut::new(),
+        };
+        futures_util::stream::unfold(lines, |mut lines| async move { Some((lines.next().await?, lines)) })
+            .map(move |line| line.map_err(|error| unreachable(url.clone(), &error)))
+            .boxed()
+    }
+}
+
+/// The words of an `error`: OpenAI and llama-server send an object, Ollama a string.
+#[must_use]
+pub fn error_message(error: &serde_json::Value) -> Option<String> {
+    let message = error.get("message").unwrap_or(error);
+    message.as_str().map(str::to_owned)
+}
+
+/// Names the innermost cause, which says more than reqwest's own words.
+fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    UpstreamError::Unreachable {
+        url,
+        cause: cause.to_string(),
+    }
+}
+
+/// Splits a body into lines.
+struct Lines<S> {
+    bytes: S,
+    buffer: BytesMut,
+}
+
+impl<S: Stream<Item = reqwest::Result<Bytes>> + Unpin> Lines<S> {
+    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end);
+                self.buffer.advance(1);
+                return Some(Ok(line));
+            }
+            match self.bytes.next().await? {
+                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
