@@ -5,6 +5,7 @@
 
 mod attach;
 mod calibrate;
+mod draft_server;
 mod slots;
 mod vocabulary;
 mod watch;
@@ -19,7 +20,7 @@ use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream};
 use crate::speculation::Pace;
-use crate::upstream::LlamaServer;
+use crate::upstream::{LlamaServer, TextServer};
 use slots::Slots;
 use watch::{Server, Sight, Watcher};
 
@@ -41,7 +42,7 @@ const FASTEST_STEP_US: f64 = 1500.0;
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    drafts: Vec<LlamaServer>,
+    drafts: Vec<Server>,
     target: Option<LlamaServer>,
     watcher: AbortHandle,
 }
@@ -79,13 +80,22 @@ impl Engine {
             Ok(Server {
                 client: LlamaServer::new(&config.url, key)?,
                 config,
+                text: None,
+            })
+        };
+        let draft_server = |(config, key): (Upstream, Option<Secret>)| {
+            let text = TextServer::new(&config.url, key.clone(), config.backend, config.model_name.clone())?;
+            let text = Some(text);
+            Ok(Server {
+                text,
+                ..server((config, key))?
             })
         };
         let target = settings.target.map(server).transpose()?;
         let drafts = settings
             .drafts
             .into_iter()
-            .map(server)
+            .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
         let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone());
@@ -113,7 +123,7 @@ impl Engine {
         Ok(Arc::new(Self {
             watcher: tokio::spawn(watching).abort_handle(),
             shared,
-            drafts: drafts.into_iter().map(|server| server.client).collect(),
+            drafts,
             target: target.map(|server| server.client),
         }))
     }

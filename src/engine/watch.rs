@@ -10,10 +10,13 @@ use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream};
-use crate::upstream::{LlamaServer, Props, UpstreamError};
+use crate::speculation::Token;
+use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Completions drafted for at once by a server that does not tell how many it takes; Ollama queues those that are too many.
+const TEXT_SLOTS: usize = 4;
 /// The reason while it is not known yet whether the drafter fits.
 const COMPARING: &str = "the vocabularies are being compared";
 
@@ -24,6 +27,35 @@ pub struct Server {
     pub config: Upstream,
     /// The client.
     pub client: LlamaServer,
+    /// The client for text, of a drafter.
+    pub text: Option<TextServer>,
+}
+
+/// How a drafter is talked to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Language {
+    /// In token ids, which both servers know below this number.
+    Tokens {
+        /// Size of the target's vocabulary.
+        vocabulary: usize,
+    },
+    /// In text.
+    Text {
+        /// That of the target's token for the beginning of a sequence.
+        bos: String,
+    },
+}
+
+impl Language {
+    /// Whether a drafter's token can be offered to the target.
+    #[must_use]
+    pub fn knows(&self, token: Token) -> bool {
+        match self {
+            Self::Tokens { vocabulary } => usize::try_from(token).is_ok_and(|id| id < *vocabulary),
+            // The target has made it.
+            Self::Text { .. } => true,
+        }
+    }
 }
 
 /// What is known of the servers.
@@ -39,8 +71,6 @@ pub struct Sight {
     pub reason: Option<String>,
     /// Most draft tokens of one step of the target.
     pub n_max: usize,
-    /// Size of the target's vocabulary.
-    pub vocabulary: usize,
 }
 
 /// What is known of a drafter.
@@ -48,8 +78,8 @@ pub struct Sight {
 pub struct DraftSight {
     /// Its health.
     pub status: ServerStatus,
-    /// Whether it can be used now.
-    pub can_draft: bool,
+    /// How it can be talked to; `None` while it cannot be used.
+    pub language: Option<Language>,
 }
 
 /// Looks again and again, and remembers what does not change while the servers stay the same. Nothing waits for a server
@@ -163,18 +193,17 @@ impl Watcher {
         for (number, (draft, look)) in self.drafts.iter().zip(looks).enumerate() {
             let mut seen = DraftSight {
                 status: look.status.clone(),
-                can_draft: false,
+                language: None,
             };
             if sight.verification == Verification::Attached
                 && let Some(target) = &target.props
                 && look.status.problem.is_none()
             {
                 match draft.fits(look, target) {
-                    Fit::Fits { vocabulary } => {
-                        sight.vocabulary = vocabulary;
-                        seen.can_draft = true;
+                    Fit::Fits { language, but } => {
+                        seen.language = Some(language);
+                        seen.status.problem = but;
                     }
-                    Fit::Not(why) => seen.status.problem = Some(why),
                     Fit::Unknown { why, pair } => {
                         seen.status.problem = Some(why);
                         missing.extend(pair.map(|pair| (number, pair)));
@@ -183,7 +212,7 @@ impl Watcher {
             }
             sight.drafts.push(seen);
         }
-        if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.can_draft) {
+        if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.language.is_some()) {
             let problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
             sight.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
@@ -209,19 +238,21 @@ impl Watcher {
 
 /// Whether a drafter can draft for the target.
 enum Fit {
-    Fits { vocabulary: usize },
-    Not(String),
+    Fits { language: Language, but: Option<String> },
     Unknown { why: String, pair: Option<Pair> },
 }
 
 impl Draft {
     fn fits(&self, look: &Look, target: &Props) -> Fit {
-        let backend = self.server.config.backend;
-        if backend != Backend::Llamacpp {
-            return Fit::Not(format!(
-                "a drafter with `backend: {}` gives no token ids; run the draft model with llama-server",
-                backend_name(backend)
-            ));
+        let text = Language::Text {
+            bos: target.bos_token.clone(),
+        };
+        if self.server.config.backend != Backend::Llamacpp {
+            self.slots.resize(TEXT_SLOTS);
+            return Fit::Fits {
+                language: text,
+                but: None,
+            };
         }
         let Some(props) = &look.props else {
             return Fit::Unknown {
@@ -234,9 +265,15 @@ impl Draft {
         match &self.compared {
             Some((compared, outcome)) if *compared == pair => match outcome {
                 Ok(Comparison::Same { target_size }) => Fit::Fits {
-                    vocabulary: *target_size,
+                    language: Language::Tokens {
+                        vocabulary: *target_size,
+                    },
+                    but: None,
                 },
-                Ok(Comparison::Different(difference)) => Fit::Not(difference.clone()),
+                Ok(Comparison::Different(difference)) => Fit::Fits {
+                    language: text,
+                    but: Some(format!("it drafts as text: {difference}")),
+                },
                 Err(error) => Fit::Unknown {
                     why: format!("the vocabularies could not be compared: {error}"),
                     pair: self.compare_again.then_some(pair),
@@ -293,7 +330,8 @@ impl Server {
 }
 
 async fn look_at(server: &Server) -> Look {
-    let Server { config, client } = server;
+    let Server { config, client, text } = server;
+    let text = text.as_ref().filter(|_| config.backend != Backend::Llamacpp);
     let mut status = server.unknown();
     let mut props = None;
     let answer = if config.backend == Backend::Llamacpp {
@@ -302,12 +340,15 @@ async fn look_at(server: &Server) -> Look {
             Err(error) => Err(error),
         }
     } else {
-        client.answers().await
+        match (client.answers().await, text) {
+            (Ok(()), Some(text)) => text.ready().await,
+            (answer, _) => answer,
+        }
     };
     match answer {
         Ok(()) => status.healthy = true,
         // Something answers that is no llama-server, or no longer one with our routes.
-        Err(UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }) => {
+        Err(UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }) if text.is_none() => {
             status.healthy = true;
             status.problem = Some("it answers, but not like llama-server; set `backend` to what it is".into());
         }

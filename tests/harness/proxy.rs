@@ -40,8 +40,13 @@ pub struct Proxy {
 impl Proxy {
     /// Before the target at one URL, with the drafter at the other.
     pub async fn start(target: &str, draft: Option<&str>) -> Self {
+        Self::start_with(target, draft.map(Upstream::at)).await
+    }
+
+    /// As [`Self::start`], with any drafter.
+    pub async fn start_with(target: &str, draft: Option<Upstream>) -> Self {
         let engine = engine::Settings {
-            drafts: draft.into_iter().map(|url| (Upstream::at(url), None)).collect(),
+            drafts: draft.into_iter().map(|draft| (draft, None)).collect(),
             target: Some((Upstream::at(target), None)),
             ..engine::Settings::default()
         };
@@ -82,7 +87,12 @@ impl Proxy {
 
     /// As [`Self::start`], and waits until it drafts.
     pub async fn drafting(target: &str, draft: &str) -> Self {
-        let proxy = Self::start(target, Some(draft)).await;
+        Self::drafting_with(target, Upstream::at(draft)).await
+    }
+
+    /// As [`Self::start_with`], and waits until it drafts.
+    pub async fn drafting_with(target: &str, draft: Upstream) -> Self {
+        let proxy = Self::start_with(target, Some(draft)).await;
         proxy
             .shows("that it drafts", Duration::from_secs(20), |status| {
                 status["verification"] == "attached"
