@@ -86,21 +86,15 @@ impl Retokeniser {
 
     /// A text whose tokens are needed to go on; `None` until there is more text.
     pub fn question(&mut self) -> Option<String> {
-        let ask = match self.asked {
-            Some((ask, _)) => ask,
-            None => {
-                let settled = if self.complete {
-                    self.text.len()
-                } else {
-                    settled(&self.text)
-                };
-                if settled <= self.seen {
-                    return None;
-                }
-                self.asked = Some((Ask::LookBack, settled));
-                Ask::LookBack
-            }
-        };
+        if self.asked.is_none() {
+            let settled = if self.complete {
+                self.text.len()
+            } else {
+                settled(&self.text)
+            };
+            self.asked = (settled > self.seen).then_some((Ask::LookBack, settled));
+        }
+        let (ask, _) = self.asked?;
         Some(match ask {
             Ask::LookBack => format!("{}{}", self.look_back, self.text),
             Ask::Alone => self.text[self.handed..].to_owned(),
@@ -213,7 +207,7 @@ fn unspaced(c: char) -> bool {
 
 /// Up to where the tokens of a text stay what they are when more text follows: to the end of the last word or number that
 /// something else follows. What splits a text for the usual tokenizers (GPT-2's pattern and its successors, the spaces of
-/// SentencePiece) always splits there, while a space, a bracket or a line break may belong to what comes next. Marks
+/// `SentencePiece`) always splits there, while a space, a bracket or a line break may belong to what comes next. Marks
 /// outside of ASCII may belong to the letter before them.
 fn settled(text: &str) -> usize {
     let mut following = text.chars().count();
@@ -244,12 +238,15 @@ mod tests {
     struct Toy {
         merges: HashMap<(Token, Token), Token>,
         bytes: Vec<Vec<u8>>,
+        /// What it puts before every text, as `SentencePiece` does.
+        adds: &'static str,
     }
 
     impl Toy {
         fn learn(from: &str, n: usize) -> Self {
             let mut toy = Self {
                 merges: HashMap::new(),
+                adds: "",
                 bytes: (0..=255).map(|byte| vec![byte]).collect(),
             };
             for _ in 0..n {
@@ -296,7 +293,8 @@ mod tests {
                 token,
                 bytes: self.bytes(&[token]),
             };
-            self.tokens(text).into_iter().map(spelled).collect()
+            let text = format!("{}{text}", self.adds);
+            self.tokens(&text).into_iter().map(spelled).collect()
         }
 
         /// All that comes of these pieces.
@@ -352,6 +350,14 @@ mod tests {
     fn toy() -> &'static Toy {
         static TOY: OnceLock<Toy> = OnceLock::new();
         TOY.get_or_init(|| Toy::learn(SAMPLE, 120))
+    }
+
+    fn toy_that_adds_a_space() -> &'static Toy {
+        static TOY: OnceLock<Toy> = OnceLock::new();
+        TOY.get_or_init(|| Toy {
+            adds: " ",
+            ..Toy::learn(SAMPLE, 120)
+        })
     }
 
     #[test]
@@ -429,6 +435,31 @@ mod tests {
         assert!(!retokeniser.answer(&toy.spell(&question)).is_empty());
     }
 
+    #[test]
+    fn tokens_that_end_inside_of_a_character_are_handed_out_with_its_rest() {
+        let spelled = |token, bytes: &[u8]| Spelled {
+            token,
+            bytes: bytes.to_vec(),
+        };
+        let text = "日本語日本語";
+        let mut retokeniser = Retokeniser::new("", Vec::new());
+        retokeniser.push(text);
+        assert_eq!(settled(text), "日".len());
+        assert!(retokeniser.question().is_some());
+        let bytes = text.as_bytes();
+        let answer = [
+            spelled(1, &bytes[..2]),
+            spelled(2, &bytes[2..6]),
+            spelled(3, &bytes[6..]),
+        ];
+        assert!(retokeniser.answer(&answer).is_empty());
+        retokeniser.push("語。.");
+        retokeniser.complete();
+        let whole = retokeniser.question().unwrap();
+        let answer = [&answer[..], &[spelled(4, &whole.as_bytes()[text.len()..])]].concat();
+        assert_eq!(retokeniser.answer(&answer), [1, 2, 3, 4]);
+    }
+
     /// Words of the sample, with pieces of them and things in between.
     fn text() -> impl Strategy<Value = String> {
         let word = prop_oneof![
@@ -486,11 +517,13 @@ mod tests {
         /// What the target would say of its own accord is offered as it would say it.
         #[test]
         fn a_text_that_goes_on_where_a_token_ends_has_the_tokens_of_the_whole(
-            text in text(), place: prop::sample::Index, at: Vec<prop::sample::Index>,
+            text in text(), place: prop::sample::Index, at: Vec<prop::sample::Index>, adds_a_space: bool,
         ) {
-            let toy = toy();
+            let toy = if adds_a_space { toy_that_adds_a_space() } else { toy() };
+            let text = format!("it is;{text}");
             let tokens = toy.tokens(&text);
-            let place = place.index(tokens.len() + 1);
+            let prompt = toy.tokens("it is;").len();
+            let place = prompt + place.index(tokens.len() + 1 - prompt);
             let before = toy.bytes(&tokens[..place]);
             if let Ok(before) = String::from_utf8(before) {
                 let after = &text[before.len()..];

@@ -110,7 +110,6 @@ impl Connection {
     }
 
     /// A POST that is not sent yet.
-    #[must_use]
     pub fn request(&self, path: &str) -> reqwest::RequestBuilder {
         self.http.post(self.url(path))
     }

@@ -63,7 +63,8 @@ impl FakeOllama {
     /// Knows these texts, and says what comes next in them, three characters at a time.
     pub async fn knowing(texts: Vec<String>) -> Self {
         Self::start(move |request| {
-            let n = request.options["num_predict"].as_u64().expect("a number") as usize;
+            let n = request.options["num_predict"].as_u64().and_then(|n| n.try_into().ok());
+            let n: usize = n.expect("a number");
             let next = texts.iter().find_map(|text| text.strip_prefix(&request.prompt));
             let next: Vec<char> = next.unwrap_or_default().chars().collect();
             let pieces: Vec<String> = next.chunks(3).take(n).map(|piece| piece.iter().collect()).collect();
