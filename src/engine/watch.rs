@@ -206,7 +206,7 @@ impl Watcher {
                     }
                     Fit::Unknown { why, pair } => {
                         seen.status.problem = Some(why);
-                        missing.extend(pair.map(|pair| (number, pair)));
+                        missing.extend(pair.map(|pair| (number, *pair)));
                     }
                 }
             }
@@ -239,7 +239,7 @@ impl Watcher {
 /// Whether a drafter can draft for the target.
 enum Fit {
     Fits { language: Language, but: Option<String> },
-    Unknown { why: String, pair: Option<Pair> },
+    Unknown { why: String, pair: Option<Box<Pair>> },
 }
 
 impl Draft {
@@ -276,12 +276,12 @@ impl Draft {
                 },
                 Err(error) => Fit::Unknown {
                     why: format!("the vocabularies could not be compared: {error}"),
-                    pair: self.compare_again.then_some(pair),
+                    pair: self.compare_again.then(|| Box::new(pair)),
                 },
             },
             _ => Fit::Unknown {
                 why: COMPARING.into(),
-                pair: Some(pair),
+                pair: Some(Box::new(pair)),
             },
         }
     }
