@@ -5,6 +5,7 @@
 //! | [`config`] | the cluster file |
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
+//! | [`rounds`] | answers for targets that no drafter can attach to |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
@@ -18,6 +19,7 @@ pub mod config;
 pub mod engine;
 pub mod observe;
 pub mod proxy;
+pub mod rounds;
 pub mod speculation;
 pub mod supervise;
 pub mod upstream;

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use serde_json::Value as Json;
 use tightwad::config::{
     Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, Environment, Gpu, GpuBackend, Loaded,
-    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, Worker, check_config_in, load_in,
+    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
 };
 
 const MINIMAL: &str = "proxy: { target: { url: 'http://127.0.0.1:8080' } }\n";
@@ -266,7 +266,7 @@ tightwad.yaml:2: proxy.prot: unknown key; did you mean port?
 tightwad.yaml:3: proxy.port: expected a whole number from 0 to 65535, found a list
 tightwad.yaml:4: proxy.draft.modle_name: unknown key; did you mean model_name?
 tightwad.yaml:5: proxy.target.url: missing; it has no default
-tightwad.yaml:6: proxy.target.backend: `olama` is none of llamacpp, ollama, openai; did you mean ollama?
+tightwad.yaml:6: proxy.target.backend: `olama` is none of llamacpp, ollama, openai, vllm, sglang; did you mean ollama?
 tightwad.yaml:8: workers.0.gpus.0.vram_gb: expected a number, found `much`
 tightwad.yaml:9: nonsense: unknown key; the keys here are proxy, target, draft, coordinator, workers, models, binaries";
     assert_eq!(error_of(text), expected);
@@ -620,7 +620,7 @@ fn the_proxy_takes_the_servers_of_its_own_file() {
          models: { big: { path: a }, small: { path: b } }",
     );
     let (draft, target) = both.proxy_upstreams();
-    let (draft, target) = (draft.unwrap(), target.unwrap());
+    let (draft, target) = (&draft[0], target.unwrap());
     assert_eq!(
         (draft.url.as_str(), draft.model_name.as_deref()),
         ("http://[::1]:8081", Some("small"))
@@ -634,7 +634,7 @@ fn the_proxy_takes_the_servers_of_its_own_file() {
 
     let pool = config("proxy: {}\ncoordinator: { host: 10.0.0.1, api_key: k }\nmodels: { big: { path: a } }");
     let (draft, target) = pool.proxy_upstreams();
-    assert_eq!(draft, None);
+    assert_eq!(draft, []);
     let expected = Upstream {
         model_name: Some("big".into()),
         api_key: Some(Secret::new("k")),
@@ -740,9 +740,10 @@ fn everything() -> Config {
         proxy: Some(Proxy {
             host: "h".into(),
             port: 1,
-            draft: Some(upstream.clone()),
+            draft: vec![upstream.clone()],
             target: Some(upstream),
             max_draft_tokens: MaxDraftTokens::Auto,
+            verification: VerificationMode::Auto,
             fallback_on_draft_failure: true,
             measure_agreement: false,
             auth_token: Some(Secret::new("k")),
@@ -853,7 +854,7 @@ fn the_reference_tells_the_defaults() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/reference.yaml");
     let config = load_in(Some(&path), &Environment::default()).unwrap().config;
     let proxy = Proxy {
-        draft: None,
+        draft: Vec::new(),
         target: None,
         ..config.proxy.unwrap()
     };
@@ -919,7 +920,7 @@ prop_compose! {
         Proxy {
             host: format!("{host}.lan"),
             port,
-            draft: draft.map(|name| Upstream { model_name: Some(name), ..Upstream::at("http://a:1") }),
+            draft: draft.into_iter().map(|name| Upstream { model_name: Some(name), ..Upstream::at("http://a:1") }).collect(),
             target: Some(Upstream { backend: Backend::Ollama, ..Upstream::at("https://b:2/base") }),
             max_draft_tokens: tokens.map_or(MaxDraftTokens::Auto, MaxDraftTokens::AtMost),
             fallback_on_draft_failure: fallback,

@@ -289,29 +289,35 @@ async fn an_openai_server_is_sent_the_key_and_the_model_and_its_bytes_may_be_cut
     let mut acts = vec![stream_head()];
     acts.extend(events.as_bytes().chunks(1).map(chunk));
     acts.push(Act::EndChunks);
-    let upstream = FakeUpstream::start(move |_| acts.clone()).await;
-    let key = Some(Secret::new("the-key"));
-    let server = TextServer::new(&upstream.url(), key, Backend::Openai, Some("small".into())).expect("a client");
-    let pieces: Vec<_> = server.complete("Wie ist es?".into(), 7, 0).collect().await;
-    let pieces: Vec<TextPiece> = pieces.into_iter().map(|piece| piece.expect("no error")).collect();
-    let text = |text: &str| TextPiece::Text(text.to_owned());
-    assert_eq!(
-        pieces,
-        [
-            text(" gr\u{fc}n\u{1f600}"),
-            text("."),
-            TextPiece::End(StreamEnd::EndOfText)
-        ]
-    );
-    let seen = upstream.only();
-    assert_eq!(
-        (seen.method.as_str(), seen.target.as_str()),
-        ("POST", "/v1/completions")
-    );
-    assert_eq!(seen.header("authorization"), Some("Bearer the-key"));
-    let body: Value = serde_json::from_slice(&seen.body).expect("JSON");
-    let expected = json!({
-        "model": "small", "prompt": "Wie ist es?", "max_tokens": 7, "temperature": 0, "stream": true,
-    });
-    assert_eq!(body, expected);
+    for backend in [Backend::Openai, Backend::Vllm, Backend::Sglang] {
+        let upstream = FakeUpstream::start({
+            let acts = acts.clone();
+            move |_| acts.clone()
+        })
+        .await;
+        let key = Some(Secret::new("the-key"));
+        let server = TextServer::new(&upstream.url(), key, backend, Some("small".into())).expect("a client");
+        let pieces: Vec<_> = server.complete("Wie ist es?".into(), 7, 0).collect().await;
+        let pieces: Vec<TextPiece> = pieces.into_iter().map(|piece| piece.expect("no error")).collect();
+        let text = |text: &str| TextPiece::Text(text.to_owned());
+        assert_eq!(
+            pieces,
+            [
+                text(" gr\u{fc}n\u{1f600}"),
+                text("."),
+                TextPiece::End(StreamEnd::EndOfText)
+            ]
+        );
+        let seen = upstream.only();
+        assert_eq!(
+            (seen.method.as_str(), seen.target.as_str()),
+            ("POST", "/v1/completions")
+        );
+        assert_eq!(seen.header("authorization"), Some("Bearer the-key"));
+        let body: Value = serde_json::from_slice(&seen.body).expect("JSON");
+        let expected = json!({
+            "model": "small", "prompt": "Wie ist es?", "max_tokens": 7, "temperature": 0, "stream": true,
+        });
+        assert_eq!(body, expected);
+    }
 }

@@ -40,6 +40,7 @@ pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
         drafts: proxy.draft.iter().map(with_key).collect(),
         target: proxy.target.as_ref().map(with_key),
         max_draft_tokens: proxy.max_draft_tokens,
+        verification: proxy.verification,
     };
     Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
 }

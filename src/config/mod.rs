@@ -77,6 +77,8 @@ pub struct Proxy {
     pub target: Option<Upstream>,
     /// Most draft tokens that one step of the target verifies.
     pub max_draft_tokens: MaxDraftTokens,
+    /// How the target verifies drafts.
+    pub verification: VerificationMode,
     /// Answer without the drafter while that is down (true), or refuse requests until it is back (false).
     pub fallback_on_draft_failure: bool,
     /// Ask the drafter now and then what a target that cannot verify drafts has answered, and show how far both agree.
@@ -103,6 +105,7 @@ impl Default for Proxy {
             draft: Vec::new(),
             target: None,
             max_draft_tokens: MaxDraftTokens::Auto,
+            verification: VerificationMode::Auto,
             fallback_on_draft_failure: true,
             measure_agreement: false,
             auth_token: None,
@@ -123,6 +126,23 @@ pub enum MaxDraftTokens {
     Auto,
     /// At most this many; 0 turns drafting off.
     AtMost(u16),
+}
+
+/// `proxy.verification`: how the target verifies drafts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerificationMode {
+    /// As well as it can: attached where our patch is, scored by vLLM and SGLang, else not at all.
+    #[default]
+    Auto,
+    /// Drafts attach to the running completion.
+    Attached,
+    /// In rounds, with a prompt for each length of the draft: a stock llama-server with several slots.
+    FanOut,
+    /// In rounds, by the likeliest tokens of a prompt: vLLM and SGLang.
+    Scored,
+    /// Not at all.
+    None,
 }
 
 /// A server that is already running somewhere.
@@ -156,6 +176,10 @@ pub enum Backend {
     Ollama,
     /// Any server with an OpenAI-compatible API.
     Openai,
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
 }
 
 /// `target`, `draft`: a llama-server that this host runs.

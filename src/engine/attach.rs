@@ -53,6 +53,7 @@ pub(super) async fn run(
         next_offer: None,
         drafters: servers.drafts.into_iter().map(Drafter::new).collect(),
         answered: DraftAnswer::none(),
+        began: Instant::now(),
         stepped: Instant::now(),
         round_trip: Duration::ZERO,
         load: Load::default(),
@@ -87,6 +88,7 @@ struct Attached {
     drafters: Vec<Drafter>,
     /// The target's last word.
     answered: DraftAnswer,
+    began: Instant,
     /// When the target's last step was heard of.
     stepped: Instant,
     /// How long the target took to answer the last offer.
@@ -224,11 +226,11 @@ impl Attached {
     async fn next(&mut self) -> Happened {
         let drafters = self.drafters.iter_mut().map(|drafter| drafter.next().boxed());
         let drafters: Vec<_> = drafters.collect();
-        let drafted = OptionFuture::from((!drafters.is_empty()).then(|| select_all(drafters)));
+        let any = OptionFuture::from((!drafters.is_empty()).then(|| select_all(drafters)));
         tokio::select! {
             Some(answer) = OptionFuture::from(self.follow.as_mut()) => Happened::Followed(answer),
             Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => Happened::Offered(answer),
-            Some((drafted, drafter, _)) = drafted => Happened::Drafted(drafter, drafted),
+            Some((drafted, number, _)) = any => Happened::Drafted(number, drafted),
             Ok(()) = self.sight.changed() => Happened::Seen,
         }
     }
@@ -418,7 +420,7 @@ impl Attached {
         let moment = Moment {
             n_max: self.n_max(),
             growing: &growing,
-            since_step: self.stepped.elapsed(),
+            now: self.began.elapsed(),
             round_trip: self.round_trip,
             load: self.load,
         };

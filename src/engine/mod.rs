@@ -1,11 +1,12 @@
 //! Attaches a drafter to running completions: the I/O around [`crate::speculation`].
 //!
-//! The proxy sees three things: [`Engine::start`] begins to watch the two servers, [`Engine::attach`] gives a completion
-//! its drafting session, and [`Engine::status`] tells how it goes.
+//! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
+//! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
 mod attach;
 mod calibrate;
 mod draft_server;
+mod rounds;
 mod slots;
 mod vocabulary;
 mod watch;
@@ -13,14 +14,17 @@ mod watch;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::OptionFuture;
 use rand::Rng;
 use serde::Serialize;
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
-use crate::config::{MaxDraftTokens, Secret, Upstream};
-use crate::speculation::Pace;
+use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
+use crate::speculation::{Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
+pub use rounds::Drafting;
+use rounds::RoundsTarget;
 use slots::Slots;
 use watch::{Server, Sight, Watcher};
 
@@ -33,6 +37,8 @@ pub struct Settings {
     pub target: Option<(Upstream, Option<Secret>)>,
     /// Most draft tokens per step.
     pub max_draft_tokens: MaxDraftTokens,
+    /// How the target is to verify.
+    pub verification: VerificationMode,
 }
 
 /// Targets with faster plain steps (in microseconds) are not drafted for: following them costs more than drafts save.
@@ -44,6 +50,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     drafts: Vec<Server>,
     target: Option<LlamaServer>,
+    /// The target, if it can be asked in rounds.
+    rounds: Option<Arc<RoundsTarget>>,
     watcher: AbortHandle,
 }
 
@@ -91,6 +99,7 @@ impl Engine {
                 ..server((config, key))?
             })
         };
+        let target_key = settings.target.as_ref().and_then(|(_, key)| key.clone());
         let target = settings.target.map(server).transpose()?;
         let drafts = settings
             .drafts
@@ -98,7 +107,11 @@ impl Engine {
             .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
-        let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone());
+        let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone(), settings.verification);
+        let rounds = match &target {
+            Some(server) => RoundsTarget::of(server, target_key)?.map(Arc::new),
+            None => None,
+        };
         let shared = Arc::new(Shared {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
@@ -112,19 +125,20 @@ impl Engine {
         let calibration = target
             .as_ref()
             .map(|server| calibrate::run(shared.clone(), server.client.clone()));
+        let trying = rounds.clone().map(|target| {
+            let drafts = drafts.iter().map(|server| server.client.clone()).collect();
+            RoundsTarget::watch(target, shared.clone(), drafts)
+        });
         let watching = watcher.run(shared.sight.clone());
         let watching = async move {
-            tokio::join!(watching, async move {
-                if let Some(calibration) = calibration {
-                    calibration.await;
-                }
-            });
+            tokio::join!(watching, OptionFuture::from(calibration), OptionFuture::from(trying));
         };
         Ok(Arc::new(Self {
             watcher: tokio::spawn(watching).abort_handle(),
             shared,
             drafts,
             target: target.map(|server| server.client),
+            rounds,
         }))
     }
 
@@ -161,17 +175,25 @@ impl Engine {
     #[must_use]
     pub fn status(&self) -> Status {
         let sight = self.shared.sight.borrow().clone();
-        let mut reason = sight.reason;
+        let (mut verification, mut reason) = (sight.verification, sight.reason);
+        let in_rounds = self.rounds.as_ref().filter(|_| verification.is_in_rounds());
+        if let Some(rounds) = in_rounds {
+            if let Some(flaw) = rounds.reason() {
+                (verification, reason) = (Verification::None, Some(flaw));
+            } else if reason.is_none() {
+                reason = rounds.drafter_reason();
+            }
+        }
         if self.shared.cap == 0 {
             reason = Some("`max_draft_tokens` is 0".into());
-        } else if self.too_fast() {
+        } else if verification == Verification::Attached && self.too_fast() {
             reason =
                 Some("a step of the target takes less than the round trips of drafting, so nothing is drafted".into());
         }
         Status {
             drafts: sight.drafts.into_iter().map(|draft| draft.status).collect(),
             target: sight.target,
-            verification: sight.verification,
+            verification,
             reason,
             counts: *self.shared.totals(),
         }
@@ -263,13 +285,30 @@ impl Counts {
 
 /// How the target verifies drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Verification {
     /// Drafts attach to the running completion: our patch of llama-server.
     Attached,
+    /// The proxy asks in rounds, with a prompt for each length of the draft: a stock llama-server with several slots.
+    FanOut,
+    /// The proxy asks in rounds for the likeliest tokens of a prompt: vLLM, SGLang.
+    Scored,
     /// The target cannot verify drafts, or there is no drafter; it is passed through.
     #[default]
     None,
+}
+
+impl Verification {
+    /// As the status and the metrics call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attached => "attached",
+            Self::FanOut => "fan-out",
+            Self::Scored => "scored",
+            Self::None => "none",
+        }
+    }
 }
 
 /// Health of one server as last seen.

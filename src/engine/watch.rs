@@ -9,7 +9,7 @@ use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
-use crate::config::{Backend, Upstream};
+use crate::config::{Backend, Upstream, VerificationMode};
 use crate::speculation::Token;
 use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
@@ -17,6 +17,8 @@ use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Completions drafted for at once by a server that does not tell how many it takes; Ollama queues those that are too many.
 const TEXT_SLOTS: usize = 4;
+/// Most draft tokens that a server is asked to score at once.
+const SCORED_MAX: usize = 16;
 /// The reason while it is not known yet whether the drafter fits.
 const COMPARING: &str = "the vocabularies are being compared";
 
@@ -73,6 +75,14 @@ pub struct Sight {
     pub n_max: usize,
 }
 
+impl Sight {
+    /// How the drafter of this number can be talked to.
+    #[must_use]
+    pub fn language(&self, number: usize) -> Option<&Language> {
+        self.drafts.get(number)?.language.as_ref()
+    }
+}
+
 /// What is known of a drafter.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DraftSight {
@@ -88,6 +98,7 @@ pub struct DraftSight {
 pub struct Watcher {
     drafts: Vec<Draft>,
     target: Option<Server>,
+    mode: VerificationMode,
 }
 
 #[derive(Debug)]
@@ -109,7 +120,7 @@ type Compared = (Pair, Result<Comparison, UpstreamError>);
 impl Watcher {
     /// Watches these servers; each drafter has its slots.
     #[must_use]
-    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>) -> Self {
+    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>, mode: VerificationMode) -> Self {
         let draft = |(server, slots)| Draft {
             server,
             slots,
@@ -120,6 +131,7 @@ impl Watcher {
         Self {
             drafts: drafts.into_iter().zip(slots).map(draft).collect(),
             target,
+            mode,
         }
     }
 
@@ -182,9 +194,9 @@ impl Watcher {
             target: target.status.clone(),
             ..Sight::default()
         };
-        match verification(self.target.as_ref(), target.props.as_ref()) {
-            Ok(n_max) => {
-                sight.verification = Verification::Attached;
+        match verification(self.mode, self.target.as_ref(), target) {
+            Ok((verification, n_max)) => {
+                sight.verification = verification;
                 sight.n_max = n_max;
             }
             Err(reason) => sight.reason = Some(reason),
@@ -195,15 +207,13 @@ impl Watcher {
                 status: look.status.clone(),
                 language: None,
             };
-            if sight.verification == Verification::Attached
-                && let Some(target) = &target.props
-                && look.status.problem.is_none()
-            {
-                match draft.fits(look, target) {
+            if sight.verification != Verification::None && look.status.problem.is_none() {
+                match draft.fits(look, sight.verification, target.props.as_ref()) {
                     Fit::Fits { language, but } => {
                         seen.language = Some(language);
                         seen.status.problem = but;
                     }
+                    Fit::Not(why) => seen.status.problem = Some(why),
                     Fit::Unknown { why, pair } => {
                         seen.status.problem = Some(why);
                         missing.extend(pair.map(|pair| (number, *pair)));
@@ -212,12 +222,12 @@ impl Watcher {
             }
             sight.drafts.push(seen);
         }
-        if sight.verification == Verification::Attached && !sight.drafts.iter().any(|draft| draft.language.is_some()) {
-            let problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
+        if sight.verification != Verification::None && !sight.drafts.iter().any(|draft| draft.language.is_some()) {
+            let mut problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
             sight.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
             } else {
-                problems.filter_map(|draft| draft.status.problem.clone()).next()
+                problems.find_map(|draft| draft.status.problem.clone())
             };
         }
         (sight, missing)
@@ -239,19 +249,28 @@ impl Watcher {
 /// Whether a drafter can draft for the target.
 enum Fit {
     Fits { language: Language, but: Option<String> },
+    Not(String),
     Unknown { why: String, pair: Option<Box<Pair>> },
 }
 
 impl Draft {
-    fn fits(&self, look: &Look, target: &Props) -> Fit {
-        let text = Language::Text {
-            bos: target.bos_token.clone(),
+    fn fits(&self, look: &Look, verification: Verification, target: Option<&Props>) -> Fit {
+        let text = || match target {
+            Some(target) if verification == Verification::Attached => Some(Language::Text {
+                bos: target.bos_token.clone(),
+            }),
+            _ => None,
         };
         if self.server.config.backend != Backend::Llamacpp {
             self.slots.resize(TEXT_SLOTS);
-            return Fit::Fits {
-                language: text,
-                but: None,
+            return match text() {
+                Some(language) => Fit::Fits { language, but: None },
+                None => Fit::Not(format!(
+                    "a drafter with `backend: {}` drafts as text, and an answer in rounds ({}) takes token ids only; run the \
+                     draft model with llama-server",
+                    backend_name(self.server.config.backend),
+                    verification.name()
+                )),
             };
         }
         let Some(props) = &look.props else {
@@ -261,6 +280,13 @@ impl Draft {
             };
         };
         self.slots.resize(props.total_slots);
+        let Some(target) = target else {
+            // Who scores prompts does not tell its vocabulary so; a text is compared when it is tried.
+            return Fit::Fits {
+                language: Language::Tokens { vocabulary: usize::MAX },
+                but: None,
+            };
+        };
         let pair = (props.clone(), target.clone());
         match &self.compared {
             Some((compared, outcome)) if *compared == pair => match outcome {
@@ -270,9 +296,15 @@ impl Draft {
                     },
                     but: None,
                 },
-                Ok(Comparison::Different(difference)) => Fit::Fits {
-                    language: text,
-                    but: Some(format!("it drafts as text: {difference}")),
+                Ok(Comparison::Different(difference)) => match text() {
+                    Some(language) => Fit::Fits {
+                        language,
+                        but: Some(format!("it drafts as text: {difference}")),
+                    },
+                    None => Fit::Not(format!(
+                        "it could draft as text only, and an answer in rounds ({}) takes token ids only: {difference}",
+                        verification.name()
+                    )),
                 },
                 Err(error) => Fit::Unknown {
                     why: format!("the vocabularies could not be compared: {error}"),
@@ -361,30 +393,69 @@ async fn look_at(server: &Server) -> Look {
     Look { status, props }
 }
 
-/// How many draft tokens the target can verify at once, or why it cannot.
-fn verification(target: Option<&Server>, props: Option<&Props>) -> Result<usize, String> {
+/// How the target verifies, and how many draft tokens at once; or why it does not.
+fn verification(mode: VerificationMode, target: Option<&Server>, look: &Look) -> Result<(Verification, usize), String> {
     let Some(target) = target else {
         return Err("no target is configured; name one under `proxy.target`".into());
     };
-    if target.config.backend != Backend::Llamacpp {
-        return Err(format!(
+    let backend = target.config.backend;
+    let wants = |mode: &str, what: &str| {
+        Err(format!(
+            "`proxy.verification: {mode}` needs {what}, and the target is configured as `backend: {}`; correct one of them",
+            backend_name(backend)
+        ))
+    };
+    match (mode, backend) {
+        (VerificationMode::None, _) => Err("`proxy.verification` is none".into()),
+        (VerificationMode::Auto | VerificationMode::Scored, Backend::Vllm | Backend::Sglang) => {
+            if look.status.healthy {
+                Ok((Verification::Scored, SCORED_MAX))
+            } else {
+                Err(NOT_YET.into())
+            }
+        }
+        (VerificationMode::Scored, _) => wants("scored", "vLLM or SGLang"),
+        (VerificationMode::FanOut, Backend::Llamacpp) => fan_out(look.props.as_ref()),
+        (VerificationMode::FanOut, _) => wants("fan-out", "a llama-server"),
+        (VerificationMode::Auto | VerificationMode::Attached, Backend::Llamacpp) => attached(look.props.as_ref()),
+        (VerificationMode::Attached, _) => wants("attached", "Tightwad's llama-server"),
+        (VerificationMode::Auto, Backend::Ollama | Backend::Openai) => Err(format!(
             "a target with `backend: {}` cannot verify drafts; run the model with Tightwad's llama-server to draft for it",
-            backend_name(target.config.backend)
-        ));
+            backend_name(backend)
+        )),
     }
+}
+
+const NOT_YET: &str = "the target does not answer yet, so it is not known what it can verify";
+
+fn attached(props: Option<&Props>) -> Result<(Verification, usize), String> {
     let Some(props) = props else {
-        return Err("the target does not answer yet, so it is not known what it can verify".into());
+        return Err(NOT_YET.into());
     };
     match props.draft_external_max {
         None => Err(format!(
-            "the target is a stock llama-server ({}), which cannot verify drafts; run the one of `scripts/llama-cpp` or of \
-             the flake",
+            "the target is a stock llama-server ({}), which cannot verify drafts by itself; run the one of \
+             `scripts/llama-cpp` or of the flake, or set `proxy.verification: fan-out`",
             props.build_info
         )),
         Some(0) => {
             Err("the target was started without `--spec-draft-external-max`; `tightwad run target` sets it".into())
         }
-        Some(n) => Ok(n),
+        Some(n) => Ok((Verification::Attached, n)),
+    }
+}
+
+fn fan_out(props: Option<&Props>) -> Result<(Verification, usize), String> {
+    let Some(props) = props else {
+        return Err(NOT_YET.into());
+    };
+    match props.total_slots {
+        0 | 1 => Err(
+            "`proxy.verification: fan-out` needs a slot for each length of a draft, and the target has one; start it with \
+             `-np 5` or more"
+                .into(),
+        ),
+        slots => Ok((Verification::FanOut, slots - 1)),
     }
 }
 
@@ -393,6 +464,8 @@ fn backend_name(backend: Backend) -> &'static str {
         Backend::Llamacpp => "llamacpp",
         Backend::Ollama => "ollama",
         Backend::Openai => "openai",
+        Backend::Vllm => "vllm",
+        Backend::Sglang => "sglang",
     }
 }
 
@@ -412,7 +485,11 @@ fn log_change(old: &Sight, new: &Sight) {
     if old.verification != new.verification || old.reason != new.reason {
         match &new.reason {
             Some(reason) if reason == COMPARING => tracing::debug!("{reason}"),
-            None => tracing::info!("verification: attached, up to {} draft tokens per step", new.n_max),
+            None => tracing::info!(
+                "verification: {}, up to {} draft tokens per step",
+                new.verification.name(),
+                new.n_max
+            ),
             Some(reason) => tracing::warn!("drafting: {reason}"),
         }
     }

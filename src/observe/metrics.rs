@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -17,7 +17,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use super::Outcome;
-use crate::engine::Engine;
+use crate::engine::{Engine, Verification};
 
 /// The content type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -160,6 +160,13 @@ impl Collector for Drafting {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;
         }
+        let metric = encoder.encode_descriptor(
+            "tightwad_verification",
+            "1 for the way in which the target verifies drafts",
+            None,
+            MetricType::Gauge,
+        )?;
+        self::verification(metric, status.verification)?;
         let help = "Whether the drafter answers";
         let mut metric = encoder.encode_descriptor("tightwad_draft_up", help, None, MetricType::Gauge)?;
         for draft in &status.drafts {
@@ -171,6 +178,11 @@ impl Collector for Drafting {
         ConstGauge::new(i64::from(status.target.healthy)).encode(metric)?;
         Ok(())
     }
+}
+
+fn verification(mut metric: MetricEncoder<'_>, how: Verification) -> fmt::Result {
+    let labels = [("how", how.name())];
+    ConstGauge::new(1_i64).encode(metric.encode_family(&labels)?)
 }
 
 #[cfg(test)]
@@ -193,6 +205,7 @@ mod tests {
             "tightwad_requests_in_flight 0",
             "vllm:spec_decode_num_draft_tokens_total 0",
             "tightwad_target_up 0",
+            r#"tightwad_verification{how="none"} 1"#,
             concat!(r#"tightwad_build_info{version=""#, env!("CARGO_PKG_VERSION"), r#""} 1"#),
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");

@@ -16,6 +16,7 @@ use super::router::{App, RequestId};
 use super::running::Running;
 use super::target::Outgoing;
 use crate::engine::Verification;
+use crate::rounds;
 
 /// Answers a request that is none of our own endpoints'.
 pub(super) async fn forward(
@@ -47,14 +48,35 @@ struct Exchange<'a> {
     running: Running,
 }
 
+/// A request that may be answered.
+struct Prepared {
+    outgoing: Outgoing,
+    /// An event stream is asked for.
+    streamed: bool,
+    /// How it is answered, unless by the target itself.
+    rounds: Option<rounds::Answer>,
+}
+
 impl Exchange<'_> {
     async fn answer(mut self, url: reqwest::Url, request: Request) -> Response {
         let method = request.method().clone();
-        let (outgoing, streamed) = match self.prepare(url, request).await {
+        let Prepared {
+            outgoing,
+            streamed,
+            rounds,
+        } = match self.prepare(url, request).await {
             Ok(prepared) => prepared,
             Err(refusal) => return self.refuse(&refusal),
         };
-        let mut answer = Box::pin(self.app.target.send(outgoing));
+        let forwarded = self.app.target.send(outgoing);
+        let mut answer = Box::pin(async move {
+            if let Some(rounds) = rounds
+                && let Some(response) = rounds.response().await
+            {
+                return Ok(response);
+            }
+            forwarded.await
+        });
         let answered = match self.app.settings.keepalive.filter(|_| streamed) {
             None => answer.await,
             Some(keepalive) => match tokio::time::timeout(keepalive, &mut answer).await {
@@ -68,8 +90,8 @@ impl Exchange<'_> {
         }
     }
 
-    /// Checks the request and makes what the target gets of it; also says whether an event stream is asked for.
-    async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<(Outgoing, bool), Refusal> {
+    /// Checks the request and makes what the target gets of it.
+    async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<Prepared, Refusal> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
         if self.route.hidden {
@@ -79,7 +101,7 @@ impl Exchange<'_> {
         let body = admission::read(body, &parts.headers, settings.max_body_size).await?;
         let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
         headers.insert(X_REQUEST_ID, self.id.header());
-        let mut streamed = false;
+        let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             streamed = asked.streamed;
@@ -87,7 +109,10 @@ impl Exchange<'_> {
                 self.refuse_without_drafter()?;
             }
             let predicted = asked.prediction.is_some() && self.route.chat;
-            if let Some(attachment) = self.app.engine.attach(asked.prediction)
+            rounds = self.in_rounds(&body, asked.prediction.as_ref());
+            if let Some(rounds) = &rounds {
+                self.running.counts_with(rounds.counts());
+            } else if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
@@ -111,15 +136,23 @@ impl Exchange<'_> {
             // Nothing can be put into a compressed stream.
             headers.remove(header::ACCEPT_ENCODING);
         }
-        Ok((
-            Outgoing {
+        Ok(Prepared {
+            outgoing: Outgoing {
                 method: parts.method,
                 url,
                 headers,
                 body,
             },
             streamed,
-        ))
+            rounds,
+        })
+    }
+
+    /// An answer in rounds, if the target is asked so and the request allows it.
+    fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
+        let drafting = self.app.engine.rounds()?;
+        let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
+        Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }
 
     /// Browsers ask for permission (OPTIONS) without a token, so that is nobody the target's key may be used for.

@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
 use tokio::runtime::Handle;
+use tokio::sync::watch as channel;
 
 use super::agreement::Question;
 use super::paths::Route;
@@ -26,6 +27,8 @@ pub(super) struct Running {
     predicted: bool,
     /// What the drafter may be asked too.
     question: Option<Question>,
+    /// The counts of an answer in rounds.
+    rounds: Option<channel::Receiver<Counts>>,
     id: String,
     path: String,
     route: Route,
@@ -44,6 +47,7 @@ impl Running {
             attachment: None,
             predicted: false,
             question: None,
+            rounds: None,
             id,
             path: path.chars().take(LONGEST_PATH).collect(),
             route,
@@ -79,6 +83,11 @@ impl Running {
     pub(super) fn reported(&self) -> Option<impl Future<Output = Counts> + Send + 'static> {
         let attachment = self.attachment.as_ref().filter(|_| self.predicted)?;
         Some(attachment.settled())
+    }
+
+    /// It is answered in rounds, which are counted here.
+    pub(super) fn counts_with(&mut self, rounds: channel::Receiver<Counts>) {
+        self.rounds = Some(rounds);
     }
 
     /// The client is told this.
@@ -144,10 +153,11 @@ impl Drop for Running {
             streamed: self.streamed,
             duration_ms: self.milliseconds_to(self.begun + duration),
             ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
-            counts: self
-                .attachment
-                .as_ref()
-                .map_or_else(Counts::default, Attachment::counts),
+            counts: match (&self.attachment, &self.rounds) {
+                (Some(attachment), _) => attachment.counts(),
+                (None, Some(rounds)) => *rounds.borrow(),
+                (None, None) => Counts::default(),
+            },
             outcome: self.outcome,
         };
         let observed = Arc::clone(&self.observed);

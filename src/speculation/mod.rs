@@ -7,6 +7,8 @@ mod lookup;
 mod pace;
 mod retokenise;
 mod session;
+#[cfg(test)]
+mod simulator;
 
 pub use lookup::{Lookup, Proposal};
 pub use pace::{Choice, Circumstances, Class, Growing, Load, Pace, Step};

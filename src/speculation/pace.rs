@@ -6,18 +6,27 @@
 //! `T(k)`, measured for each `k`: on some machines two tokens cost as much as two steps, and eight less than seven.
 //!
 //! With `r` tokens per microsecond as they come now, a step is worth `E(k) - r T(k)`: what it yields less what the target
-//! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. Three kinds of
-//! waiting are weighed in the same coin:
+//! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. The threshold form
+//! of such rules is optimal (`SpecDec++`, arXiv 2405.19715, section 3).
 //!
-//! - for a draft to grow to `m` tokens: `E(m) - r (T(m) + w)`, where `w` is how long its last token comes after the target
-//!   is done with the step that it is in (drafting during a step costs nothing), with a usual `a` for tokens to come;
-//! - after a step, for the word of what comes next: worth a round trip if the usual draft is;
-//! - a drafter is asked at all while its usual draft is worth more than a plain step. If not it is asked again now and
-//!   then, less and less often, and its drafts are only compared with what the target says, which costs the target nothing.
+//! Whether the target should wait for drafts at all follows from two cycles (renewal-reward theorem), each from one
+//! contradicted draft to the next. With a usual chance `a` a draft of `n` is followed by another one without a pause with
+//! the chance `p = a^(n+1)`: all of it is accepted, and the token that the target adds is the next of the draft. So
+//! `1 / (1 - p)` steps of `E(n)` tokens and the time `T(n)` come in a row, and then
+//!
+//! - a target that waits stands still until the next draft is there: for `A = round trip + first token + (n - 1) token`;
+//! - a target that does not takes plain steps meanwhile: `j` of them until the draft is `n` tokens ahead of it, which it
+//!   survives with the chance `a^j`; one that does not begins anew, after `(1 - a^j) / (1 - a)` steps on average.
+//!
+//! The better of the two, over all `n`, against a plain step says whether a drafter pays. One that does not is asked again
+//! now and then, less and less often, and its drafts are only compared with what the target says, which costs the target
+//! nothing. Where waiting pays, waiting for a draft to grow to `m` tokens is worth `E(m) - r (T(m) + w)`, where `w` is how
+//! long its last token comes after the target is done with the step that it is in.
 //!
 //! Other completions in the same pass make it longer for all of them: `T` is taken beyond their tokens, and `r` is what
-//! all of them yield. The threshold form of such rules is optimal (`SpecDec++`, arXiv 2405.19715, section 3).
+//! all of them yield.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::session::Policy;
@@ -259,19 +268,14 @@ impl Pace {
         }
     }
 
-    /// How long a step over `n` draft tokens takes, in microseconds; `None` before the first one.
+    /// Whether this drafter makes the target faster.
     #[must_use]
-    pub fn step_us(&self, n: usize) -> Option<f64> {
-        self.step.micros(n)
-    }
-
-    /// Whether the usual draft of this drafter is worth more than a plain step.
-    #[must_use]
-    pub fn pays(&self, drafter: usize, n_max: usize, load: Load) -> bool {
+    pub fn pays(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
         let Some(market) = self.market(load) else { return true };
         let unknown = Drafter::default();
         let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
-        market.worth_of_usual(drafter.usual.of(USUAL), drafter, n_max) > market.worth(1.0, 0)
+        let cycle = market.cycle(drafter.supply(round_trip), n_max);
+        cycle.rate * market.plain_us > 1.0
     }
 
     fn drafter(&mut self, number: usize) -> &mut Drafter {
@@ -318,16 +322,16 @@ struct Market<'a> {
 impl Market<'_> {
     /// What a step over `n` draft tokens is worth that is expected to yield `expected` tokens.
     fn worth(&self, expected: f64, n: usize) -> f64 {
-        expected - self.rate * self.step.micros(self.load.tokens + n).unwrap_or(self.plain_us)
+        expected - self.rate * self.step_us(n)
     }
 
-    /// Chooses to wait for a draft of `begun` tokens, which is accepted as a whole with the chance `reach` and yields
-    /// `expected` tokens, if a longer one is worth more.
+    /// Chooses to wait for a draft to grow within these lengths, if that is worth more. As it is it is accepted as a whole
+    /// with the chance `reach` and yields `expected` tokens.
     fn weigh_growth(
         &self,
         drafter: &Drafter,
         growing: Growing,
-        begun: usize,
+        lengths: Range<usize>,
         (mut reach, mut expected): (f64, f64),
         moment: &Circumstances,
         choice: &mut Choice,
@@ -335,14 +339,11 @@ impl Market<'_> {
         let (Some(first_us), Some(token_us)) = (drafter.first_us.get(), drafter.token_us.get()) else {
             return;
         };
-        let silent_us = micros(growing.silent);
-        let next_us = if growing.begun {
-            token_us.max(silent_us - token_us)
-        } else {
-            first_us.max(silent_us)
-        };
+        // What is late stays late by as much again.
+        let usual_us = if growing.begun { token_us } else { first_us };
+        let next_us = (usual_us - micros(growing.silent)).abs();
         let mut comes_us = next_us - token_us;
-        for n in begun + 1..=moment.n_max {
+        for n in lengths.start + 1..=lengths.end {
             comes_us += token_us;
             reach *= drafter.usual.of(USUAL);
             expected += reach;
@@ -350,25 +351,85 @@ impl Market<'_> {
             let worth = self.worth(expected, n) - self.rate * late_us;
             if worth > choice.worth {
                 choice.worth = worth;
-                // Half as much again as expected, and never more than the step that waiting saves.
-                let wait_us = 1.5 * comes_us + SLACK_US - moment.busy_us;
-                choice.wait_us = whole(wait_us.clamp(0.0, self.plain_us));
+                // Half as much again as expected.
+                choice.wait_us = whole((1.5 * comes_us + SLACK_US - moment.busy_us).max(0.0));
             }
         }
     }
 
-    /// What a step over a draft of tokens with this `chance` is worth, if it is drafted while the target steps.
-    fn worth_of_usual(&self, chance: f64, drafter: &Drafter, n_max: usize) -> f64 {
-        let (first_us, token_us) = (drafter.first_us.get(), drafter.token_us.get());
-        let (mut reach, mut expected) = (1.0, 1.0);
-        (1..=n_max)
-            .map(|n| {
-                reach *= chance;
-                expected += reach;
-                let drafting_us = first_us.unwrap_or(0.0) + (n - 1) as f64 * token_us.unwrap_or(0.0);
-                self.worth(expected, n) - self.rate * (drafting_us - self.plain_us).max(0.0)
-            })
-            .fold(f64::MIN, f64::max)
+    /// The best way to use such drafts.
+    fn cycle(&self, supply: Supply, n_max: usize) -> Cycle {
+        let mut best = Cycle {
+            rate: 1.0 / self.plain_us,
+            waits_for: None,
+        };
+        let mut expected = 1.0;
+        for n in 1..=n_max {
+            let survives = |tokens: usize| supply.chance.powi(i32::try_from(tokens).unwrap_or(i32::MAX));
+            expected += survives(n);
+            let in_a_row = 1.0 / (1.0 - survives(n + 1)).max(0.01);
+            // In a row the drafter has to keep up.
+            let step_us = self.step_us(n).max((n + 1) as f64 * supply.token_us);
+            let (tokens, time_us) = (in_a_row * expected, in_a_row * step_us);
+            let comes_us = supply.first_us + (n - 1) as f64 * supply.token_us;
+            let waiting = Cycle {
+                rate: tokens / (comes_us + time_us),
+                waits_for: Some(n),
+            };
+            let gains_us = self.plain_us - supply.token_us;
+            let plain_steps = ((comes_us + SLACK_US) / gains_us).ceil().max(1.0);
+            let going_on = Cycle {
+                rate: if gains_us > 0.0 {
+                    let chance = supply.chance.powf(plain_steps);
+                    let taken = (1.0 - chance) / (1.0 - supply.chance).max(1e-6);
+                    (taken + chance * tokens) / (taken * self.plain_us + chance * time_us)
+                } else {
+                    0.0
+                },
+                waits_for: None,
+            };
+            for cycle in [waiting, going_on] {
+                if cycle.rate > best.rate {
+                    best = cycle;
+                }
+            }
+        }
+        best
+    }
+
+    fn step_us(&self, n: usize) -> f64 {
+        self.step.micros(self.load.tokens + n).unwrap_or(self.plain_us)
+    }
+}
+
+/// Drafts of one source, on the whole.
+#[derive(Debug, Clone, Copy)]
+struct Supply {
+    /// Of a token that is still to come.
+    chance: f64,
+    /// From a step of the target that contradicts a draft until the first token of the next draft is with the target.
+    first_us: f64,
+    /// Between two tokens.
+    token_us: f64,
+}
+
+/// A way to use drafts.
+#[derive(Debug, Clone, Copy)]
+struct Cycle {
+    /// Tokens per microsecond.
+    rate: f64,
+    /// The target waits for drafts of so many tokens; `None`: it goes on.
+    waits_for: Option<usize>,
+}
+
+impl Drafter {
+    /// What it makes; what is not known yet is taken to cost nothing.
+    fn supply(&self, round_trip: Duration) -> Supply {
+        Supply {
+            chance: self.usual.of(USUAL),
+            first_us: micros(round_trip) + self.first_us.get().unwrap_or(0.0),
+            token_us: self.token_us.get().unwrap_or(0.0),
+        }
     }
 }
 
@@ -385,8 +446,8 @@ impl Policy for Pace {
         }
     }
 
-    fn asks(&mut self, drafter: usize, n_max: usize, load: Load) -> bool {
-        let pays = self.pays(drafter, n_max, load);
+    fn asks(&mut self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
+        let pays = self.pays(drafter, n_max, load, round_trip);
         let drafter = self.drafter(drafter);
         if pays {
             drafter.patience = PATIENCE.0;
@@ -403,8 +464,8 @@ impl Policy for Pace {
         draft.iter().map(|class| self.acceptance(*class)).product()
     }
 
-    fn step_us(&self, n: usize) -> f64 {
-        self.step.micros(n).unwrap_or(0.0)
+    fn step_us(&self, n: usize) -> Option<f64> {
+        self.step.micros(n)
     }
 
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
@@ -428,29 +489,33 @@ impl Policy for Pace {
                 (choice.n, choice.worth) = (i + 1, worth);
             }
         }
-        let copied = Drafter::default();
-        let (drafter, chance) = match (moment.growing, draft.first()) {
-            (Some(growing), _) => {
-                let Some(drafter) = self.drafters.get(growing.drafter) else {
-                    return choice;
-                };
-                market.weigh_growth(drafter, growing, draft.len(), (reach, expected), moment, &mut choice);
-                (drafter, drafter.usual.of(USUAL))
-            }
-            (None, Some(class)) => match class.source {
-                Source::Drafter(number) => match self.drafters.get(number) {
-                    Some(drafter) => (drafter, drafter.usual.of(USUAL)),
-                    None => return choice,
-                },
-                Source::Copy | Source::Prediction => (&copied, self.acceptance(*class)),
+        let source = moment.growing.map(|growing| Source::Drafter(growing.drafter));
+        let supply = match source.or(draft.first().map(|class| class.source)) {
+            Some(Source::Drafter(number)) => match self.drafters.get(number) {
+                Some(drafter) => drafter.supply(moment.round_trip),
+                None => return choice,
             },
-            (None, None) => return choice,
+            Some(Source::Copy | Source::Prediction) => Supply {
+                chance: draft.first().map_or(0.0, |class| self.acceptance(*class)),
+                first_us: micros(moment.round_trip),
+                token_us: 0.0,
+            },
+            None => return choice,
         };
-        // The round trip is not free: the target could take a plain step meanwhile.
-        let round_trip_us = micros(moment.round_trip);
-        let next = market.worth_of_usual(chance, drafter, moment.n_max) - market.rate * round_trip_us;
-        if next > market.worth(1.0, 0) {
-            choice.hold_us = whole(2.0 * round_trip_us + SLACK_US);
+        if let Some(enough) = market.cycle(supply, moment.n_max).waits_for {
+            choice.hold_us = whole(2.0 * micros(moment.round_trip) + SLACK_US);
+            if let Some(growing) = moment.growing
+                && let Some(drafter) = self.drafters.get(growing.drafter)
+            {
+                market.weigh_growth(
+                    drafter,
+                    growing,
+                    draft.len()..enough,
+                    (reach, expected),
+                    moment,
+                    &mut choice,
+                );
+            }
         }
         choice
     }
@@ -469,7 +534,7 @@ fn whole(us: f64) -> u64 {
     us as u64
 }
 
-/// A chance, over about the last fifty tries.
+/// A chance, over about the last hundred tries.
 #[derive(Debug, Clone, Copy, Default)]
 struct Rate {
     tries: f64,
@@ -481,8 +546,8 @@ impl Rate {
     const WEIGHT: f64 = 3.0;
 
     fn record(&mut self, hit: bool) {
-        self.tries = self.tries * 0.98 + 1.0;
-        self.hits = self.hits * 0.98 + f64::from(u8::from(hit));
+        self.tries = self.tries * 0.99 + 1.0;
+        self.hits = self.hits * 0.99 + f64::from(u8::from(hit));
     }
 
     fn of(self, prior: f64) -> f64 {
@@ -559,5 +624,262 @@ impl Average {
 
     fn get(self) -> Option<f64> {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SURE: f64 = 0.995;
+    const UNSURE: f64 = 0.6;
+
+    fn us(us: f64) -> Duration {
+        Duration::from_secs_f64(us / 1e6)
+    }
+
+    fn step(drafted: usize, accepted: usize, us: f64) -> Step {
+        let duration = Duration::from_secs_f64(us / 1e6);
+        Step {
+            drafted,
+            accepted,
+            duration,
+            since_last: duration,
+            load: Load::default(),
+        }
+    }
+
+    /// A pair whose steps cost `step_us(n)`, whose sure tokens are right and whose unsure ones seldom.
+    fn measured(step_us: impl Fn(usize) -> f64, first_us: f64, token_us: f64) -> Pace {
+        let mut pace = Pace::default();
+        pace.calibrate((0..=16).map(|n| (n, us(step_us(n)))));
+        for i in 0..300_usize {
+            let n = 4 * (i % 3);
+            pace.record_step(&step(n, n, step_us(n)));
+            for _ in 0..8 {
+                pace.observe(Class::of_probability(0, SURE), true);
+            }
+            pace.observe(Class::of_probability(0, UNSURE), i % 10 == 0);
+            pace.record_first_token(0, us(first_us));
+            pace.record_tokens(0, 4, us(4.0 * token_us));
+        }
+        pace
+    }
+
+    fn linear(n: usize) -> f64 {
+        40_000.0 * (1.0 + 0.1 * n as f64)
+    }
+
+    fn sure(n: usize) -> Vec<Class> {
+        vec![Class::of_probability(0, SURE); n]
+    }
+
+    fn unsure(n: usize) -> Vec<Class> {
+        vec![Class::of_probability(0, UNSURE); n]
+    }
+
+    fn choose(pace: &Pace, draft: &[Class], growing: Option<Growing>) -> Choice {
+        let moment = Circumstances {
+            n_max: 16,
+            growing,
+            ..Circumstances::default()
+        };
+        pace.choose(draft, &moment)
+    }
+
+    const FRESH: Growing = Growing {
+        drafter: 0,
+        begun: false,
+        silent: Duration::ZERO,
+    };
+
+    fn pays(pace: &Pace) -> bool {
+        pace.pays(0, 16, Load::default(), Duration::ZERO)
+    }
+
+    #[test]
+    fn sure_tokens_are_offered_and_unsure_ones_are_not() {
+        let pace = measured(linear, 2_000.0, 200.0);
+        assert_eq!(choose(&pace, &sure(8), None).n, 8);
+        assert_eq!(choose(&pace, &unsure(8), None).n, 0);
+        let mixed = [sure(5), unsure(5)].concat();
+        assert_eq!(choose(&pace, &mixed, None).n, 5);
+    }
+
+    #[test]
+    fn sizes_that_cost_too_much_are_left_out() {
+        // One to three tokens cost as much as two steps, as on some CPUs.
+        let steep = |n: usize| {
+            if n == 0 {
+                35_000.0
+            } else {
+                90_000.0 + 5_000.0 * n as f64
+            }
+        };
+        let pace = measured(steep, 2_000.0, 200.0);
+        assert_eq!(choose(&pace, &sure(1), None).n, 0);
+        assert_eq!(choose(&pace, &sure(12), None).n, 12);
+    }
+
+    #[test]
+    fn a_fast_drafter_is_waited_for_and_a_slow_or_silent_one_is_not() {
+        let fast = measured(linear, 2_000.0, 200.0);
+        let choice = choose(&fast, &[], Some(FRESH));
+        assert!(choice.wait_us > 2_000 && choice.wait_us < 40_000, "{choice:?}");
+        let silent = Growing {
+            silent: Duration::from_millis(500),
+            ..FRESH
+        };
+        assert_eq!(choose(&fast, &[], Some(silent)).wait_us, 0);
+        let slow = measured(linear, 90_000.0, 90_000.0);
+        assert_eq!(choose(&slow, &[], Some(FRESH)).wait_us, 0);
+    }
+
+    #[test]
+    fn drafting_during_a_step_is_not_waited_for() {
+        let pace = measured(linear, 2_000.0, 200.0);
+        let moment = Circumstances {
+            n_max: 16,
+            growing: Some(FRESH),
+            busy_us: 30_000.0,
+            ..Circumstances::default()
+        };
+        assert_eq!(pace.choose(&[], &moment).wait_us, 0);
+    }
+
+    #[test]
+    fn once_enough_is_drafted_the_target_goes_on() {
+        let pace = measured(linear, 2_000.0, 200.0);
+        let begun = Growing { begun: true, ..FRESH };
+        assert!(choose(&pace, &sure(2), Some(begun)).wait_us > 0);
+        assert_eq!(choose(&pace, &sure(16), Some(begun)).wait_us, 0);
+        let hopeless = [sure(3), unsure(2)].concat();
+        let choice = choose(&pace, &hopeless, Some(begun));
+        assert_eq!((choice.n, choice.wait_us), (3, 0));
+    }
+
+    #[test]
+    fn the_target_waits_for_our_word_only_if_that_is_quick() {
+        let pace = measured(linear, 2_000.0, 200.0);
+        let choice = |round_trip| {
+            let moment = Circumstances {
+                n_max: 16,
+                growing: Some(FRESH),
+                round_trip,
+                ..Circumstances::default()
+            };
+            pace.choose(&sure(4), &moment)
+        };
+        assert_eq!(choice(Duration::from_millis(1)).hold_us, 2_500);
+        assert_eq!(choice(Duration::from_secs(1)).hold_us, 0);
+    }
+
+    #[test]
+    fn nonsense_is_not_offered_and_its_drafter_is_asked_less_and_less_often() {
+        let mut pace = Pace::default();
+        let class = Class::untold(0);
+        pace.calibrate((0..=16).map(|n| (n, us(linear(n)))));
+        for _ in 0..60 {
+            pace.observe(class, false);
+        }
+        assert_eq!(choose(&pace, &[class; 4], None).n, 0);
+        assert!(!pays(&pace));
+        let mut asked = Vec::new();
+        for i in 0..2000_usize {
+            pace.record_step(&step(0, 0, linear(0)));
+            if pace.asks(0, 16, Load::default(), Duration::ZERO) {
+                asked.push(i);
+            }
+        }
+        assert!(asked.len() > 4 && asked.len() < 10, "{asked:?}");
+        for _ in 0..200 {
+            pace.observe(class, true);
+        }
+        assert!(pays(&pace) && choose(&pace, &[class; 4], None).n > 0);
+    }
+
+    #[test]
+    fn what_shares_the_pass_makes_long_drafts_dearer() {
+        // Memory decides up to eight tokens, arithmetic from there on.
+        let bent = |n: usize| 40_000.0 * (1.0 + 0.01 * n as f64 + 0.4 * n.saturating_sub(8) as f64);
+        let mut pace = Pace::default();
+        pace.calibrate((0..=16).map(|n| (n, us(bent(n)))));
+        let draft = vec![Class::of_probability(0, 0.85); 8];
+        let chosen = |load| {
+            let moment = Circumstances {
+                n_max: 16,
+                load,
+                ..Circumstances::default()
+            };
+            pace.choose(&draft, &moment).n
+        };
+        let alone = chosen(Load::default());
+        let crowded = chosen(Load { others: 3, tokens: 12 });
+        assert!(alone >= 6 && crowded < alone, "{alone} alone, {crowded} in a crowd");
+    }
+
+    #[test]
+    fn a_machine_that_slows_down_slows_all_sizes() {
+        let mut cost = StepCost::default();
+        for n in [0, 4, 8] {
+            cost.record(n, linear(n));
+        }
+        for _ in 0..40 {
+            cost.record(0, 2.0 * linear(0));
+        }
+        let slower = cost.micros(8).unwrap() / linear(8);
+        assert!((1.4..=2.1).contains(&slower), "{slower}");
+    }
+
+    fn classes(n: usize) -> impl Strategy<Value = Vec<Class>> {
+        let class = prop_oneof![
+            (0.0..1.0).prop_map(|p| Class::of_probability(0, p)),
+            (0.0..1.0).prop_map(|p| Class::of_probability(1, p)),
+            Just(Class::untold(0)),
+            (0_usize..40).prop_map(Class::of_match),
+            (0_usize..40).prop_map(Class::of_prediction),
+        ];
+        prop::collection::vec(class, 0..n)
+    }
+
+    proptest! {
+        #[test]
+        fn a_choice_is_always_possible(
+            steps in prop::collection::vec((0_usize..20, 0_usize..20, 1_u64..10_000_000), 0..100),
+            tokens in prop::collection::vec((0_usize..3, 0_u64..10_000_000, 0_usize..9, 0_u64..10_000_000), 0..50),
+            seen in classes(100),
+            draft in classes(40),
+            n_max in 0_usize..32,
+            growing in prop::option::of((0_usize..4, any::<bool>(), 0_u64..100_000_000)),
+            busy_us in 0.0..1e7,
+            round_trip in 0_u64..10_000_000,
+            (others, load) in (0_usize..9, 0_usize..99),
+        ) {
+            let mut pace = Pace::default();
+            for (drafted, accepted, us) in steps {
+                let duration = Duration::from_micros(us);
+                let accepted = accepted.min(drafted);
+                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, load: Load::default() });
+            }
+            for (drafter, first, n, us) in tokens {
+                pace.record_first_token(drafter, Duration::from_micros(first));
+                pace.record_tokens(drafter, n, Duration::from_micros(us));
+            }
+            for (i, class) in seen.into_iter().enumerate() {
+                pace.observe(class, i % 3 == 0);
+            }
+            let moment = Circumstances {
+                n_max,
+                growing: growing.map(|(drafter, begun, silent)| Growing { drafter, begun, silent: Duration::from_micros(silent) }),
+                busy_us,
+                round_trip: Duration::from_micros(round_trip),
+                load: Load { others, tokens: load },
+            };
+            let choice = pace.choose(&draft, &moment);
+            prop_assert!(choice.n <= n_max.min(draft.len()));
+            prop_assert!(choice.worth.is_finite());
+            prop_assert!(growing.is_some() || choice.wait_us == 0);
+        }
     }
 }

@@ -96,8 +96,8 @@ pub struct Moment<'a> {
     pub n_max: usize,
     /// The running streams.
     pub growing: &'a [Growing],
-    /// Time since the target's last step was heard of.
-    pub since_step: Duration,
+    /// Time since the session began.
+    pub now: Duration,
     /// From asking the target to its answer.
     pub round_trip: Duration,
     /// What else the target does.
@@ -110,13 +110,13 @@ pub trait Policy {
     fn observe(&mut self, class: Class, accepted: bool);
 
     /// Whether a drafter should draft now; if so, it will.
-    fn asks(&mut self, drafter: usize, n_max: usize, load: Load) -> bool;
+    fn asks(&mut self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool;
 
     /// The chance that all of `draft` is accepted.
     fn chance(&self, draft: &[Class]) -> f64;
 
-    /// How long a step over `n` tokens beside the first takes, in microseconds.
-    fn step_us(&self, n: usize) -> f64;
+    /// How long a step over `n` draft tokens takes, in microseconds; `None` while nothing is known.
+    fn step_us(&self, n: usize) -> Option<f64>;
 
     /// What the target should do with a draft.
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice;
@@ -132,7 +132,11 @@ pub struct Session {
     /// What the target was told last, and what is known of each token of it.
     told: Offer,
     told_classes: Vec<Class>,
+    /// When that arrived at the target, in microseconds since the session began.
+    told_at_us: f64,
     target: Target,
+    /// When its last step that we know of ended, in microseconds since the session began.
+    stepped_us: f64,
     /// Streams started so far.
     streams: u64,
     ended: bool,
@@ -157,11 +161,11 @@ struct Drafter {
     available: bool,
 }
 
-/// What the target does, by a clock that counts microseconds since its last commit.
+/// What the target does; times are microseconds since the session began.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Target {
-    /// It waits for an offer until then.
-    Waits { until_us: f64 },
+    /// It waits for an offer until then, and goes on with what is left of the last one.
+    Waits { until_us: f64, left: usize },
     /// It has been in a step over `n` draft tokens since then.
     Steps { since_us: f64, n: usize },
 }
@@ -176,6 +180,8 @@ impl Default for Target {
 const HOPELESS: f64 = 0.05;
 /// A stream that is behind by no more tokens than this may catch up: a new one would have to read these as well.
 const MAY_LAG: usize = 2;
+/// Steps that the target may take unheard of; more are not reckoned with.
+const MAY_PASS: usize = 4;
 
 impl Draft {
     /// Number of tokens beyond the committed ones.
@@ -318,15 +324,30 @@ impl Session {
         }
         self.committed.extend_from_slice(&tokens[known..]);
         self.lookup.extend(&tokens[known..]);
-        // What is left of the offer goes into the next step at once, or is waited for to grow.
-        let left = self.told_beyond().min(moment.n_max);
-        self.target = if left < self.told.n_min.min(moment.n_max) {
-            Target::Waits {
-                until_us: self.told.hold_us as f64,
-            }
+        let at_us = micros(moment.now) - micros(moment.round_trip) / 2.0;
+        self.stepped_us = at_us;
+        self.target = self.next_step(at_us, 0, moment.n_max);
+    }
+
+    /// What the target does after a step that ended at `at_us` with `passed` tokens beyond the committed ones, if they are
+    /// those of the offer: what is left of that goes into the next step at once, or is waited for to grow.
+    fn next_step(&self, at_us: f64, passed: usize, n_max: usize) -> Target {
+        // An offer that came too late came after one that was alike but for the tokens.
+        let arrived = self.told_at_us <= at_us;
+        let left = if arrived {
+            self.told_beyond().saturating_sub(passed).min(n_max)
         } else {
-            Target::Steps { since_us: 0.0, n: left }
+            0
         };
+        if left < self.told.n_min.min(n_max) {
+            let until_us = at_us + self.told.hold_us as f64;
+            Target::Waits { until_us, left }
+        } else {
+            Target::Steps {
+                since_us: at_us,
+                n: left,
+            }
+        }
     }
 
     /// Tokens of the last offer that may still follow the committed ones.
@@ -358,11 +379,11 @@ impl Session {
     /// Drafts from the text itself.
     fn look_up(&mut self, n_max: usize) {
         let beyond = self.copied.beyond(self.committed.len());
-        if self.committed.is_empty() || beyond >= n_max {
+        if self.committed.is_empty() || n_max == 0 || beyond >= reach(n_max) {
             return;
         }
         let (ahead, _) = self.copied.ahead(self.committed.len());
-        if let Some(proposal) = self.lookup.propose(ahead, n_max - beyond) {
+        if let Some(proposal) = self.lookup.propose(ahead, reach(n_max) - beyond) {
             let class = proposal.class();
             self.copied.classes.extend(proposal.tokens.iter().map(|_| class));
             self.copied.tokens.extend(proposal.tokens);
@@ -384,17 +405,16 @@ impl Session {
             || drafter.complete
             || !drafter.available
             || self.committed.is_empty()
-            || beyond > moment.n_max
+            || beyond >= reach(moment.n_max)
             || moment.n_max == 0
             || policy.chance(classes) < HOPELESS
-            || !policy.asks(number, moment.n_max, moment.load)
+            || !policy.asks(number, moment.n_max, moment.load, moment.round_trip)
         {
             return false;
         }
         self.streams += 1;
         let prefix = [&self.committed[..], ahead].concat();
-        // Enough for a step, for the token that the target adds, and for the next step.
-        let n = (2 * moment.n_max + 1 - beyond).min(moment.n_max + 1);
+        let n = reach(moment.n_max) - beyond;
         drafter.running = Some(self.streams);
         actions.push(Action::Draft {
             drafter: number,
@@ -421,14 +441,17 @@ impl Session {
             }
             return;
         }
-        // By the target's clock, when this offer arrives.
-        let now_us = micros(moment.since_step + moment.round_trip);
-        let busy_us = self.busy_us(now_us, policy);
-        let (choice, tokens, classes) = self.best(busy_us.unwrap_or(0.0), begun, policy, moment);
+        let arrives_us = micros(moment.now) + micros(moment.round_trip) / 2.0;
+        let (busy_us, passed) = self.busy(arrives_us, policy, moment.n_max);
+        let (choice, tokens, classes) = self.best(busy_us.unwrap_or(0.0), passed, begun, policy, moment);
         let (n_min, hold_us) = if choice.wait_us > 0 {
-            // Until we say that it is enough; counted from the last step, or from the one that goes on.
-            let counted_us = if busy_us.is_some() { 0 } else { whole(now_us) };
-            (moment.n_max, choice.wait_us + counted_us)
+            // Until we say that it is enough; counted from the last step, or from the one that goes on, which may
+            // contradict the draft.
+            let hold_us = match busy_us {
+                None => choice.wait_us + whole(arrives_us - self.stepped_us),
+                Some(_) => choice.wait_us.max(choice.hold_us),
+            };
+            (moment.n_max, hold_us)
         } else if choice.hold_us > 0 && (busy_us.is_some() || choice.n > 0) {
             // These are enough. After the step that takes them the target waits until it has heard what comes next.
             (choice.n.max(1), choice.hold_us)
@@ -437,27 +460,29 @@ impl Session {
         };
         let offer = Offer {
             pos: self.committed.len(),
-            tokens: tokens[..choice.n].to_vec(),
+            tokens: tokens.to_vec(),
             n_min,
             hold_us,
         };
-        let classes = classes[..choice.n].to_vec();
+        let classes = classes.to_vec();
         let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
         if follow || news {
+            self.told = offer.clone();
+            self.told_classes = classes;
+            self.told_at_us = arrives_us;
             if busy_us.is_none() {
-                self.target = if offer.tokens.len() < offer.n_min {
+                self.target = if self.told.tokens.len() < self.told.n_min {
                     Target::Waits {
-                        until_us: offer.hold_us as f64,
+                        until_us: self.stepped_us + self.told.hold_us as f64,
+                        left: self.told.tokens.len(),
                     }
                 } else {
                     Target::Steps {
-                        since_us: now_us,
-                        n: offer.tokens.len(),
+                        since_us: arrives_us,
+                        n: self.told.tokens.len(),
                     }
                 };
             }
-            self.told = offer.clone();
-            self.told_classes = classes;
             actions.push(if follow {
                 Action::Follow(offer)
             } else {
@@ -466,14 +491,18 @@ impl Session {
         }
     }
 
-    /// The draft that is worth most, and what to do with it.
+    /// What to do next, and the tokens and classes to offer: of the draft that is worth most. By the time that the offer is
+    /// used the target will have chosen `passed` tokens more; what is offered reaches beyond them, for the case that they
+    /// are the draft's.
     fn best(
         &self,
         busy_us: f64,
+        passed: usize,
         begun: &[usize],
         policy: &impl Policy,
         moment: &Moment<'_>,
     ) -> (Choice, &[Token], &[Class]) {
+        let committed = self.committed.len();
         let weigh = |draft: &'_ Draft, growing: Option<Growing>| {
             let circumstances = Circumstances {
                 n_max: moment.n_max,
@@ -482,9 +511,17 @@ impl Session {
                 round_trip: moment.round_trip,
                 load: moment.load,
             };
-            policy.choose(draft.ahead(self.committed.len()).1, &circumstances)
+            let classes = draft.ahead(committed).1;
+            policy.choose(classes.get(passed..).unwrap_or_default(), &circumstances)
+        };
+        // A step that goes on verifies the draft that was offered: another one is not what it will agree with.
+        let goes_on = |draft: &Draft| {
+            let verified = self.told_beyond().min(passed.saturating_sub(1));
+            let told = &self.told.tokens[self.told.tokens.len() - self.told_beyond()..][..verified];
+            draft.ahead(committed).0.starts_with(told)
         };
         let (mut best, mut choice) = (&self.copied, weigh(&self.copied, None));
+        let mut fits = goes_on(&self.copied);
         for (number, drafter) in self.drafters.iter().enumerate() {
             let growing = if begun.contains(&number) {
                 Some(Growing {
@@ -495,27 +532,54 @@ impl Session {
                 let running = moment.growing.iter().find(|growing| growing.drafter == number);
                 running.copied().filter(|_| drafter.running.is_some())
             };
-            if growing.is_none() && drafter.draft.beyond(self.committed.len()) == 0 {
+            if growing.is_none() && drafter.draft.beyond(committed) == 0 {
                 continue;
             }
             let other = weigh(&drafter.draft, growing);
-            if other.worth > choice.worth || (other.worth == choice.worth && other.n >= choice.n) {
-                (best, choice) = (&drafter.draft, other);
+            let agrees = goes_on(&drafter.draft);
+            if (agrees, other.worth, other.n) >= (fits, choice.worth, choice.n) {
+                (best, choice, fits) = (&drafter.draft, other, agrees);
             }
         }
-        let (tokens, classes) = best.ahead(self.committed.len());
-        (choice, tokens, classes)
+        let (tokens, classes) = best.ahead(committed);
+        // What the target verifies now is offered again, in case that it does not do so yet.
+        let n = if choice.n > 0 {
+            passed + choice.n
+        } else {
+            passed.saturating_sub(1).min(tokens.len())
+        };
+        (choice, &tokens[..n], &classes[..n])
     }
 
-    /// How long the target goes on with a step that it was in at `now_us`; `None`: it waits for an offer.
-    fn busy_us(&self, now_us: f64, policy: &impl Policy) -> Option<f64> {
-        let (since_us, n) = match self.target {
-            Target::Waits { until_us } if now_us < until_us => return None,
-            Target::Waits { until_us } => (until_us, self.told_beyond()),
-            Target::Steps { since_us, n } => (since_us, n),
-        };
-        Some((since_us + policy.step_us(n) - now_us).max(0.0))
+    /// How long the target goes on with the step that it is in at `at_us`, and how many tokens it will have chosen then if
+    /// they are those of the draft. `None`: it waits for an offer.
+    fn busy(&self, at_us: f64, policy: &impl Policy, n_max: usize) -> (Option<f64>, usize) {
+        let (mut target, mut passed) = (self.target, 0);
+        for _ in 0..=MAY_PASS {
+            let (since_us, n) = match target {
+                Target::Waits { until_us, .. } if at_us < until_us => {
+                    return (if passed == 0 { None } else { Some(0.0) }, passed);
+                }
+                Target::Waits { until_us, left } => (until_us, left),
+                Target::Steps { since_us, n } => (since_us, n),
+            };
+            let Some(step_us) = policy.step_us(n) else {
+                return (None, 0);
+            };
+            let end_us = since_us + step_us;
+            passed += n + 1;
+            if end_us >= at_us {
+                return (Some(end_us - at_us), passed);
+            }
+            target = self.next_step(end_us, passed, n_max);
+        }
+        (Some(0.0), passed)
     }
+}
+
+/// How far a draft goes: enough for a step, for the token that the target adds, and for the next step.
+fn reach(n_max: usize) -> usize {
+    2 * n_max + 1
 }
 
 fn micros(duration: Duration) -> f64 {
@@ -540,7 +604,7 @@ mod tests {
     const MOMENT: Moment<'_> = Moment {
         n_max: 4,
         growing: &[],
-        since_step: Duration::ZERO,
+        now: Duration::ZERO,
         round_trip: Duration::from_micros(100),
         load: Load { others: 0, tokens: 0 },
     };
@@ -598,7 +662,7 @@ mod tests {
         };
         tried.handle(available(true));
         let actions = tried.handle(committed(0, &[1, 2, 3]));
-        assert_eq!(started(&actions), Some((1, vec![1, 2, 3], 5)));
+        assert_eq!(started(&actions), Some((1, vec![1, 2, 3], 9)));
         let actions = tried.handle(drafted(1, &[4, 5, 6]));
         let offer = sent(&actions).unwrap();
         assert_eq!((offer.pos, &offer.tokens[..]), (3, &[4, 5, 6][..]));
@@ -622,7 +686,7 @@ mod tests {
         let actions = session.handle(committed(3, &[4, 9]));
         assert!(actions.contains(&Action::StopDraft { drafter: 0 }));
         assert_eq!(sent(&actions).map(|draft| (draft.pos, draft.tokens)), Some((5, vec![])));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 9], 5)));
+        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 9], 9)));
         let late = session.handle(drafted(1, &[7]));
         assert_eq!(late, vec![], "tokens of an ended stream count for nothing");
     }
@@ -634,7 +698,7 @@ mod tests {
             stream: 1,
             end_of_text: false,
         });
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6], 5)));
+        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6], 6)));
     }
 
     #[test]
@@ -657,7 +721,7 @@ mod tests {
             })
         );
         let actions = session.handle(committed(6, &[7]));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6, 7], 5)));
+        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6, 7], 9)));
     }
 
     #[test]
@@ -676,7 +740,7 @@ mod tests {
         );
         assert_eq!(started(&actions), None);
         let actions = session.handle(available(true));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 9], 5)));
+        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 9], 9)));
     }
 
     #[test]
@@ -688,7 +752,7 @@ mod tests {
         tried.pace.calibrate([(0, Duration::from_millis(40))]);
         let text: Vec<Token> = (1..20).chain(1..12).collect();
         let actions = tried.handle(committed(0, &text));
-        assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![12, 13, 14, 15]));
+        assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![12, 13, 14, 15, 16]));
         let actions = tried.handle(committed(text.len(), &[12, 13]));
         assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![14, 15, 16, 17]));
     }
@@ -781,7 +845,6 @@ mod tests {
                     match action {
                         Action::Follow(draft) | Action::Offer(draft) => {
                             prop_assert_eq!(draft.pos, known, "offers begin where the committed tokens end");
-                            prop_assert!(draft.tokens.len() <= n_max);
                             prop_assert!((draft.n_min == 0) == (draft.hold_us == 0));
                         }
                         Action::Draft { stream: id, prefix, n, .. } => {
@@ -821,7 +884,7 @@ mod tests {
                     match action {
                         Action::Follow(offer) => {
                             prop_assert_eq!(offer.pos, text.len());
-                            prop_assert!(offer.tokens.len() <= MOMENT.n_max);
+                            prop_assert!(offer.tokens.len() <= reach(MOMENT.n_max));
                         }
                         other => prop_assert!(false, "{other:?} without a drafter"),
                     }

@@ -1,16 +1,16 @@
-//! HTTP to one server behind us.
+//! Questions over HTTP to one server behind us, and its answers.
 
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream::BoxStream};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::config::Secret;
 
 /// What a server knows by itself it tells within this time, or not at all.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a server behind us gave no answer that can be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -51,9 +51,9 @@ pub enum UpstreamError {
     },
 }
 
-/// A base URL, the key for it, and connections that are kept.
+/// A server's address, its key, and open connections to it.
 #[derive(Debug, Clone)]
-pub struct Connection {
+pub(super) struct Connection {
     base: String,
     http: reqwest::Client,
     key: Option<Secret>,
@@ -61,7 +61,7 @@ pub struct Connection {
 
 impl Connection {
     /// To the server at `base` (without a path). Fails only when the system cannot set up TLS.
-    pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
+    pub(super) fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .http1_only()
             .connect_timeout(Duration::from_secs(3))
@@ -76,32 +76,48 @@ impl Connection {
     }
 
     /// The base URL.
-    #[must_use]
-    pub fn base(&self) -> &str {
+    pub(super) fn base(&self) -> &str {
         &self.base
     }
 
     /// The URL of a path.
-    #[must_use]
-    pub fn url(&self, path: &str) -> String {
+    pub(super) fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base)
     }
 
-    /// GET, read as JSON.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
+    /// A GET that is answered soon, in JSON.
+    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
         let request = self.http.get(self.url(path)).timeout(PATIENCE);
         let response = self.send(path, request).await?;
         self.read(path, response).await
     }
 
-    /// POST, read as JSON.
-    pub async fn post<T: DeserializeOwned>(
+    /// The models that `GET /v1/models` lists, without those that adapt another one (`parent`: LoRA, in servers of vLLM's
+    /// kind).
+    pub(super) async fn own_models(&self) -> Result<Vec<String>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Models {
+            data: Vec<Model>,
+        }
+        #[derive(Deserialize)]
+        struct Model {
+            id: String,
+            #[serde(default)]
+            parent: Option<String>,
+        }
+        let models: Models = self.get("/v1/models").await?;
+        let own = models.data.into_iter().filter(|model| model.parent.is_none());
+        Ok(own.map(|model| model.id).collect())
+    }
+
+    /// A POST that is answered in JSON; without a timeout it may take as long as it likes.
+    pub(super) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
         timeout: Option<Duration>,
     ) -> Result<T, UpstreamError> {
-        let mut request = self.request(path).json(body);
+        let mut request = self.request(path, body);
         if let Some(timeout) = timeout {
             request = request.timeout(timeout);
         }
@@ -109,17 +125,29 @@ impl Connection {
         self.read(path, response).await
     }
 
-    /// A POST that is not sent yet.
-    pub fn request(&self, path: &str) -> reqwest::RequestBuilder {
-        self.http.post(self.url(path))
+    /// As [`Self::post`] without a timeout, and never sent twice.
+    pub(super) async fn post_once<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, UpstreamError> {
+        let request = self.with_key(self.request(path, body));
+        let response = self.accepted(path, request.send().await).await?;
+        self.read(path, response).await
     }
 
-    /// Sends a request to `path`; an error status is an error.
-    pub async fn send(&self, path: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
-        let request = match &self.key {
-            Some(key) => request.bearer_auth(key.expose()),
-            None => request,
-        };
+    /// A POST that is not sent yet.
+    pub(super) fn request(&self, path: &str, body: &impl Serialize) -> reqwest::RequestBuilder {
+        self.http.post(self.url(path)).json(body)
+    }
+
+    /// Sends a request to `path` and waits for the head of the answer; an error status is an error.
+    pub(super) async fn send(
+        &self,
+        path: &str,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, UpstreamError> {
+        let request = self.with_key(request);
         let again = request.try_clone();
         let response = match (request.send().await, again) {
             // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
@@ -127,6 +155,21 @@ impl Connection {
             (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
             (outcome, _) => outcome,
         };
+        self.accepted(path, response).await
+    }
+
+    fn with_key(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
+        match &self.key {
+            Some(key) => request.bearer_auth(key.expose()),
+            None => request,
+        }
+    }
+
+    async fn accepted(
+        &self,
+        path: &str,
+        response: reqwest::Result<reqwest::Response>,
+    ) -> Result<reqwest::Response, UpstreamError> {
         let response = response.map_err(|error| unreachable(self.url(path), &error))?;
         if response.status().is_success() {
             return Ok(response);
@@ -144,21 +187,21 @@ impl Connection {
         })
     }
 
-    /// The body of an answer, as JSON.
-    pub async fn read<T: DeserializeOwned>(&self, path: &str, response: reqwest::Response) -> Result<T, UpstreamError> {
+    /// The JSON of an answer.
+    pub(super) async fn read<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        response: reqwest::Response,
+    ) -> Result<T, UpstreamError> {
         let body = response
             .bytes()
             .await
             .map_err(|error| unreachable(self.url(path), &error))?;
-        serde_json::from_slice(&body).map_err(|error| UpstreamError::Malformed {
-            url: self.url(path),
-            cause: error.to_string(),
-        })
+        serde_json::from_slice(&body).map_err(|error| self.malformed(path, &error.to_string()))
     }
 
     /// The lines of an answer as they come, without their ends.
-    #[must_use]
-    pub fn lines(
+    pub(super) fn lines(
         &self,
         path: &str,
         response: reqwest::Response,
@@ -172,11 +215,26 @@ impl Connection {
             .map(move |line| line.map_err(|error| unreachable(url.clone(), &error)))
             .boxed()
     }
+
+    /// An answer to `path` that is not what was expected.
+    pub(super) fn malformed(&self, path: &str, cause: &str) -> UpstreamError {
+        UpstreamError::Malformed {
+            url: self.url(path),
+            cause: cause.to_owned(),
+        }
+    }
+
+    /// A stream from `path` without its end.
+    pub(super) fn broke_off(&self, path: &str) -> UpstreamError {
+        UpstreamError::Unreachable {
+            url: self.url(path),
+            cause: "the stream broke off".to_owned(),
+        }
+    }
 }
 
 /// The words of an `error`: OpenAI and llama-server send an object, Ollama a string.
-#[must_use]
-pub fn error_message(error: &serde_json::Value) -> Option<String> {
+pub(super) fn error_message(error: &serde_json::Value) -> Option<String> {
     let message = error.get("message").unwrap_or(error);
     message.as_str().map(str::to_owned)
 }

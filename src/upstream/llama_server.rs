@@ -3,13 +3,14 @@
 
 use std::collections::VecDeque;
 
-use bytes::BytesMut;
 use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 
 use super::connection::{Connection, PATIENCE, UpstreamError};
 use crate::config::Secret;
 use crate::speculation::{Spelled, Token};
+
+const COMPLETION: &str = "/completion";
 
 /// One llama-server.
 #[derive(Debug, Clone)]
@@ -37,6 +38,26 @@ pub struct Props {
     /// Most draft tokens per step; absent without our patch, 0 when drafting is turned off.
     #[serde(default)]
     pub draft_external_max: Option<usize>,
+    /// What holds for a request that says nothing else.
+    #[serde(default)]
+    pub default_generation_settings: GenerationSettings,
+}
+
+/// Part of [`Props`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct GenerationSettings {
+    /// Tokens that a slot has room for; 0 when it is not told.
+    #[serde(default)]
+    pub n_ctx: usize,
+}
+
+/// What a `POST /completion` generated after one of its prompts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Generated {
+    /// The tokens, with the one that ends the text.
+    pub tokens: Vec<Token>,
+    /// Whether the last token ends the text.
+    pub ended: bool,
 }
 
 /// Body of `POST /draft`.
@@ -205,9 +226,8 @@ impl CompletionEvent {
 impl LlamaServer {
     /// A client of the server at `base` (without a path). Fails only when the system cannot set up TLS.
     pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
-        Ok(Self {
-            connection: Connection::new(base, key)?,
-        })
+        let connection = Connection::new(base, key)?;
+        Ok(Self { connection })
     }
 
     /// The base URL.
@@ -253,10 +273,7 @@ impl LlamaServer {
             .data
             .first()
             .map(|entry| entry.meta.n_vocab)
-            .ok_or_else(|| UpstreamError::Malformed {
-                url: self.connection.url("/v1/models"),
-                cause: "no model is listed".into(),
-            })
+            .ok_or_else(|| self.connection.malformed("/v1/models", "no model is listed"))
     }
 
     /// The text of `tokens`.
@@ -311,6 +328,84 @@ impl LlamaServer {
         Ok(answer.tokens.into_iter().map(spelled).collect())
     }
 
+    /// The tokens of a prompt, with those that the model wants around it.
+    pub async fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Token>,
+        }
+        let body = serde_json::json!({ "content": text, "add_special": true, "parse_special": true });
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        Ok(answer.tokens)
+    }
+
+    /// The prompt that the model's template makes of a chat.
+    pub async fn apply_template(&self, messages: &serde_json::Value) -> Result<String, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            prompt: String,
+        }
+        let body = serde_json::json!({ "messages": messages });
+        let answer: Answer = self.connection.post("/apply-template", &body, Some(PATIENCE)).await?;
+        Ok(answer.prompt)
+    }
+
+    /// Generates at most `n` tokens after each of `prompts`, all in the same passes if there are as many slots; `sampling`
+    /// has further fields of the request.
+    pub async fn generate(
+        &self,
+        prompts: &[&[Token]],
+        n: usize,
+        sampling: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<Vec<Generated>, UpstreamError> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            #[serde(flatten)]
+            sampling: &'a serde_json::Map<String, serde_json::Value>,
+            prompt: &'a [&'a [Token]],
+            n_predict: usize,
+            stream: bool,
+            cache_prompt: bool,
+            return_tokens: bool,
+            response_fields: [&'static str; 3],
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Answer {
+            Several(Vec<One>),
+            Single(One),
+        }
+        #[derive(Deserialize)]
+        struct One {
+            #[serde(default)]
+            index: usize,
+            tokens: Vec<Token>,
+            stop_type: String,
+        }
+        let body = Body {
+            sampling,
+            prompt: prompts,
+            n_predict: n,
+            stream: false,
+            cache_prompt: true,
+            return_tokens: true,
+            response_fields: ["index", "tokens", "stop_type"],
+        };
+        let mut answers = match self.connection.post(COMPLETION, &body, None).await? {
+            Answer::Several(several) => several,
+            Answer::Single(one) => vec![one],
+        };
+        if answers.len() != prompts.len() || answers.iter().any(|one| one.tokens.is_empty()) {
+            return Err(self.connection.malformed(COMPLETION, "not each prompt was continued"));
+        }
+        answers.sort_by_key(|one| one.index);
+        let generated = |one: One| Generated {
+            ended: one.stop_type == "eos",
+            tokens: one.tokens,
+        };
+        Ok(answers.into_iter().map(generated).collect())
+    }
+
     /// Offers draft tokens to a running completion, and learns what it has committed.
     pub async fn offer(&self, call: &DraftCall<'_>) -> Result<DraftAnswer, UpstreamError> {
         self.connection.post("/draft", call, None).await
@@ -323,12 +418,8 @@ impl LlamaServer {
             "prompt": "One, two, three,", "n_predict": n, "stream": true, "ignore_eos": true, "cache_prompt": false,
             "temperature": 0,
         });
-        let request = self
-            .connection
-            .request("/completion")
-            .header("X-Draft-Key", key)
-            .json(&body);
-        self.connection.send("/completion", request).await
+        let request = self.connection.request(COMPLETION, &body).header("X-Draft-Key", key);
+        self.connection.send(COMPLETION, request).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -340,10 +431,7 @@ impl LlamaServer {
         let server = self.clone();
         let start = async move {
             let events = match server.completion(&prefix, n, slot, true).await {
-                Ok(response) => sse(
-                    server.completion_url(),
-                    server.connection.lines("/completion", response),
-                ),
+                Ok(response) => events(&server.connection, response),
                 Err(error) => futures_util::stream::iter([Err(error)]).boxed(),
             };
             Drafting {
@@ -364,13 +452,9 @@ impl LlamaServer {
     /// As [`Self::draft`], in one piece.
     async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.completion(prefix, n, slot, false).await?;
-        let event: CompletionEvent = self.connection.read("/completion", response).await?;
+        let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
         Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
-    }
-
-    fn completion_url(&self) -> String {
-        self.connection.url("/completion")
     }
 
     async fn completion(
@@ -405,8 +489,8 @@ impl LlamaServer {
             n_probs: 1,
             response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
         };
-        let request = self.connection.request("/completion").json(&body);
-        self.connection.send("/completion", request).await
+        let request = self.connection.request(COMPLETION, &body);
+        self.connection.send(COMPLETION, request).await
     }
 }
 
@@ -438,14 +522,8 @@ impl Drafting {
                 }
                 None => {
                     self.events = None;
-                    let cause = "the stream broke off".to_owned();
-                    return Some((
-                        Err(UpstreamError::Unreachable {
-                            url: self.server.completion_url(),
-                            cause,
-                        }),
-                        self,
-                    ));
+                    let broke_off = self.server.connection.broke_off(COMPLETION);
+                    return Some((Err(broke_off), self));
                 }
             };
             if let Some(end) = event.end() {
@@ -467,17 +545,17 @@ impl Drafting {
     }
 }
 
-/// The `data:` events of a server-sent event stream.
-fn sse(url: String, lines: BoxStream<'static, Result<BytesMut, UpstreamError>>) -> Events {
+/// The `data:` of an event stream.
+fn events(connection: &Connection, response: reqwest::Response) -> Events {
+    let lines = connection.lines(COMPLETION, response);
+    let connection = connection.clone();
     lines
         .filter_map(move |line| {
             let event = line
                 .map(|line| {
                     let data = line.strip_prefix(b"data:")?;
-                    Some(serde_json::from_slice(data).map_err(|error| UpstreamError::Malformed {
-                        url: url.clone(),
-                        cause: error.to_string(),
-                    }))
+                    let event = serde_json::from_slice(data);
+                    Some(event.map_err(|error| connection.malformed(COMPLETION, &error.to_string())))
                 })
                 .transpose();
             std::future::ready(event.map(Result::flatten))

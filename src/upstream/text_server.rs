@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
@@ -111,20 +110,17 @@ impl TextServer {
                 });
                 ("/api/generate", body)
             }
-            Backend::Openai => {
+            Backend::Openai | Backend::Vllm | Backend::Sglang => {
                 let body = json!({
                     "model": self.model().await?, "prompt": prompt, "max_tokens": n, "temperature": 0, "stream": true,
                 });
                 ("/v1/completions", body)
             }
         };
-        let request = self.connection.request(path).json(&body);
+        let request = self.connection.request(path, &body);
         let response = self.connection.send(path, request).await?;
         let (backend, url) = (self.backend, self.connection.url(path));
-        let broke_off = UpstreamError::Unreachable {
-            url: url.clone(),
-            cause: "the stream broke off".to_owned(),
-        };
+        let broke_off = self.connection.broke_off(path);
         let pieces = self.connection.lines(path, response).flat_map(move |line| {
             let pieces = line.and_then(|line| read(backend, &url, &line));
             let pieces = pieces.map_or_else(|error| vec![Err(error)], |told| told.into_iter().map(Ok).collect());
@@ -139,23 +135,14 @@ impl TextServer {
     }
 
     async fn model(&self) -> Result<&str, UpstreamError> {
-        #[derive(Deserialize)]
-        struct Models {
-            data: Vec<Entry>,
-        }
-        #[derive(Deserialize)]
-        struct Entry {
-            id: String,
-        }
         let only = || async {
-            let mut models: Models = self.connection.get("/v1/models").await?;
-            match (models.data.pop(), models.data.len()) {
-                (Some(model), 0) => Ok(model.id),
-                (last, others) => Err(UpstreamError::WhichModel {
+            let models = self.connection.own_models().await?;
+            <[String; 1]>::try_from(models)
+                .map(|[model]| model)
+                .map_err(|models| UpstreamError::WhichModel {
                     url: self.connection.url("/v1/models"),
-                    count: others + usize::from(last.is_some()),
-                }),
-            }
+                    count: models.len(),
+                })
         };
         self.model.get_or_try_init(only).await.map(String::as_str)
     }
@@ -171,7 +158,8 @@ fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, Upst
     let Some(data) = data.map(<[u8]>::trim_ascii).filter(|data| !data.is_empty()) else {
         return Ok(Vec::new());
     };
-    if backend == Backend::Openai && data == b"[DONE]" {
+    // OpenAI's last event.
+    if data == b"[DONE]" {
         return Ok(vec![TextPiece::End(StreamEnd::Length)]);
     }
     let malformed = |cause: String| UpstreamError::Malformed {
@@ -189,7 +177,7 @@ fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, Upst
     let (text, end) = match backend {
         Backend::Llamacpp => (&event["content"], end_of(&event["stop_type"], "eos")),
         Backend::Ollama => (&event["response"], end_of(&event["done_reason"], "stop")),
-        Backend::Openai => {
+        Backend::Openai | Backend::Vllm | Backend::Sglang => {
             let choice = &event["choices"][0];
             (&choice["text"], end_of(&choice["finish_reason"], "stop"))
         }
@@ -263,10 +251,10 @@ mod tests {
             "data: [DONE]\n\n",
         );
         let end = TextPiece::End(StreamEnd::Length);
-        assert_eq!(
-            told(Backend::Openai, body).unwrap(),
-            [text(" a"), text("b"), end.clone(), end]
-        );
+        for backend in [Backend::Openai, Backend::Vllm, Backend::Sglang] {
+            let expected = [text(" a"), text("b"), end.clone(), end.clone()];
+            assert_eq!(told(backend, body).unwrap(), expected);
+        }
     }
 
     #[test]

@@ -157,7 +157,7 @@ fn event(token: u32, n_predicted: usize) -> Act {
 }
 
 /// A whole stream.
-fn draft(tokens: &[u32], stop_type: &str) -> Vec<Act> {
+pub fn draft(tokens: &[u32], stop_type: &str) -> Vec<Act> {
     let mut acts = vec![stream_head()];
     acts.extend(tokens.iter().zip(1..).map(|(token, i)| event(*token, i)));
     let end = json!({

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tightwad::config::{self, Upstream};
+use tightwad::config::{self, Upstream, VerificationMode};
 use tightwad::engine::{self, Engine};
 use tightwad::proxy::{self, Settings};
 use tokio::net::TcpListener;
@@ -45,13 +45,20 @@ impl Proxy {
 
     /// As [`Self::start`], with any drafter.
     pub async fn start_with(target: &str, draft: Option<Upstream>) -> Self {
+        Self::before(Upstream::at(target), draft, VerificationMode::Auto).await
+    }
+
+    /// As [`Self::start_with`], before a target of any kind.
+    pub async fn before(upstream: Upstream, draft: Option<Upstream>, verification: VerificationMode) -> Self {
+        let target = upstream.url.clone();
         let engine = engine::Settings {
             drafts: draft.into_iter().map(|draft| (draft, None)).collect(),
-            target: Some((Upstream::at(target), None)),
+            target: Some((upstream.clone(), None)),
+            verification,
             ..engine::Settings::default()
         };
         let config = config::Proxy {
-            target: Some(Upstream::at(target)),
+            target: Some(upstream),
             ..config::Proxy::default()
         };
         let settings = Settings::try_from(&config).expect("settings");
@@ -78,7 +85,7 @@ impl Proxy {
             }
         });
         Self {
-            target: target.to_owned(),
+            target,
             url: format!("http://{}", address.await.expect("the proxy's address")),
             shutdown,
             thread: Some(thread),

@@ -1,0 +1,289 @@
+//! What the engine lends to answers in rounds ([`crate::rounds`]): the target, the drafter, what is known of both.
+
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use tokio::sync::watch as channel;
+use tokio::time::{Instant, timeout_at};
+
+use super::slots::Lease;
+use super::watch::{Server, Sight};
+use super::{Counts, Engine, Shared, Verification};
+use crate::config::{Backend, Secret};
+use crate::rounds::{FanOut, Flaw, Moment, PROOF_TEXT, Scored, Target, prove};
+use crate::speculation::{Class, Pace, Policy, Token};
+use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
+
+/// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(120));
+/// A drafter gets as long as so many steps of the target would take …
+const STEPS: f64 = 2.0;
+/// … within these bounds, and the second while no step was measured.
+const DRAFTING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// How long a drafter that failed is left alone by the same answer.
+const BACK_OFF: Duration = Duration::from_secs(2);
+/// A draft of which the next token would be accepted with less chance is not continued.
+const HOPELESS: f64 = 0.2;
+
+/// What came of trying the target.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) enum Trial {
+    /// It was not tried yet.
+    #[default]
+    Pending,
+    /// It verifies drafts exactly.
+    Passed {
+        /// Which drafters split text into the same tokens.
+        fits: Vec<bool>,
+    },
+    /// It does not, or did not answer; one sentence.
+    Failed(String),
+}
+
+/// A target that is asked in rounds, and what came of trying it.
+#[derive(Debug)]
+pub(super) struct RoundsTarget {
+    target: Arc<dyn Target>,
+    trial: channel::Sender<Trial>,
+}
+
+impl RoundsTarget {
+    /// Of a server that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
+    pub(super) fn of(server: &Server, key: Option<Secret>) -> Result<Option<Self>, reqwest::Error> {
+        let (url, model) = (&server.config.url, server.config.model_name.clone());
+        let target: Arc<dyn Target> = match server.config.backend {
+            Backend::Llamacpp => Arc::new(FanOut::new(server.client.clone())),
+            Backend::Vllm => Arc::new(Scored::new(Vllm::new(url, key, model)?)),
+            Backend::Sglang => Arc::new(Scored::new(Sglang::new(url, key, model)?)),
+            Backend::Ollama | Backend::Openai => return Ok(None),
+        };
+        Ok(Some(Self {
+            target,
+            trial: channel::Sender::default(),
+        }))
+    }
+
+    /// Why it is not asked, if so.
+    pub(super) fn reason(&self) -> Option<String> {
+        match &*self.trial.borrow() {
+            Trial::Pending => Some("it is being tried whether the target verifies drafts exactly".into()),
+            Trial::Passed { .. } => None,
+            Trial::Failed(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// Why the drafter is not used, if so.
+    pub(super) fn drafter_reason(&self) -> Option<String> {
+        let nobody_fits =
+            matches!(&*self.trial.borrow(), Trial::Passed { fits } if !fits.is_empty() && !fits.contains(&true));
+        nobody_fits.then(|| {
+            "the drafter splits text into other tokens than the target, so only text that comes again is drafted; take a \
+             drafter of the target's model family"
+                .into()
+        })
+    }
+
+    /// Tries the target whenever it comes up.
+    pub(super) async fn watch(target: Arc<Self>, shared: Arc<Shared>, drafts: Vec<LlamaServer>) {
+        let mut sight = shared.sight.subscribe();
+        loop {
+            if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
+                return;
+            }
+            let fits = match target.try_out(&shared, &drafts).await {
+                Ok(fits) => fits,
+                Err(flaw) => {
+                    tracing::warn!("drafting: {flaw}");
+                    target.trial.send_replace(Trial::Failed(flaw.to_string()));
+                    let pause = match flaw {
+                        Flaw::Failed(_) => TRY_AGAIN.0,
+                        Flaw::Differs { .. } => TRY_AGAIN.1,
+                    };
+                    let gone = sight.wait_for(|sight| !sight.verification.is_in_rounds());
+                    let _restarted = tokio::time::timeout(pause, gone).await;
+                    continue;
+                }
+            };
+            target.trial.send_replace(Trial::Passed { fits });
+            // A drafter that comes up later is compared then.
+            let could_draft = usable(&sight.borrow());
+            let changed = |sight: &Sight| !sight.verification.is_in_rounds() || usable(sight) != could_draft;
+            if sight.wait_for(changed).await.is_err() {
+                return;
+            }
+            if !sight.borrow().verification.is_in_rounds() {
+                target.trial.send_replace(Trial::Pending);
+            }
+        }
+    }
+
+    /// Tells which drafters split text into the same tokens.
+    async fn try_out(&self, shared: &Shared, drafts: &[LlamaServer]) -> Result<Vec<bool>, Flaw> {
+        let (costs, tokens) = prove(&*self.target).await?;
+        shared.pace().calibrate(costs);
+        Ok(join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await)
+    }
+}
+
+/// Whether a drafter splits a text into the same tokens; one that does not answer is asked again when it does.
+async fn splits_alike(draft: &LlamaServer, tokens: &[Token]) -> bool {
+    draft.tokenize(PROOF_TEXT).await.map_or(true, |theirs| theirs == tokens)
+}
+
+/// Which drafters can be used.
+fn usable(sight: &Sight) -> Vec<bool> {
+    sight.drafts.iter().map(|draft| draft.language.is_some()).collect()
+}
+
+impl Engine {
+    /// What an answer in rounds works with; `None` when the target is not asked in rounds.
+    #[must_use]
+    pub fn rounds(&self) -> Option<Drafting> {
+        let rounds = self.rounds.as_ref()?;
+        let Trial::Passed { fits } = rounds.trial.borrow().clone() else {
+            return None;
+        };
+        if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
+            return None;
+        }
+        let drafter = |(server, fits): (&Server, bool)| Drafter {
+            server: server.client.clone(),
+            fits,
+            lease: None,
+            tired_until: None,
+        };
+        Some(Drafting {
+            shared: Arc::clone(&self.shared),
+            target: Arc::clone(&rounds.target),
+            drafters: self.drafts.iter().zip(fits).map(drafter).collect(),
+            counts: channel::Sender::default(),
+            url: self.shared.sight.borrow().target.url.clone(),
+        })
+    }
+}
+
+/// The drafting of one answer in rounds.
+#[derive(Debug)]
+pub struct Drafting {
+    shared: Arc<Shared>,
+    target: Arc<dyn Target>,
+    drafters: Vec<Drafter>,
+    counts: channel::Sender<Counts>,
+    url: String,
+}
+
+#[derive(Debug)]
+struct Drafter {
+    server: LlamaServer,
+    /// It splits text into the target's tokens.
+    fits: bool,
+    lease: Option<Lease>,
+    /// When it is tried again after a failure.
+    tired_until: Option<Instant>,
+}
+
+impl Drafting {
+    pub(crate) fn target(&self) -> &Arc<dyn Target> {
+        &self.target
+    }
+
+    pub(crate) fn target_url(&self) -> &str {
+        &self.url
+    }
+
+    pub(crate) fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.shared.pace()
+    }
+
+    pub(crate) fn counts(&self) -> channel::Receiver<Counts> {
+        self.counts.subscribe()
+    }
+
+    /// Changes the counts of this answer, and the sum of all.
+    pub(crate) fn count(&self, change: impl FnOnce(Counts) -> Counts) {
+        let old = *self.counts.borrow();
+        let new = change(old);
+        self.shared.totals().add(old, new);
+        self.counts.send_replace(new);
+    }
+
+    pub(crate) fn moment(&self) -> Moment {
+        let sight = self.shared.sight.borrow();
+        let now = Instant::now();
+        let usable = |(number, drafter): (usize, &Drafter)| {
+            let rested = drafter.tired_until.is_none_or(|until| until <= now);
+            let can_draft = sight.language(number).is_some();
+            (drafter.fits && rested && can_draft).then_some(number)
+        };
+        Moment {
+            n_max: self.shared.cap.min(sight.n_max),
+            drafters: self.drafters.iter().enumerate().filter_map(usable).collect(),
+        }
+    }
+
+    /// At most `n` draft tokens of a drafter after `context`; what does not come in time is left out.
+    pub(crate) async fn draft(&mut self, number: usize, context: &[Token], n: usize) -> Vec<(Token, Class)> {
+        let language = self.shared.sight.borrow().language(number).cloned();
+        let (Some(language), Some(drafter)) = (language, self.drafters.get_mut(number)) else {
+            return Vec::new();
+        };
+        if drafter.lease.is_none() {
+            drafter.lease = self.shared.slots.get(number).and_then(|slots| slots.lease(context));
+        }
+        let Some(slot) = drafter.lease.as_ref().map(Lease::index) else {
+            return Vec::new();
+        };
+        let begun = Instant::now();
+        let step = self.shared.pace().step_us(0);
+        let most = step.map_or(DRAFTING.1, |us| {
+            Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
+        });
+        let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
+        let mut pieces = drafter.server.draft(context.to_vec(), n, slot);
+        let mut found: Vec<(Token, Class)> = Vec::new();
+        let mut last = begun;
+        loop {
+            let piece = match timeout_at(begun + most, pieces.next()).await {
+                Ok(Some(Ok(DraftPiece::Tokens(tokens)))) => tokens,
+                Ok(Some(Ok(DraftPiece::End(_))) | None) => break,
+                Ok(Some(Err(error))) => {
+                    tracing::debug!("the drafter failed: {error}");
+                    drafter.tired_until = Some(Instant::now() + BACK_OFF);
+                    break;
+                }
+                Err(_) => {
+                    if found.is_empty() {
+                        self.shared.pace().record_silence(number, begun.elapsed());
+                        drafter.tired_until = Some(Instant::now() + BACK_OFF);
+                    }
+                    break;
+                }
+            };
+            let (now, n_piece) = (Instant::now(), piece.len());
+            if found.is_empty() {
+                self.shared.pace().record_first_token(number, now - begun);
+            } else {
+                self.shared.pace().record_tokens(number, n_piece, now - last);
+            }
+            last = now;
+            let known = piece.into_iter().take_while(|(token, _)| language.knows(*token));
+            found.extend(known.map(|(token, p)| (token, class(p))));
+            let classes: Vec<Class> = found.iter().map(|(_, class)| *class).collect();
+            if found.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {
+                break;
+            }
+        }
+        found.truncate(n);
+        found
+    }
+}
+
+impl Verification {
+    /// Whether the proxy drives it.
+    #[must_use]
+    pub fn is_in_rounds(self) -> bool {
+        matches!(self, Self::FanOut | Self::Scored)
+    }
+}

@@ -1,0 +1,382 @@
+//! Carries the rounds of one answer out.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use serde_json::Map;
+use tokio::sync::watch as channel;
+
+use super::openai::{DONE, Style, Usage};
+use super::text::Stops;
+use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
+use crate::engine::{Counts, Drafting};
+use crate::speculation::{Class, Load, Step, Token};
+use crate::upstream::UpstreamError;
+
+/// Tokens before a piece of text that are detokenised with it.
+const BEFORE: usize = 6;
+
+/// An answer in rounds, not yet begun.
+#[derive(Debug)]
+pub struct Answer {
+    request: Request,
+    prediction: Option<String>,
+    drafting: Drafting,
+}
+
+impl Answer {
+    /// An answer to `request`, which the client expects to be like `prediction`.
+    #[must_use]
+    pub fn new(request: Request, prediction: Option<String>, drafting: Drafting) -> Self {
+        Self {
+            request,
+            prediction,
+            drafting,
+        }
+    }
+
+    /// The counts of this answer as it goes on.
+    #[must_use]
+    pub fn counts(&self) -> channel::Receiver<Counts> {
+        self.drafting.counts()
+    }
+
+    /// The answer as the target would have sent it; `None` when the target itself has to give it, because it may treat it
+    /// in a way that is not known here, or because anything failed before there was something to say.
+    pub async fn response(self) -> Option<reqwest::Response> {
+        let streamed = self.request.streamed;
+        let begun = match Telling::begin(self).await {
+            Ok(begun) => begun?,
+            Err(error) => {
+                tracing::debug!("no answer in rounds: {error}");
+                return None;
+            }
+        };
+        if streamed {
+            return response("text/event-stream", reqwest::Body::wrap_stream(begun.events()));
+        }
+        match begun.whole().await {
+            Ok(body) => response("application/json", body.into()),
+            Err(error) => {
+                tracing::debug!("the answer in rounds broke off: {error}");
+                None
+            }
+        }
+    }
+}
+
+fn response(content_type: &'static str, body: reqwest::Body) -> Option<reqwest::Response> {
+    let response = http::Response::builder()
+        .header(CONTENT_TYPE, content_type)
+        .header(CACHE_CONTROL, "no-cache")
+        .body(body);
+    response.ok().map(reqwest::Response::from)
+}
+
+/// A piece of the answer.
+enum Piece {
+    Text(String),
+    End(Finish),
+}
+
+/// An answer of which something may be said already.
+struct Telling {
+    style: Style,
+    include_usage: bool,
+    run: Run,
+    /// What was generated before the answer began to go out.
+    first: VecDeque<Piece>,
+}
+
+impl Telling {
+    /// Generates until there is something to say.
+    async fn begin(answer: Answer) -> Result<Option<Self>, UpstreamError> {
+        let Answer {
+            request,
+            prediction,
+            drafting,
+        } = answer;
+        let target = Arc::clone(drafting.target());
+        let Some(prompt) = target.prompt(&request).await? else {
+            return Ok(None);
+        };
+        let prediction = match prediction {
+            Some(text) => target.tokens(&text).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let style = Style::new(request.endpoint, prompt.model.clone());
+        let is_chat = request.endpoint == super::Endpoint::Chat;
+        let include_usage = request.include_usage;
+        let mut run = Run::new(request, prompt, &prediction, drafting, target);
+        let mut first = VecDeque::new();
+        let mut begun = String::new();
+        loop {
+            let piece = run.next().await?;
+            let is_end = matches!(piece, Piece::End(_));
+            if let Piece::Text(text) = &piece {
+                begun.push_str(text);
+            }
+            first.push_back(piece);
+            if is_end || !begun.trim_start().is_empty() {
+                break;
+            }
+        }
+        let for_a_parser = is_chat && begun.trim_start().starts_with(['<', '[']);
+        Ok((!for_a_parser).then_some(Self {
+            style,
+            include_usage,
+            run,
+            first,
+        }))
+    }
+
+    async fn next(&mut self) -> Result<Piece, UpstreamError> {
+        match self.first.pop_front() {
+            Some(piece) => Ok(piece),
+            None => self.run.next().await,
+        }
+    }
+
+    async fn whole(mut self) -> Result<Bytes, UpstreamError> {
+        let mut all = String::new();
+        loop {
+            match self.next().await? {
+                Piece::Text(text) => all.push_str(&text),
+                Piece::End(finish) => return Ok(self.style.whole(&all, finish, self.run.usage())),
+            }
+        }
+    }
+
+    /// The events of a stream. Dropping it ends whatever it waits for.
+    fn events(self) -> impl stream::Stream<Item = Result<Bytes, UpstreamError>> {
+        let opening = self.style.opening();
+        let rest = stream::unfold(Some(self), |telling| async move {
+            let mut telling = telling?;
+            Some(match telling.next().await {
+                Ok(Piece::Text(text)) => (Ok(telling.style.piece(&text)), Some(telling)),
+                Ok(Piece::End(finish)) => {
+                    let mut last = telling.style.end(finish).to_vec();
+                    if telling.include_usage {
+                        last.extend_from_slice(&telling.style.usage(telling.run.usage()));
+                    }
+                    last.extend_from_slice(&DONE);
+                    (Ok(last.into()), None)
+                }
+                Err(error) => (Err(error), None),
+            })
+        });
+        futures_util::StreamExt::chain(stream::iter(opening.map(Ok)), rest)
+    }
+}
+
+fn new_name() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// The rounds, and the text that comes of them.
+struct Run {
+    target: Arc<dyn Target>,
+    drafting: Drafting,
+    /// Names this answer to the target.
+    name: String,
+    sampling: Map<String, serde_json::Value>,
+    rounds: Rounds,
+    actions: VecDeque<Action>,
+    stops: Stops,
+    /// Tokens whose text ends inside of a character.
+    unsaid: Vec<Token>,
+    /// Tokens of the answer that count, when a stop string ended it before all that were generated.
+    stopped_at: Option<usize>,
+    last_step: Instant,
+    /// The client predicted the answer, and is told what came of it.
+    is_predicted: bool,
+}
+
+impl Run {
+    fn new(
+        request: Request,
+        prompt: Prompt,
+        prediction: &[Token],
+        drafting: Drafting,
+        target: Arc<dyn Target>,
+    ) -> Self {
+        let mut run = Self {
+            is_predicted: !prediction.is_empty(),
+            target,
+            name: new_name(),
+            sampling: request.sampling,
+            rounds: Rounds::new(prompt.tokens, prediction, prompt.limit),
+            actions: VecDeque::new(),
+            stops: Stops::new(request.stop),
+            unsaid: Vec::new(),
+            stopped_at: None,
+            last_step: Instant::now(),
+            drafting,
+        };
+        run.handle(Event::Begin);
+        run
+    }
+
+    fn usage(&self) -> Usage {
+        let counts = *self.drafting.counts().borrow();
+        Usage {
+            predicted: self
+                .is_predicted
+                .then_some((counts.accepted_prediction_tokens, counts.rejected_prediction_tokens)),
+            prompt: self.rounds.n_prompt(),
+            completion: self.stopped_at.unwrap_or(self.rounds.generated()),
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let moment = self.drafting.moment();
+        let actions = self.rounds.handle(event, &mut *self.drafting.pace(), &moment);
+        self.actions.extend(actions);
+    }
+
+    /// Goes on until there is something to say.
+    async fn next(&mut self) -> Result<Piece, UpstreamError> {
+        loop {
+            // After the end there is nothing more to do.
+            let Some(action) = self.actions.pop_front() else {
+                return Ok(Piece::End(Finish::Stop));
+            };
+            match action {
+                Action::Draft { drafter, n } => {
+                    let drafted = self.drafting.draft(drafter, self.rounds.context(), n).await;
+                    self.handle(Event::Drafted(drafted));
+                }
+                Action::Verify { draft, n } => self.verify(&draft, n).await?,
+                Action::Say(tokens) => {
+                    if let Some(piece) = self.say(tokens).await? {
+                        return Ok(piece);
+                    }
+                }
+                Action::Finish(finish) => {
+                    let text = self.text(self.unsaid.len()).await?;
+                    let rest = text.trim_end_matches('\u{fffd}').to_owned();
+                    self.unsaid.clear();
+                    let said = self.stops.push(&rest);
+                    let rest = if said.stopped {
+                        said.text
+                    } else {
+                        said.text + &self.stops.rest()
+                    };
+                    let finish = if said.stopped { Finish::Stop } else { finish };
+                    if rest.is_empty() {
+                        return Ok(Piece::End(finish));
+                    }
+                    self.actions.push_front(Action::Finish(finish));
+                    return Ok(Piece::Text(rest));
+                }
+            }
+        }
+    }
+
+    async fn verify(&mut self, draft: &[Token], n: usize) -> Result<(), UpstreamError> {
+        let begun = Instant::now();
+        let ask = Ask {
+            answer: &self.name,
+            context: self.rounds.context(),
+            draft,
+            n,
+            sampling: &self.sampling,
+        };
+        let verdict = match self.target.verify(ask).await {
+            Err(UpstreamError::Refused { url, status, message }) if !draft.is_empty() => {
+                tracing::debug!("{url} does not take a draft: {status} {message}");
+                // The target may have computed and kept it.
+                self.name = new_name();
+                self.handle(Event::Refused);
+                return Ok(());
+            }
+            Ok(verdict) if draft.is_empty() && verdict.next.is_empty() => {
+                return Err(UpstreamError::Malformed {
+                    url: self.drafting.target_url().to_owned(),
+                    cause: "it generated nothing".into(),
+                });
+            }
+            outcome => outcome?,
+        };
+        let is_first = self.rounds.generated() == 0;
+        let steps = if draft.is_empty() { verdict.next.len() } else { 1 };
+        let share = u32::try_from(steps.max(1)).unwrap_or(1);
+        let duration = begun.elapsed() / share;
+        let since_last = std::mem::replace(&mut self.last_step, Instant::now()).elapsed() / share;
+        // The first has the prompt to read.
+        if !is_first {
+            self.learn(verdict.judged, verdict.accepted, steps, duration, since_last);
+        }
+        let (judged, accepted) = (verdict.judged as u64, verdict.accepted as u64);
+        let predicted = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+        let all_predicted = predicted(self.rounds.classes(verdict.judged));
+        let right_predicted = predicted(self.rounds.classes(verdict.accepted));
+        self.handle(Event::Verified(verdict));
+        self.drafting.count(|counts| Counts {
+            steps: counts.steps + steps as u64,
+            drafted: counts.drafted + judged,
+            accepted: counts.accepted + accepted,
+            generated: self.rounds.generated() as u64,
+            accepted_prediction_tokens: counts.accepted_prediction_tokens + right_predicted,
+            rejected_prediction_tokens: counts.rejected_prediction_tokens + all_predicted - right_predicted,
+        });
+        Ok(())
+    }
+
+    fn learn(&self, judged: usize, accepted: usize, steps: usize, duration: Duration, since_last: Duration) {
+        let mut pace = self.drafting.pace();
+        for _ in 0..steps {
+            pace.record_step(&Step {
+                drafted: judged,
+                accepted,
+                duration,
+                since_last,
+                load: Load::default(),
+            });
+        }
+    }
+
+    /// The text of the first `n` unsaid tokens.
+    async fn text(&self, n: usize) -> Result<String, UpstreamError> {
+        if n == 0 {
+            return Ok(String::new());
+        }
+        let context = self.rounds.context();
+        let begin = context.len() - self.unsaid.len();
+        let before = &context[begin.saturating_sub(BEFORE)..begin];
+        self.target.text(before, &self.unsaid[..n]).await
+    }
+
+    async fn say(&mut self, tokens: Vec<Token>) -> Result<Option<Piece>, UpstreamError> {
+        self.unsaid.extend(tokens);
+        let text = self.text(self.unsaid.len()).await?;
+        if text.ends_with('\u{fffd}') {
+            return Ok(None);
+        }
+        let before = self.stops.clone();
+        let said = self.stops.push(&text);
+        if said.stopped {
+            self.stopped_at = Some(self.rounds.generated() - self.after_stop(&before).await?);
+            self.actions.clear();
+            self.actions.push_back(Action::Finish(Finish::Stop));
+        }
+        self.unsaid.clear();
+        Ok((!said.text.is_empty()).then_some(Piece::Text(said.text)))
+    }
+
+    /// How many tokens were generated beyond a stop string: a server that generates one by one would not have.
+    async fn after_stop(&self, before: &Stops) -> Result<usize, UpstreamError> {
+        let ended = self.rounds.generated() - (self.rounds.context().len() - self.rounds.n_prompt());
+        for n in 1..self.unsaid.len() {
+            let mut stops = before.clone();
+            if stops.push(&self.text(n).await?).stopped {
+                return Ok(self.unsaid.len() - n + ended);
+            }
+        }
+        Ok(ended)
+    }
+}

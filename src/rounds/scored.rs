@@ -1,0 +1,253 @@
+//! vLLM and SGLang tell, for a prompt, which token they find likeliest in each place, and so whether a greedy choice would
+//! have been the draft's.
+//!
+//! They do not tell so whether that token ends the text: that shows only when it is generated. So what the rows say is
+//! taken for the tokens that cannot end a text; before any other the draft is cut off, so that the target generates it. An
+//! ordinary token is one that was generated and did not end its text, or whose own text has no bracket: tokens that
+//! end texts are written in brackets in all vocabularies that we know (`</s>`, `<|im_end|>`, `[EOS]`).
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::future::Future;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use futures_util::future::{BoxFuture, FutureExt, try_join, try_join_all};
+use serde_json::{Value, json};
+
+use super::request::{Content, opens_reasoning};
+use super::{Ask, Endpoint, Prompt, Request, Target, Verdict};
+use crate::speculation::Token;
+use crate::upstream::{Scores, Sglang, Tokenized, UpstreamError, Vllm};
+
+/// Tokens of a completion that says nothing of its length (OpenAI's default, which both servers keep).
+const COMPLETION_LIMIT: usize = 16;
+/// Last tokens of a prompt that are looked at for an open reasoning block.
+const TAIL: usize = 8;
+
+/// A server that scores prompts.
+pub trait Server: Debug + Send + Sync {
+    /// The names of its model.
+    fn models(&self) -> impl Future<Output = Result<Vec<String>, UpstreamError>> + Send;
+    /// The tokens of `{"messages": …}` or `{"prompt": …}`.
+    fn tokenize(&self, prompt: Value) -> impl Future<Output = Result<Tokenized, UpstreamError>> + Send;
+    /// The text of tokens.
+    fn detokenize(&self, tokens: &[Token]) -> impl Future<Output = Result<String, UpstreamError>> + Send;
+    /// See [`Vllm::score`].
+    fn score(
+        &self,
+        answer: &str,
+        context: &[Token],
+        draft: &[Token],
+        n: usize,
+    ) -> impl Future<Output = Result<Scores, UpstreamError>> + Send;
+    /// See [`Vllm::complete`].
+    fn complete(&self, prompt: &[Token], n: usize) -> impl Future<Output = Result<String, UpstreamError>> + Send;
+}
+
+impl Server for Vllm {
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.models().await
+    }
+
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+        self.tokenize(prompt).await
+    }
+
+    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
+        self.detokenize(tokens).await
+    }
+
+    async fn score(&self, answer: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
+        self.score(answer, context, draft, n).await
+    }
+
+    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
+        self.complete(prompt, n).await
+    }
+}
+
+impl Server for Sglang {
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.models().await
+    }
+
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+        self.tokenize(prompt).await
+    }
+
+    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
+        self.detokenize(tokens).await
+    }
+
+    async fn score(&self, _: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
+        self.score(context, draft, n).await
+    }
+
+    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
+        self.complete(prompt, n).await
+    }
+}
+
+/// Rounds of a server that scores prompts.
+#[derive(Debug)]
+pub struct Scored<S> {
+    server: S,
+    /// Which tokens are known to be ordinary, or not known to be.
+    ordinary: Mutex<HashMap<Token, bool>>,
+}
+
+impl<S: Server> Scored<S> {
+    /// Rounds of this server.
+    #[must_use]
+    pub fn new(server: S) -> Self {
+        Self {
+            server,
+            ordinary: Mutex::default(),
+        }
+    }
+
+    fn ordinary(&self) -> MutexGuard<'_, HashMap<Token, bool>> {
+        self.ordinary.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many of `tokens` are ordinary, from the first.
+    async fn ordinary_ones(&self, tokens: &[Token]) -> Result<usize, UpstreamError> {
+        let unknown: Vec<Token> = {
+            let known = self.ordinary();
+            tokens
+                .iter()
+                .copied()
+                .filter(|token| !known.contains_key(token))
+                .collect()
+        };
+        let texts = try_join_all(
+            unknown
+                .iter()
+                .map(|token| self.server.detokenize(std::slice::from_ref(token))),
+        )
+        .await?;
+        let mut known = self.ordinary();
+        for (token, text) in unknown.iter().zip(texts) {
+            known.entry(*token).or_insert_with(|| is_ordinary(&text));
+        }
+        Ok(tokens
+            .iter()
+            .take_while(|token| known.get(token) == Some(&true))
+            .count())
+    }
+
+    async fn prompt_of(&self, request: &Request) -> Result<Option<Prompt>, UpstreamError> {
+        let models = self.server.models().await?;
+        // An adapter's answers are another model's.
+        let Some(model) = models
+            .into_iter()
+            .find(|name| request.model.as_ref().is_none_or(|asked| asked == name))
+        else {
+            return Ok(None);
+        };
+        let prompt = match &request.content {
+            Content::Messages(messages) => {
+                let prompt = self.server.tokenize(json!({ "messages": messages })).await?;
+                let tail = prompt.tokens.len().saturating_sub(TAIL);
+                if opens_reasoning(&self.server.detokenize(&prompt.tokens[tail..]).await?) {
+                    return Ok(None);
+                }
+                prompt
+            }
+            Content::Text(text) => self.server.tokenize(json!({ "prompt": text })).await?,
+            Content::Tokens(tokens) => Tokenized {
+                tokens: tokens.clone(),
+                n_ctx: self.server.tokenize(json!({ "prompt": "a" })).await?.n_ctx,
+            },
+        };
+        let room = prompt.n_ctx.map(|n_ctx| n_ctx.saturating_sub(prompt.tokens.len()));
+        let asked = match request.endpoint {
+            Endpoint::Chat => request.max_tokens,
+            Endpoint::Completion => Some(request.max_tokens.unwrap_or(COMPLETION_LIMIT)),
+        };
+        let limit = match (asked, room) {
+            // More than there is room for is refused by these servers in words of their own.
+            (Some(asked), Some(room)) if asked > room => None,
+            (asked, room) => asked.or(room),
+        };
+        Ok(limit
+            .filter(|limit| *limit > 0 && !prompt.tokens.is_empty())
+            .map(|limit| Prompt {
+                limit,
+                model,
+                tokens: prompt.tokens,
+            }))
+    }
+
+    async fn round(&self, ask: Ask<'_>) -> Result<Verdict, UpstreamError> {
+        let judged = self.ordinary_ones(ask.draft).await?;
+        let draft = &ask.draft[..judged];
+        let n = if ask.draft.is_empty() { ask.n } else { 1 };
+        let Scores { likeliest, generated } = self.server.score(ask.answer, ask.context, draft, n).await?;
+        let said = generated.tokens.len() - usize::from(generated.ended).min(generated.tokens.len());
+        self.ordinary()
+            .extend(generated.tokens[..said].iter().map(|token| (*token, true)));
+        let accepted = likeliest
+            .iter()
+            .zip(draft)
+            .take_while(|(likeliest, token)| **likeliest == Some(**token))
+            .count();
+        if accepted == judged {
+            return Ok(Verdict {
+                judged,
+                accepted,
+                next: generated.tokens,
+                ended: generated.ended,
+            });
+        }
+        let instead = likeliest.get(accepted).copied().flatten();
+        let next: Vec<Token> = instead.into_iter().collect();
+        let known = self.ordinary_ones(&next).await?;
+        Ok(Verdict {
+            judged: if instead.is_some() { judged } else { accepted },
+            accepted,
+            next: next[..known].to_vec(),
+            ended: false,
+        })
+    }
+
+    /// Some detokenisers drop a space at the beginning, so it is not asked for the tokens alone.
+    async fn text_of(&self, before: &[Token], tokens: &[Token]) -> Result<String, UpstreamError> {
+        let all = [before, tokens].concat();
+        let (known, text) = try_join(self.server.detokenize(before), self.server.detokenize(&all)).await?;
+        match text.strip_prefix(&known) {
+            Some(rest) => Ok(rest.to_owned()),
+            None => self.server.detokenize(tokens).await,
+        }
+    }
+}
+
+fn is_ordinary(text: &str) -> bool {
+    !text.is_empty() && !text.contains(['<', '>', '[', ']', '|', '｜'])
+}
+
+impl<S: Server> Target for Scored<S> {
+    fn prompt<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
+        self.prompt_of(request).boxed()
+    }
+
+    fn verify<'a>(&'a self, ask: Ask<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
+        self.round(ask).boxed()
+    }
+
+    fn text<'a>(&'a self, before: &'a [Token], tokens: &'a [Token]) -> BoxFuture<'a, Result<String, UpstreamError>> {
+        self.text_of(before, tokens).boxed()
+    }
+
+    fn tokens<'a>(&'a self, text: &'a str) -> BoxFuture<'a, Result<Vec<Token>, UpstreamError>> {
+        async move {
+            let prompt = json!({ "prompt": text, "add_special_tokens": false });
+            Ok(self.server.tokenize(prompt).await?.tokens)
+        }
+        .boxed()
+    }
+
+    fn complete<'a>(&'a self, prompt: &'a [Token], n: usize) -> BoxFuture<'a, Result<String, UpstreamError>> {
+        self.server.complete(prompt, n).boxed()
+    }
+}
