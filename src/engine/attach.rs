@@ -12,11 +12,12 @@ use futures_util::stream::{BoxStream, ReadyChunks};
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, sleep_until};
 
+use super::crowd::Member;
 use super::draft_server::{DraftServer, TextDrafter};
 use super::slots::Lease;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
-use crate::speculation::{Action, Class, Event, Growing, Load, Moment, Offer, Session, Step, Token};
+use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
 use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
 
 /// A stream of the drafter that is silent for longer has failed.
@@ -55,8 +56,7 @@ pub(super) async fn run(
         answered: DraftAnswer::none(),
         began: Instant::now(),
         stepped: Instant::now(),
-        round_trip: Duration::ZERO,
-        load: Load::default(),
+        member: shared.crowd.join(),
         finished: false,
         counts,
         shared,
@@ -91,9 +91,7 @@ struct Attached {
     began: Instant,
     /// When the target's last step was heard of.
     stepped: Instant,
-    /// How long the target took to answer the last offer.
-    round_trip: Duration,
-    load: Load,
+    member: Member,
     finished: bool,
 }
 
@@ -202,7 +200,7 @@ impl Attached {
             }
             Happened::Offered(answer) => {
                 if let Some((asked, _)) = self.offer.take() {
-                    self.round_trip = asked.elapsed();
+                    self.shared.pace().record_round_trip(asked.elapsed());
                 }
                 self.answered(answer, false);
                 if self.offer.is_none()
@@ -297,9 +295,10 @@ impl Attached {
                     accepted: answer.step_accepted,
                     duration: Duration::from_micros(answer.step_us),
                     since_last,
-                    load: self.load,
+                    load: self.member.others(),
                 });
             }
+            self.member.steps(1 + answer.step_n);
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
         let (accepted, rejected) = predicted(
@@ -421,8 +420,8 @@ impl Attached {
             n_max: self.n_max(),
             growing: &growing,
             now: self.began.elapsed(),
-            round_trip: self.round_trip,
-            load: self.load,
+            round_trip: self.shared.pace().round_trip(),
+            load: self.member.others(),
         };
         tracing::trace!(?event, ?moment);
         let actions = {

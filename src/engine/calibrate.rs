@@ -13,12 +13,14 @@ use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
 const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
-/// Steps per size; the fastest counts.
-const REPEAT: usize = 2;
+/// How often all sizes are tried; the fastest step of each counts, and what disturbs one round may spare the next.
+const ROUNDS: usize = 3;
 /// A model that was just loaded is slow at first: plain steps until one is not faster than the one before by this factor.
 const SETTLED: f64 = 0.95;
 /// No new step begins after this time.
-const BOUND: Duration = Duration::from_secs(4);
+const BOUND: Duration = Duration::from_secs(5);
+/// Calls by which the way to the target is measured.
+const CALLS: usize = 3;
 /// How long a step may wait for its draft.
 const HOLD_US: u64 = 200_000;
 
@@ -48,9 +50,10 @@ pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
 }
 
 async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
+    measure_way(shared, target).await?;
     let key = super::new_key();
     // The completion is dropped, and so ended, when the measuring is over. Useless tokens are seldom accepted, but may be.
-    let completion = target.begin_endless(&key, 16 * SIZES.len());
+    let completion = target.begin_endless(&key, 16 * ROUNDS * SIZES.len());
     let (completion, costs) = tokio::join!(completion, step_costs(target, &key, n_max));
     completion.map(drop)?;
     let costs = costs?;
@@ -65,13 +68,29 @@ async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<
     Ok(())
 }
 
+/// How long the target takes to answer a call that it has nothing to do for.
+async fn measure_way(shared: &Shared, target: &LlamaServer) -> Result<(), UpstreamError> {
+    let key = super::new_key();
+    let call = DraftCall {
+        key: &key,
+        pos: 0,
+        tokens: &[],
+        n_min: 0,
+        hold_us: 0,
+        wait: false,
+    };
+    for _ in 0..CALLS {
+        let asked = Instant::now();
+        target.offer(&call).await?;
+        shared.pace().record_round_trip(asked.elapsed());
+    }
+    Ok(())
+}
+
 async fn step_costs(target: &LlamaServer, key: &str, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
     let began = Instant::now();
     let mut costs = BTreeMap::<usize, Duration>::new();
-    let mut sizes = SIZES
-        .iter()
-        .filter(|size| **size <= n_max)
-        .flat_map(|size| [*size; REPEAT]);
+    let mut sizes = (0..ROUNDS).flat_map(|_| SIZES).filter(|size| *size <= n_max);
     let mut settled = false;
     let (mut pos, mut n_steps, mut last): (usize, u64, Token) = (0, 0, 0);
     while began.elapsed() < BOUND {

@@ -5,6 +5,7 @@
 
 mod attach;
 mod calibrate;
+mod crowd;
 mod draft_server;
 mod rounds;
 mod slots;
@@ -23,6 +24,7 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
+use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::Slots;
@@ -61,6 +63,7 @@ struct Shared {
     sight: channel::Sender<Sight>,
     /// Of each drafter.
     slots: Vec<Slots>,
+    crowd: Crowd,
     pace: Mutex<Pace>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
@@ -115,6 +118,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
+            crowd: Crowd::default(),
             pace: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {

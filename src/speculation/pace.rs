@@ -68,7 +68,7 @@ const UNTOLD: (usize, f64) = (DOUBT.len(), 0.7);
 /// Fewest matching tokens of each grade of copies, and the chance that a token of that grade starts with.
 const MATCHED: [(usize, f64); 4] = [(0, 0.5), (5, 0.7), (9, 0.8), (17, 0.9)];
 /// The chance of a token that a drafter of which nothing is known has yet to draft.
-const USUAL: f64 = 0.7;
+const USUAL: f64 = 0.85;
 
 impl Class {
     /// A token that the drafter of this number gives the probability `p`.
@@ -180,15 +180,36 @@ pub struct Choice {
 }
 
 /// What is known of a target and its drafters.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Pace {
     step: StepCost,
     copies: [Rate; MATCHED.len()],
     predicted: [Rate; MATCHED.len()],
     drafters: Vec<Drafter>,
+    /// Microseconds from asking the target to its answer.
+    round_trip_us: Average,
     /// Tokens and microseconds of the last steps, fading.
     tokens: f64,
     us: f64,
+    /// Steps since one verified a draft, and after how many the next one does although it does not pay.
+    undrafted: u32,
+    trust: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            step: StepCost::default(),
+            copies: Default::default(),
+            predicted: Default::default(),
+            drafters: Vec::new(),
+            round_trip_us: Average::default(),
+            tokens: 0.0,
+            us: 0.0,
+            undrafted: 0,
+            trust: TRUST.0,
+        }
+    }
 }
 
 /// What is known of one drafter.
@@ -222,6 +243,10 @@ impl Default for Drafter {
 
 /// Steps until a drafter that does not pay is asked again: at first, and at most; it doubles in between.
 const PATIENCE: (u32, u32) = (16, 512);
+/// Steps until the costs of steps are doubted if they keep drafts from being verified: at first, and at most; it doubles.
+const TRUST: (u32, u32) = (64, 1024);
+/// Tokens that a draft should yield on average for the costs to be doubted.
+const DOUBTED: f64 = 2.0;
 /// Where nothing was measured, drafts are this long.
 const FIRST_GUESS: usize = 8;
 /// Microseconds by which things may come later than expected.
@@ -235,6 +260,13 @@ impl Pace {
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
         self.tokens = 0.95 * self.tokens + 1.0 + step.accepted as f64;
         self.us = 0.95 * self.us + since_last.max(micros(step.duration));
+        if step.drafted == 0 {
+            self.undrafted = self.undrafted.saturating_add(1);
+        } else if std::mem::take(&mut self.undrafted) >= self.trust {
+            self.trust = (2 * self.trust).min(TRUST.1);
+        } else {
+            self.trust = TRUST.0;
+        }
         for drafter in &mut self.drafters {
             drafter.idle = drafter.idle.saturating_add(1);
         }
@@ -246,6 +278,17 @@ impl Pace {
         for (n, duration) in costs {
             self.step.record(n, micros(duration));
         }
+    }
+
+    /// Takes in how long the target took to answer a call.
+    pub fn record_round_trip(&mut self, duration: Duration) {
+        self.round_trip_us.record(micros(duration));
+    }
+
+    /// How long the target takes to answer a call.
+    #[must_use]
+    pub fn round_trip(&self) -> Duration {
+        Duration::from_secs_f64(self.round_trip_us.get().unwrap_or_default() / 1e6)
     }
 
     /// Takes in how long a stream of a drafter took to its first token.
@@ -481,6 +524,7 @@ impl Policy for Pace {
             worth: market.worth(expected, 0),
             ..Choice::default()
         };
+        let mut doubtful = (0, 0.0);
         for (i, class) in draft.iter().enumerate() {
             reach *= self.acceptance(*class);
             expected += reach;
@@ -488,6 +532,15 @@ impl Policy for Pace {
             if worth > choice.worth {
                 (choice.n, choice.worth) = (i + 1, worth);
             }
+            let rate = expected / market.step_us(i + 1);
+            if rate > doubtful.1 {
+                doubtful = (i + 1, rate);
+            }
+        }
+        if choice.n == 0 && self.undrafted >= self.trust && expected >= DOUBTED {
+            // What no step verifies is not measured any more.
+            choice.n = doubtful.0;
+            return choice;
         }
         let source = moment.growing.map(|growing| Source::Drafter(growing.drafter));
         let supply = match source.or(draft.first().map(|class| class.source)) {
