@@ -82,7 +82,8 @@ struct Stage {
 }
 
 async fn fanning_out(target: &LlamaServer, draft: Option<&str>) -> Proxy {
-    let proxy = Proxy::before(Upstream::at(target.url()), draft, VerificationMode::FanOut).await;
+    let upstream = Upstream::at(target.url());
+    let proxy = Proxy::before(upstream, draft.map(Upstream::at), VerificationMode::FanOut).await;
     proxy
         .shows("fan-out", PATIENCE, |status| {
             status["verification"] == "fan-out" && (draft.is_none() || status["reason"].is_null())
@@ -278,6 +279,31 @@ async fn a_way_to_verify_that_the_target_has_not_is_refused_with_what_to_do() {
     }
 }
 
+#[tokio::test]
+async fn a_drafter_with_another_vocabulary_is_not_used_and_the_status_says_so() {
+    let (model_of_target, model_of_draft) = (target(), model("tightwad-tiny-draft-othervocab-f16.gguf"));
+    let (target, draft) = tokio::join!(
+        LlamaServer::start(&model_of_target, &STOCK),
+        LlamaServer::start(&model_of_draft, &DRAFT)
+    );
+    let upstream = Upstream::at(target.url());
+    let proxy = Proxy::before(upstream, Some(Upstream::at(draft.url())), VerificationMode::FanOut).await;
+    in_rounds(&proxy, "fan-out").await;
+    is_not_used(&proxy, "could draft as text only").await;
+    same(&target, &proxy, CHAT, &chat("Who are you?", 5)).await;
+}
+
+/// The status says why the only drafter cannot be used, though it is up.
+async fn is_not_used(proxy: &Proxy, why: &str) {
+    let says = |value: &Value| value.as_str().is_some_and(|text| text.contains(why));
+    let status = proxy
+        .shows(why, PATIENCE, |status| {
+            says(&status["drafts"][0]["problem"]) && says(&status["reason"])
+        })
+        .await;
+    assert_eq!(status["drafts"][0]["healthy"], true, "{status:#}");
+}
+
 // Scored
 
 async fn scoring(server: &FakeUpstream, backend: Backend, draft: Option<&FakeUpstream>) -> Proxy {
@@ -285,8 +311,8 @@ async fn scoring(server: &FakeUpstream, backend: Backend, draft: Option<&FakeUps
         backend,
         ..Upstream::at(server.url())
     };
-    let draft = draft.map(FakeUpstream::url);
-    let proxy = Proxy::before(upstream, draft.as_deref(), VerificationMode::Auto).await;
+    let draft = draft.map(|draft| Upstream::at(draft.url()));
+    let proxy = Proxy::before(upstream, draft.clone(), VerificationMode::Auto).await;
     in_rounds(&proxy, "scored").await;
     if draft.is_some() {
         proxy
@@ -350,6 +376,32 @@ async fn vllm_is_asked_for_the_likeliest_tokens_and_says_the_same_in_fewer_steps
     assert!(
         seen.iter().all(|seen| seen.target != CHAT),
         "an answer was not made in rounds"
+    );
+}
+
+#[tokio::test]
+async fn a_drafter_that_tells_text_only_is_not_used_and_the_status_says_so() {
+    let (server, draft) = tokio::join!(fake_scoring::vllm(Quirks::default()), fake_scoring::drafter());
+    for backend in [Backend::Openai, Backend::Vllm, Backend::Sglang] {
+        let target = Upstream {
+            backend: Backend::Vllm,
+            ..Upstream::at(server.url())
+        };
+        let draft = Upstream {
+            backend,
+            model_name: Some("small".into()),
+            ..Upstream::at(draft.url())
+        };
+        let proxy = Proxy::before(target, Some(draft), VerificationMode::Auto).await;
+        in_rounds(&proxy, "scored").await;
+        is_not_used(&proxy, "drafts as text").await;
+        tells_the_story(&proxy, false).await;
+    }
+    assert!(
+        draft
+            .seen()
+            .iter()
+            .all(|seen| seen.target != "/completion" && seen.target != COMPLETIONS)
     );
 }
 

@@ -13,8 +13,9 @@ use tokio::sync::watch as channel;
 use tokio::time::{Instant, sleep_until};
 
 use super::crowd::Member;
+use super::draft_server::{DraftServer, TextDrafter};
 use super::slots::Lease;
-use super::watch::Sight;
+use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
 use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
 use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
@@ -29,7 +30,7 @@ const PIECES: usize = 64;
 /// What a drafting session works with.
 pub(super) struct Servers {
     /// The drafters; without one, drafts are only looked up in the text.
-    pub(super) drafts: Vec<LlamaServer>,
+    pub(super) drafts: Vec<Server>,
     pub(super) target: LlamaServer,
 }
 
@@ -95,7 +96,9 @@ struct Attached {
 }
 
 struct Drafter {
-    server: LlamaServer,
+    server: Server,
+    /// As it is talked to.
+    spoken: Option<(Language, DraftServer)>,
     stream: Option<Stream>,
     lease: Option<Lease>,
     /// What the session was last told of it.
@@ -106,15 +109,35 @@ struct Drafter {
 }
 
 impl Drafter {
-    fn new(server: LlamaServer) -> Self {
+    fn new(server: Server) -> Self {
         Self {
             server,
+            spoken: None,
             stream: None,
             lease: None,
             available: false,
             back_off: BACK_OFF.0,
             retry_at: None,
         }
+    }
+
+    /// Talks to it in this language from now on.
+    fn speak(&mut self, language: Language, target: &LlamaServer) {
+        if self.spoken.as_ref().is_some_and(|(spoken, _)| *spoken == language) {
+            return;
+        }
+        let server = match (&language, &self.server.text) {
+            (Language::Text { bos }, Some(text)) => {
+                DraftServer::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
+            }
+            _ => DraftServer::Tokens(self.server.client.clone()),
+        };
+        self.spoken = Some((language, server));
+    }
+
+    /// Whether the target knows a token of its drafts.
+    fn is_known(&self, token: Token) -> bool {
+        self.spoken.as_ref().is_some_and(|(language, _)| language.knows(token))
     }
 
     /// What it does next.
@@ -302,8 +325,9 @@ impl Attached {
 
     fn drafted(&mut self, number: usize, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
         let drafter = &mut self.drafters[number];
-        let Some(stream) = &mut drafter.stream else { return };
-        let id = stream.id;
+        let Some(id) = drafter.stream.as_ref().map(|stream| stream.id) else {
+            return;
+        };
         let mut tokens: Vec<(Token, Option<f64>)> = Vec::new();
         let mut end = None;
         for piece in pieces {
@@ -313,16 +337,12 @@ impl Attached {
             }
         }
         // What only the drafter has in its vocabulary cannot be offered, nor what comes after it.
-        let vocabulary = self.shared.sight.borrow().vocabulary;
-        let known = tokens
-            .iter()
-            .take_while(|(token, _)| usize::try_from(*token).is_ok_and(|id| id < vocabulary))
-            .count();
+        let known = tokens.iter().take_while(|(token, _)| drafter.is_known(*token)).count();
         if known < tokens.len() {
             tokens.truncate(known);
             end = Some(Ok(DraftPiece::End(StreamEnd::EndOfText)));
         }
-        if !tokens.is_empty() {
+        if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
             let silent = stream.silent();
             let first = stream.last_token.replace(Instant::now()).is_none();
             let mut pace = self.shared.pace();
@@ -357,7 +377,7 @@ impl Attached {
     /// The drafter is left alone for a while, longer each time.
     fn drafter_failed(&mut self, number: usize, why: &str) {
         let drafter = &mut self.drafters[number];
-        tracing::debug!("the drafter {} failed: {why}", drafter.server.url());
+        tracing::debug!("the drafter {} failed: {why}", drafter.server.client.url());
         if let Some(stream) = drafter.stream.take() {
             self.shared.pace().record_silence(number, stream.silent());
         }
@@ -368,13 +388,17 @@ impl Attached {
 
     /// Tells the session when a drafter becomes usable or ceases to be.
     fn check_available(&mut self) {
-        let can_draft: Vec<bool> = {
+        let languages: Vec<Option<Language>> = {
             let sight = self.sight.borrow_and_update();
-            sight.drafts.iter().map(|draft| draft.can_draft).collect()
+            sight.drafts.iter().map(|draft| draft.language.clone()).collect()
         };
         for number in 0..self.drafters.len() {
             let drafter = &mut self.drafters[number];
-            let can_draft = can_draft.get(number).copied().unwrap_or_default();
+            let language = languages.get(number).cloned().flatten();
+            let can_draft = language.is_some();
+            if let Some(language) = language {
+                drafter.speak(language, &self.target);
+            }
             let mut available = can_draft && drafter.retry_at.is_none() && !self.session.committed().is_empty();
             if available && drafter.lease.is_none() {
                 drafter.lease = self.shared.slots[number].lease(self.session.committed());
@@ -444,10 +468,12 @@ impl Attached {
                 n,
             } => {
                 let it = &mut self.drafters[drafter];
-                let Some(lease) = &it.lease else { return };
+                let (Some(lease), Some((_, server))) = (&it.lease, &it.spoken) else {
+                    return;
+                };
                 it.stream = Some(Stream {
                     id,
-                    pieces: it.server.draft(prefix, n, lease.index()).ready_chunks(PIECES),
+                    pieces: server.draft(prefix, n, lease.index()).ready_chunks(PIECES),
                     started: Instant::now(),
                     last_token: None,
                 });

@@ -6,6 +6,7 @@
 mod attach;
 mod calibrate;
 mod crowd;
+mod draft_server;
 mod rounds;
 mod slots;
 mod vocabulary;
@@ -22,7 +23,7 @@ use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Pace, Policy};
-use crate::upstream::LlamaServer;
+use crate::upstream::{LlamaServer, TextServer};
 use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
@@ -49,7 +50,7 @@ const FASTEST_STEP_US: f64 = 1500.0;
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    drafts: Vec<LlamaServer>,
+    drafts: Vec<Server>,
     target: Option<LlamaServer>,
     /// The target, if it can be asked in rounds.
     rounds: Option<Arc<RoundsTarget>>,
@@ -90,6 +91,15 @@ impl Engine {
             Ok(Server {
                 client: LlamaServer::new(&config.url, key)?,
                 config,
+                text: None,
+            })
+        };
+        let draft_server = |(config, key): (Upstream, Option<Secret>)| {
+            let text = TextServer::new(&config.url, key.clone(), config.backend, config.model_name.clone())?;
+            let text = Some(text);
+            Ok(Server {
+                text,
+                ..server((config, key))?
             })
         };
         let target_key = settings.target.as_ref().and_then(|(_, key)| key.clone());
@@ -97,7 +107,7 @@ impl Engine {
         let drafts = settings
             .drafts
             .into_iter()
-            .map(server)
+            .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
         let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone(), settings.verification);
@@ -130,7 +140,7 @@ impl Engine {
         Ok(Arc::new(Self {
             watcher: tokio::spawn(watching).abort_handle(),
             shared,
-            drafts: drafts.into_iter().map(|server| server.client).collect(),
+            drafts,
             target: target.map(|server| server.client),
             rounds,
         }))

@@ -134,7 +134,7 @@ async fn splits_alike(draft: &LlamaServer, tokens: &[Token]) -> bool {
 
 /// Which drafters can be used.
 fn usable(sight: &Sight) -> Vec<bool> {
-    sight.drafts.iter().map(|draft| draft.can_draft).collect()
+    sight.drafts.iter().map(|draft| draft.language.is_some()).collect()
 }
 
 impl Engine {
@@ -148,8 +148,8 @@ impl Engine {
         if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
             return None;
         }
-        let drafter = |(server, fits): (&LlamaServer, bool)| Drafter {
-            server: server.clone(),
+        let drafter = |(server, fits): (&Server, bool)| Drafter {
+            server: server.client.clone(),
             fits,
             lease: None,
             tired_until: None,
@@ -214,7 +214,7 @@ impl Drafting {
         let now = Instant::now();
         let usable = |(number, drafter): (usize, &Drafter)| {
             let rested = drafter.tired_until.is_none_or(|until| until <= now);
-            let can_draft = sight.drafts.get(number).is_some_and(|draft| draft.can_draft);
+            let can_draft = sight.language(number).is_some();
             (drafter.fits && rested && can_draft).then_some(number)
         };
         Moment {
@@ -225,7 +225,8 @@ impl Drafting {
 
     /// At most `n` draft tokens of a drafter after `context`; what does not come in time is left out.
     pub(crate) async fn draft(&mut self, number: usize, context: &[Token], n: usize) -> Vec<(Token, Class)> {
-        let Some(drafter) = self.drafters.get_mut(number) else {
+        let language = self.shared.sight.borrow().language(number).cloned();
+        let (Some(language), Some(drafter)) = (language, self.drafters.get_mut(number)) else {
             return Vec::new();
         };
         if drafter.lease.is_none() {
@@ -239,7 +240,6 @@ impl Drafting {
         let most = step.map_or(DRAFTING.1, |us| {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
-        let vocabulary = self.shared.sight.borrow().vocabulary;
         let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
         let mut pieces = drafter.server.draft(context.to_vec(), n, slot);
         let mut found: Vec<(Token, Class)> = Vec::new();
@@ -268,9 +268,7 @@ impl Drafting {
                 self.shared.pace().record_tokens(number, n_piece, now - last);
             }
             last = now;
-            let known = piece
-                .into_iter()
-                .take_while(|(token, _)| usize::try_from(*token).is_ok_and(|id| id < vocabulary));
+            let known = piece.into_iter().take_while(|(token, _)| language.knows(*token));
             found.extend(known.map(|(token, p)| (token, class(p))));
             let classes: Vec<Class> = found.iter().map(|(_, class)| *class).collect();
             if found.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {

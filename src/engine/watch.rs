@@ -10,10 +10,13 @@ use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream, VerificationMode};
-use crate::upstream::{LlamaServer, Props, UpstreamError};
+use crate::speculation::Token;
+use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Completions drafted for at once by a server that does not tell how many it takes; Ollama queues those that are too many.
+const TEXT_SLOTS: usize = 4;
 /// Most draft tokens that a server is asked to score at once.
 const SCORED_MAX: usize = 16;
 /// The reason while it is not known yet whether the drafter fits.
@@ -26,6 +29,35 @@ pub struct Server {
     pub config: Upstream,
     /// The client.
     pub client: LlamaServer,
+    /// The client for text, of a drafter.
+    pub text: Option<TextServer>,
+}
+
+/// How a drafter is talked to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Language {
+    /// In token ids, which both servers know below this number.
+    Tokens {
+        /// Size of the target's vocabulary.
+        vocabulary: usize,
+    },
+    /// In text.
+    Text {
+        /// That of the target's token for the beginning of a sequence.
+        bos: String,
+    },
+}
+
+impl Language {
+    /// Whether a drafter's token can be offered to the target.
+    #[must_use]
+    pub fn knows(&self, token: Token) -> bool {
+        match self {
+            Self::Tokens { vocabulary } => usize::try_from(token).is_ok_and(|id| id < *vocabulary),
+            // The target has made it.
+            Self::Text { .. } => true,
+        }
+    }
 }
 
 /// What is known of the servers.
@@ -41,8 +73,14 @@ pub struct Sight {
     pub reason: Option<String>,
     /// Most draft tokens of one step of the target.
     pub n_max: usize,
-    /// Size of the target's vocabulary.
-    pub vocabulary: usize,
+}
+
+impl Sight {
+    /// How the drafter of this number can be talked to.
+    #[must_use]
+    pub fn language(&self, number: usize) -> Option<&Language> {
+        self.drafts.get(number)?.language.as_ref()
+    }
 }
 
 /// What is known of a drafter.
@@ -50,8 +88,8 @@ pub struct Sight {
 pub struct DraftSight {
     /// Its health.
     pub status: ServerStatus,
-    /// Whether it can be used now.
-    pub can_draft: bool,
+    /// How it can be talked to; `None` while it cannot be used.
+    pub language: Option<Language>,
 }
 
 /// Looks again and again, and remembers what does not change while the servers stay the same. Nothing waits for a server
@@ -167,24 +205,24 @@ impl Watcher {
         for (number, (draft, look)) in self.drafts.iter().zip(looks).enumerate() {
             let mut seen = DraftSight {
                 status: look.status.clone(),
-                can_draft: false,
+                language: None,
             };
             if sight.verification != Verification::None && look.status.problem.is_none() {
-                match draft.fits(look, target.props.as_ref()) {
-                    Fit::Fits { vocabulary } => {
-                        sight.vocabulary = vocabulary;
-                        seen.can_draft = true;
+                match draft.fits(look, sight.verification, target.props.as_ref()) {
+                    Fit::Fits { language, but } => {
+                        seen.language = Some(language);
+                        seen.status.problem = but;
                     }
                     Fit::Not(why) => seen.status.problem = Some(why),
                     Fit::Unknown { why, pair } => {
                         seen.status.problem = Some(why);
-                        missing.extend(pair.map(|pair| (number, pair)));
+                        missing.extend(pair.map(|pair| (number, *pair)));
                     }
                 }
             }
             sight.drafts.push(seen);
         }
-        if sight.verification != Verification::None && !sight.drafts.iter().any(|draft| draft.can_draft) {
+        if sight.verification != Verification::None && !sight.drafts.iter().any(|draft| draft.language.is_some()) {
             let mut problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
             sight.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
@@ -210,19 +248,30 @@ impl Watcher {
 
 /// Whether a drafter can draft for the target.
 enum Fit {
-    Fits { vocabulary: usize },
+    Fits { language: Language, but: Option<String> },
     Not(String),
-    Unknown { why: String, pair: Option<Pair> },
+    Unknown { why: String, pair: Option<Box<Pair>> },
 }
 
 impl Draft {
-    fn fits(&self, look: &Look, target: Option<&Props>) -> Fit {
-        let backend = self.server.config.backend;
-        if backend != Backend::Llamacpp {
-            return Fit::Not(format!(
-                "a drafter with `backend: {}` gives no token ids; run the draft model with llama-server",
-                backend_name(backend)
-            ));
+    fn fits(&self, look: &Look, verification: Verification, target: Option<&Props>) -> Fit {
+        let text = || match target {
+            Some(target) if verification == Verification::Attached => Some(Language::Text {
+                bos: target.bos_token.clone(),
+            }),
+            _ => None,
+        };
+        if self.server.config.backend != Backend::Llamacpp {
+            self.slots.resize(TEXT_SLOTS);
+            return match text() {
+                Some(language) => Fit::Fits { language, but: None },
+                None => Fit::Not(format!(
+                    "a drafter with `backend: {}` drafts as text, and an answer in rounds ({}) takes token ids only; run the \
+                     draft model with llama-server",
+                    backend_name(self.server.config.backend),
+                    verification.name()
+                )),
+            };
         }
         let Some(props) = &look.props else {
             return Fit::Unknown {
@@ -233,23 +282,38 @@ impl Draft {
         self.slots.resize(props.total_slots);
         let Some(target) = target else {
             // Who scores prompts does not tell its vocabulary so; a text is compared when it is tried.
-            return Fit::Fits { vocabulary: usize::MAX };
+            return Fit::Fits {
+                language: Language::Tokens { vocabulary: usize::MAX },
+                but: None,
+            };
         };
         let pair = (props.clone(), target.clone());
         match &self.compared {
             Some((compared, outcome)) if *compared == pair => match outcome {
                 Ok(Comparison::Same { target_size }) => Fit::Fits {
-                    vocabulary: *target_size,
+                    language: Language::Tokens {
+                        vocabulary: *target_size,
+                    },
+                    but: None,
                 },
-                Ok(Comparison::Different(difference)) => Fit::Not(difference.clone()),
+                Ok(Comparison::Different(difference)) => match text() {
+                    Some(language) => Fit::Fits {
+                        language,
+                        but: Some(format!("it drafts as text: {difference}")),
+                    },
+                    None => Fit::Not(format!(
+                        "it could draft as text only, and an answer in rounds ({}) takes token ids only: {difference}",
+                        verification.name()
+                    )),
+                },
                 Err(error) => Fit::Unknown {
                     why: format!("the vocabularies could not be compared: {error}"),
-                    pair: self.compare_again.then_some(pair),
+                    pair: self.compare_again.then(|| Box::new(pair)),
                 },
             },
             _ => Fit::Unknown {
                 why: COMPARING.into(),
-                pair: Some(pair),
+                pair: Some(Box::new(pair)),
             },
         }
     }
@@ -298,7 +362,8 @@ impl Server {
 }
 
 async fn look_at(server: &Server) -> Look {
-    let Server { config, client } = server;
+    let Server { config, client, text } = server;
+    let text = text.as_ref().filter(|_| config.backend != Backend::Llamacpp);
     let mut status = server.unknown();
     let mut props = None;
     let answer = if config.backend == Backend::Llamacpp {
@@ -307,12 +372,15 @@ async fn look_at(server: &Server) -> Look {
             Err(error) => Err(error),
         }
     } else {
-        client.answers().await
+        match (client.answers().await, text) {
+            (Ok(()), Some(text)) => text.ready().await,
+            (answer, _) => answer,
+        }
     };
     match answer {
         Ok(()) => status.healthy = true,
         // Something answers that is no llama-server, or no longer one with our routes.
-        Err(UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }) => {
+        Err(UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }) if text.is_none() => {
             status.healthy = true;
             status.problem = Some("it answers, but not like llama-server; set `backend` to what it is".into());
         }

@@ -1,9 +1,11 @@
-//! Questions in JSON to a server behind us, and its answers.
+//! Questions over HTTP to one server behind us, and its answers.
 
 use std::time::Duration;
 
-use serde::Serialize;
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{Stream, StreamExt, stream::BoxStream};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::config::Secret;
 
@@ -21,7 +23,7 @@ pub enum UpstreamError {
         /// The innermost cause.
         cause: String,
     },
-    /// An answer with an error status.
+    /// An answer with an error status, or an error in a stream.
     #[error("{url} answered {status}: {message}")]
     Refused {
         /// What was asked.
@@ -32,12 +34,20 @@ pub enum UpstreamError {
         message: String,
     },
     /// An answer that is not what such a server sends.
-    #[error("{url} sent something that such a server would not: {cause}")]
+    #[error("{url} sent something else than it should: {cause}")]
     Malformed {
         /// What was asked.
         url: String,
         /// What is wrong with it.
         cause: String,
+    },
+    /// No model is configured, and the server has not exactly one.
+    #[error("{url} lists {count} models; name one of them with `model_name`")]
+    WhichModel {
+        /// What was asked.
+        url: String,
+        /// Models listed.
+        count: usize,
     },
 }
 
@@ -66,24 +76,30 @@ impl Connection {
     }
 
     /// The base URL.
-    pub(super) fn url(&self) -> &str {
+    pub(super) fn base(&self) -> &str {
         &self.base
     }
 
-    /// A GET that is answered soon.
+    /// The URL of a path.
+    pub(super) fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// A GET that is answered soon, in JSON.
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        let request = self.http.get(format!("{}{path}", self.base)).timeout(PATIENCE);
+        let request = self.http.get(self.url(path)).timeout(PATIENCE);
         let response = self.send(path, request).await?;
         self.read(path, response).await
     }
 
-    /// The models that a server of vLLM's kind lists, without those that adapt another one (`parent`: LoRA).
+    /// The models that `GET /v1/models` lists, without those that adapt another one (`parent`: LoRA, in servers of vLLM's
+    /// kind).
     pub(super) async fn own_models(&self) -> Result<Vec<String>, UpstreamError> {
-        #[derive(serde::Deserialize)]
+        #[derive(Deserialize)]
         struct Models {
             data: Vec<Model>,
         }
-        #[derive(serde::Deserialize)]
+        #[derive(Deserialize)]
         struct Model {
             id: String,
             #[serde(default)]
@@ -94,7 +110,7 @@ impl Connection {
         Ok(own.map(|model| model.id).collect())
     }
 
-    /// A POST; without a timeout it may take as long as it likes.
+    /// A POST that is answered in JSON; without a timeout it may take as long as it likes.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -122,10 +138,10 @@ impl Connection {
 
     /// A POST that is not sent yet.
     pub(super) fn request(&self, path: &str, body: &impl Serialize) -> reqwest::RequestBuilder {
-        self.http.post(format!("{}{path}", self.base)).json(body)
+        self.http.post(self.url(path)).json(body)
     }
 
-    /// Sends a request and waits for the head of the answer.
+    /// Sends a request to `path` and waits for the head of the answer; an error status is an error.
     pub(super) async fn send(
         &self,
         path: &str,
@@ -154,8 +170,7 @@ impl Connection {
         path: &str,
         response: reqwest::Result<reqwest::Response>,
     ) -> Result<reqwest::Response, UpstreamError> {
-        let url = || format!("{}{path}", self.base);
-        let response = response.map_err(|error| unreachable(url(), &error))?;
+        let response = response.map_err(|error| unreachable(self.url(path), &error))?;
         if response.status().is_success() {
             return Ok(response);
         }
@@ -163,10 +178,10 @@ impl Connection {
         let body = response.text().await.unwrap_or_default();
         let message = serde_json::from_str::<serde_json::Value>(&body)
             .ok()
-            .and_then(|body| body.pointer("/error/message")?.as_str().map(str::to_owned))
+            .and_then(|body| error_message(body.get("error")?))
             .unwrap_or(body);
         Err(UpstreamError::Refused {
-            url: url(),
+            url: self.url(path),
             status,
             message,
         })
@@ -178,22 +193,54 @@ impl Connection {
         path: &str,
         response: reqwest::Response,
     ) -> Result<T, UpstreamError> {
-        let url = || format!("{}{path}", self.base);
-        let body = response.bytes().await.map_err(|error| unreachable(url(), &error))?;
+        let body = response
+            .bytes()
+            .await
+            .map_err(|error| unreachable(self.url(path), &error))?;
         serde_json::from_slice(&body).map_err(|error| self.malformed(path, &error.to_string()))
+    }
+
+    /// The lines of an answer as they come, without their ends.
+    pub(super) fn lines(
+        &self,
+        path: &str,
+        response: reqwest::Response,
+    ) -> BoxStream<'static, Result<BytesMut, UpstreamError>> {
+        let url = self.url(path);
+        let lines = Lines {
+            bytes: response.bytes_stream().boxed(),
+            buffer: BytesMut::new(),
+        };
+        futures_util::stream::unfold(lines, |mut lines| async move { Some((lines.next().await?, lines)) })
+            .map(move |line| line.map_err(|error| unreachable(url.clone(), &error)))
+            .boxed()
     }
 
     /// An answer to `path` that is not what was expected.
     pub(super) fn malformed(&self, path: &str, cause: &str) -> UpstreamError {
         UpstreamError::Malformed {
-            url: format!("{}{path}", self.base),
+            url: self.url(path),
             cause: cause.to_owned(),
+        }
+    }
+
+    /// A stream from `path` without its end.
+    pub(super) fn broke_off(&self, path: &str) -> UpstreamError {
+        UpstreamError::Unreachable {
+            url: self.url(path),
+            cause: "the stream broke off".to_owned(),
         }
     }
 }
 
+/// The words of an `error`: OpenAI and llama-server send an object, Ollama a string.
+pub(super) fn error_message(error: &serde_json::Value) -> Option<String> {
+    let message = error.get("message").unwrap_or(error);
+    message.as_str().map(str::to_owned)
+}
+
 /// Names the innermost cause, which says more than reqwest's own words.
-pub(super) fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
+fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
         cause = inner;
@@ -201,5 +248,27 @@ pub(super) fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError 
     UpstreamError::Unreachable {
         url,
         cause: cause.to_string(),
+    }
+}
+
+/// Splits a body into lines.
+struct Lines<S> {
+    bytes: S,
+    buffer: BytesMut,
+}
+
+impl<S: Stream<Item = reqwest::Result<Bytes>> + Unpin> Lines<S> {
+    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end);
+                self.buffer.advance(1);
+                return Some(Ok(line));
+            }
+            match self.bytes.next().await? {
+                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
+                Err(error) => return Some(Err(error)),
+            }
+        }
     }
 }

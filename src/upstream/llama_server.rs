@@ -3,13 +3,14 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Buf, BytesMut};
-use futures_util::{Stream, StreamExt, stream::BoxStream};
+use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 
-use super::connection::{Connection, PATIENCE, UpstreamError, unreachable};
+use super::connection::{Connection, PATIENCE, UpstreamError};
 use crate::config::Secret;
-use crate::speculation::Token;
+use crate::speculation::{Spelled, Token};
+
+const COMPLETION: &str = "/completion";
 
 /// One llama-server.
 #[derive(Debug, Clone)]
@@ -28,6 +29,9 @@ pub struct Props {
     /// The model's file.
     #[serde(default)]
     pub model_path: String,
+    /// The text of the token that begins a sequence; empty where the model has none.
+    #[serde(default)]
+    pub bos_token: String,
     /// Version of llama.cpp.
     #[serde(default)]
     pub build_info: String,
@@ -229,7 +233,7 @@ impl LlamaServer {
     /// The base URL.
     #[must_use]
     pub fn url(&self) -> &str {
-        self.connection.url()
+        self.connection.base()
     }
 
     /// Whether the model is loaded: `GET /health`.
@@ -269,10 +273,7 @@ impl LlamaServer {
             .data
             .first()
             .map(|entry| entry.meta.n_vocab)
-            .ok_or_else(|| UpstreamError::Malformed {
-                url: format!("{}/v1/models", self.url()),
-                cause: "no model is listed".into(),
-            })
+            .ok_or_else(|| self.connection.malformed("/v1/models", "no model is listed"))
     }
 
     /// The text of `tokens`.
@@ -295,6 +296,36 @@ impl LlamaServer {
         let body = serde_json::json!({ "content": text, "parse_special": true });
         let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(answer.tokens)
+    }
+
+    /// The tokens of `text`, read as in [`Self::tokenize`], each with its bytes.
+    pub async fn spell(&self, text: &str) -> Result<Vec<Spelled>, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Entry>,
+        }
+        #[derive(Deserialize)]
+        struct Entry {
+            id: Token,
+            piece: Piece,
+        }
+        /// Bytes only where they are no text by themselves.
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Piece {
+            Text(String),
+            Bytes(Vec<u8>),
+        }
+        let body = serde_json::json!({ "content": text, "parse_special": true, "with_pieces": true });
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let spelled = |Entry { id, piece }| Spelled {
+            token: id,
+            bytes: match piece {
+                Piece::Text(text) => text.into_bytes(),
+                Piece::Bytes(bytes) => bytes,
+            },
+        };
+        Ok(answer.tokens.into_iter().map(spelled).collect())
     }
 
     /// The tokens of a prompt, with those that the model wants around it.
@@ -360,14 +391,12 @@ impl LlamaServer {
             return_tokens: true,
             response_fields: ["index", "tokens", "stop_type"],
         };
-        let mut answers = match self.connection.post("/completion", &body, None).await? {
+        let mut answers = match self.connection.post(COMPLETION, &body, None).await? {
             Answer::Several(several) => several,
             Answer::Single(one) => vec![one],
         };
         if answers.len() != prompts.len() || answers.iter().any(|one| one.tokens.is_empty()) {
-            return Err(self
-                .connection
-                .malformed("/completion", "not each prompt was continued"));
+            return Err(self.connection.malformed(COMPLETION, "not each prompt was continued"));
         }
         answers.sort_by_key(|one| one.index);
         let generated = |one: One| Generated {
@@ -389,8 +418,8 @@ impl LlamaServer {
             "prompt": "One, two, three,", "n_predict": n, "stream": true, "ignore_eos": true, "cache_prompt": false,
             "temperature": 0,
         });
-        let request = self.connection.request("/completion", &body).header("X-Draft-Key", key);
-        self.connection.send("/completion", request).await
+        let request = self.connection.request(COMPLETION, &body).header("X-Draft-Key", key);
+        self.connection.send(COMPLETION, request).await
     }
 
     /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
@@ -402,7 +431,7 @@ impl LlamaServer {
         let server = self.clone();
         let start = async move {
             let events = match server.completion(&prefix, n, slot, true).await {
-                Ok(response) => sse(server.completion_url(), response),
+                Ok(response) => events(&server.connection, response),
                 Err(error) => futures_util::stream::iter([Err(error)]).boxed(),
             };
             Drafting {
@@ -423,13 +452,9 @@ impl LlamaServer {
     /// As [`Self::draft`], in one piece.
     async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.completion(prefix, n, slot, false).await?;
-        let event: CompletionEvent = self.connection.read("/completion", response).await?;
+        let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
         Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
-    }
-
-    fn completion_url(&self) -> String {
-        format!("{}/completion", self.url())
     }
 
     async fn completion(
@@ -464,8 +489,8 @@ impl LlamaServer {
             n_probs: 1,
             response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
         };
-        let request = self.connection.request("/completion", &body);
-        self.connection.send("/completion", request).await
+        let request = self.connection.request(COMPLETION, &body);
+        self.connection.send(COMPLETION, request).await
     }
 }
 
@@ -497,14 +522,8 @@ impl Drafting {
                 }
                 None => {
                     self.events = None;
-                    let cause = "the stream broke off".to_owned();
-                    return Some((
-                        Err(UpstreamError::Unreachable {
-                            url: self.server.completion_url(),
-                            cause,
-                        }),
-                        self,
-                    ));
+                    let broke_off = self.server.connection.broke_off(COMPLETION);
+                    return Some((Err(broke_off), self));
                 }
             };
             if let Some(end) = event.end() {
@@ -526,50 +545,20 @@ impl Drafting {
     }
 }
 
-/// The `data:` events of a server-sent event stream.
-fn sse(url: String, response: reqwest::Response) -> Events {
-    let lines = Lines {
-        bytes: response.bytes_stream().boxed(),
-        buffer: BytesMut::new(),
-    };
-    futures_util::stream::unfold((lines, url), |(mut lines, url)| async move {
-        loop {
-            match lines.next().await? {
-                Ok(line) => {
-                    let Some(data) = line.strip_prefix(b"data:") else {
-                        continue;
-                    };
-                    let event = serde_json::from_slice(data).map_err(|error| UpstreamError::Malformed {
-                        url: url.clone(),
-                        cause: error.to_string(),
-                    });
-                    return Some((event, (lines, url)));
-                }
-                Err(error) => return Some((Err(unreachable(url.clone(), &error)), (lines, url))),
-            }
-        }
-    })
-    .boxed()
-}
-
-/// Splits a body into lines.
-struct Lines<S> {
-    bytes: S,
-    buffer: BytesMut,
-}
-
-impl<S: Stream<Item = reqwest::Result<bytes::Bytes>> + Unpin> Lines<S> {
-    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
-        loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line = self.buffer.split_to(end);
-                self.buffer.advance(1);
-                return Some(Ok(line));
-            }
-            match self.bytes.next().await? {
-                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
-                Err(error) => return Some(Err(error)),
-            }
-        }
-    }
+/// The `data:` of an event stream.
+fn events(connection: &Connection, response: reqwest::Response) -> Events {
+    let lines = connection.lines(COMPLETION, response);
+    let connection = connection.clone();
+    lines
+        .filter_map(move |line| {
+            let event = line
+                .map(|line| {
+                    let data = line.strip_prefix(b"data:")?;
+                    let event = serde_json::from_slice(data);
+                    Some(event.map_err(|error| connection.malformed(COMPLETION, &error.to_string())))
+                })
+                .transpose();
+            std::future::ready(event.map(Result::flatten))
+        })
+        .boxed()
 }

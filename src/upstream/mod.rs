@@ -5,6 +5,7 @@ mod connection;
 mod llama_server;
 mod sglang;
 pub(crate) mod sse;
+mod text_server;
 mod vllm;
 
 pub use chat::{ChatError, ChatServer};
@@ -13,6 +14,7 @@ pub use llama_server::{
     DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, Generated, LlamaServer, Props, StreamEnd,
 };
 pub use sglang::Sglang;
+pub use text_server::{TextPiece, TextServer, TextStream};
 pub use vllm::Vllm;
 
 use crate::speculation::Token;

@@ -7,6 +7,7 @@
 
 pub mod drafter;
 pub mod fake_drafter;
+pub mod fake_ollama;
 pub mod fake_scoring;
 pub mod fake_upstream;
 pub mod gguf;

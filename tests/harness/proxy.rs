@@ -40,14 +40,19 @@ pub struct Proxy {
 impl Proxy {
     /// Before the target at one URL, with the drafter at the other.
     pub async fn start(target: &str, draft: Option<&str>) -> Self {
+        Self::start_with(target, draft.map(Upstream::at)).await
+    }
+
+    /// As [`Self::start`], with any drafter.
+    pub async fn start_with(target: &str, draft: Option<Upstream>) -> Self {
         Self::before(Upstream::at(target), draft, VerificationMode::Auto).await
     }
 
-    /// As [`Self::start`], before a target of any kind.
-    pub async fn before(upstream: Upstream, draft: Option<&str>, verification: VerificationMode) -> Self {
+    /// As [`Self::start_with`], before a target of any kind.
+    pub async fn before(upstream: Upstream, draft: Option<Upstream>, verification: VerificationMode) -> Self {
         let target = upstream.url.clone();
         let engine = engine::Settings {
-            drafts: draft.into_iter().map(|url| (Upstream::at(url), None)).collect(),
+            drafts: draft.into_iter().map(|draft| (draft, None)).collect(),
             target: Some((upstream.clone(), None)),
             verification,
             ..engine::Settings::default()
@@ -89,7 +94,12 @@ impl Proxy {
 
     /// As [`Self::start`], and waits until it drafts.
     pub async fn drafting(target: &str, draft: &str) -> Self {
-        let proxy = Self::start(target, Some(draft)).await;
+        Self::drafting_with(target, Upstream::at(draft)).await
+    }
+
+    /// As [`Self::start_with`], and waits until it drafts.
+    pub async fn drafting_with(target: &str, draft: Upstream) -> Self {
+        let proxy = Self::start_with(target, Some(draft)).await;
         proxy
             .shows("that it drafts", Duration::from_secs(20), |status| {
                 status["verification"] == "attached"

@@ -1,0 +1,268 @@
+//! Servers that continue a text, and tell text: Ollama, whatever has OpenAI's completion API, and llama-server.
+//!
+//! Wire formats: llama-server, `tools/server/README.md` of build b11434, `POST /completion`; Ollama, `docs/api.md` and
+//! `server/routes.go` (`GenerateHandler`), `POST /api/generate` with `raw`: one JSON object per line; OpenAI's API
+//! reference, "Completions (legacy)", and vLLM's `vllm/entrypoints/openai`: `POST /v1/completions`, server-sent events.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+use super::StreamEnd;
+use super::connection::{Connection, UpstreamError, error_message};
+use crate::config::{Backend, Secret};
+
+/// How long Ollama may take to load a model. It gives up loading when the client that asked for it goes away.
+const LOADING_PATIENCE: Duration = Duration::from_secs(120);
+/// For how long Ollama keeps the model after each request; its own default is 5 minutes.
+const KEEP_ALIVE: &str = "15m";
+
+/// Text from the server as it comes.
+pub type TextStream = BoxStream<'static, Result<TextPiece, UpstreamError>>;
+
+/// A piece of a [`TextStream`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TextPiece {
+    /// The next characters.
+    Text(String),
+    /// The last piece.
+    End(StreamEnd),
+}
+
+/// One server that continues texts.
+#[derive(Debug, Clone)]
+pub struct TextServer {
+    connection: Connection,
+    backend: Backend,
+    /// The configured model, else the only one, once it is known.
+    model: Arc<OnceCell<String>>,
+}
+
+impl TextServer {
+    /// A client of the server at `base` (without a path). Without a model the server's only one is used. Fails only when
+    /// the system cannot set up TLS.
+    pub fn new(
+        base: &str,
+        key: Option<Secret>,
+        backend: Backend,
+        model: Option<String>,
+    ) -> Result<Self, reqwest::Error> {
+        Ok(Self {
+            connection: Connection::new(base, key)?,
+            backend,
+            model: Arc::new(OnceCell::new_with(model)),
+        })
+    }
+
+    /// Whether it can continue texts now. Ollama is made to load the model, which may take a while.
+    pub async fn ready(&self) -> Result<(), UpstreamError> {
+        let model = self.model().await?;
+        if self.backend == Backend::Ollama {
+            // Without a prompt it loads the model and says so.
+            let body = json!({ "model": model, "stream": false, "keep_alive": KEEP_ALIVE });
+            let _loaded: Value = self
+                .connection
+                .post("/api/generate", &body, Some(LOADING_PATIENCE))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Continues `prompt` greedily by at most `n` of the server's tokens. `slot` is meant for llama-server, which keeps
+    /// the prompt there.
+    #[must_use]
+    pub fn complete(&self, prompt: String, n: usize, slot: usize) -> TextStream {
+        let server = self.clone();
+        let start = async move {
+            match server.begin(&prompt, n, slot).await {
+                Ok(stream) => stream,
+                Err(error) => stream::iter([Err(error)]).boxed(),
+            }
+        };
+        stream::once(start).flatten().boxed()
+    }
+
+    async fn begin(&self, prompt: &str, n: usize, slot: usize) -> Result<TextStream, UpstreamError> {
+        let (path, body) = match self.backend {
+            Backend::Llamacpp => {
+                let fields = ["content", "stop", "stop_type"];
+                let body = json!({
+                    "prompt": prompt, "n_predict": n, "id_slot": slot, "stream": true, "cache_prompt": true,
+                    "samplers": ["top_k"], "top_k": 1, "response_fields": fields,
+                });
+                ("/completion", body)
+            }
+            Backend::Ollama => {
+                // A text that is too long is refused rather than cut at its beginning, where all that was read before
+                // would be read again. What a model is told to penalise would change its choice. Thoughts are text like
+                // any other here.
+                let options = json!({
+                    "num_predict": n, "temperature": 0, "repeat_penalty": 1, "presence_penalty": 0,
+                    "frequency_penalty": 0,
+                });
+                let body = json!({
+                    "model": self.model().await?, "prompt": prompt, "raw": true, "stream": true, "think": false,
+                    "truncate": false, "shift": false, "keep_alive": KEEP_ALIVE, "options": options,
+                });
+                ("/api/generate", body)
+            }
+            Backend::Openai | Backend::Vllm | Backend::Sglang => {
+                let body = json!({
+                    "model": self.model().await?, "prompt": prompt, "max_tokens": n, "temperature": 0, "stream": true,
+                });
+                ("/v1/completions", body)
+            }
+        };
+        let request = self.connection.request(path, &body);
+        let response = self.connection.send(path, request).await?;
+        let (backend, url) = (self.backend, self.connection.url(path));
+        let broke_off = self.connection.broke_off(path);
+        let pieces = self.connection.lines(path, response).flat_map(move |line| {
+            let pieces = line.and_then(|line| read(backend, &url, &line));
+            let pieces = pieces.map_or_else(|error| vec![Err(error)], |told| told.into_iter().map(Ok).collect());
+            stream::iter(pieces)
+        });
+        let until_the_end = pieces.chain(stream::iter([Err(broke_off)])).scan(false, |over, piece| {
+            let told = (!*over).then_some(piece);
+            *over = !matches!(told, Some(Ok(TextPiece::Text(_))));
+            std::future::ready(told)
+        });
+        Ok(until_the_end.boxed())
+    }
+
+    async fn model(&self) -> Result<&str, UpstreamError> {
+        let only = || async {
+            let models = self.connection.own_models().await?;
+            <[String; 1]>::try_from(models)
+                .map(|[model]| model)
+                .map_err(|models| UpstreamError::WhichModel {
+                    url: self.connection.url("/v1/models"),
+                    count: models.len(),
+                })
+        };
+        self.model.get_or_try_init(only).await.map(String::as_str)
+    }
+}
+
+/// What one line of an answer tells.
+fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, UpstreamError> {
+    let data = if backend == Backend::Ollama {
+        Some(line)
+    } else {
+        line.strip_prefix(b"data:")
+    };
+    let Some(data) = data.map(<[u8]>::trim_ascii).filter(|data| !data.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    // OpenAI's last event.
+    if data == b"[DONE]" {
+        return Ok(vec![TextPiece::End(StreamEnd::Length)]);
+    }
+    let malformed = |cause: String| UpstreamError::Malformed {
+        url: url.to_owned(),
+        cause,
+    };
+    let event: Value = serde_json::from_slice(data).map_err(|error| malformed(error.to_string()))?;
+    if let Some(message) = event.get("error").and_then(error_message) {
+        return Err(UpstreamError::Refused {
+            url: url.to_owned(),
+            status: 500,
+            message,
+        });
+    }
+    let (text, end) = match backend {
+        Backend::Llamacpp => (&event["content"], end_of(&event["stop_type"], "eos")),
+        Backend::Ollama => (&event["response"], end_of(&event["done_reason"], "stop")),
+        Backend::Openai | Backend::Vllm | Backend::Sglang => {
+            let choice = &event["choices"][0];
+            (&choice["text"], end_of(&choice["finish_reason"], "stop"))
+        }
+    };
+    // Ollama before 0.1.35 says `done` and gives no reason.
+    let end = end.or_else(|| (event["done"] == true).then_some(StreamEnd::Length));
+    let text = text.as_str().unwrap_or_default();
+    let text = (!text.is_empty()).then(|| TextPiece::Text(text.to_owned()));
+    Ok(text.into_iter().chain(end.map(TextPiece::End)).collect())
+}
+
+/// Why the text ends, where a reason is given; `of_text` is the server's word for the end of the text itself.
+fn end_of(reason: &Value, of_text: &str) -> Option<StreamEnd> {
+    let reason = reason.as_str().filter(|reason| !matches!(*reason, "" | "none"))?;
+    Some(if reason == of_text {
+        StreamEnd::EndOfText
+    } else {
+        StreamEnd::Length
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All that a body tells, up to the first mistake.
+    fn told(backend: Backend, body: &str) -> Result<Vec<TextPiece>, UpstreamError> {
+        let lines: Result<Vec<_>, _> = body
+            .lines()
+            .map(|line| read(backend, "http://there", line.as_bytes()))
+            .collect();
+        Ok(lines?.concat())
+    }
+
+    fn text(text: &str) -> TextPiece {
+        TextPiece::Text(text.to_owned())
+    }
+
+    #[test]
+    fn ollama_streams_objects() {
+        let body = concat!(
+            r#"{"model":"m","created_at":"2026-01-01T00:00:00Z","response":" a","done":false}"#,
+            "\n",
+            r#"{"model":"m","created_at":"2026-01-01T00:00:00Z","response":"é","done":false}"#,
+            "\n",
+            r#"{"model":"m","response":"","done":true,"done_reason":"stop","eval_count":2}"#,
+            "\n",
+        );
+        let expected = [text(" a"), text("é"), TextPiece::End(StreamEnd::EndOfText)];
+        assert_eq!(told(Backend::Ollama, body).unwrap(), expected);
+        let cut = r#"{"response":"","done":true,"done_reason":"length"}"#;
+        assert_eq!(told(Backend::Ollama, cut).unwrap(), [TextPiece::End(StreamEnd::Length)]);
+        let old = r#"{"response":"","done":true}"#;
+        assert_eq!(told(Backend::Ollama, old).unwrap(), [TextPiece::End(StreamEnd::Length)]);
+    }
+
+    #[test]
+    fn an_error_in_ollamas_stream_is_told_in_its_words() {
+        let error = told(Backend::Ollama, r#"{"error":"out of memory","status":500}"#).unwrap_err();
+        assert!(error.to_string().contains("out of memory"), "{error}");
+        assert!(told(Backend::Ollama, r#"{"response": "#).is_err());
+    }
+
+    #[test]
+    fn openai_streams_events_with_a_last_one() {
+        let body = concat!(
+            ": a comment\n\n",
+            "data: {\"choices\":[{\"text\":\" a\",\"index\":0,\"finish_reason\":null}]}\n\n",
+            "data: {\"choices\":[{\"text\":\"b\",\"index\":0,\"finish_reason\":\"length\"}]}\n\n",
+            "data: {\"choices\":[],\"usage\":{\"completion_tokens\":2}}\n\n",
+            "data: [DONE]\n\n",
+        );
+        let end = TextPiece::End(StreamEnd::Length);
+        for backend in [Backend::Openai, Backend::Vllm, Backend::Sglang] {
+            let expected = [text(" a"), text("b"), end.clone(), end.clone()];
+            assert_eq!(told(backend, body).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn llama_server_says_why_it_stops() {
+        let body = "data: {\"content\":\"x\",\"stop\":false}\n\ndata: {\"content\":\"\",\"stop\":true,\"stop_type\":\"eos\"}\n";
+        assert_eq!(
+            told(Backend::Llamacpp, body).unwrap(),
+            [text("x"), TextPiece::End(StreamEnd::EndOfText)]
+        );
+    }
+}
