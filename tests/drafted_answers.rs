@@ -377,6 +377,9 @@ async fn a_stop_string_ends_the_answer_wherever_it_falls_among_the_steps() {
 #[tokio::test]
 async fn characters_that_are_split_over_tokens_arrive_whole() {
     let stage = stage().await;
+    // A drafter that is right about all the rest.
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let proxy = Proxy::drafting(stage.target.url(), draft.url()).await;
     for text in ["\u{1f600}", "\u{65e5}\u{672c}\u{8a9e}", "\u{1f389}"] {
         let tokens = stage.target.tokenize(text).await.len();
         assert!(tokens > text.chars().count(), "{text} is not split");
@@ -391,9 +394,8 @@ async fn characters_that_are_split_over_tokens_arrive_whole() {
                 with(chat("Explain recursion.", 80), sampling.clone()),
                 json!({ "grammar": grammar }),
             );
-            let (answer, _) = stage
-                .same_and_drafted(CHAT, &with(body, json!({ "stream": stream })))
-                .await;
+            let body = with(body, json!({ "stream": stream }));
+            let (answer, _) = same_and_drafted(&stage.target, &proxy, CHAT, &body).await;
             if !stream {
                 let content = answer["choices"][0]["message"]["content"].as_str().expect("a text");
                 assert!(
@@ -518,14 +520,14 @@ async fn a_weak_drafter_helps_where_it_can_and_harms_nowhere() {
 }
 
 #[tokio::test]
-async fn nonsense_from_the_drafter_is_verified_and_dropped() {
+async fn nonsense_from_the_drafter_changes_nothing() {
     let stage = stage().await;
     let draft = FakeDrafter::nonsense(&stage.draft).await;
     let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
     let records = answers_are_right_with(&stage.target, &proxy).await;
     let drafted = sum(&records, |record| record.drafted);
-    assert!(drafted > 0, "{records:?}");
     assert!(sum(&records, |record| record.accepted) * 5 <= drafted, "{records:?}");
+    assert!(draft.asked() > 0);
 }
 
 #[tokio::test]
