@@ -614,6 +614,26 @@ fn a_model_is_the_named_the_default_or_the_only_one() {
 }
 
 #[test]
+fn one_drafter_or_several_may_be_given() {
+    let drafters = |text: &str| {
+        let proxy = config(&format!("proxy: {{ target: {{ url: http://t }}, draft: {text} }}"))
+            .proxy
+            .unwrap();
+        proxy.draft.into_iter().map(|draft| draft.url).collect::<Vec<_>>()
+    };
+    assert_eq!(drafters("{ url: http://a }"), ["http://a"]);
+    assert_eq!(
+        drafters("[ { url: http://a }, { url: http://b, backend: ollama } ]"),
+        ["http://a", "http://b"]
+    );
+    assert_eq!(drafters("[]"), Vec::<String>::new());
+    assert_eq!(
+        error_of("proxy:\n  target: { url: http://t }\n  draft: [ { url: http://a }, { uri: http://b } ]\n"),
+        "tightwad.yaml:3: proxy.draft.1.uri: unknown key; did you mean url?"
+    );
+}
+
+#[test]
 fn the_proxy_takes_the_servers_of_its_own_file() {
     let both = config(
         "proxy: {}\ntarget: { host: 0.0.0.0, model: big, api_key: k }\ndraft: { host: '::1', port: 8081, model: small, api_key_file: f }\n\

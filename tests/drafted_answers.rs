@@ -18,6 +18,7 @@ use harness::request::with;
 use harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tightwad::config::Upstream;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -528,6 +529,23 @@ async fn nonsense_from_the_drafter_changes_nothing() {
     let drafted = sum(&records, |record| record.drafted);
     assert!(sum(&records, |record| record.accepted) * 5 <= drafted, "{records:?}");
     assert!(draft.asked() > 0);
+}
+
+#[tokio::test]
+async fn of_several_drafters_the_good_one_is_used() {
+    let stage = stage().await;
+    let nonsense = FakeDrafter::nonsense(&stage.draft).await;
+    let hung = FakeDrafter::hangs(&stage.draft).await;
+    let drafts = [&nonsense.url(), &hung.url(), stage.draft.url()].map(Upstream::at);
+    let proxy = Proxy::drafting_with(stage.target.url(), drafts).await;
+    let body = with(chat("Explain recursion.", 64), greedy());
+    same_and_drafted(&stage.target, &proxy, CHAT, &body).await;
+    assert!(nonsense.asked() > 0 && hung.asked() > 0);
+    let drafts = &proxy.status().await["drafts"];
+    let agreement = |number: usize| drafts[number]["outlook"]["agreement"].as_f64();
+    assert!(agreement(0).unwrap_or_default() < 0.1, "{drafts}");
+    assert!(agreement(1).is_none(), "{drafts}");
+    assert!(agreement(2).is_some_and(|agreement| agreement > 0.3), "{drafts}");
 }
 
 #[tokio::test]

@@ -106,7 +106,7 @@ async fn sum(target: &LlamaServer, proxy: &Proxy, bodies: &[Value]) -> Sum {
 async fn drafts_well(target: &LlamaServer, draft: Upstream, bodies: &[Value], is_enough: impl Fn(&Sum) -> bool) {
     let mut seen = Vec::new();
     while seen.len() < 6 {
-        let proxy = Proxy::drafting_with(target.url(), draft.clone()).await;
+        let proxy = Proxy::drafting_with(target.url(), [draft.clone()]).await;
         let sum = sum(target, &proxy, bodies).await;
         if is_enough(&sum) {
             return;
@@ -218,7 +218,7 @@ async fn an_ollama_that_fails_costs_the_answer_nothing() {
     ];
     for (what, acts) in faults {
         let ollama = FakeOllama::at_first(acts.clone(), acts).await;
-        let proxy = Proxy::drafting_with(target.url(), server(&ollama.url(), Backend::Ollama)).await;
+        let proxy = Proxy::drafting_with(target.url(), [server(&ollama.url(), Backend::Ollama)]).await;
         for prompt in &PROMPTS[..2] {
             let record = same(&target, &proxy, &chat(prompt)).await;
             assert!(record.generated > 0, "{what}: {record:?}");
@@ -234,7 +234,7 @@ async fn an_ollama_that_goes_away_is_used_again_when_it_is_back() {
     let target = start_target().await;
     let text = whole_text(&target, &chat(PROMPTS[0])).await;
     let ollama = FakeOllama::knowing(vec![text]).await;
-    let proxy = Proxy::drafting_with(target.url(), server(&ollama.url(), Backend::Ollama)).await;
+    let proxy = Proxy::drafting_with(target.url(), [server(&ollama.url(), Backend::Ollama)]).await;
     ollama.has_model.store(false, Ordering::SeqCst);
     let status = proxy
         .shows("that the model is missing", Duration::from_secs(5), |status| {

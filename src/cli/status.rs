@@ -102,6 +102,9 @@ pub fn table(url: &str, status: &Value) -> String {
     let drafts = status["drafts"].as_array().map_or(&[][..], Vec::as_slice);
     for draft in drafts {
         line("draft", &server(draft));
+        if let Some(outlook) = outlook(&draft["outlook"]) {
+            line("", &outlook);
+        }
     }
     if drafts.is_empty() {
         line("draft", "none");
@@ -123,6 +126,23 @@ pub fn table(url: &str, status: &Value) -> String {
         line("agreement", &agreement);
     }
     text
+}
+
+/// What a drafter is worth, in words; `None` before anything is known.
+fn outlook(known: &Value) -> Option<String> {
+    let milliseconds = |name: &str| known[name].as_f64().map_or("?".to_owned(), |ms| format!("{ms:.1}"));
+    let pays = if known["pays"].as_bool()? {
+        ""
+    } else {
+        "; it does not make the target faster now, so it is only tried now and then"
+    };
+    Some(format!(
+        "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{pays}",
+        100.0 * known["agreement"].as_f64()?,
+        milliseconds("first_token_ms"),
+        milliseconds("token_ms"),
+        known["expected_speed_up"].as_f64()?
+    ))
 }
 
 /// In words; `None` when it is not measured.

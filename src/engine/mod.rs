@@ -12,6 +12,7 @@ mod slots;
 mod vocabulary;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
-use crate::speculation::{Pace, Policy};
+use crate::speculation::{Outlook, Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
 use crowd::Crowd;
 pub use rounds::Drafting;
@@ -194,11 +195,19 @@ impl Engine {
             reason =
                 Some("a step of the target takes less than the round trips of drafting, so nothing is drafted".into());
         }
+        let n_max = self.shared.cap.min(sight.n_max);
+        let pace = self.shared.pace().clone();
+        let drafted = |(number, draft): (usize, watch::DraftSight)| DraftStatus {
+            server: draft.status,
+            outlook: pace.outlook(number, n_max),
+        };
         Status {
-            drafts: sight.drafts.into_iter().map(|draft| draft.status).collect(),
+            drafts: sight.drafts.into_iter().enumerate().map(drafted).collect(),
             target: sight.target,
             verification,
             reason,
+            step_ms: pace.step_costs(),
+            round_trip_ms: pace.round_trip().as_secs_f64() * 1e3,
             counts: *self.shared.totals(),
         }
     }
@@ -328,17 +337,31 @@ pub struct ServerStatus {
     pub problem: Option<String>,
 }
 
+/// A drafter as last seen, and what it is worth.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct DraftStatus {
+    /// Its health.
+    #[serde(flatten)]
+    pub server: ServerStatus,
+    /// What was learnt of it; `None` before it drafted.
+    pub outlook: Option<Outlook>,
+}
+
 /// The engine's part of `/v1/tightwad/status`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Status {
     /// The drafters.
-    pub drafts: Vec<ServerStatus>,
+    pub drafts: Vec<DraftStatus>,
     /// The target.
     pub target: ServerStatus,
     /// How drafts are verified.
     pub verification: Verification,
     /// Why there is no verification, and what would change that; one sentence.
     pub reason: Option<String>,
+    /// Milliseconds of a step of the target by the number of draft tokens that it verifies.
+    pub step_ms: BTreeMap<usize, f64>,
+    /// Milliseconds from asking the target to its answer.
+    pub round_trip_ms: f64,
     /// Sum over all ended and running completions.
     pub counts: Counts,
 }

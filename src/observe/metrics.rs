@@ -170,8 +170,8 @@ impl Collector for Drafting {
         let help = "Whether the drafter answers";
         let mut metric = encoder.encode_descriptor("tightwad_draft_up", help, None, MetricType::Gauge)?;
         for draft in &status.drafts {
-            let labels = [("url", draft.url.as_str())];
-            ConstGauge::new(i64::from(draft.healthy)).encode(metric.encode_family(&labels)?)?;
+            let labels = [("url", draft.server.url.as_str())];
+            ConstGauge::new(i64::from(draft.server.healthy)).encode(metric.encode_family(&labels)?)?;
         }
         let help = "Whether the target answers";
         let metric = encoder.encode_descriptor("tightwad_target_up", help, None, MetricType::Gauge)?;

@@ -167,10 +167,10 @@ impl Exchange<'_> {
 
     fn refuse_without_drafter(&self) -> Result<(), Refusal> {
         let drafts = self.app.engine.status().drafts;
-        if drafts.iter().any(|draft| draft.healthy) {
+        if drafts.iter().any(|draft| draft.server.healthy) {
             return Ok(());
         }
-        match drafts.into_iter().next() {
+        match drafts.into_iter().next().map(|draft| draft.server) {
             Some(draft) => Err(Refusal::DrafterDown {
                 url: draft.url,
                 problem: draft.problem.unwrap_or_else(|| "it does not answer".to_owned()),

@@ -1,5 +1,6 @@
 //! Our own endpoints.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -56,6 +57,8 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         target,
         verification,
         reason,
+        step_ms,
+        round_trip_ms,
         counts,
     } = app.engine.status();
     Json(Status {
@@ -65,6 +68,8 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         target,
         verification,
         reason,
+        step_ms,
+        round_trip_ms,
         counts: Sums::from(counts),
         agreement: app.agreement.as_ref().map(|agreement| agreement.measured()),
         in_flight: app.observed.metrics.in_flight.get(),
@@ -77,10 +82,13 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
 pub(super) struct Status {
     version: &'static str,
     uptime_seconds: f64,
-    drafts: Vec<engine::ServerStatus>,
+    drafts: Vec<engine::DraftStatus>,
     target: engine::ServerStatus,
     verification: engine::Verification,
     reason: Option<String>,
+    /// By the number of draft tokens.
+    step_ms: BTreeMap<usize, f64>,
+    round_trip_ms: f64,
     counts: Sums,
     /// Of the drafter with a target that cannot verify drafts; absent unless it is measured.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -11,7 +11,7 @@ mod session;
 mod simulator;
 
 pub use lookup::{Lookup, Proposal};
-pub use pace::{Choice, Circumstances, Class, Growing, Load, Pace, Step};
+pub use pace::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};
 pub use retokenise::{Retokeniser, Spelled};
 pub use session::{Action, Event, Moment, Offer, Policy, Session};
 

@@ -26,8 +26,11 @@
 //! Other completions in the same pass make it longer for all of them: `T` is taken beyond their tokens, and `r` is what
 //! all of them yield.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
+
+use serde::Serialize;
 
 use super::session::Policy;
 
@@ -212,6 +215,23 @@ impl Default for Pace {
     }
 }
 
+/// What a drafter is worth on the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Outlook {
+    /// Share of its tokens that were the target's own, after the same text.
+    pub agreement: Option<f64>,
+    /// Milliseconds from asking it to its first token.
+    pub first_token_ms: Option<f64>,
+    /// Milliseconds per further token.
+    pub token_ms: Option<f64>,
+    /// Speed over that of plain steps, as the formula of the cycles has it for that agreement and one completion at a time.
+    pub expected_speed_up: Option<f64>,
+    /// Whether the target waits for its drafts at that.
+    pub target_waits: bool,
+    /// Whether it is asked for drafts now; if not it is only tried now and then.
+    pub pays: bool,
+}
+
 /// What is known of one drafter.
 #[derive(Debug, Clone)]
 struct Drafter {
@@ -219,6 +239,9 @@ struct Drafter {
     acceptance: [Rate; DOUBT.len() + 1],
     /// Of its tokens of any grade.
     usual: Rate,
+    /// Of all its tokens that were ever compared with the target's: how many, and how many were the same.
+    compared: u32,
+    agreed: u32,
     /// Microseconds from the start of a stream to its first token.
     first_us: Average,
     /// Microseconds per further token.
@@ -233,6 +256,8 @@ impl Default for Drafter {
         Self {
             acceptance: [Rate::default(); DOUBT.len() + 1],
             usual: Rate::default(),
+            compared: 0,
+            agreed: 0,
             first_us: Average::default(),
             token_us: Average::default(),
             idle: 0,
@@ -319,6 +344,33 @@ impl Pace {
         let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
         let cycle = market.cycle(drafter.supply(round_trip), n_max);
         cycle.rate * market.plain_us > 1.0
+    }
+
+    /// What is known of a drafter on the whole; `None` before anything is.
+    #[must_use]
+    pub fn outlook(&self, number: usize, n_max: usize) -> Option<Outlook> {
+        let drafter = self.drafters.get(number)?;
+        let market = self.market(Load::default())?;
+        let agreement = (drafter.compared > 0).then(|| f64::from(drafter.agreed) / f64::from(drafter.compared));
+        let usual = drafter.supply(self.round_trip());
+        let cycle = agreement.map(|chance| market.cycle(Supply { chance, ..usual }, n_max));
+        Some(Outlook {
+            agreement,
+            first_token_ms: drafter.first_us.get().map(|us| us / 1e3),
+            token_ms: drafter.token_us.get().map(|us| us / 1e3),
+            expected_speed_up: cycle.map(|cycle| cycle.rate * market.plain_us),
+            target_waits: cycle.is_some_and(|cycle| cycle.waits_for.is_some()),
+            pays: self.pays(number, n_max, Load::default(), self.round_trip()),
+        })
+    }
+
+    /// What steps cost, in milliseconds by the number of draft tokens; only sizes that were measured.
+    #[must_use]
+    pub fn step_costs(&self) -> BTreeMap<usize, f64> {
+        let measured = self.step.shape.iter().enumerate();
+        measured
+            .filter_map(|(n, shape)| Some((n, (*shape)? * self.step.scale_us / 1e3)))
+            .collect()
     }
 
     fn drafter(&mut self, number: usize) -> &mut Drafter {
@@ -485,6 +537,8 @@ impl Policy for Pace {
                 let drafter = self.drafter(number);
                 drafter.acceptance[class.grade].record(accepted);
                 drafter.usual.record(accepted);
+                drafter.compared = drafter.compared.saturating_add(1);
+                drafter.agreed = drafter.agreed.saturating_add(u32::from(accepted));
             }
         }
     }

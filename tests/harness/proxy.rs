@@ -43,16 +43,20 @@ impl Proxy {
         Self::start_with(target, draft.map(Upstream::at)).await
     }
 
-    /// As [`Self::start`], with any drafter.
-    pub async fn start_with(target: &str, draft: Option<Upstream>) -> Self {
-        Self::before(Upstream::at(target), draft, VerificationMode::Auto).await
+    /// As [`Self::start`], with any drafters.
+    pub async fn start_with(target: &str, drafts: impl IntoIterator<Item = Upstream>) -> Self {
+        Self::before(Upstream::at(target), drafts, VerificationMode::Auto).await
     }
 
     /// As [`Self::start_with`], before a target of any kind.
-    pub async fn before(upstream: Upstream, draft: Option<Upstream>, verification: VerificationMode) -> Self {
+    pub async fn before(
+        upstream: Upstream,
+        drafts: impl IntoIterator<Item = Upstream>,
+        verification: VerificationMode,
+    ) -> Self {
         let target = upstream.url.clone();
         let engine = engine::Settings {
-            drafts: draft.into_iter().map(|draft| (draft, None)).collect(),
+            drafts: drafts.into_iter().map(|draft| (draft, None)).collect(),
             target: Some((upstream.clone(), None)),
             verification,
             ..engine::Settings::default()
@@ -94,12 +98,12 @@ impl Proxy {
 
     /// As [`Self::start`], and waits until it drafts.
     pub async fn drafting(target: &str, draft: &str) -> Self {
-        Self::drafting_with(target, Upstream::at(draft)).await
+        Self::drafting_with(target, [Upstream::at(draft)]).await
     }
 
     /// As [`Self::start_with`], and waits until it drafts.
-    pub async fn drafting_with(target: &str, draft: Upstream) -> Self {
-        let proxy = Self::start_with(target, Some(draft)).await;
+    pub async fn drafting_with(target: &str, drafts: impl IntoIterator<Item = Upstream>) -> Self {
+        let proxy = Self::start_with(target, drafts).await;
         proxy
             .shows("that it drafts", Duration::from_secs(20), |status| {
                 status["verification"] == "attached"

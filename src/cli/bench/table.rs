@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::Report;
-use crate::bench::{Figures, Group};
+use crate::bench::{Figures, Group, Mode};
 
 /// The whole report.
 pub fn table(report: &Report) -> String {
@@ -29,6 +29,17 @@ pub fn table(report: &Report) -> String {
     let total = &report.comparison.total;
     for figures in &total.modes {
         positions(&mut text, figures);
+    }
+    let measured = total.mode(Mode::Attached).and_then(|figures| figures.speed_up);
+    if let Some((predicted, measured)) = report.predicted_speed_up.zip(measured) {
+        push(
+            &mut text,
+            format_args!(
+                "attached: {predicted:.2}x predicted from the agreement and the costs that the proxy measured, \
+                 {measured:.2}x measured ({:.0}%)\n",
+                100.0 * measured / predicted
+            ),
+        );
     }
     if settings.clients > 1 {
         for figures in &total.modes {

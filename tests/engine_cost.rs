@@ -1,0 +1,99 @@
+//! What drafting costs the proxy itself with a long context: a measurement.
+//!
+//! `cargo test --release --test engine_cost -- --ignored --nocapture` prints the processor time of the whole proxy (so the
+//! relaying of the answer is in it) per step of the target, for answers of different lengths after the same long prompt.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
+
+mod harness;
+
+use std::path::Path;
+use std::time::Duration;
+
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, Program, free_port, model};
+use harness::wait::eventually;
+use serde_json::{Value, json};
+
+/// Tokens of the prompt, and of the answers.
+const CONTEXT: usize = 16_000;
+const ANSWERS: [usize; 3] = [64, 256, 1024];
+const SERVER: [&str; 4] = ["-c", "20480", "-np", "1"];
+/// The most milliseconds per step.
+const MOST: f64 = 1.0;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement of some minutes"]
+async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_however_long_the_answer() {
+    let target = [&SERVER[..], &["--spec-draft-external-max", "16"]].concat();
+    let target = LlamaServer::start(&slow_target(), &target).await;
+    // The same model, so that a long draft is often right.
+    let draft = LlamaServer::start(&model("tightwad-tiny-target-q8_0.gguf"), &SERVER).await;
+    let port = free_port();
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = folder.path().join("tightwad.yaml");
+    let yaml = format!(
+        "proxy: {{ port: {port}, draft: {{ url: \"{}\" }}, target: {{ url: \"{}\" }} }}\n",
+        draft.url(),
+        target.url()
+    );
+    std::fs::write(&config, yaml).expect("a config");
+    let tightwad = Path::new(env!("CARGO_BIN_EXE_tightwad"));
+    let config = config.to_str().expect("a path");
+    let proxy = Program::start(tightwad, &["-c", config, "proxy", "start"]);
+    let url = format!("http://127.0.0.1:{port}");
+    let status = || async {
+        let answer = reqwest::get(format!("{url}/v1/tightwad/status")).await.ok()?;
+        answer.json::<Value>().await.ok()
+    };
+    let drafts = || async {
+        let status = status().await.unwrap_or_default();
+        let drafts = status["verification"] == "attached" && status["drafts"][0]["problem"].is_null();
+        if drafts { Ok(()) } else { Err(status) }
+    };
+    eventually(Duration::from_secs(20), drafts).await.expect("it drafts");
+    // The calibration is over, which takes five seconds at most.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+
+    let text = target
+        .tokenize(&"The fox and the dog went to the market. ".repeat(CONTEXT / 8))
+        .await;
+    let prompt: Vec<_> = text.into_iter().cycle().take(CONTEXT).collect();
+    let ask = |n: usize| {
+        let body = json!({ "prompt": prompt, "n_predict": n, "ignore_eos": true, "temperature": 0 });
+        let request = reqwest::Client::new().post(format!("{url}/completion")).json(&body);
+        async move {
+            request
+                .send()
+                .await
+                .expect("an answer")
+                .error_for_status()
+                .expect("success")
+                .bytes()
+                .await
+        }
+    };
+    // The first answer pays for reading the prompt.
+    ask(16).await.expect("a whole answer");
+    let mut costs = Vec::new();
+    for n in ANSWERS {
+        let counts = |status: &Value| {
+            let count = |name: &str| status["counts"][name].as_u64().unwrap_or_default();
+            (count("rounds"), count("drafted"), count("accepted"))
+        };
+        let (before, used) = (counts(&status().await.expect("a status")), proxy.cpu_time());
+        ask(n).await.expect("a whole answer");
+        let used = proxy.cpu_time().saturating_sub(used);
+        let after = counts(&status().await.expect("a status"));
+        let steps = after.0 - before.0;
+        let cost = used.as_secs_f64() * 1e3 / steps as f64;
+        println!(
+            "{n} tokens after {CONTEXT}: {steps} steps, {} drafted, {} accepted, {used:?} of processor time, {cost:.2} ms \
+             per step",
+            after.1 - before.1,
+            after.2 - before.2
+        );
+        costs.push(cost);
+    }
+    assert!(costs.iter().all(|cost| *cost < MOST), "{costs:?}");
+}
