@@ -71,6 +71,23 @@ impl FakeDrafter {
         .await
     }
 
+    /// Knows these texts, of prompt and answer, and goes on with them by a token each `pause`.
+    pub async fn dawdles(real: &LlamaServer, texts: Vec<Vec<u32>>, pause: Duration) -> Self {
+        Self::like(real, move |request| {
+            let known = texts
+                .iter()
+                .find_map(|text| text.strip_prefix(&request.prompt[..]))
+                .unwrap_or_default();
+            let rest = &known[..known.len().min(request.n_predict)];
+            draft_slowly(
+                rest,
+                if rest.len() < request.n_predict { "eos" } else { "limit" },
+                pause,
+            )
+        })
+        .await
+    }
+
     /// Thinks that every text ends where it is.
     pub async fn ends_at_once(real: &LlamaServer) -> Self {
         Self::like(real, |_| draft(&[], "eos")).await
@@ -158,8 +175,18 @@ fn event(token: u32, n_predicted: usize) -> Act {
 
 /// A whole stream.
 pub fn draft(tokens: &[u32], stop_type: &str) -> Vec<Act> {
+    draft_slowly(tokens, stop_type, Duration::ZERO)
+}
+
+/// A whole stream, with a pause before each token.
+fn draft_slowly(tokens: &[u32], stop_type: &str, pause: Duration) -> Vec<Act> {
     let mut acts = vec![stream_head()];
-    acts.extend(tokens.iter().zip(1..).map(|(token, i)| event(*token, i)));
+    for (token, i) in tokens.iter().zip(1..) {
+        if !pause.is_zero() {
+            acts.push(Act::Wait(pause));
+        }
+        acts.push(event(*token, i));
+    }
     let end = json!({
         "index": 0, "content": "", "tokens": [], "stop": true, "stop_type": stop_type, "id_slot": 0,
         "tokens_predicted": tokens.len(), "tokens_evaluated": 1,

@@ -73,12 +73,16 @@ struct Tensor {
 /// where the processor waits for the weights; quantised, two tokens take more than twice as long as one, and not to draft
 /// is right. The weights of the blocks are zero, so they change nothing, and take no room on a disk.
 pub fn slow_target() -> PathBuf {
-    const MORE: u32 = 20;
+    deep_target(20)
+}
+
+/// As [`slow_target`], with this many blocks more.
+pub fn deep_target(more: u32) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let path = folder.join(format!("slow-target-f32-{MORE}.gguf"));
+    let path = folder.join(format!("slow-target-f32-{more}.gguf"));
     // Of tests that run at once each writes its own, and the last one stays.
     let mut file = tempfile::NamedTempFile::new_in(folder).expect("a model file");
-    deepen(&std::fs::read(target()).expect("the target"), MORE, file.as_file_mut());
+    deepen(&std::fs::read(target()).expect("the target"), more, file.as_file_mut());
     file.persist(&path).expect("the model file gets its name");
     path
 }
