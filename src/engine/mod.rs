@@ -23,7 +23,7 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
-use crate::speculation::{Outlook, Pace, Policy};
+use crate::speculation::{Load, Outlook, Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
 use crowd::Crowd;
 pub use rounds::Drafting;
@@ -173,7 +173,10 @@ impl Engine {
 
     /// Whether a step of the target is over sooner than a drafter can be asked.
     fn too_fast(&self) -> bool {
-        self.shared.pace().step_us(0).is_some_and(|us| us < FASTEST_STEP_US)
+        self.shared
+            .pace()
+            .step_us(0, Load::default())
+            .is_some_and(|us| us < FASTEST_STEP_US)
     }
 
     /// What is known of both servers and how the drafting went so far.

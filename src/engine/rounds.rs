@@ -13,7 +13,7 @@ use super::watch::{Server, Sight};
 use super::{Counts, Engine, Shared, Verification};
 use crate::config::{Backend, Secret};
 use crate::rounds::{FanOut, Flaw, Moment, PROOF_TEXT, Scored, Target, prove};
-use crate::speculation::{Class, Pace, Policy, Token};
+use crate::speculation::{Class, Load, Pace, Policy, Token};
 use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
 
 /// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
@@ -236,7 +236,7 @@ impl Drafting {
             return Vec::new();
         };
         let begun = Instant::now();
-        let step = self.shared.pace().step_us(0);
+        let step = self.shared.pace().step_us(0, Load::default());
         let most = step.map_or(DRAFTING.1, |us| {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });

@@ -115,8 +115,8 @@ pub trait Policy {
     /// The chance that all of `draft` is accepted.
     fn chance(&self, draft: &[Class]) -> f64;
 
-    /// How long a step over `n` draft tokens takes, in microseconds; `None` while nothing is known.
-    fn step_us(&self, n: usize) -> Option<f64>;
+    /// How long a step over `n` draft tokens takes beside all else, in microseconds; `None` while nothing is known.
+    fn step_us(&self, n: usize, load: Load) -> Option<f64>;
 
     /// What the target should do with a draft.
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice;
@@ -442,7 +442,7 @@ impl Session {
             return;
         }
         let arrives_us = micros(moment.now) + micros(moment.round_trip) / 2.0;
-        let (busy_us, passed) = self.busy(arrives_us, policy, moment.n_max);
+        let (busy_us, passed) = self.busy(arrives_us, policy, moment);
         let (choice, tokens, classes) = self.best(busy_us.unwrap_or(0.0), passed, begun, policy, moment);
         let (n_min, hold_us) = if choice.wait_us > 0 {
             // Until we say that it is enough; counted from the last step, or from the one that goes on, which may
@@ -553,7 +553,7 @@ impl Session {
 
     /// How long the target goes on with the step that it is in at `at_us`, and how many tokens it will have chosen then if
     /// they are those of the draft. `None`: it waits for an offer.
-    fn busy(&self, at_us: f64, policy: &impl Policy, n_max: usize) -> (Option<f64>, usize) {
+    fn busy(&self, at_us: f64, policy: &impl Policy, moment: &Moment<'_>) -> (Option<f64>, usize) {
         let (mut target, mut passed) = (self.target, 0);
         for _ in 0..=MAY_PASS {
             let (since_us, n) = match target {
@@ -563,7 +563,7 @@ impl Session {
                 Target::Waits { until_us, left } => (until_us, left),
                 Target::Steps { since_us, n } => (since_us, n),
             };
-            let Some(step_us) = policy.step_us(n) else {
+            let Some(step_us) = policy.step_us(n, moment.load) else {
                 return (None, 0);
             };
             let end_us = since_us + step_us;
@@ -571,7 +571,7 @@ impl Session {
             if end_us >= at_us {
                 return (Some(end_us - at_us), passed);
             }
-            target = self.next_step(end_us, passed, n_max);
+            target = self.next_step(end_us, passed, moment.n_max);
         }
         (Some(0.0), passed)
     }

@@ -107,7 +107,7 @@ impl Policy for Fixed {
         1.0
     }
 
-    fn step_us(&self, _n: usize) -> Option<f64> {
+    fn step_us(&self, _n: usize, _load: Load) -> Option<f64> {
         Some(PLAIN_US)
     }
 
