@@ -747,7 +747,7 @@ async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_
     let (target, draft) = tokio::join!(LlamaServer::start(&slow, &args), LlamaServer::start(&name, &slots));
     let proxy = Proxy::drafting(target.url(), draft.url()).await;
 
-    let clients = join_all((0..10).map(|i| {
+    let begin = |i: usize| {
         let body = with(
             long(true),
             json!({ "prompt": format!("Story {i}: Once upon a time"), "n_predict": 450 }),
@@ -758,8 +758,10 @@ async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_
             streaming.read(40).await;
             streaming
         }
-    }))
-    .await;
+    };
+    // The first one is drafted for, before there is a crowd.
+    let mut clients = vec![begin(0).await];
+    clients.extend(join_all((1..10).map(begin)).await);
     assert_eq!(proxy.status().await["in_flight"], 10);
     assert_eq!(target.busy_slots().await, 10);
 

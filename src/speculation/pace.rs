@@ -286,7 +286,10 @@ const SLACK_US: f64 = 500.0;
 impl Pace {
     /// Takes in a step of the target.
     pub fn record_step(&mut self, step: &Step) {
-        self.step.record(step.load.tokens + step.drafted, micros(step.duration));
+        // What others bring into a pass is not known well enough to learn from.
+        if step.load.others == 0 {
+            self.step.record(step.drafted, micros(step.duration));
+        }
         // A pause of the client or of the machine is no cost of the step.
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
         self.tokens = 0.95 * self.tokens + 1.0 + step.accepted as f64;
