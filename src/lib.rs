@@ -9,12 +9,14 @@
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
+//! | [`cluster`] | one model over the GPUs of several machines |
 //! | [`supervise`] | child processes |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 
 pub mod bench;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod engine;
 pub mod observe;

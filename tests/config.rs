@@ -747,12 +747,15 @@ fn everything() -> Config {
         name: "g".into(),
         vram_gb: 1.0,
         rpc_port,
+        device: Some("d".into()),
     };
     let model = Model {
         path: "p".into(),
         ctx_size: 1,
         predict: Some(1),
         flash_attn: Some(true),
+        cache_type_k: Some("f16".into()),
+        cache_type_v: Some("f16".into()),
         default: true,
         extra_args: Vec::new(),
     };
@@ -780,14 +783,28 @@ fn everything() -> Config {
             port: 1,
             backend: GpuBackend::Hip,
             gpus: vec![gpu(None)],
+            slots: 1,
+            threads: Some(1),
+            swap_on_request: false,
+            drain_seconds: 1,
+            wait_seconds: 1,
             api_key: Some(Secret::new("k")),
             api_key_file: Some("f".into()),
             extra_args: Vec::new(),
             env: [].into(),
         }),
         workers: vec![Worker {
+            name: Some("n".into()),
             host: "h".into(),
+            backend: Some(GpuBackend::Hip),
             gpus: vec![gpu(Some(1))],
+            agent_port: 1,
+            agent_token: Some(Secret::new("k")),
+            agent_token_file: Some("f".into()),
+            cache_gb: 1.0,
+            cache_dir: Some("d".into()),
+            extra_args: Vec::new(),
+            env: [].into(),
         }],
         models: [("m".into(), model)].into(),
         binaries: Binaries {
@@ -802,7 +819,7 @@ fn keys(value: &Json, at: &str, found: &mut BTreeSet<String>) {
     match value {
         Json::Object(entries) => {
             for (key, value) in entries {
-                let chosen = ["models", "target.env", "draft.env", "coordinator.env"].contains(&at);
+                let chosen = ["models", "target.env", "draft.env", "coordinator.env", "workers.*.env"].contains(&at);
                 let key = if chosen { "*" } else { key.as_str() };
                 let path = if at.is_empty() {
                     key.into()
@@ -912,7 +929,7 @@ fn word() -> impl Strategy<Value = String> {
 
 prop_compose! {
     fn any_gpu()(name in word(), vram_gb in 0.1f64..1000.0, rpc_port in proptest::option::of(1u16..)) -> Gpu {
-        Gpu { name, vram_gb, rpc_port }
+        Gpu { name, vram_gb, rpc_port, device: None }
     }
 }
 
@@ -924,7 +941,7 @@ prop_compose! {
         flash_attn: Option<bool>,
         extra_args in proptest::collection::vec(word(), 0..3),
     ) -> Model {
-        Model { path: path.into(), ctx_size, predict, flash_attn, default: false, extra_args }
+        Model { path: path.into(), ctx_size, predict, flash_attn, cache_type_k: None, cache_type_v: None, default: false, extra_args }
     }
 }
 
@@ -966,7 +983,7 @@ prop_compose! {
         Config {
             proxy: Some(proxy),
             target: with_server.then_some(server),
-            workers: vec![Worker { host: "w".into(), gpus }],
+            workers: vec![Worker { gpus, ..Worker::at("w") }],
             models,
             binaries: Binaries { llama_server: llama_server.into(), ..Binaries::default() },
             ..Config::default()

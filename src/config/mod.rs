@@ -40,6 +40,10 @@ pub use secret::Secret;
 
 /// The port that `ggml-rpc-server` takes by itself.
 pub const DEFAULT_RPC_PORT: u16 = 50052;
+/// Most GiB of model parts that a worker keeps on disk.
+pub const DEFAULT_CACHE_GB: f64 = 32.0;
+/// The port of a worker's agent.
+pub const DEFAULT_AGENT_PORT: u16 = 50051;
 
 /// The whole file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -234,6 +238,16 @@ pub struct Coordinator {
     pub backend: GpuBackend,
     /// Its own GPUs.
     pub gpus: Vec<Gpu>,
+    /// Requests served at once. The context is per slot.
+    pub slots: u16,
+    /// CPU threads. None: llama-server's choice.
+    pub threads: Option<u16>,
+    /// Load the model that a request names, in place of the one that runs.
+    pub swap_on_request: bool,
+    /// Seconds that running answers have to finish before a swap ends them.
+    pub drain_seconds: u64,
+    /// Seconds that a request waits for its model before it is told to come again.
+    pub wait_seconds: u64,
     /// Key that clients of this server send. Prefer `api_key_file`.
     pub api_key: Option<Secret>,
     /// File that holds the key.
@@ -251,6 +265,11 @@ impl Default for Coordinator {
             port: 8080,
             backend: GpuBackend::default(),
             gpus: Vec::new(),
+            slots: 4,
+            threads: None,
+            swap_on_request: false,
+            drain_seconds: 30,
+            wait_seconds: 120,
             api_key: None,
             api_key_file: None,
             extra_args: Vec::new(),
@@ -280,11 +299,47 @@ pub enum GpuBackend {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Worker {
+    /// What people call it. None: its `host`.
+    #[serde(default)]
+    pub name: Option<String>,
     /// IPv4 address or name that the coordinator reaches it by.
     pub host: String,
+    /// What its GPUs are driven by. None: what llama.cpp finds.
+    #[serde(default)]
+    pub backend: Option<GpuBackend>,
     /// Its GPUs.
     #[serde(default)]
     pub gpus: Vec<Gpu>,
+    /// Port of its agent, `tightwad run worker`; 0: it has none, and `ggml-rpc-server` is run by hand.
+    #[serde(default = "default_agent_port")]
+    pub agent_port: u16,
+    /// Token that coordinators send to the agent. Prefer `agent_token_file`. Without a token only a worker on a loopback
+    /// address has an agent.
+    #[serde(default)]
+    pub agent_token: Option<Secret>,
+    /// File that holds the token.
+    #[serde(default)]
+    pub agent_token_file: Option<PathBuf>,
+    /// Most GiB of model parts that it keeps on disk, so that a load need not send them again; 0 keeps none.
+    #[serde(default = "default_cache_gb")]
+    pub cache_gb: f64,
+    /// Where it keeps them. None: the user's cache folder.
+    #[serde(default)]
+    pub cache_dir: Option<PathBuf>,
+    /// More arguments of ggml-rpc-server; they win over ours.
+    #[serde(default)]
+    pub extra_args: Vec<String>,
+    /// More environment variables; they win over ours.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+fn default_agent_port() -> u16 {
+    DEFAULT_AGENT_PORT
+}
+
+fn default_cache_gb() -> f64 {
+    DEFAULT_CACHE_GB
 }
 
 /// One GPU.
@@ -298,6 +353,9 @@ pub struct Gpu {
     /// On a worker: port of the `ggml-rpc-server` that serves it.
     #[serde(default)]
     pub rpc_port: Option<u16>,
+    /// What llama.cpp calls it: `CUDA0`, `ROCm1`, `CPU`. None: the host's GPUs in llama.cpp's order.
+    #[serde(default)]
+    pub device: Option<String>,
 }
 
 /// One entry of `models`.
@@ -315,6 +373,12 @@ pub struct Model {
     /// Flash attention. None: llama-server's choice.
     #[serde(default)]
     pub flash_attn: Option<bool>,
+    /// Type of the KV cache's keys: `f16`, `q8_0`, …. None: llama-server's choice.
+    #[serde(default)]
+    pub cache_type_k: Option<String>,
+    /// Type of the KV cache's values; a quantised one needs flash attention. None: llama-server's choice.
+    #[serde(default)]
+    pub cache_type_v: Option<String>,
     /// The model that a server takes when its section names none.
     #[serde(default)]
     pub default: bool,

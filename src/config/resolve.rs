@@ -2,7 +2,7 @@
 
 use super::error::{closest, list};
 use super::origin::{Finding, key_path};
-use super::{Backend, Config, ConfigError, Model, Upstream, is_wildcard};
+use super::{Backend, Config, ConfigError, Model, Upstream, Worker, is_wildcard};
 
 /// [`Config::model_for`] with a bare sentence as the error.
 pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a str, &'a Model), String> {
@@ -78,6 +78,32 @@ impl Upstream {
             api_key: None,
             api_key_file: None,
         }
+    }
+}
+
+impl Worker {
+    /// A host of whose GPUs nothing is said.
+    #[must_use]
+    pub fn at(host: impl Into<String>) -> Self {
+        Self {
+            name: None,
+            host: host.into(),
+            backend: None,
+            gpus: Vec::new(),
+            agent_port: super::DEFAULT_AGENT_PORT,
+            agent_token: None,
+            agent_token_file: None,
+            cache_gb: super::DEFAULT_CACHE_GB,
+            cache_dir: None,
+            extra_args: Vec::new(),
+            env: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// What people call it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.host)
     }
 }
 

@@ -134,6 +134,8 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
         ctx_size: CTX_SIZE,
         predict: None,
         flash_attn: None,
+        cache_type_k: None,
+        cache_type_v: None,
         default: true,
         extra_args: Vec::new(),
     };

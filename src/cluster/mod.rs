@@ -1,0 +1,7 @@
+//! One model over the GPUs of several machines: llama.cpp's RPC, supervised.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`agent`] | what a worker's agent says over HTTP |
+
+pub mod agent;
