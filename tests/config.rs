@@ -853,7 +853,13 @@ fn the_reference_names_every_key() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/reference.yaml");
     let text = std::fs::read_to_string(path).unwrap();
     let load = |text: &str| {
-        let variables = ["DRAFT_API_KEY", "TARGET_API_KEY", "POOL_API_KEY", "PROXY_TOKEN"];
+        let variables = [
+            "DRAFT_API_KEY",
+            "TARGET_API_KEY",
+            "POOL_API_KEY",
+            "PROXY_TOKEN",
+            "WORKER_TOKEN",
+        ];
         let place = variables
             .iter()
             .fold(Place::with_file(text), |place, name| place.variable(name, "x"));
