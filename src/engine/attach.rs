@@ -282,7 +282,9 @@ impl Attached {
             steps = answer.n_steps,
             drafted = answer.step_n,
             accepted = answer.step_accepted,
+            batch = answer.step_batch,
             us = answer.step_us,
+            since = self.stepped.elapsed().as_micros() as u64,
             n_max = answer.n_max,
             "step"
         );
@@ -295,7 +297,7 @@ impl Attached {
                     accepted: answer.step_accepted,
                     duration: Duration::from_micros(answer.step_us),
                     since_last,
-                    load: self.member.others(),
+                    batch: answer.step_batch,
                 });
             }
             self.member.steps(1 + answer.step_n);

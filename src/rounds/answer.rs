@@ -14,7 +14,7 @@ use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
 use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
 use crate::engine::{Counts, Drafting};
-use crate::speculation::{Class, Load, Step, Token};
+use crate::speculation::{Class, Step, Token};
 use crate::upstream::UpstreamError;
 
 /// Tokens before a piece of text that are detokenised with it.
@@ -335,7 +335,7 @@ impl Run {
                 accepted,
                 duration,
                 since_last,
-                load: Load::default(),
+                batch: 1 + judged,
             });
         }
     }

@@ -3,6 +3,8 @@
 //! [`Session`] follows one completion; [`Lookup`] drafts from the text itself; [`Pace`] learns what a pair of servers costs
 //! and chooses from it; [`Retokeniser`] makes tokens of what a drafter with another vocabulary says.
 
+use std::time::Duration;
+
 mod lookup;
 mod pace;
 mod retokenise;
@@ -17,3 +19,16 @@ pub use session::{Action, Event, Moment, Offer, Policy, Session};
 
 /// A token id of the target's vocabulary.
 pub type Token = i32;
+
+fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "microseconds of a step, not negative"
+)]
+fn whole(us: f64) -> u64 {
+    us as u64
+}

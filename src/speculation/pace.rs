@@ -24,7 +24,8 @@
 //! long its last token comes after the target is done with the step that it is in.
 //!
 //! Other completions in the same pass make it longer for all of them: `T` is taken beyond their tokens, and `r` is what
-//! all of them yield; the cycles are those of a crowd that does the same, in which waiting for one makes all wait.
+//! all of them yield; the cycles are those of a crowd that does the same. A pass waits for all of them at once, so with `m`
+//! completions it waits if any of them begins anew, with the chance `1 - p^m`.
 //!
 //! Costs that keep drafts from being verified would never be measured again. So they are doubted now and then: a draft that
 //! should yield two tokens or more is verified all the same.
@@ -36,6 +37,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::session::Policy;
+use super::{micros, whole};
 
 /// What is known of a draft token before the target sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,8 +135,8 @@ pub struct Step {
     pub duration: Duration,
     /// Since the step before, waiting included.
     pub since_last: Duration,
-    /// What else was in the pass.
-    pub load: Load,
+    /// Tokens that the pass brought forward, of all completions and prompts.
+    pub batch: usize,
 }
 
 /// What other completions do at the same time.
@@ -275,9 +277,8 @@ const PATIENCE: (u32, u32) = (16, 512);
 const TRUST: (u32, u32) = (64, 1024);
 /// Tokens that a draft should yield on average for the costs to be doubted.
 const DOUBTED: f64 = 2.0;
-/// With so many others at once nothing is drafted: on two cores with eight completions drafts cost a fifth of the
-/// throughput, though the formula promised some gain. What passes of that size cost is not measured at the start.
-const CROWD: usize = 4;
+/// Passes over more tokens process a prompt.
+const LARGEST_BATCH: usize = 256;
 /// Where nothing was measured, drafts are this long.
 const FIRST_GUESS: usize = 8;
 /// Microseconds by which things may come later than expected.
@@ -286,9 +287,10 @@ const SLACK_US: f64 = 500.0;
 impl Pace {
     /// Takes in a step of the target.
     pub fn record_step(&mut self, step: &Step) {
-        // What others bring into a pass is not known well enough to learn from.
-        if step.load.others == 0 {
-            self.step.record(step.drafted, micros(step.duration));
+        // A token costs the same whoever brings it.
+        let others = step.batch.max(1 + step.drafted) - 1;
+        if others < LARGEST_BATCH {
+            self.step.record(others, micros(step.duration));
         }
         // A pause of the client or of the machine is no cost of the step.
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
@@ -351,7 +353,7 @@ impl Pace {
         let Some(market) = self.market(load) else { return true };
         let unknown = Drafter::default();
         let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
-        market.cycle(drafter.supply(round_trip), n_max).speed_up > 1.0
+        market.cycle(drafter.supply(round_trip), n_max).speed_up() > 1.0
     }
 
     /// What is known of a drafter on the whole; `None` before anything is.
@@ -366,7 +368,7 @@ impl Pace {
             agreement,
             first_token_ms: drafter.first_us.get().map(|us| us / 1e3),
             token_ms: drafter.token_us.get().map(|us| us / 1e3),
-            expected_speed_up: cycle.map(|cycle| cycle.speed_up),
+            expected_speed_up: cycle.map(Cycle::speed_up),
             target_waits: cycle.is_some_and(|cycle| cycle.waits_for.is_some()),
             pays: self.pays(number, n_max, Load::default(), self.round_trip()),
         })
@@ -470,7 +472,7 @@ impl Market<'_> {
         let plain_us = step_us(0);
         let mut best = Cycle {
             rate: 1.0 / plain_us,
-            speed_up: 1.0,
+            plain_us,
             waits_for: None,
         };
         let mut expected = 1.0;
@@ -482,10 +484,11 @@ impl Market<'_> {
             let step_us = step_us(n).max((n + 1) as f64 * supply.token_us);
             let (tokens, time_us) = (in_a_row * expected, in_a_row * step_us);
             let comes_us = supply.first_us + (n - 1) as f64 * supply.token_us;
+            let waits = in_a_row * (1.0 - (1.0 - 1.0 / in_a_row).powf(all as f64));
             let waiting = Cycle {
-                rate: tokens / (all as f64 * comes_us + time_us),
-                speed_up: 0.0,
+                rate: tokens / (waits * comes_us + time_us),
                 waits_for: Some(n),
+                ..best
             };
             let gains_us = plain_us - supply.token_us;
             let plain_steps = ((comes_us + SLACK_US) / gains_us).ceil().max(1.0);
@@ -497,8 +500,8 @@ impl Market<'_> {
                 } else {
                     0.0
                 },
-                speed_up: 0.0,
                 waits_for: None,
+                ..best
             };
             for cycle in [waiting, going_on] {
                 if cycle.rate > best.rate {
@@ -506,7 +509,6 @@ impl Market<'_> {
                 }
             }
         }
-        best.speed_up = best.rate * plain_us;
         best
     }
 
@@ -531,10 +533,17 @@ struct Supply {
 struct Cycle {
     /// Tokens per microsecond of one completion.
     rate: f64,
-    /// That over what plain steps yield.
-    speed_up: f64,
+    /// Microseconds of a plain step.
+    plain_us: f64,
     /// The target waits for drafts of so many tokens; `None`: it goes on.
     waits_for: Option<usize>,
+}
+
+impl Cycle {
+    /// Speed over that of plain steps.
+    fn speed_up(self) -> f64 {
+        self.rate * self.plain_us
+    }
 }
 
 impl Drafter {
@@ -564,9 +573,6 @@ impl Policy for Pace {
     }
 
     fn asks(&mut self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
-        if load.others >= CROWD {
-            return false;
-        }
         let pays = self.pays(drafter, n_max, load, round_trip);
         let drafter = self.drafter(drafter);
         if pays {
@@ -589,9 +595,6 @@ impl Policy for Pace {
     }
 
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
-        if moment.load.others >= CROWD {
-            return Choice::default();
-        }
         let draft = &draft[..draft.len().min(moment.n_max)];
         let Some(market) = self.market(moment.load) else {
             return Choice {
@@ -652,19 +655,6 @@ impl Policy for Pace {
         }
         choice
     }
-}
-
-fn micros(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e6
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "microseconds of a step, not negative"
-)]
-fn whole(us: f64) -> u64 {
-    us as u64
 }
 
 /// A chance, over about the last hundred tries.
@@ -779,7 +769,7 @@ mod tests {
             accepted,
             duration,
             since_last: duration,
-            load: Load::default(),
+            batch: 1 + drafted,
         }
     }
 
@@ -993,7 +983,7 @@ mod tests {
             for (drafted, accepted, us) in steps {
                 let duration = Duration::from_micros(us);
                 let accepted = accepted.min(drafted);
-                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, load: Load::default() });
+                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted });
             }
             for (drafter, first, n, us) in tokens {
                 pace.record_first_token(drafter, Duration::from_micros(first));

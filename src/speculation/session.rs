@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use super::pace::{Choice, Circumstances, Class, Growing, Load};
-use super::{Lookup, Token};
+use super::{Lookup, Token, micros, whole};
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -174,6 +174,16 @@ impl Default for Target {
     fn default() -> Self {
         Self::Steps { since_us: 0.0, n: 0 }
     }
+}
+
+/// The draft that is worth most.
+struct Best<'a> {
+    choice: Choice,
+    /// Its stream runs.
+    grows: bool,
+    /// What of it is to be offered.
+    tokens: &'a [Token],
+    classes: &'a [Class],
 }
 
 /// A draft of which the drafter's next token would be accepted with less chance is not continued.
@@ -443,7 +453,13 @@ impl Session {
         }
         let arrives_us = micros(moment.now) + micros(moment.round_trip) / 2.0;
         let (busy_us, passed) = self.busy(arrives_us, policy, moment);
-        let (choice, tokens, classes) = self.best(busy_us.unwrap_or(0.0), passed, begun, policy, moment);
+        let best = self.best(busy_us.unwrap_or(0.0), passed, begun, policy, moment);
+        let Best {
+            choice,
+            grows,
+            tokens,
+            classes,
+        } = best;
         let (n_min, hold_us) = if choice.wait_us > 0 {
             // Until we say that it is enough; counted from the last step, or from the one that goes on, which may
             // contradict the draft.
@@ -466,7 +482,11 @@ impl Session {
         };
         let classes = classes.to_vec();
         let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
-        if follow || news {
+        // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
+        let extends = offer.pos == self.told.pos && offer.tokens.starts_with(&self.told.tokens);
+        let since_told = (arrives_us - self.told_at_us).max(micros(moment.round_trip));
+        let early = grows && extends && busy_us.is_some_and(|busy_us| since_told < busy_us);
+        if follow || news && !early {
             self.told = offer.clone();
             self.told_classes = classes;
             self.told_at_us = arrives_us;
@@ -501,7 +521,7 @@ impl Session {
         begun: &[usize],
         policy: &impl Policy,
         moment: &Moment<'_>,
-    ) -> (Choice, &[Token], &[Class]) {
+    ) -> Best<'_> {
         let committed = self.committed.len();
         let weigh = |draft: &'_ Draft, growing: Option<Growing>| {
             let circumstances = Circumstances {
@@ -520,7 +540,7 @@ impl Session {
             let told = &self.told.tokens[self.told.tokens.len() - self.told_beyond()..][..verified];
             draft.ahead(committed).0.starts_with(told)
         };
-        let (mut best, mut choice) = (&self.copied, weigh(&self.copied, None));
+        let (mut best, mut choice, mut grows) = (&self.copied, weigh(&self.copied, None), false);
         let mut fits = goes_on(&self.copied);
         for (number, drafter) in self.drafters.iter().enumerate() {
             let growing = if begun.contains(&number) {
@@ -538,7 +558,7 @@ impl Session {
             let other = weigh(&drafter.draft, growing);
             let agrees = goes_on(&drafter.draft);
             if (agrees, other.worth, other.n) >= (fits, choice.worth, choice.n) {
-                (best, choice, fits) = (&drafter.draft, other, agrees);
+                (best, choice, fits, grows) = (&drafter.draft, other, agrees, growing.is_some());
             }
         }
         let (tokens, classes) = best.ahead(committed);
@@ -548,7 +568,12 @@ impl Session {
         } else {
             passed.saturating_sub(1).min(tokens.len())
         };
-        (choice, &tokens[..n], &classes[..n])
+        Best {
+            choice,
+            grows,
+            tokens: &tokens[..n],
+            classes: &classes[..n],
+        }
     }
 
     /// How long the target goes on with the step that it is in at `at_us`, and how many tokens it will have chosen then if
@@ -580,19 +605,6 @@ impl Session {
 /// How far a draft goes: enough for a step, for the token that the target adds, and for the next step.
 fn reach(n_max: usize) -> usize {
     2 * n_max + 1
-}
-
-fn micros(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e6
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "microseconds of a step, not negative"
-)]
-fn whole(us: f64) -> u64 {
-    us as u64
 }
 
 #[cfg(test)]

@@ -344,7 +344,7 @@ impl Simulation {
                     accepted,
                     duration: us(self.world.step_us(drafted)),
                     since_last: us(since_last),
-                    load: Load::default(),
+                    batch: 1 + drafted,
                 });
             }
             self.heard_steps = answer.steps;

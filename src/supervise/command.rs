@@ -94,6 +94,12 @@ pub fn llama_server(
     args.flag("--slots");
     if let Some(max) = external_draft {
         args.option(EXTERNAL_DRAFT_OPTION, max.to_string());
+        // With a cache per slot, slots that verify drafts of different lengths do not fit one pass over the weights: it is
+        // split by sequences of equal length (llama.cpp b11434, `llama_batch_allocr::split_equal`).
+        if slots > 1 {
+            args.flag("--kv-unified");
+            args.option("--kv-unified-per-slot", model.ctx_size.to_string());
+        }
     }
     // Keys never go on the command line, where every user of the machine can read them.
     let mut env: Vec<(String, Secret)> = Vec::new();
@@ -188,7 +194,7 @@ mod tests {
         assert_eq!(
             line(&llama_server("llama-server", &server, "big", &model(), Some(16))),
             "--host 127.0.0.1 --port 8080 -m /m/big.gguf --alias big -c 12288 -np 3 -t 6 -fa on -n 512 \
-             --threads-http 17 --no-webui --metrics --slots --spec-draft-external-max 16"
+             --threads-http 17 --no-webui --metrics --slots --spec-draft-external-max 16 --kv-unified --kv-unified-per-slot 4096"
         );
     }
 

@@ -112,6 +112,9 @@ pub struct DraftAnswer {
     /// Draft tokens accepted in the last step.
     #[serde(default)]
     pub step_accepted: usize,
+    /// Tokens in the last step, of all completions and prompts that it brought forward.
+    #[serde(default)]
+    pub step_batch: usize,
     /// Duration of the last step in microseconds.
     #[serde(default)]
     pub step_us: u64,
@@ -133,6 +136,7 @@ impl DraftAnswer {
             n_accepted: 0,
             step_n: 0,
             step_accepted: 0,
+            step_batch: 0,
             step_us: 0,
         }
     }
