@@ -1,14 +1,15 @@
 //! What drafting costs the proxy itself with a long context: a measurement.
 //!
 //! `cargo test --release --test engine_cost -- --ignored --nocapture` prints the processor time of the whole proxy (so the
-//! relaying of the answer is in it) per step of the target, for answers of different lengths after the same long prompt.
+//! relaying of the answer is in it, but not what it costs at all times) per step of the target, for answers of different
+//! lengths after the same long prompt.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
 
 mod harness;
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, Program, free_port, model};
@@ -27,6 +28,8 @@ const SERVER: [&str; 6] = [
     "--override-kv",
     "llama.context_length=int:20480",
 ];
+/// How long the proxy is watched without a request.
+const IDLE: Duration = Duration::from_secs(8);
 /// The most milliseconds per step.
 const MOST: f64 = 1.0;
 
@@ -81,6 +84,10 @@ async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_howev
                 .await
         }
     };
+    // To look after the servers costs something at all times.
+    let (began, before) = (Instant::now(), proxy.cpu_time());
+    tokio::time::sleep(IDLE).await;
+    let idle = proxy.cpu_time().saturating_sub(before).as_secs_f64() / began.elapsed().as_secs_f64();
     // The first answer pays for reading the prompt.
     ask(16).await.expect("a whole answer");
     let mut costs = Vec::new();
@@ -90,14 +97,17 @@ async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_howev
             (count("rounds"), count("drafted"), count("accepted"))
         };
         let (before, used) = (counts(&status().await.expect("a status")), proxy.cpu_time());
+        let began = Instant::now();
         ask(n).await.expect("a whole answer");
         let used = proxy.cpu_time().saturating_sub(used);
+        let used = used.saturating_sub(began.elapsed().mul_f64(idle));
         let after = counts(&status().await.expect("a status"));
         let steps = after.0 - before.0;
         let cost = used.as_secs_f64() * 1e3 / steps as f64;
         println!(
-            "{n} tokens after {CONTEXT}: {steps} steps, {} drafted, {} accepted, {used:?} of processor time, {cost:.2} ms \
+            "{:.1} ms per second of nothing to do; {n} tokens after {CONTEXT}: {steps} steps, {} drafted, {} accepted, {used:?} of processor time, {cost:.2} ms \
              per step",
+            idle * 1e3,
             after.1 - before.1,
             after.2 - before.2
         );

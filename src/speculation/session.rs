@@ -137,6 +137,8 @@ pub struct Session {
     target: Target,
     /// When its last step that we know of ended, in microseconds since the session began.
     stepped_us: f64,
+    /// How long the target can do without further draft tokens, in microseconds.
+    spare_us: f64,
     /// Streams started so far.
     streams: u64,
     ended: bool,
@@ -253,6 +255,13 @@ impl Session {
     pub fn offered(&self, n: usize) -> &[Class] {
         let classes = &self.told_classes[self.told_classes.len() - self.told_beyond()..];
         &classes[..n.min(classes.len())]
+    }
+
+    /// How long the target can do without further draft tokens, as far as is known: it is in a step, and the next offer is
+    /// better made with more.
+    #[must_use]
+    pub fn spare(&self) -> Duration {
+        Duration::from_secs_f64(self.spare_us / 1e6)
     }
 
     /// The first thing to do: learn the prompt.
@@ -485,8 +494,9 @@ impl Session {
         // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
         let extends = offer.pos == self.told.pos && offer.tokens.starts_with(&self.told.tokens);
         let since_told = (arrives_us - self.told_at_us).max(micros(moment.round_trip));
-        let early = grows && extends && busy_us.is_some_and(|busy_us| since_told < busy_us);
-        if follow || news && !early {
+        let spare_us = busy_us.filter(|_| grows && extends).unwrap_or_default() - since_told;
+        self.spare_us = spare_us.max(0.0);
+        if follow || news && spare_us <= 0.0 {
             self.told = offer.clone();
             self.told_classes = classes;
             self.told_at_us = arrives_us;

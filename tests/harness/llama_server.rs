@@ -101,13 +101,12 @@ impl Program {
 
     /// CPU time used so far, of all its threads.
     pub fn cpu_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("it runs");
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks: u64 = [11, 12]
-            .iter()
-            .map(|&i| fields[i].parse::<u64>().expect("a number"))
-            .sum();
-        Duration::from_millis(ticks * 10) // USER_HZ is 100 on all that we run on
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+        let on_cpu = tasks.filter_map(|task| {
+            let stat = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+            stat.split_whitespace().next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(on_cpu.sum())
     }
 }
 

@@ -99,7 +99,8 @@ struct Length {
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let report = unless_stopped(run(options, config)).await?;
     print(&report, options.json, table::table)?;
-    if options.temperature == 0.0 && !report.comparison.equal {
+    // What shares a pass with others may differ in the last digits, drafted or not.
+    if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
         return Err(Failure::new(
             Exit::Other,
             "some texts differ from the plain ones; `tightwad verify` shows where",
