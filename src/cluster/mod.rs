@@ -3,5 +3,11 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`agent`] | what a worker's agent says over HTTP |
+//! | [`gguf`] | the header of a model file |
+//! | [`devices`] | the devices of the pool and their memory |
+//! | [`plan`] | which layers go where (pure) |
 
 pub mod agent;
+pub mod devices;
+pub mod gguf;
+pub mod plan;
