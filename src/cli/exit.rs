@@ -4,6 +4,8 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::bench::{OwnDraftError, PromptError, RelayError};
+use crate::cluster::gguf::ModelFileError;
+use crate::cluster::plan::PlanError;
 use crate::config::ConfigError;
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
@@ -31,6 +33,8 @@ pub enum Exit {
     NotRunning = 7,
     /// A child process died too often, or of something that a restart does not cure.
     ChildGaveUp = 8,
+    /// The model does not fit into the pool.
+    DoesNotFit = 9,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
 }
@@ -131,6 +135,18 @@ impl From<OwnDraftError> for Failure {
             OwnDraftError::Chat(error) => error.into(),
             OwnDraftError::Port(error) => error.into(),
         }
+    }
+}
+
+impl From<ModelFileError> for Failure {
+    fn from(error: ModelFileError) -> Self {
+        Self::new(Exit::File, error.to_string())
+    }
+}
+
+impl From<PlanError> for Failure {
+    fn from(error: PlanError) -> Self {
+        Self::new(Exit::Config, error.to_string())
     }
 }
 

@@ -806,7 +806,7 @@ impl Part {
                 let layer = layer as u64;
                 every == 0
                     || if *first {
-                        layer % every != 0
+                        !layer.is_multiple_of(every)
                     } else {
                         layer % every != every - 1
                     }

@@ -680,3 +680,349 @@ fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings) -> Vec<Su
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::cluster::gguf::{LayerMemory, Tensor};
+
+    const MIB: u64 = 1 << 20;
+
+    fn tensor(name: &str, bytes: u64) -> Tensor {
+        Tensor {
+            name: name.to_owned(),
+            dimensions: vec![bytes],
+            kind: TensorType::named("i8").unwrap(),
+            bytes,
+        }
+    }
+
+    /// A model with layers of so many MiB, embeddings and an output matrix of 100 MiB each.
+    fn model(layers: &[u64]) -> ModelFile {
+        let blocks = layers
+            .iter()
+            .enumerate()
+            .map(|(number, mib)| tensor(&format!("blk.{number}.ffn_up.weight"), mib * MIB));
+        let others = ["token_embd.weight", "output.weight"].map(|name| tensor(name, 100 * MIB));
+        let memory = LayerMemory {
+            key: 1024,
+            value: 1024,
+            window: None,
+            state: 0,
+        };
+        ModelFile {
+            path: "/m/big.gguf".into(),
+            parts: 1,
+            bytes: 0,
+            shape: Shape {
+                architecture: "llama".into(),
+                layers: u32::try_from(layers.len()).unwrap(),
+                embedding: 4096,
+                vocabulary: 32_000,
+                heads: 32,
+                feed_forward: 11_008,
+                memory: vec![memory; layers.len()],
+                ..Shape::default()
+            },
+            tensors: blocks.chain(others).collect(),
+        }
+    }
+
+    fn device(endpoint: Option<&str>, free_mib: u64) -> Device {
+        Device {
+            host: endpoint.unwrap_or("coordinator").into(),
+            label: "GPU".into(),
+            endpoint: endpoint.map(str::to_owned),
+            name: "CUDA0".into(),
+            total_bytes: free_mib * MIB,
+            free_bytes: free_mib * MIB,
+            known_from: KnownFrom::Agent,
+        }
+    }
+
+    fn config() -> (Model, Coordinator) {
+        let model = serde_json::from_value(serde_json::json!({ "path": "/m/big.gguf", "ctx_size": 8192 })).unwrap();
+        (model, Coordinator::default())
+    }
+
+    fn settings() -> Settings {
+        let (model, coordinator) = config();
+        Settings::of(&model, &coordinator, None).unwrap()
+    }
+
+    fn tiny(name: &str) -> ModelFile {
+        ModelFile::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models").join(name)).unwrap()
+    }
+
+    #[test]
+    fn llama_cpp_splits_as_its_log_said() {
+        assert_eq!(layers_of_split(&[3.0, 5.0], 7), [3, 4]);
+        assert_eq!(layers_of_split(&[7.0, 1.0], 7), [7, 0]);
+        assert_eq!(layers_of_split(&[1.0, 0.0, 1.0], 4), [2, 0, 2]);
+    }
+
+    #[test]
+    fn the_tiny_target_needs_what_llama_server_printed() {
+        let want = Settings {
+            context: 1024,
+            slots: 2,
+            ..settings()
+        };
+        let (needs, host) = needs(&tiny("tightwad-tiny-target-q8_0.gguf"), &want);
+        let hundredths = |bytes: u64| (100 * bytes + MIB / 2) / MIB;
+        let weights = |needs: &[Need]| hundredths(needs.iter().map(|need| need.weights).sum());
+        assert_eq!(
+            (weights(&needs[..3]), weights(&needs[3..]), hundredths(host)),
+            (240, 346, 106)
+        );
+        assert_eq!(hundredths(needs[..3].iter().map(|need| need.kv).sum()), 300);
+        let q8_0 = TensorType::named("q8_0").unwrap();
+        let want = Settings {
+            context: 4096,
+            key_type: q8_0,
+            value_type: q8_0,
+            ..want
+        };
+        let (needs, _) = super::needs(&tiny("tightwad-tiny-target-q8_0.gguf"), &want);
+        assert_eq!(hundredths(needs[..3].iter().map(|need| need.kv).sum()), 638);
+    }
+
+    #[test]
+    fn the_estimate_for_computing_is_no_less_and_little_more_than_llama_server_printed() {
+        // MiB of the first of two CPU workers: "compute buffer size", llama.cpp b11434.
+        let printed = [
+            ("tightwad-tiny-target-q8_0.gguf", 1024, true, 16.55),
+            ("tightwad-tiny-target-q8_0.gguf", 4096, true, 28.55),
+            ("tightwad-tiny-target-q8_0.gguf", 16_384, true, 76.55),
+            ("tightwad-tiny-target-q8_0.gguf", 2048, false, 42.54),
+            ("tightwad-tiny-target-q8_0.gguf", 4096, false, 74.54),
+            ("tightwad-tiny-draft-f16.gguf", 1024, true, 9.30),
+            ("tightwad-tiny-draft-f16.gguf", 2048, false, 29.29),
+            ("tightwad-tiny-draft-othervocab-f16.gguf", 1024, true, 8.37),
+            ("tightwad-tiny-draft-othervocab-f16.gguf", 2048, false, 31.73),
+        ];
+        for (name, context, flash_attention, printed) in printed {
+            let want = Settings {
+                context,
+                flash_attention,
+                ..settings()
+            };
+            let estimated = compute_bytes(&tiny(name).shape, &want) as f64 / MIB as f64;
+            let ratio = estimated / printed;
+            assert!(
+                (1.0..1.13).contains(&ratio),
+                "{name}, {context}: {estimated} for {printed}"
+            );
+        }
+    }
+
+    #[test]
+    fn layers_follow_the_free_memory_and_the_workers_come_first() {
+        let devices = [device(Some("a:1"), 24_000), device(None, 12_000)];
+        let plan = plan(&model(&[500; 29]), &devices, &settings()).unwrap();
+        assert!(plan.fits && plan.suggestions.is_empty());
+        let pool = plan.pool();
+        assert_eq!(
+            (pool.rpc, pool.devices),
+            (vec!["a:1".to_owned()], vec!["RPC0".into(), "CUDA0".into()])
+        );
+        assert!(pool.layers == [20, 10] || pool.layers == [21, 9], "{:?}", pool.layers);
+    }
+
+    #[test]
+    fn a_server_without_layers_is_not_named_and_its_number_goes_to_the_next() {
+        let devices = [
+            device(Some("small:1"), 300),
+            device(Some("a:1"), 200),
+            device(Some("a:1"), 24_000),
+            device(Some("b:1"), 24_000),
+        ];
+        let plan = plan(&model(&[500; 20]), &devices, &settings()).unwrap();
+        let pool = plan.pool();
+        assert_eq!(pool.rpc, ["a:1", "b:1"]);
+        assert_eq!(pool.devices, ["RPC1", "RPC2"]);
+        assert_eq!(pool.layers.len(), 2);
+    }
+
+    #[test]
+    fn a_model_without_an_output_matrix_has_its_embeddings_twice() {
+        let mut tied = model(&[10]);
+        tied.tensors.retain(|tensor| tensor.name != "output.weight");
+        let (needs, host) = needs(&tied, &settings());
+        assert_eq!((needs[1].weights, host), (100 * MIB, 100 * MIB));
+    }
+
+    #[test]
+    fn no_devices_and_too_many_are_errors() {
+        let model = model(&[10]);
+        assert_eq!(plan(&model, &[], &settings()), Err(PlanError::NoDevices));
+        let many = vec![device(Some("a:1"), 1000); 16];
+        assert_eq!(plan(&model, &many, &settings()), Err(PlanError::TooManyDevices(16)));
+    }
+
+    #[test]
+    fn what_extra_args_say_is_what_is_planned() {
+        let (mut model, mut coordinator) = config();
+        model.extra_args = ["-c", "4096", "-ctk", "q8_0", "--kv-unified"]
+            .map(str::to_owned)
+            .to_vec();
+        coordinator.extra_args = ["-np", "2", "-fa", "off", "--tensor-split", "1,1"]
+            .map(str::to_owned)
+            .to_vec();
+        let settings = Settings::of(&model, &coordinator, Some(16)).unwrap();
+        assert_eq!((settings.slots, settings.context, settings.unified), (2, 2048, true));
+        assert_eq!((settings.key_type.name, settings.value_type.name), ("q8_0", "f16"));
+        assert!(!settings.flash_attention);
+        assert_eq!(placing_options(&model, &coordinator), ["--tensor-split"]);
+        model.cache_type_v = Some("q9".into());
+        let error = Settings::of(&model, &coordinator, None).unwrap_err().to_string();
+        assert!(error.contains("q9") && error.contains("cache_type_v"), "{error}");
+    }
+
+    #[test]
+    fn windows_and_shared_caches_have_the_cells_that_llama_cpp_gives_them() {
+        let want = Settings {
+            context: 8000,
+            slots: 4,
+            ..settings()
+        };
+        assert_eq!(want.cells(None), (8192, 4));
+        assert_eq!(want.cells(Some(1000)), (1536, 4));
+        let unified = Settings { unified: true, ..want };
+        assert_eq!(unified.cells(None), (32_000, 1));
+        assert_eq!(unified.cells(Some(1000)), (4608, 1));
+    }
+
+    #[test]
+    fn several_amd_gpus_get_their_environment_unless_the_config_says_otherwise() {
+        let (model_config, mut coordinator) = config();
+        let gpu = serde_json::json!({ "name": "7900 XTX", "vram_gb": 24.0 });
+        coordinator.gpus = vec![serde_json::from_value(gpu).unwrap(); 2];
+        coordinator.env.insert("GPU_MAX_HW_QUEUES".into(), "4".into());
+        let plan = plan(&model(&[10]), &[device(None, 24_000)], &settings()).unwrap();
+        let launch = plan.launch(
+            "llama-server",
+            &coordinator,
+            ("big", &model_config),
+            ("127.0.0.1", 9000),
+        );
+        let env: Vec<_> = launch
+            .env
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.expose()))
+            .collect();
+        assert_eq!(env, [("GPU_MAX_HW_QUEUES", "4"), ("HSA_ENABLE_SDMA", "0")]);
+        assert_eq!(launch.url(), "http://127.0.0.1:9000");
+        assert_eq!(launch.value_of("--rpc"), None);
+    }
+
+    /// What is wanted, with a suggestion taken.
+    fn taken(suggestion: &Suggestion, devices: &mut Vec<Device>, want: &Settings) -> Settings {
+        let mut want = want.clone();
+        match suggestion {
+            Suggestion::CtxSize(context) => want.context = *context,
+            Suggestion::CacheType(name) => {
+                want.key_type = TensorType::named(name).unwrap();
+                want.value_type = want.key_type;
+            }
+            Suggestion::Slots(slots) => want.slots = *slots,
+            Suggestion::WorkerGb(gib) => devices.insert(0, device(Some("new:1"), gib * 1024)),
+        }
+        want
+    }
+
+    #[test]
+    fn what_is_suggested_is_the_nearest_of_its_kind() {
+        let devices = [device(Some("a:1"), 6500), device(None, 6500)];
+        let model = model(&[250; 32]);
+        let plan = plan(&model, &devices, &settings()).unwrap();
+        assert!(!plan.fits);
+        let context = plan.suggestions.iter().find_map(|suggestion| match suggestion {
+            Suggestion::CtxSize(tokens) => Some(*tokens),
+            _ => None,
+        });
+        let more = Settings {
+            context: context.unwrap() + 1024,
+            ..settings()
+        };
+        assert!(!super::plan(&model, &devices, &more).unwrap().fits);
+        assert!(
+            plan.suggestions
+                .iter()
+                .any(|suggestion| matches!(suggestion, Suggestion::Slots(1..4)))
+        );
+    }
+
+    /// Whether any way to put the layers on the devices in order leaves each its margin.
+    fn can_fit(costs: &[u64], room: &[u64]) -> bool {
+        let Some((first, others)) = room.split_first() else {
+            return costs.is_empty();
+        };
+        (0..=costs.len()).any(|count| costs[..count].iter().sum::<u64>() <= *first && can_fit(&costs[count..], others))
+    }
+
+    proptest! {
+        #[test]
+        fn the_layers_of_a_plan_are_those_that_llama_cpp_makes_of_it(
+            counts in proptest::collection::vec(0u32..40, 1..15),
+        ) {
+            let layers: u32 = counts.iter().sum();
+            prop_assume!(layers > 0);
+            let split: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
+            prop_assert_eq!(layers_of_split(&split, layers), counts);
+        }
+
+        #[test]
+        fn layers_are_placed_once_and_fit_whenever_they_can(
+            costs in proptest::collection::vec(1u64..1000, 1..8),
+            room in proptest::collection::vec(0u64..2000, 1..4),
+        ) {
+            let counts = balance(&costs, &room);
+            prop_assert_eq!(counts.iter().sum::<usize>(), costs.len());
+            let mut first = 0;
+            let fits = counts.iter().zip(&room).all(|(count, room)| {
+                let own = &costs[first..first + count];
+                first += count;
+                own.iter().sum::<u64>() <= *room
+            });
+            prop_assert_eq!(fits, can_fit(&costs, &room));
+        }
+
+        #[test]
+        fn a_plan_adds_up_and_its_suggestions_fit(
+            layers in proptest::collection::vec(1u64..800, 1..40),
+            free in proptest::collection::vec(0u64..16_000, 1..6),
+            slots in 1u16..9,
+            context in 256u32..40_000,
+        ) {
+            let model = model(&layers);
+            let mut devices: Vec<Device> = free
+                .iter()
+                .enumerate()
+                .map(|(number, free)| device(Some(&format!("w{number}:1")).filter(|_| number > 0).map(String::as_str), *free))
+                .collect();
+            devices.rotate_left(1);
+            let want = Settings { context, slots, ..settings() };
+            let plan = plan(&model, &devices, &want).unwrap();
+            prop_assert_eq!(plan.placements.iter().map(|it| it.layers).sum::<u32>(), plan.layers);
+            let weights: u64 = plan.placements.iter().map(|it| it.weights_bytes).sum();
+            prop_assert_eq!(weights, (layers.iter().sum::<u64>() + 100) * MIB);
+            for it in &plan.placements {
+                let used = it.weights_bytes + it.kv_bytes + it.compute_bytes;
+                prop_assert_eq!(it.left_bytes, difference(it.device.free_bytes, used));
+                prop_assert_eq!(it.argument.is_some(), it.layers > 0);
+                prop_assert!(!plan.fits || it.layers == 0 || it.left_bytes >= difference(MARGIN_BYTES, 0));
+            }
+            prop_assert!(plan.fits || !plan.suggestions.is_empty());
+            for suggestion in &plan.suggestions {
+                let mut devices = devices.clone();
+                let want = taken(suggestion, &mut devices, &want);
+                prop_assert!(place(&model, &devices, &want).unwrap().fits, "{suggestion}");
+            }
+        }
+    }
+}
