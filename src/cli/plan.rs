@@ -69,6 +69,15 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
         ));
     }
     let settings = Settings::of(model, coordinator, draft_tokens)?;
+    if let Some(trained) = file.shape.trained_context
+        && u64::from(settings.context) > trained
+    {
+        notes.push(format!(
+            "the model was trained with {trained} tokens: llama-server takes memory for {} per slot and serves {trained}; a \
+             smaller ctx_size wastes none",
+            settings.context
+        ));
+    }
     let plan = plan::plan(&file, &devices, &settings)?;
     let launch = plan.launch(
         llama_server,
@@ -213,19 +222,22 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
     ]
 }
 
-/// `0-31`, `32-63 and output`, `output`, `none`.
+/// `0-31`, `32`, `32-63 and output`, `output`, `none`.
 fn layers(placement: &Placement, all: u32) -> String {
-    let end = placement.first_layer + placement.layers;
+    let first = placement.first_layer;
+    let end = first + placement.layers;
     let has_output = placement.layers > 0 && end == all;
-    let repeating_end = if has_output { end - 1 } else { end };
-    let output = if has_output { "output" } else { "" };
-    match repeating_end.saturating_sub(placement.first_layer) {
-        0 if has_output => output.to_owned(),
-        0 => "none".to_owned(),
-        _ => {
-            let and = if has_output { " and " } else { "" };
-            format!("{}-{}{and}{output}", placement.first_layer, repeating_end - 1)
-        }
+    let repeating = placement.layers - u32::from(has_output);
+    let range = match repeating {
+        0 if has_output => return "output".to_owned(),
+        0 => return "none".to_owned(),
+        1 => first.to_string(),
+        _ => format!("{first}-{}", first + repeating - 1),
+    };
+    if has_output {
+        format!("{range} and output")
+    } else {
+        range
     }
 }
 

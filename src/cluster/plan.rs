@@ -12,10 +12,13 @@
 //! - **KV cache**: keys and values of its layers for each slot's context, rounded up to 256 tokens (`llama_kv_cache`); a
 //!   layer with a window keeps that and one batch; a recurrent layer keeps a state per slot, and one more for each draft
 //!   token that may be taken back.
-//! - **compute**: an estimate. Measured with two CPU workers and models of 96 to 256 numbers per token: for each token of a
+//! - **compute**: an estimate. Measured with two CPU workers and models of 96 to 4096 numbers per token: for each token of a
 //!   batch (512) 16 vectors of the embedding's length and 3 of the feed-forward part's, in f32, and for each cell of a slot's
-//!   context 8 bytes with flash attention, 16 and 4 per head without; and the output layer's scores. It came within 6 % of
-//!   what llama-server printed there. A real GPU also takes some hundred MiB for its driver, which the margin is for.
+//!   context 8 bytes with flash attention, 16 and 4 per head without; and the output layer's scores; and a twentieth more. For
+//!   the first device that is 5 to 14 % more than llama-server printed, for later ones, which need less, up to three times
+//!   that. A real GPU also takes some hundred MiB for its driver, which the margin is for.
+//!
+//! Counted though llama-server may leave it out: layers of multi-token prediction.
 
 use std::fmt;
 use std::path::PathBuf;
