@@ -279,6 +279,14 @@ impl Check {
             }
             if let Some(folder) = &worker.cache_dir {
                 self.path(&["workers", &index, "cache_dir"], folder);
+                let shares = |other: &&super::Worker| other.host == host && other.cache_dir.as_ref() == Some(folder);
+                if let Some(other) = config.workers[..number].iter().find(shares) {
+                    let message = format!(
+                        "the worker {} on the same host has it; give another folder",
+                        other.name()
+                    );
+                    self.found(&["workers", &index, "cache_dir"], message);
+                }
             }
         }
     }

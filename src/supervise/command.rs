@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::net::SocketAddrV4;
 
 use crate::config::{self, Model, Secret, Server};
 
@@ -21,13 +22,15 @@ pub struct Launch {
     pub env: Vec<(String, Secret)>,
 }
 
-/// What a llama-server is for.
+/// What a server is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Verifies and answers.
     Target,
     /// Drafts.
     Draft,
+    /// Lends its GPUs: a ggml-rpc-server.
+    Rpc,
 }
 
 impl Role {
@@ -37,6 +40,7 @@ impl Role {
         match self {
             Self::Target => "target",
             Self::Draft => "draft",
+            Self::Rpc => "rpc",
         }
     }
 }
@@ -141,6 +145,13 @@ impl Launch {
                 .and_then(|port| port.parse().ok())
                 .unwrap_or(8080),
         )
+    }
+
+    /// Where it will listen, if that is an IPv4 address; no other is known to llama.cpp's RPC.
+    #[must_use]
+    pub fn ipv4_address(&self) -> Option<SocketAddrV4> {
+        let (host, port) = self.address();
+        Some(SocketAddrV4::new(host.parse().ok()?, port))
     }
 
     /// The URL that it answers at from this machine.

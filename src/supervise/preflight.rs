@@ -81,7 +81,7 @@ pub async fn llama_server(
         key_file(file)?;
     }
     let external_draft = match role {
-        Role::Draft => None,
+        Role::Draft | Role::Rpc => None,
         Role::Target => match command::external_draft(drafts) {
             Some(_) if !takes_external_drafts(&program).await => {
                 tracing::warn!(
@@ -101,7 +101,7 @@ pub async fn llama_server(
 }
 
 /// Finds a program, by path or on `PATH`.
-fn program(name: &Path) -> Result<PathBuf, Unfit> {
+pub fn program(name: &Path) -> Result<PathBuf, Unfit> {
     which::which(name).map_err(|_| Unfit::NoProgram(name.to_owned()))
 }
 
