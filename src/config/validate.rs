@@ -269,10 +269,10 @@ impl Check {
                     .find(|port| endpoints.get(&(host, *port)) < Some(&number));
                 taken.map(|port| format!("{host} with rpc_port {port} is in the list already; give another rpc_port"))
             };
-            if let Some(message) = message {
-                self.found(&["workers", &index, "host"], message);
+            match message {
+                Some(message) => self.found(&["workers", &index, "host"], message),
+                None => self.agent(&path, worker, &config.workers[..number]),
             }
-            self.agent(&path, worker, &config.workers[..number]);
             if !(worker.cache_gb >= 0.0 && worker.cache_gb.is_finite()) {
                 let message = format!("{} GiB; must be 0 (none) or more", worker.cache_gb);
                 self.found(&["workers", &index, "cache_gb"], message);
@@ -301,7 +301,6 @@ impl Check {
             worker.agent_token_file.as_deref(),
         );
         if earlier.iter().any(|other| other.name() == worker.name()) {
-            // Of two entries for one host the second needs a name, the first may do without.
             let message = format!("another worker is called {} already; give another name", worker.name());
             self.found(&at("name"), message);
         }

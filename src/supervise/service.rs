@@ -213,7 +213,11 @@ async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
     report.tail.send_replace(child.tail());
     let pid = child.pid();
     let began = Instant::now();
-    tracing::info!(pid, "the {role} server starts at {}", launch.url());
+    let place = match role {
+        Role::Rpc => launch.url().trim_start_matches("http://").to_owned(),
+        Role::Target | Role::Draft => launch.url(),
+    };
+    tracing::info!(pid, "the {role} server starts at {place}");
     let mut ready = None;
     let status = {
         let watch_it = async {

@@ -130,6 +130,8 @@ impl Servers {
     }
 
     fn look_again(&mut self) {
+        // A look that fails is not repeated at once either.
+        self.shown.view().looked = Some(Instant::now());
         let (spec, shown) = (Arc::clone(&self.spec), self.shown());
         self.next(move |stop| async move {
             // What the servers wrote is read while nobody waits for it.
