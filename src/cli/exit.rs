@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use crate::bench::{OwnDraftError, PromptError, RelayError};
 use crate::cluster::gguf::ModelFileError;
 use crate::cluster::plan::PlanError;
+use crate::cluster::worker::{NoServer, WorkerError};
 use crate::config::ConfigError;
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
@@ -94,6 +95,18 @@ impl From<ConfigError> for Failure {
 impl From<GaveUp> for Failure {
     fn from(gave_up: GaveUp) -> Self {
         Self::new(Exit::ChildGaveUp, gave_up.to_string())
+    }
+}
+
+impl From<WorkerError> for Failure {
+    fn from(error: WorkerError) -> Self {
+        match error {
+            WorkerError::Token(error) => error.into(),
+            WorkerError::Unfit(error) | WorkerError::NoServer(NoServer::Unfit(error)) => error.into(),
+            WorkerError::GaveUp(error) => error.into(),
+            WorkerError::NotFound(_) | WorkerError::Launch(_) => Self::new(Exit::Config, error.to_string()),
+            WorkerError::NoServer(_) => Self::new(Exit::ChildGaveUp, error.to_string()),
+        }
     }
 }
 

@@ -71,6 +71,8 @@ enum Command {
     Run {
         /// What to run.
         part: run::Part,
+        /// With `worker`: its name or host in the config. Default: the entry with this host's address.
+        name: Option<String>,
     },
     /// Check the config and say what is wrong with it.
     #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
@@ -152,10 +154,10 @@ pub fn main() -> ExitCode {
 async fn dispatch(cli: &Cli) -> Result<(), Failure> {
     let file = cli.config.as_deref();
     match &cli.command {
-        Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy).await,
+        Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy, None).await,
         Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?.config),
         Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?.config, *json).await,
-        Command::Run { part } => run::run(&load(file)?, *part).await,
+        Command::Run { part, name } => run::run(&load(file)?, *part, name.as_deref()).await,
         Command::CheckConfig(options) => check_config::check(file, options),
         Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
         Command::Demo(options) => demo::demo(options).await,

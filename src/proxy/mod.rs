@@ -31,7 +31,7 @@ mod server;
 mod settings;
 mod status;
 mod target;
-mod token;
+pub(crate) mod token;
 mod usage;
 
 pub use server::{ServeError, serve};

@@ -9,7 +9,7 @@ use crate::config::Secret;
 pub(super) const X_API_KEY: &str = "x-api-key";
 
 /// Whether a request with these headers knows the token.
-pub(super) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
+pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
     let token = token.expose().as_bytes();
     let bearers = headers
         .get_all(header::AUTHORIZATION)

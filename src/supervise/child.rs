@@ -32,7 +32,7 @@ pub struct Child {
 
 /// The last lines that a child wrote.
 #[derive(Debug, Clone, Default)]
-struct Tail(Arc<Mutex<VecDeque<String>>>);
+pub struct Tail(Arc<Mutex<VecDeque<String>>>);
 
 impl Child {
     /// Starts `launch` and forwards what it writes to the log, under the name `role`.
@@ -85,8 +85,14 @@ impl Child {
         self.tail.lines()
     }
 
+    /// Its last lines so far, and those to come.
+    #[must_use]
+    pub fn tail(&self) -> Tail {
+        self.tail.clone()
+    }
+
     /// Ends it: SIGTERM, and SIGKILL if it has not ended within `patience`.
-    pub async fn stop(mut self, patience: Duration) -> io::Result<ExitStatus> {
+    pub async fn stop(&mut self, patience: Duration) -> io::Result<ExitStatus> {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         // `id` is `Some` until the process was waited for, so the number cannot belong to another one yet.
         if let (Some(pid), Some(_)) = (pid, self.process.id()) {
@@ -116,7 +122,9 @@ impl Tail {
         lines.push_back(line.to_owned());
     }
 
-    fn lines(&self) -> Vec<String> {
+    /// The lines, oldest first.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
         self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -154,7 +162,8 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
     }
 }
 
-/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request.
+/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request. A
+/// ggml-rpc-server gives no level, and tells of every part of a model.
 fn log(role: Role, line: &str) {
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
@@ -162,6 +171,7 @@ fn log(role: Role, line: &str) {
         Some("W") if line.contains("cancel task") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),
         Some("D") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
+        _ if role == Role::Rpc => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         _ => tracing::info!(target: "tightwad::child", "{role}: {line}"),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::net::SocketAddrV4;
 
 use serde::Serialize;
 
@@ -28,7 +29,7 @@ pub struct Launch {
     pub env: Vec<(String, Secret)>,
 }
 
-/// What a llama-server is for.
+/// What a server is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Verifies and answers.
@@ -37,6 +38,8 @@ pub enum Role {
     Draft,
     /// Answers over the GPUs of several hosts.
     Coordinator,
+    /// Lends its GPUs: a ggml-rpc-server.
+    Rpc,
 }
 
 impl Role {
@@ -47,6 +50,7 @@ impl Role {
             Self::Target => "target",
             Self::Draft => "draft",
             Self::Coordinator => "coordinator",
+            Self::Rpc => "rpc",
         }
     }
 }
@@ -207,6 +211,13 @@ impl Launch {
                 .and_then(|port| port.parse().ok())
                 .unwrap_or(8080),
         )
+    }
+
+    /// Where it will listen, if that is an IPv4 address; no other is known to llama.cpp's RPC.
+    #[must_use]
+    pub fn ipv4_address(&self) -> Option<SocketAddrV4> {
+        let (host, port) = self.address();
+        Some(SocketAddrV4::new(host.parse().ok()?, port))
     }
 
     /// The URL that it answers at from this machine.

@@ -81,7 +81,7 @@ pub async fn llama_server(
         key_file(file)?;
     }
     let external_draft = match role {
-        Role::Draft => None,
+        Role::Draft | Role::Rpc => None,
         Role::Target | Role::Coordinator => external_draft(role, &program, drafts).await,
     };
     let launch = command::llama_server(program, server, name, gguf, external_draft);

@@ -16,3 +16,4 @@ pub mod proxy;
 pub mod random_model;
 pub mod request;
 pub mod wait;
+pub mod worker;
