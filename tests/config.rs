@@ -788,6 +788,7 @@ fn everything() -> Config {
             swap_on_request: false,
             drain_seconds: 1,
             wait_seconds: 1,
+            stall_seconds: 1,
             api_key: Some(Secret::new("k")),
             api_key_file: Some("f".into()),
             extra_args: Vec::new(),

@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::bench::{OwnDraftError, PromptError, RelayError};
+use crate::cluster::coordinator::CoordinatorError;
 use crate::cluster::gguf::ModelFileError;
 use crate::cluster::plan::PlanError;
 use crate::cluster::worker::{NoServer, WorkerError};
@@ -106,6 +107,16 @@ impl From<WorkerError> for Failure {
             WorkerError::GaveUp(error) => error.into(),
             WorkerError::NotFound(_) | WorkerError::Launch(_) => Self::new(Exit::Config, error.to_string()),
             WorkerError::NoServer(_) => Self::new(Exit::ChildGaveUp, error.to_string()),
+        }
+    }
+}
+
+impl From<CoordinatorError> for Failure {
+    fn from(error: CoordinatorError) -> Self {
+        match error {
+            CoordinatorError::NoSection => Self::new(Exit::Config, error.to_string()),
+            CoordinatorError::Config(error) => error.into(),
+            CoordinatorError::Worker(_) => Self::new(Exit::File, error.to_string()),
         }
     }
 }

@@ -3,8 +3,9 @@
 use super::exit::{Exit, Failure};
 use super::{proxy, signals};
 use crate::cluster;
+use crate::cluster::coordinator::CoordinatorError;
 use crate::cluster::worker::{WorkerError, own_entry};
-use crate::config::{Config, Loaded, Server};
+use crate::config::{self, Config, Loaded, Server};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -18,6 +19,8 @@ pub enum Part {
     Draft,
     /// The OpenAI-compatible endpoint.
     Proxy,
+    /// The endpoint over the workers' GPUs.
+    Coordinator,
     /// The GPUs that this host lends to a coordinator.
     Worker,
 }
@@ -26,7 +29,7 @@ pub enum Part {
 /// `name` says which entry of a list, where the part is one.
 pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
-    if let (Some(name), Part::Target | Part::Draft | Part::Proxy) = (name, part) {
+    if let (Some(name), Part::Target | Part::Draft | Part::Proxy | Part::Coordinator) = (name, part) {
         let message = format!("`run` takes the name of a worker, and nothing else: `{name}`");
         return Err(Failure::new(Exit::Usage, message));
     }
@@ -35,7 +38,24 @@ pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), 
         Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
         Part::Proxy => proxy::run(loaded).await,
         Part::Worker => worker(config, name).await,
+        Part::Coordinator => coordinator(loaded).await,
     }
+}
+
+async fn coordinator(loaded: &Loaded) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let config = &loaded.config;
+    let section = config.coordinator.as_ref().ok_or(CoordinatorError::NoSection)?;
+    preflight::program(&config.binaries.llama_server)?;
+    let (_, model) = config.model_for(None)?;
+    preflight::model(&model.path)?;
+    let listener = proxy::listen_at(&section.host, section.port).await?;
+    let address = listener.local_addr()?;
+    tracing::info!(
+        "the coordinator serves at {}/v1",
+        config::local_url(&address.ip().to_string(), address.port())
+    );
+    Ok(cluster::coordinator::serve(listener, config.clone(), None, stop).await?)
 }
 
 async fn worker(config: &Config, name: Option<&str>) -> Result<(), Failure> {

@@ -59,7 +59,7 @@ pub enum EndpointState {
     Listening,
     /// A coordinator's llama-server is connected.
     Connected,
-    /// It died, and starts again soon.
+    /// It died, and starts again soon; or it was stopped (SIGSTOP), and answers nobody.
     Failed,
 }
 

@@ -10,12 +10,16 @@
 //! | [`gguf`] | the header of a model file |
 //! | [`devices`] | the devices of the pool and their memory |
 //! | [`plan`] | which layers go where (pure) |
+//! | [`swap`] | which model runs, who waits, what happens next (pure) |
+//! | [`coordinator`] | one endpoint over the pool |
 
 pub mod agent;
 pub mod agent_client;
 pub mod build;
+pub mod coordinator;
 pub mod devices;
 pub mod gguf;
 pub mod plan;
 pub mod rpc_probe;
+pub mod swap;
 pub mod worker;

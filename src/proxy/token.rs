@@ -6,7 +6,7 @@ use subtle::ConstantTimeEq;
 use crate::config::Secret;
 
 /// The header that Anthropic's clients send their key in.
-pub(super) const X_API_KEY: &str = "x-api-key";
+pub(crate) const X_API_KEY: &str = "x-api-key";
 
 /// Whether a request with these headers knows the token.
 pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::ChildStdin;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -28,7 +29,12 @@ pub struct Child {
     pid: u32,
     tail: Tail,
     readers: JoinSet<()>,
+    /// Its standard input, for one that ends when that is closed.
+    lifeline: Option<ChildStdin>,
 }
+
+/// Takes lines that are news rather than log; says whether it took one.
+pub type Listener = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// The last lines that a child wrote.
 #[derive(Debug, Clone, Default)]
@@ -37,9 +43,19 @@ pub struct Tail(Arc<Mutex<VecDeque<String>>>);
 impl Child {
     /// Starts `launch` and forwards what it writes to the log, under the name `role`.
     pub async fn spawn(role: Role, launch: &Launch) -> io::Result<Self> {
+        Self::spawn_with(role, launch, None).await
+    }
+
+    /// As [`Self::spawn`]; with a listener its standard input stays open until it is stopped.
+    pub async fn spawn_with(role: Role, launch: &Launch, listener: Option<Listener>) -> io::Result<Self> {
         let mut command = parent_bound::command(&launch.program, &launch.args);
+        let stdin = if listener.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
         command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
@@ -55,16 +71,19 @@ impl Child {
         let tail = Tail::default();
         let mut readers = JoinSet::new();
         if let Some(stdout) = process.stdout.take() {
-            readers.spawn(forward(role, stdout, tail.clone()));
+            readers.spawn(forward(role, stdout, tail.clone(), listener));
         }
         if let Some(stderr) = process.stderr.take() {
-            readers.spawn(forward(role, stderr, tail.clone()));
+            readers.spawn(forward(role, stderr, tail.clone(), None));
         }
+        // Waiting for a process closes what is still its standard input.
+        let lifeline = process.stdin.take();
         Ok(Self {
             process,
             pid,
             tail,
             readers,
+            lifeline,
         })
     }
 
@@ -98,6 +117,7 @@ impl Child {
         if let (Some(pid), Some(_)) = (pid, self.process.id()) {
             let _ = kill_process(pid, Signal::TERM);
         }
+        drop(self.lifeline.take());
         if let Ok(status) = timeout(patience, self.process.wait()).await {
             return status;
         }
@@ -111,6 +131,16 @@ impl Child {
         }
         self.process.wait().await
     }
+}
+
+/// Whether a process was stopped by a signal or a debugger, so that it runs no further; `false` where that cannot be told
+/// (`/proc/PID/stat`, see proc(5)).
+#[must_use]
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in parentheses may have spaces and parentheses of its own.
+    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
+    matches!(state, Some("T" | "t"))
 }
 
 impl Tail {
@@ -135,7 +165,7 @@ impl Tail {
 }
 
 /// Reads lines until the stream ends; bytes that are no UTF-8 and endless lines do no harm.
-async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
+async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listener: Option<Listener>) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -150,7 +180,8 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
         if complete {
             let text = String::from_utf8_lossy(&line);
             let text = text.trim_end();
-            if !text.is_empty() {
+            let heard = listener.as_ref().is_some_and(|listener| listener(text));
+            if !text.is_empty() && !heard {
                 log(role, text);
                 tail.push(text);
             }

@@ -41,6 +41,7 @@ type Sign = (&'static str, fn(String) -> Cause);
 const SIGNS: &[Sign] = &[
     ("Remote RPC server crashed", Cause::WorkerLost),
     ("Failed to connect to", Cause::WorkerLost),
+    ("RPC handshake failed", Cause::WorkerLost),
     ("couldn't bind", |_| Cause::PortInUse),
     ("address already in use", |_| Cause::PortInUse),
     ("Failed to create server socket", |_| Cause::PortInUse),

@@ -12,6 +12,7 @@ pub mod fake_scoring;
 pub mod fake_upstream;
 pub mod gguf;
 pub mod llama_server;
+pub mod pool;
 pub mod proxy;
 pub mod random_model;
 pub mod request;

@@ -14,7 +14,7 @@ use super::survey::{self, Look};
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE, Spec};
 use crate::cluster::agent::{DeviceStatus, Endpoint, EndpointState};
 use crate::cluster::rpc_probe::{Told, probe};
-use crate::supervise::child::Tail;
+use crate::supervise::child::{Tail, is_stopped};
 use crate::supervise::command::Role;
 use crate::supervise::service::{Service, State};
 use crate::supervise::{preflight, sockets};
@@ -322,6 +322,8 @@ impl EndpointView {
         };
         match &*state.borrow() {
             State::Starting | State::Loading => EndpointState::Starting,
+            // It keeps its connections and answers nobody.
+            State::Ready { pid } if is_stopped(*pid) => EndpointState::Failed,
             State::Ready { .. } if sockets::is_connected(self.address).unwrap_or(false) => EndpointState::Connected,
             State::Ready { .. } => EndpointState::Listening,
             State::Waiting { .. } | State::GaveUp { .. } => EndpointState::Failed,
