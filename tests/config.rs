@@ -788,6 +788,7 @@ fn everything() -> Config {
             swap_on_request: false,
             drain_seconds: 1,
             wait_seconds: 1,
+            stall_seconds: 1,
             api_key: Some(Secret::new("k")),
             api_key_file: Some("f".into()),
             extra_args: Vec::new(),
@@ -1010,4 +1011,63 @@ proptest! {
     fn no_text_makes_it_panic(text in "(proxy|target|models|url|: |[{}\\[\\]]|- |\n| |\t|[&*!]a|\\PC){0,40}") {
         let _ = Place::with_file(&text).load();
     }
+}
+
+#[test]
+fn what_a_worker_says_of_its_agent_is_checked() {
+    let workers = |second: &str| format!("workers:\n  - {{ host: a, agent_token: t }}\n  - {second}\n");
+    for (yaml, problem) in [
+        (
+            workers("{ host: a, name: b, agent_token: t, gpus: [ { name: x, vram_gb: 1, rpc_port: 7 } ] }"),
+            "workers.1.agent_port: 50051 is taken by the worker a",
+        ),
+        (
+            workers("{ host: b, name: a }"),
+            "workers.1.name: another worker is called a already",
+        ),
+        (
+            workers("{ host: b, agent_token: t, agent_port: 50052 }"),
+            "workers.1.agent_port: 50052 is an rpc_port of it",
+        ),
+        (
+            workers("{ host: b, agent_token: t, agent_token_file: /f }"),
+            "workers.1.agent_token: given together with agent_token_file",
+        ),
+        (
+            workers("{ host: b, cache_gb: -1 }"),
+            "workers.1.cache_gb: -1 GiB; must be 0 (none) or more",
+        ),
+    ] {
+        let place = Place::with_file(&yaml);
+        let error = place.load().unwrap_err().to_string();
+        assert!(error.contains(problem), "{yaml}: {error}");
+    }
+}
+
+#[test]
+fn a_worker_has_an_agent_only_with_a_token_or_where_nobody_else_gets_at_it() {
+    let worker = |agent_port, token: Option<&str>, host: &str| Worker {
+        agent_port,
+        agent_token: token.map(Secret::new),
+        ..Worker::at(host)
+    };
+    assert!(worker(1, Some("t"), "10.0.0.2").has_agent());
+    assert!(worker(1, None, "127.0.0.1").has_agent());
+    assert!(!worker(1, None, "10.0.0.2").has_agent());
+    assert!(!worker(0, Some("t"), "10.0.0.2").has_agent());
+}
+
+#[test]
+fn a_token_file_that_this_host_lacks_is_a_warning() {
+    let place = Place::with_file("workers: [ { host: a, agent_token_file: /no/such/token } ]");
+    let report = check_config_in(None, &place.environment);
+    assert!(report.ok);
+    assert!(
+        report
+            .warnings
+            .iter()
+            .any(|warning| warning.contains("workers.0.agent_token_file")),
+        "{:?}",
+        report.warnings
+    );
 }

@@ -4,6 +4,10 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::bench::{OwnDraftError, PromptError, RelayError};
+use crate::cluster::coordinator::CoordinatorError;
+use crate::cluster::gguf::ModelFileError;
+use crate::cluster::plan::PlanError;
+use crate::cluster::worker::{NoServer, WorkerError};
 use crate::config::ConfigError;
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
@@ -31,6 +35,8 @@ pub enum Exit {
     NotRunning = 7,
     /// A child process died too often, or of something that a restart does not cure.
     ChildGaveUp = 8,
+    /// The model does not fit into the pool.
+    DoesNotFit = 9,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
 }
@@ -93,6 +99,28 @@ impl From<GaveUp> for Failure {
     }
 }
 
+impl From<WorkerError> for Failure {
+    fn from(error: WorkerError) -> Self {
+        match error {
+            WorkerError::Token(error) => error.into(),
+            WorkerError::Unfit(error) | WorkerError::NoServer(NoServer::Unfit(error)) => error.into(),
+            WorkerError::GaveUp(error) => error.into(),
+            WorkerError::NotFound(_) | WorkerError::Launch(_) => Self::new(Exit::Config, error.to_string()),
+            WorkerError::NoServer(_) => Self::new(Exit::ChildGaveUp, error.to_string()),
+        }
+    }
+}
+
+impl From<CoordinatorError> for Failure {
+    fn from(error: CoordinatorError) -> Self {
+        match error {
+            CoordinatorError::NoSection => Self::new(Exit::Config, error.to_string()),
+            CoordinatorError::Config(error) => error.into(),
+            CoordinatorError::Worker(_) => Self::new(Exit::File, error.to_string()),
+        }
+    }
+}
+
 impl From<ChatError> for Failure {
     fn from(error: ChatError) -> Self {
         match error {
@@ -131,6 +159,18 @@ impl From<OwnDraftError> for Failure {
             OwnDraftError::Chat(error) => error.into(),
             OwnDraftError::Port(error) => error.into(),
         }
+    }
+}
+
+impl From<ModelFileError> for Failure {
+    fn from(error: ModelFileError) -> Self {
+        Self::new(Exit::File, error.to_string())
+    }
+}
+
+impl From<PlanError> for Failure {
+    fn from(error: PlanError) -> Self {
+        Self::new(Exit::Config, error.to_string())
     }
 }
 

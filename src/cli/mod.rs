@@ -8,6 +8,7 @@ mod deployment;
 pub mod exit;
 mod own_proxy;
 mod pid_file;
+mod plan;
 mod progress;
 mod proxy;
 mod question_set;
@@ -39,9 +40,10 @@ Examples:
   tightwad proxy start                                             the endpoint in front of both
   tightwad chat                                                    talk to it
   tightwad bench                                                   what does drafting gain there?
+  tightwad plan                                                    does a model fit into the pool?
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
-6 server unreachable, 7 not running, 8 a child process was given up, 130 interrupted.
+6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit, 130 interrupted.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
 /// Many unlike GPUs on many machines behind one OpenAI-compatible endpoint, faster than the target model alone.
@@ -69,6 +71,8 @@ enum Command {
     Run {
         /// What to run.
         part: run::Part,
+        /// With `worker`: its name or host in the config. Default: the entry with this host's address.
+        name: Option<String>,
     },
     /// Check the config and say what is wrong with it.
     #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
@@ -85,6 +89,9 @@ enum Command {
     /// Check that drafted answers equal the plain ones, token by token, at temperature 0 and 0.8.
     #[command(after_help = "Example: tightwad verify --count 10 --kinds code")]
     Verify(verify::Options),
+    /// Which layers of a model go to which GPU of the pool, and whether it fits.
+    #[command(after_help = "Example: tightwad plan qwen3-72b --json | jq .fits")]
+    Plan(plan::Options),
     /// Become a program that does not outlive its parent.
     #[command(name = parent_bound::SUBCOMMAND, hide = true)]
     ExecChild(ExecChild),
@@ -125,7 +132,7 @@ pub fn main() -> ExitCode {
     }
     let quiet = matches!(
         cli.command,
-        Command::Demo(_) | Command::Chat(_) | Command::Bench(_) | Command::Verify(_)
+        Command::Demo(_) | Command::Chat(_) | Command::Bench(_) | Command::Verify(_) | Command::Plan(_)
     );
     let filter = std::env::var(LOG_FILTER).unwrap_or_else(|_| if quiet { "error" } else { "info" }.to_owned());
     if let Err(error) = log::init(cli.log_format, &filter) {
@@ -147,10 +154,10 @@ pub fn main() -> ExitCode {
 async fn dispatch(cli: &Cli) -> Result<(), Failure> {
     let file = cli.config.as_deref();
     match &cli.command {
-        Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy).await,
+        Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy, None).await,
         Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?.config),
         Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?.config, *json).await,
-        Command::Run { part } => run::run(&load(file)?, *part).await,
+        Command::Run { part, name } => run::run(&load(file)?, *part, name.as_deref()).await,
         Command::CheckConfig(options) => check_config::check(file, options),
         Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
         Command::Demo(options) => demo::demo(options).await,
@@ -162,6 +169,7 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
             let loaded = load_unless_named(file, &options.servers)?;
             verify::verify(options, loaded.as_ref().map(|loaded| &loaded.config)).await
         }
+        Command::Plan(options) => plan::plan(&load(file)?.config, options).await,
         Command::ExecChild(child) => Err(Failure::other("execute", child.command[0].display())),
     }
 }

@@ -60,7 +60,11 @@ pub async fn serve_on(
 
 /// Listens on the proxy's address.
 pub async fn listen(proxy: &config::Proxy) -> Result<TcpListener, Failure> {
-    let (host, port) = (proxy.host.as_str(), proxy.port);
+    listen_at(&proxy.host, proxy.port).await
+}
+
+/// Listens.
+pub async fn listen_at(host: &str, port: u16) -> Result<TcpListener, Failure> {
     TcpListener::bind((host, port))
         .await
         .map_err(|error| match error.kind() {

@@ -2,7 +2,10 @@
 
 use super::exit::{Exit, Failure};
 use super::{proxy, signals};
-use crate::config::{Config, Loaded, Server};
+use crate::cluster;
+use crate::cluster::coordinator::CoordinatorError;
+use crate::cluster::worker::{WorkerError, own_entry};
+use crate::config::{self, Config, Loaded, Server};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -16,16 +19,49 @@ pub enum Part {
     Draft,
     /// The OpenAI-compatible endpoint.
     Proxy,
+    /// The endpoint over the workers' GPUs.
+    Coordinator,
+    /// The GPUs that this host lends to a coordinator.
+    Worker,
 }
 
 /// Runs it until Ctrl-C or SIGTERM.
-pub async fn run(loaded: &Loaded, part: Part) -> Result<(), Failure> {
+/// `name` says which entry of a list, where the part is one.
+pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
+    if let (Some(name), Part::Target | Part::Draft | Part::Proxy | Part::Coordinator) = (name, part) {
+        let message = format!("`run` takes the name of a worker, and nothing else: `{name}`");
+        return Err(Failure::new(Exit::Usage, message));
+    }
     match part {
         Part::Target => server(config, Role::Target, config.target.as_ref()).await,
         Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
         Part::Proxy => proxy::run(loaded).await,
+        Part::Worker => worker(config, name).await,
+        Part::Coordinator => coordinator(loaded).await,
     }
+}
+
+async fn coordinator(loaded: &Loaded) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let config = &loaded.config;
+    let section = config.coordinator.as_ref().ok_or(CoordinatorError::NoSection)?;
+    preflight::program(&config.binaries.llama_server)?;
+    let (_, model) = config.model_for(None)?;
+    preflight::model(&model.path)?;
+    let listener = proxy::listen_at(&section.host, section.port).await?;
+    let address = listener.local_addr()?;
+    tracing::info!(
+        "the coordinator serves at {}/v1",
+        config::local_url(&address.ip().to_string(), address.port())
+    );
+    Ok(cluster::coordinator::serve(listener, config.clone(), None, stop).await?)
+}
+
+async fn worker(config: &Config, name: Option<&str>) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let (entry, address) = own_entry(config, name).await.map_err(WorkerError::from)?;
+    Ok(cluster::worker::run(entry, address, &config.binaries, stop).await?)
 }
 
 async fn server(config: &Config, role: Role, server: Option<&Server>) -> Result<(), Failure> {

@@ -10,7 +10,8 @@
 //! | `POST /v1/worker/lease/{id}/renew` | 204; 404 if that lease is over |
 //! | `DELETE /v1/worker/lease/{id}` | 204, as soon as the servers have ended and their memory is free |
 //!
-//! Every request carries `Authorization: Bearer TOKEN` where the worker has a token.
+//! Every request carries `Authorization: Bearer TOKEN` where the worker has a token; 401 without it. 503: its servers do
+//! not start. Whatever is refused is refused with a [`Refusal`].
 
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +59,7 @@ pub enum EndpointState {
     Listening,
     /// A coordinator's llama-server is connected.
     Connected,
-    /// It died, and starts again soon.
+    /// It died, and starts again soon; or it was stopped (SIGSTOP), and answers nobody.
     Failed,
 }
 
@@ -101,4 +102,14 @@ pub struct Holder {
     pub holder: String,
     /// As in [`LeaseRequest`].
     pub epoch: u64,
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// One sentence.
+    pub error: String,
+    /// With 409: who has the worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
 }

@@ -103,7 +103,12 @@ impl Config {
 
 /// Files that a section names and this host lacks. No problem: another host may run that section.
 fn absent_files(config: &Config) -> Vec<Finding> {
+    let numbers: Vec<String> = (0..config.workers.len()).map(|number| number.to_string()).collect();
     let mut named: Vec<(Vec<&str>, &Path)> = Vec::new();
+    for (number, worker) in numbers.iter().zip(&config.workers) {
+        let token_file = worker.agent_token_file.iter();
+        named.extend(token_file.map(|file| (vec!["workers", number, "agent_token_file"], file.as_path())));
+    }
     for (section, server) in config.servers() {
         if let Ok((name, model)) = resolve::model(config, server.model.as_deref()) {
             named.push((vec!["models", name, "path"], &model.path));

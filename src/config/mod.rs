@@ -248,6 +248,9 @@ pub struct Coordinator {
     pub drain_seconds: u64,
     /// Seconds that a request waits for its model before it is told to come again.
     pub wait_seconds: u64,
+    /// Seconds without a new token, while something is being answered, after which llama-server is started anew; 0:
+    /// never.
+    pub stall_seconds: u64,
     /// Key that clients of this server send. Prefer `api_key_file`.
     pub api_key: Option<Secret>,
     /// File that holds the key.
@@ -270,6 +273,7 @@ impl Default for Coordinator {
             swap_on_request: false,
             drain_seconds: 30,
             wait_seconds: 120,
+            stall_seconds: 30,
             api_key: None,
             api_key_file: None,
             extra_args: Vec::new(),

@@ -1,8 +1,10 @@
 //! What the sections mean together: which model, which servers.
 
+use std::collections::BTreeMap;
+
 use super::error::{closest, list};
 use super::origin::{Finding, key_path};
-use super::{Backend, Config, ConfigError, Model, Upstream, Worker, is_wildcard};
+use super::{Backend, Config, ConfigError, DEFAULT_RPC_PORT, Gpu, Model, Upstream, Worker, is_loopback, is_wildcard};
 
 /// [`Config::model_for`] with a bare sentence as the error.
 pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a str, &'a Model), String> {
@@ -96,7 +98,7 @@ impl Worker {
             cache_gb: super::DEFAULT_CACHE_GB,
             cache_dir: None,
             extra_args: Vec::new(),
-            env: std::collections::BTreeMap::new(),
+            env: BTreeMap::new(),
         }
     }
 
@@ -104,6 +106,35 @@ impl Worker {
     #[must_use]
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.host)
+    }
+
+    /// Whether `tightwad run worker` answers coordinators there: only with a token, or where nobody else gets at it.
+    #[must_use]
+    pub fn has_agent(&self) -> bool {
+        let token = self.agent_token.is_some() || self.agent_token_file.is_some();
+        self.agent_port != 0 && (token || is_loopback(&self.host))
+    }
+
+    /// Base URL of its agent.
+    #[must_use]
+    pub fn agent_url(&self) -> String {
+        format!("http://{}:{}", self.host, self.agent_port)
+    }
+
+    /// Its `ggml-rpc-server`s by port, each with the GPUs that it serves; one on the default port where no GPU is named.
+    #[must_use]
+    pub fn rpc_endpoints(&self) -> BTreeMap<u16, Vec<&Gpu>> {
+        let mut endpoints: BTreeMap<u16, Vec<&Gpu>> = BTreeMap::new();
+        for gpu in &self.gpus {
+            endpoints
+                .entry(gpu.rpc_port.unwrap_or(DEFAULT_RPC_PORT))
+                .or_default()
+                .push(gpu);
+        }
+        if endpoints.is_empty() {
+            endpoints.insert(DEFAULT_RPC_PORT, Vec::new());
+        }
+        endpoints
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Coordinator, Proxy, Server, Upstream};
+use super::{ConfigError, Coordinator, Proxy, Server, Upstream, Worker};
 
 /// A string that never shows in logs or in the output of `check-config`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -69,6 +69,18 @@ impl Coordinator {
             self.api_key.as_ref(),
             self.api_key_file.as_deref(),
             "coordinator.api_key_file",
+        )
+    }
+}
+
+impl Worker {
+    /// The token that coordinators must send to its agent, from `agent_token` or read now from `agent_token_file`. None:
+    /// no token is set.
+    pub fn agent_token(&self) -> Result<Option<Secret>, ConfigError> {
+        resolve(
+            self.agent_token.as_ref(),
+            self.agent_token_file.as_deref(),
+            "workers.agent_token_file",
         )
     }
 }

@@ -5,9 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
 use super::origin::{Finding, KeyPath, key_path};
-use super::{
-    Config, ConfigError, DEFAULT_RPC_PORT, MaxDraftTokens, Proxy, Secret, Server, Upstream, is_loopback, is_wildcard,
-};
+use super::{Config, ConfigError, MaxDraftTokens, Proxy, Secret, Server, Upstream, is_loopback, is_wildcard};
 
 /// More than any target verifies at once with profit.
 const MAX_DRAFT_TOKENS: u16 = 256;
@@ -119,22 +117,11 @@ fn keyed_listeners(config: &Config) -> impl Iterator<Item = (&'static str, &str,
 fn rpc_endpoints(config: &Config) -> BTreeMap<(&str, u16), usize> {
     let mut endpoints = BTreeMap::new();
     for (number, worker) in config.workers.iter().enumerate() {
-        for port in rpc_ports(worker) {
+        for port in worker.rpc_endpoints().into_keys() {
             endpoints.entry((worker.host.as_str(), port)).or_insert(number);
         }
     }
     endpoints
-}
-
-fn rpc_ports(worker: &super::Worker) -> Vec<u16> {
-    if worker.gpus.is_empty() {
-        return vec![DEFAULT_RPC_PORT];
-    }
-    worker
-        .gpus
-        .iter()
-        .map(|gpu| gpu.rpc_port.unwrap_or(DEFAULT_RPC_PORT))
-        .collect()
 }
 
 #[derive(Default)]
@@ -276,14 +263,67 @@ impl Check {
                     "{host} is not an address that the coordinator can reach; give the host's own"
                 ))
             } else {
-                let taken = rpc_ports(worker)
-                    .into_iter()
+                let taken = worker
+                    .rpc_endpoints()
+                    .into_keys()
                     .find(|port| endpoints.get(&(host, *port)) < Some(&number));
                 taken.map(|port| format!("{host} with rpc_port {port} is in the list already; give another rpc_port"))
             };
-            if let Some(message) = message {
-                self.found(&["workers", &index, "host"], message);
+            match message {
+                Some(message) => self.found(&["workers", &index, "host"], message),
+                None => self.agent(&path, worker, &config.workers[..number]),
             }
+            if !(worker.cache_gb >= 0.0 && worker.cache_gb.is_finite()) {
+                let message = format!("{} GiB; must be 0 (none) or more", worker.cache_gb);
+                self.found(&["workers", &index, "cache_gb"], message);
+            }
+            if let Some(folder) = &worker.cache_dir {
+                self.path(&["workers", &index, "cache_dir"], folder);
+                let shares = |other: &&super::Worker| other.host == host && other.cache_dir.as_ref() == Some(folder);
+                if let Some(other) = config.workers[..number].iter().find(shares) {
+                    let message = format!(
+                        "the worker {} on the same host has it; give another folder",
+                        other.name()
+                    );
+                    self.found(&["workers", &index, "cache_dir"], message);
+                }
+            }
+        }
+    }
+
+    /// What a worker's agent is known by; `earlier` are the workers before it in the list.
+    fn agent(&mut self, path: &[&str], worker: &super::Worker, earlier: &[super::Worker]) {
+        let at = |key| [path, &[key]].concat();
+        self.secret(
+            path,
+            "agent_token",
+            worker.agent_token.as_ref(),
+            worker.agent_token_file.as_deref(),
+        );
+        if earlier.iter().any(|other| other.name() == worker.name()) {
+            let message = format!("another worker is called {} already; give another name", worker.name());
+            self.found(&at("name"), message);
+        }
+        if !worker.has_agent() {
+            return;
+        }
+        let port = worker.agent_port;
+        if worker.rpc_endpoints().contains_key(&port) {
+            self.found(
+                &at("agent_port"),
+                format!("{port} is an rpc_port of it; give another port"),
+            );
+        }
+        let clash = earlier.iter().find(|other| {
+            let takes = (other.has_agent() && other.agent_port == port) || other.rpc_endpoints().contains_key(&port);
+            other.host == worker.host && takes
+        });
+        if let Some(other) = clash {
+            let message = format!(
+                "{port} is taken by the worker {} on the same host; give another port",
+                other.name()
+            );
+            self.found(&at("agent_port"), message);
         }
     }
 

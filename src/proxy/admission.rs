@@ -18,7 +18,7 @@ use super::respond::Refusal;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Reads a body of at most `limit` bytes.
-pub(super) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
+pub(crate) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
     let too_large = |body| {
         discard(body, headers);
         Err(Refusal::TooLarge { limit })
@@ -46,7 +46,7 @@ pub(super) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<
 
 /// Reads on for a moment without keeping anything. Many clients look for an answer only after they have sent all, and
 /// lose it when the connection is reset meanwhile.
-pub(super) fn discard(body: Body, headers: &HeaderMap) {
+pub(crate) fn discard(body: Body, headers: &HeaderMap) {
     if headers.contains_key(header::EXPECT) {
         return; // It has not begun to send, and must not be told to.
     }
@@ -58,15 +58,17 @@ pub(super) fn discard(body: Body, headers: &HeaderMap) {
 
 /// What a completion request asks for, as far as the proxy cares.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(crate) struct Asked {
     /// `stream`
-    pub(super) streamed: bool,
+    pub(crate) streamed: bool,
     /// The text of `prediction` (OpenAI's predicted outputs).
-    pub(super) prediction: Option<String>,
+    pub(crate) prediction: Option<String>,
+    /// `model`
+    pub(crate) model: Option<String>,
 }
 
 /// Looks at the body of a completion request.
-pub(super) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked, Refusal> {
+pub(crate) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked, Refusal> {
     let fields: Fields<'_> = serde_json::from_slice(body)?;
     for (param, value) in COUNTS.into_iter().zip(fields.counts) {
         if let Some(value) = value {
@@ -76,6 +78,7 @@ pub(super) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked,
     Ok(Asked {
         streamed: fields.stream.is_some_and(|value| value.get() == "true"),
         prediction: fields.prediction.and_then(|value| predicted_text(value.get())),
+        model: fields.model.and_then(|value| serde_json::from_str(value.get()).ok()),
     })
 }
 
@@ -139,6 +142,7 @@ const COUNTS: [&str; 4] = ["max_tokens", "max_completion_tokens", "max_output_to
 struct Fields<'a> {
     stream: Option<&'a RawValue>,
     prediction: Option<&'a RawValue>,
+    model: Option<&'a RawValue>,
     counts: [Option<&'a RawValue>; COUNTS.len()],
 }
 
@@ -158,6 +162,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
                     match key {
                         Key::Stream => fields.stream = Some(map.next_value()?),
                         Key::Prediction => fields.prediction = Some(map.next_value()?),
+                        Key::Model => fields.model = Some(map.next_value()?),
                         Key::Count(which) => {
                             let slot = fields
                                 .counts
@@ -180,6 +185,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
 enum Key {
     Stream,
     Prediction,
+    Model,
     /// Index into [`COUNTS`].
     Count(usize),
     Other,
@@ -201,6 +207,8 @@ impl<'de> Deserialize<'de> for Key {
                     Key::Stream
                 } else if name == "prediction" {
                     Key::Prediction
+                } else if name == "model" {
+                    Key::Model
                 } else {
                     count().map_or(Key::Other, Key::Count)
                 })
@@ -233,6 +241,18 @@ mod tests {
         ] {
             let prediction = check(body.as_bytes(), None).unwrap().prediction;
             assert_eq!(prediction.as_deref(), text, "{body}");
+        }
+    }
+
+    #[test]
+    fn the_model_is_read_where_it_is_a_name() {
+        for (body, model) in [
+            (r#"{"model":"a\u0062"}"#, Some("ab")),
+            (r#"{"model":"a","model":"b"}"#, Some("b")),
+            (r#"{"model":1}"#, None),
+            ("{}", None),
+        ] {
+            assert_eq!(check(body.as_bytes(), None).unwrap().model.as_deref(), model, "{body}");
         }
     }
 

@@ -1,12 +1,12 @@
 //! Where the events of a server-sent event stream begin and end.
 
 /// What a waiting client is told.
-pub(super) const WAITING: &[u8] = b": waiting for the target\n\n";
+pub(crate) const WAITING: &[u8] = b": waiting for the target\n\n";
 
 /// Watches the bytes of an event stream go by and knows whether they end between two events, which is the only place
 /// where something of ours may be put in.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Boundary {
+pub(crate) struct Boundary {
     /// The current line has no bytes so far.
     line_is_empty: bool,
     /// The last line was blank, so that an event, if there was one, is over.
@@ -17,7 +17,7 @@ pub(super) struct Boundary {
 
 impl Boundary {
     /// Before the first byte.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             line_is_empty: true,
             after_blank_line: true,
@@ -26,7 +26,7 @@ impl Boundary {
     }
 
     /// These bytes went by.
-    pub(super) fn pass(&mut self, bytes: &[u8]) {
+    pub(crate) fn pass(&mut self, bytes: &[u8]) {
         for byte in bytes {
             match byte {
                 b'\n' if self.after_return => self.after_return = false,
@@ -47,7 +47,7 @@ impl Boundary {
     }
 
     /// Whether an event may begin here.
-    pub(super) fn is_between_events(self) -> bool {
+    pub(crate) fn is_between_events(self) -> bool {
         self.after_blank_line && !self.after_return
     }
 }

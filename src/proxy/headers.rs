@@ -5,13 +5,13 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use super::token::X_API_KEY;
 
 /// The name by which a drafter finds a completion at the target.
-pub(super) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
+pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
 
 /// The name of a request in the logs of everybody who handles it.
-pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Tells nginx not to hold a stream back.
-pub(super) const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+pub(crate) const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Headers that concern one connection only (RFC 9110, section 7.6.1).
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -26,7 +26,7 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 ];
 
 /// The headers of a client's request that the target gets. Our own are put in by who makes them.
-pub(super) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) -> HeaderMap {
+pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
     for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, X_DRAFT_KEY] {
         headers.remove(name);
@@ -43,14 +43,14 @@ pub(super) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) ->
 }
 
 /// The headers of the target's answer that the client gets.
-pub(super) fn to_client(mut headers: HeaderMap) -> HeaderMap {
+pub(crate) fn to_client(mut headers: HeaderMap) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
     headers
 }
 
 /// Who the target is told is asking.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Credentials<'a> {
+pub(crate) enum Credentials<'a> {
     /// What the client said.
     Clients,
     /// Nobody: the client's are for us, and the target wants none.

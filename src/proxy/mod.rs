@@ -17,21 +17,21 @@
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
-mod admission;
+pub(crate) mod admission;
 mod agreement;
-mod events;
+pub(crate) mod events;
 mod forward;
-mod headers;
-mod paths;
-mod relay;
-mod respond;
+pub(crate) mod headers;
+pub(crate) mod paths;
+pub(crate) mod relay;
+pub(crate) mod respond;
 mod router;
 mod running;
-mod server;
+pub(crate) mod server;
 mod settings;
 mod status;
-mod target;
-mod token;
+pub(crate) mod target;
+pub(crate) mod token;
 mod usage;
 
 pub use server::{ServeError, serve};

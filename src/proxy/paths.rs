@@ -52,7 +52,7 @@ const DRAFT: &[u8] = b"draft";
 
 /// How errors are written for the client of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Dialect {
+pub(crate) enum Dialect {
     /// `{"error": {…}}`
     OpenAi,
     /// `{"type": "error", "error": {…}}`
@@ -61,7 +61,7 @@ pub(super) enum Dialect {
 
 impl Dialect {
     /// The dialect of a path's clients.
-    pub(super) fn of(path: &str) -> Self {
+    pub(crate) fn of(path: &str) -> Self {
         match path {
             "/v1/messages" | "/messages" | "/v1/messages/count_tokens" => Self::Anthropic,
             _ => Self::OpenAi,
@@ -71,20 +71,20 @@ impl Dialect {
 
 /// What the proxy knows of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Route {
+pub(crate) struct Route {
     /// Its name in the metrics: itself, or `other`.
-    pub(super) label: &'static str,
+    pub(crate) label: &'static str,
     /// Whether the target generates there.
-    pub(super) completion: bool,
+    pub(crate) completion: bool,
     /// Whether its requests and answers are those of OpenAI's chat completions.
-    pub(super) chat: bool,
+    pub(crate) chat: bool,
     /// Whether clients are kept out.
-    pub(super) hidden: bool,
+    pub(crate) hidden: bool,
 }
 
 impl Route {
     /// Looks at a path as the target will see it.
-    pub(super) fn of(method: &Method, path: &str) -> Self {
+    pub(crate) fn of(method: &Method, path: &str) -> Self {
         if let Some(label) = COMPLETIONS.into_iter().find(|it| *it == path) {
             return Self {
                 label,

@@ -25,21 +25,21 @@ const LONGEST_ERROR: usize = 64 * 1024;
 const ERROR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether something may be put into an answer with these headers.
-pub(super) fn is_open_event_stream(headers: &HeaderMap) -> bool {
+pub(crate) fn is_open_event_stream(headers: &HeaderMap) -> bool {
     is_event_stream(headers)
         && !headers.contains_key(header::CONTENT_LENGTH)
         && !headers.contains_key(header::CONTENT_ENCODING)
 }
 
 /// Whether these are the headers of an event stream.
-pub(super) fn is_event_stream(headers: &HeaderMap) -> bool {
+pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type(headers)
         .trim_ascii_start()
         .to_ascii_lowercase()
         .starts_with("text/event-stream")
 }
 
-fn content_type(headers: &HeaderMap) -> &str {
+pub(crate) fn content_type(headers: &HeaderMap) -> &str {
     headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
@@ -233,7 +233,7 @@ impl Events {
 }
 
 /// The beginning of an error answer; what cannot be read of it is missing.
-async fn error_body(answer: Response) -> BytesMut {
+pub(crate) async fn error_body(answer: Response) -> BytesMut {
     let mut body = BytesMut::new();
     let _ = tokio::time::timeout(ERROR_TIMEOUT, async {
         let mut chunks = answer.bytes_stream();

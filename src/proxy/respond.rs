@@ -13,7 +13,7 @@ const QUOTED: usize = 500;
 
 /// Why a request is not answered by the target.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     #[error("this endpoint wants its token: send `Authorization: Bearer <token>` or `x-api-key: <token>`")]
     Unauthorized,
     #[error("there is nothing for clients at this path: drafts are exchanged between the proxy and the target")]
@@ -53,7 +53,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    pub(super) fn status(&self) -> StatusCode {
+    pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Hidden => StatusCode::NOT_FOUND,
@@ -118,28 +118,35 @@ impl Refusal {
     }
 
     /// As an HTTP answer.
-    pub(super) fn response(&self, dialect: Dialect) -> Response {
-        let mut response = Response::new(Body::from(self.json(dialect).to_string()));
-        *response.status_mut() = self.status();
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Some(seconds) = self.retry_after() {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(seconds));
-        }
+    pub(crate) fn response(&self, dialect: Dialect) -> Response {
+        let mut response = error_response(self.status(), &self.json(dialect), self.retry_after());
         if matches!(self, Self::Unauthorized) {
+            let headers = response.headers_mut();
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
 
     /// As the last event of a stream whose 200 is out already.
-    pub(super) fn event(&self, dialect: Dialect) -> Bytes {
+    pub(crate) fn event(&self, dialect: Dialect) -> Bytes {
         event(dialect, &self.json(dialect))
     }
 }
 
+/// An error as an HTTP answer; `retry_after` is in seconds.
+pub(crate) fn error_response(status: StatusCode, body: &Value, retry_after: Option<&'static str>) -> Response {
+    let mut response = Response::new(Body::from(body.to_string()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(seconds) = retry_after {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static(seconds));
+    }
+    response
+}
+
 /// The target's own error answer as the last event of a stream whose 200 is out already.
-pub(super) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -> Bytes {
+pub(crate) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -> Bytes {
     let own = serde_json::from_slice::<Value>(body)
         .ok()
         .and_then(|mut body| body.get_mut("error").map(Value::take));
@@ -161,14 +168,16 @@ pub(super) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -
     event(dialect, &in_dialect(dialect, &error))
 }
 
-fn in_dialect(dialect: Dialect, error: &Value) -> Value {
+/// An error as the dialect's clients know it.
+pub(crate) fn in_dialect(dialect: Dialect, error: &Value) -> Value {
     match dialect {
         Dialect::OpenAi => json!({ "error": error }),
         Dialect::Anthropic => json!({ "type": "error", "error": error }),
     }
 }
 
-fn event(dialect: Dialect, data: &Value) -> Bytes {
+/// The last event of a stream.
+pub(crate) fn event(dialect: Dialect, data: &Value) -> Bytes {
     match dialect {
         Dialect::OpenAi => format!("data: {data}\n\n"),
         Dialect::Anthropic => format!("event: error\ndata: {data}\n\n"),

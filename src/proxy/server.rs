@@ -40,7 +40,12 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let drain = settings.drain;
-    let router = router(App::new(settings, engine)?);
+    serve_router(listener, router(App::new(settings, engine)?), drain, shutdown).await;
+    Ok(())
+}
+
+/// As [`serve`], with any router.
+pub(crate) async fn serve_router(listener: TcpListener, router: Router, drain: Duration, shutdown: CancellationToken) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -63,7 +68,6 @@ pub async fn serve(
         tracing::warn!(connections = connections.len(), "cutting off what is still running");
         connections.shutdown().await;
     }
-    Ok(())
 }
 
 /// Serves one connection. Dropping it drops its request, and with it what goes on at the target.

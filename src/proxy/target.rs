@@ -23,7 +23,7 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// The server that answers.
 #[derive(Debug)]
-pub(super) struct Target {
+pub(crate) struct Target {
     base: Url,
     /// The base as it may be shown: without a password.
     shown: String,
@@ -46,15 +46,15 @@ pub enum TargetError {
 
 /// A request as the target gets it.
 #[derive(Debug, Clone)]
-pub(super) struct Outgoing {
-    pub(super) method: Method,
-    pub(super) url: Url,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Bytes,
+pub(crate) struct Outgoing {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 impl Target {
-    pub(super) fn new(base: &Url, api_key: Option<&Secret>) -> Result<Self, TargetError> {
+    pub(crate) fn new(base: &Url, api_key: Option<&Secret>) -> Result<Self, TargetError> {
         let client = || {
             Client::builder()
                 .no_proxy()
@@ -85,17 +85,17 @@ impl Target {
     }
 
     /// The base URL as it may be shown.
-    pub(super) fn shown(&self) -> &str {
+    pub(crate) fn shown(&self) -> &str {
         &self.shown
     }
 
     /// What the target wants as `Authorization`.
-    pub(super) fn authorization(&self) -> Option<&HeaderValue> {
+    pub(crate) fn authorization(&self) -> Option<&HeaderValue> {
         self.authorization.as_ref()
     }
 
     /// Where a client's request goes.
-    pub(super) fn locate(&self, uri: &Uri) -> Url {
+    pub(crate) fn locate(&self, uri: &Uri) -> Url {
         let mut url = self.base.clone();
         url.set_path(&format!("{}{}", self.base.path().trim_end_matches('/'), uri.path()));
         url.set_query(uri.query());
@@ -103,13 +103,13 @@ impl Target {
     }
 
     /// The path that the target itself sees as its own: without the base's prefix, dots resolved.
-    pub(super) fn path_of<'a>(&self, url: &'a Url) -> &'a str {
+    pub(crate) fn path_of<'a>(&self, url: &'a Url) -> &'a str {
         let prefix = self.base.path().trim_end_matches('/');
         url.path().strip_prefix(prefix).unwrap_or(url.path())
     }
 
     /// Sends a request and waits for the answer's head, however long that takes. Dropping the future ends the request.
-    pub(super) fn send(&self, request: Outgoing) -> impl Future<Output = Result<Response, Refusal>> + Send + 'static {
+    pub(crate) fn send(&self, request: Outgoing) -> impl Future<Output = Result<Response, Refusal>> + Send + 'static {
         let (pooled, fresh, url) = (self.pooled.clone(), self.fresh.clone(), self.shown.clone());
         async move {
             let begun = Instant::now();
@@ -166,7 +166,7 @@ fn was_closed(error: &reqwest::Error) -> bool {
 }
 
 /// The innermost cause, which says what happened; the outer ones say that something did.
-pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn root_cause(error: &(dyn Error + 'static)) -> String {
     causes(error)
         .last()
         .map_or_else(|| error.to_string(), ToString::to_string)

@@ -6,10 +6,10 @@ use subtle::ConstantTimeEq;
 use crate::config::Secret;
 
 /// The header that Anthropic's clients send their key in.
-pub(super) const X_API_KEY: &str = "x-api-key";
+pub(crate) const X_API_KEY: &str = "x-api-key";
 
 /// Whether a request with these headers knows the token.
-pub(super) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
+pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
     let token = token.expose().as_bytes();
     let bearers = headers
         .get_all(header::AUTHORIZATION)

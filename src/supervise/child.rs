@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::ChildStdin;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -28,18 +29,33 @@ pub struct Child {
     pid: u32,
     tail: Tail,
     readers: JoinSet<()>,
+    /// Its standard input, for one that ends when that is closed.
+    lifeline: Option<ChildStdin>,
 }
+
+/// Takes lines that are news rather than log; says whether it took one.
+pub type Listener = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// The last lines that a child wrote.
 #[derive(Debug, Clone, Default)]
-struct Tail(Arc<Mutex<VecDeque<String>>>);
+pub struct Tail(Arc<Mutex<VecDeque<String>>>);
 
 impl Child {
     /// Starts `launch` and forwards what it writes to the log, under the name `role`.
     pub async fn spawn(role: Role, launch: &Launch) -> io::Result<Self> {
+        Self::spawn_with(role, launch, None).await
+    }
+
+    /// As [`Self::spawn`]; with a listener its standard input stays open until it is stopped.
+    pub async fn spawn_with(role: Role, launch: &Launch, listener: Option<Listener>) -> io::Result<Self> {
         let mut command = parent_bound::command(&launch.program, &launch.args);
+        let stdin = if listener.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
         command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
@@ -55,16 +71,19 @@ impl Child {
         let tail = Tail::default();
         let mut readers = JoinSet::new();
         if let Some(stdout) = process.stdout.take() {
-            readers.spawn(forward(role, stdout, tail.clone()));
+            readers.spawn(forward(role, stdout, tail.clone(), listener));
         }
         if let Some(stderr) = process.stderr.take() {
-            readers.spawn(forward(role, stderr, tail.clone()));
+            readers.spawn(forward(role, stderr, tail.clone(), None));
         }
+        // Waiting for a process closes what is still its standard input.
+        let lifeline = process.stdin.take();
         Ok(Self {
             process,
             pid,
             tail,
             readers,
+            lifeline,
         })
     }
 
@@ -85,13 +104,20 @@ impl Child {
         self.tail.lines()
     }
 
+    /// Its last lines so far, and those to come.
+    #[must_use]
+    pub fn tail(&self) -> Tail {
+        self.tail.clone()
+    }
+
     /// Ends it: SIGTERM, and SIGKILL if it has not ended within `patience`.
-    pub async fn stop(mut self, patience: Duration) -> io::Result<ExitStatus> {
+    pub async fn stop(&mut self, patience: Duration) -> io::Result<ExitStatus> {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         // `id` is `Some` until the process was waited for, so the number cannot belong to another one yet.
         if let (Some(pid), Some(_)) = (pid, self.process.id()) {
             let _ = kill_process(pid, Signal::TERM);
         }
+        drop(self.lifeline.take());
         if let Ok(status) = timeout(patience, self.process.wait()).await {
             return status;
         }
@@ -107,6 +133,16 @@ impl Child {
     }
 }
 
+/// Whether a process was stopped by a signal or a debugger, so that it runs no further; `false` where that cannot be told
+/// (`/proc/PID/stat`, see proc(5)).
+#[must_use]
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in parentheses may have spaces and parentheses of its own.
+    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
+    matches!(state, Some("T" | "t"))
+}
+
 impl Tail {
     fn push(&self, line: &str) {
         let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,7 +152,9 @@ impl Tail {
         lines.push_back(line.to_owned());
     }
 
-    fn lines(&self) -> Vec<String> {
+    /// The lines, oldest first.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
         self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -127,7 +165,7 @@ impl Tail {
 }
 
 /// Reads lines until the stream ends; bytes that are no UTF-8 and endless lines do no harm.
-async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
+async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listener: Option<Listener>) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -142,7 +180,8 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
         if complete {
             let text = String::from_utf8_lossy(&line);
             let text = text.trim_end();
-            if !text.is_empty() {
+            let heard = listener.as_ref().is_some_and(|listener| listener(text));
+            if !text.is_empty() && !heard {
                 log(role, text);
                 tail.push(text);
             }
@@ -154,7 +193,8 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail) {
     }
 }
 
-/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request.
+/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request. A
+/// ggml-rpc-server gives no level, and tells of every part of a model.
 fn log(role: Role, line: &str) {
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
@@ -162,6 +202,7 @@ fn log(role: Role, line: &str) {
         Some("W") if line.contains("cancel task") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),
         Some("D") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
+        _ if role == Role::Rpc => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         _ => tracing::info!(target: "tightwad::child", "{role}: {line}"),
     }
 }

@@ -2,13 +2,21 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::net::SocketAddrV4;
 
-use crate::config::{self, Model, Secret, Server};
+use serde::Serialize;
+
+use crate::config::{self, GpuBackend, Model, Secret, Server};
 
 /// Option of our patched llama-server that lets drafters attach.
 pub const EXTERNAL_DRAFT_OPTION: &str = "--spec-draft-external-max";
 /// Draft tokens per step that a target is prepared for when the file says `auto`.
 const AUTO_DRAFT_TOKENS: u16 = 16;
+
+/// More layers than any model has: all of them go to the devices.
+const EVERY_LAYER: &str = "999";
+/// What several AMD GPUs of one host are known to need: their own copy engines and many queues make them hang or fault.
+const SEVERAL_AMD_GPUS: [(&str, &str); 2] = [("HSA_ENABLE_SDMA", "0"), ("GPU_MAX_HW_QUEUES", "1")];
 
 /// A command line, ready to start.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,13 +29,17 @@ pub struct Launch {
     pub env: Vec<(String, Secret)>,
 }
 
-/// What a llama-server is for.
+/// What a server is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Verifies and answers.
     Target,
     /// Drafts.
     Draft,
+    /// Answers over the GPUs of several hosts.
+    Coordinator,
+    /// Lends its GPUs: a ggml-rpc-server.
+    Rpc,
 }
 
 impl Role {
@@ -37,6 +49,8 @@ impl Role {
         match self {
             Self::Target => "target",
             Self::Draft => "draft",
+            Self::Coordinator => "coordinator",
+            Self::Rpc => "rpc",
         }
     }
 }
@@ -45,6 +59,17 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
+}
+
+/// The devices that a llama-server spreads its model over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pool {
+    /// `host:port` of each `ggml-rpc-server`.
+    pub rpc: Vec<String>,
+    /// llama.cpp's names of the devices, in the order of the layers: `RPC0`, `RPC1`, `CUDA0`.
+    pub devices: Vec<String>,
+    /// Layers on each device, the output layer included.
+    pub layers: Vec<u32>,
 }
 
 /// The draft tokens per step to prepare a target for; `None` when drafting is off.
@@ -67,6 +92,31 @@ pub fn llama_server(
     model: &Model,
     external_draft: Option<u16>,
 ) -> Launch {
+    launch(program.into(), server, name, model, external_draft, None)
+}
+
+/// The command line of a llama-server over several hosts. `server` says where it listens, behind the coordinator's own
+/// port; the rest is the coordinator's.
+#[must_use]
+pub fn coordinator(
+    program: impl Into<OsString>,
+    server: &Server,
+    name: &str,
+    model: &Model,
+    external_draft: Option<u16>,
+    pool: &Pool,
+) -> Launch {
+    launch(program.into(), server, name, model, external_draft, Some(pool))
+}
+
+fn launch(
+    program: OsString,
+    server: &Server,
+    name: &str,
+    model: &Model,
+    external_draft: Option<u16>,
+    pool: Option<&Pool>,
+) -> Launch {
     let slots = server.slots.max(1);
     let mut args = Arguments::default();
     args.option("--host", &server.host);
@@ -83,6 +133,15 @@ pub fn llama_server(
     }
     if let Some(flash_attn) = model.flash_attn {
         args.option("-fa", if flash_attn { "on" } else { "off" });
+    }
+    if let Some(kind) = &model.cache_type_k {
+        args.option("-ctk", kind);
+    }
+    if let Some(kind) = &model.cache_type_v {
+        args.option("-ctv", kind);
+    }
+    if let Some(pool) = pool {
+        args.pool(pool);
     }
     if let Some(predict) = model.predict {
         args.option("-n", predict.to_string());
@@ -117,9 +176,20 @@ pub fn llama_server(
     args.0
         .extend(model.extra_args.iter().chain(&server.extra_args).map(OsString::from));
     Launch {
-        program: program.into(),
+        program,
         args: args.0,
         env,
+    }
+}
+
+/// The environment that a host's GPUs need, for llama-server and `ggml-rpc-server` alike. The config's `env` comes after
+/// it and wins.
+#[must_use]
+pub fn gpu_environment(backend: Option<GpuBackend>, gpus: usize) -> &'static [(&'static str, &'static str)] {
+    if backend == Some(GpuBackend::Hip) && gpus > 1 {
+        &SEVERAL_AMD_GPUS
+    } else {
+        &[]
     }
 }
 
@@ -143,6 +213,13 @@ impl Launch {
         )
     }
 
+    /// Where it will listen, if that is an IPv4 address; no other is known to llama.cpp's RPC.
+    #[must_use]
+    pub fn ipv4_address(&self) -> Option<SocketAddrV4> {
+        let (host, port) = self.address();
+        Some(SocketAddrV4::new(host.parse().ok()?, port))
+    }
+
     /// The URL that it answers at from this machine.
     #[must_use]
     pub fn url(&self) -> String {
@@ -161,6 +238,20 @@ impl Arguments {
 
     fn option(&mut self, name: &str, value: impl Into<OsString>) {
         self.0.extend([name.into(), value.into()]);
+    }
+
+    /// The order matters: a device is known by name only after its server has been named.
+    fn pool(&mut self, pool: &Pool) {
+        if !pool.rpc.is_empty() {
+            self.option("--rpc", pool.rpc.join(","));
+        }
+        let layers: Vec<_> = pool.layers.iter().map(ToString::to_string).collect();
+        self.option("--device", pool.devices.join(","));
+        self.option("--split-mode", "layer");
+        self.option("--tensor-split", layers.join(","));
+        self.option("-ngl", EVERY_LAYER);
+        // llama-server would change what is planned here by what it thinks is free.
+        self.option("--fit", "off");
     }
 }
 
@@ -217,6 +308,38 @@ mod tests {
         let launch = llama_server("llama-server", &server, "m", &model, None);
         assert!(line(&launch).ends_with("--slots --no-repack --port 9999"));
         assert_eq!(launch.url(), "http://127.0.0.1:9999");
+    }
+
+    #[test]
+    fn a_pool_is_named_before_its_devices_and_extra_arguments_still_win() {
+        let pool = Pool {
+            rpc: vec!["10.0.0.2:50052".into(), "10.0.0.3:50052".into()],
+            devices: vec!["RPC0".into(), "RPC1".into(), "ROCm0".into()],
+            layers: vec![10, 20, 3],
+        };
+        let model = Model {
+            cache_type_k: Some("q8_0".into()),
+            extra_args: vec!["--tensor-split".into(), "1,1,1".into()],
+            ..model()
+        };
+        let launch = coordinator("llama-server", &Server::default(), "m", &model, None, &pool);
+        let line = line(&launch);
+        assert!(
+            line.contains(
+                "-ctk q8_0 --rpc 10.0.0.2:50052,10.0.0.3:50052 --device RPC0,RPC1,ROCm0 --split-mode layer \
+                 --tensor-split 10,20,3 -ngl 999 --fit off"
+            ),
+            "{line}"
+        );
+        assert_eq!(launch.value_of("--tensor-split"), Some("1,1,1"));
+    }
+
+    #[test]
+    fn only_several_amd_gpus_get_an_environment() {
+        assert!(gpu_environment(Some(GpuBackend::Hip), 1).is_empty());
+        assert!(gpu_environment(Some(GpuBackend::Cuda), 2).is_empty());
+        let expected = [("HSA_ENABLE_SDMA", "0"), ("GPU_MAX_HW_QUEUES", "1")];
+        assert_eq!(gpu_environment(Some(GpuBackend::Hip), 2), expected);
     }
 
     #[test]

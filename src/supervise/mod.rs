@@ -9,6 +9,7 @@
 //! | [`death`] | why a child died (pure) |
 //! | [`restart`] | when to start again, when to give up (pure) |
 //! | [`service`] | keeps one server running |
+//! | [`sockets`] | who listens and who is connected, without touching a port |
 
 pub mod child;
 pub mod command;
@@ -17,3 +18,4 @@ pub mod parent_bound;
 pub mod preflight;
 pub mod restart;
 pub mod service;
+pub mod sockets;

@@ -81,18 +81,8 @@ pub async fn llama_server(
         key_file(file)?;
     }
     let external_draft = match role {
-        Role::Draft => None,
-        Role::Target => match command::external_draft(drafts) {
-            Some(_) if !takes_external_drafts(&program).await => {
-                tracing::warn!(
-                    "{} cannot verify drafts (it has no option {EXTERNAL_DRAFT_OPTION}), so the target runs without; \
-                     build one that can with scripts/llama-cpp",
-                    program.display()
-                );
-                None
-            }
-            wanted => wanted,
-        },
+        Role::Draft | Role::Rpc => None,
+        Role::Target | Role::Coordinator => external_draft(role, &program, drafts).await,
     };
     let launch = command::llama_server(program, server, name, gguf, external_draft);
     let (host, port) = launch.address();
@@ -100,8 +90,22 @@ pub async fn llama_server(
     Ok(launch)
 }
 
+/// The draft tokens per step to prepare a llama-server for, if its binary can verify drafts.
+pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Option<u16> {
+    let wanted = command::external_draft(drafts)?;
+    if takes_external_drafts(program).await {
+        return Some(wanted);
+    }
+    tracing::warn!(
+        "{} cannot verify drafts (it has no option {EXTERNAL_DRAFT_OPTION}), so the {role} runs without; build one that can \
+         with scripts/llama-cpp",
+        program.display()
+    );
+    None
+}
+
 /// Finds a program, by path or on `PATH`.
-fn program(name: &Path) -> Result<PathBuf, Unfit> {
+pub fn program(name: &Path) -> Result<PathBuf, Unfit> {
     which::which(name).map_err(|_| Unfit::NoProgram(name.to_owned()))
 }
 

@@ -6,10 +6,11 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::child::Child;
+use super::child::{Child, Tail};
 use super::command::{Launch, Role};
 use super::death::Death;
 use super::restart::{Decision, Restarts};
+use super::sockets;
 
 /// Pause between two looks at a server that starts.
 const POLL: Duration = Duration::from_millis(150);
@@ -19,6 +20,8 @@ const POLL_PATIENCE: Duration = Duration::from_secs(2);
 const STILL_LOADING: Duration = Duration::from_secs(10);
 /// How long a server that is asked to end may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// The same of a ggml-rpc-server, which has nothing to save.
+pub const RPC_STOP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a server is.
 #[derive(Debug, Clone)]
@@ -53,6 +56,7 @@ pub enum State {
 pub struct Service {
     role: Role,
     state: watch::Receiver<State>,
+    tail: watch::Receiver<Tail>,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
@@ -73,10 +77,16 @@ impl Service {
     pub fn start(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
         let stop = stop.child_token();
         let (report, state) = watch::channel(State::Starting);
+        let (tails, tail) = watch::channel(Tail::default());
+        let report = Report {
+            state: report,
+            tail: tails,
+        };
         let task = tokio::spawn(keep_running(role, launch, report, stop.clone()));
         Self {
             role,
             state,
+            tail,
             stop,
             task,
         }
@@ -86,6 +96,12 @@ impl Service {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
+    }
+
+    /// What its latest process wrote last, now and later.
+    #[must_use]
+    pub fn tail(&self) -> watch::Receiver<Tail> {
+        self.tail.clone()
     }
 
     /// Waits until it serves for the first time. A service that is stopped before that never does.
@@ -133,10 +149,16 @@ impl Drop for Service {
     }
 }
 
-async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, stop: CancellationToken) {
+/// What is told of a server while it is kept running.
+struct Report {
+    state: watch::Sender<State>,
+    tail: watch::Sender<Tail>,
+}
+
+async fn keep_running(role: Role, launch: Launch, report: Report, stop: CancellationToken) {
     let mut restarts = Restarts::default();
     loop {
-        report.send_replace(State::Starting);
+        report.state.send_replace(State::Starting);
         let (death, ready) = match one_life(role, &launch, &report, &stop).await {
             Life::Stopped => break,
             Life::Died { death, ready } => (death, ready),
@@ -144,7 +166,7 @@ async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, 
         show_last_lines(role, &death);
         match restarts.died(ready, death.is_curable(), rand::random()) {
             Decision::GiveUp => {
-                report.send_replace(State::GaveUp { death });
+                report.state.send_replace(State::GaveUp { death });
                 return;
             }
             Decision::Again(pause) => {
@@ -152,7 +174,7 @@ async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, 
                     "the {role} server died: {death}; starting it again in {:.1} s",
                     pause.as_secs_f32()
                 );
-                report.send_replace(State::Waiting { death, pause });
+                report.state.send_replace(State::Waiting { death, pause });
                 tokio::select! {
                     () = sleep(pause) => {}
                     () = stop.cancelled() => break,
@@ -160,7 +182,7 @@ async fn keep_running(role: Role, launch: Launch, report: watch::Sender<State>, 
             }
         }
     }
-    report.send_replace(State::Stopped);
+    report.state.send_replace(State::Stopped);
 }
 
 /// Its lines went to the log as they came; here they are for those who filter them out.
@@ -178,7 +200,7 @@ enum Life {
     Died { death: Death, ready: Option<Duration> },
 }
 
-async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, stop: &CancellationToken) -> Life {
+async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &CancellationToken) -> Life {
     let mut child = match Child::spawn(role, launch).await {
         Ok(child) => child,
         Err(error) => {
@@ -188,20 +210,28 @@ async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, st
             };
         }
     };
+    report.tail.send_replace(child.tail());
     let pid = child.pid();
     let began = Instant::now();
-    tracing::info!(pid, "the {role} server starts at {}", launch.url());
+    let place = match role {
+        Role::Rpc => launch.url().trim_start_matches("http://").to_owned(),
+        Role::Target | Role::Draft | Role::Coordinator => launch.url(),
+    };
+    tracing::info!(pid, "the {role} server starts at {place}");
     let mut ready = None;
     let status = {
         let watch_it = async {
-            until_ready(role, &launch.url(), report).await;
+            match role {
+                Role::Rpc => until_listening(launch).await,
+                Role::Target | Role::Draft | Role::Coordinator => until_ready(role, &launch.url(), &report.state).await,
+            }
             ready = Some(Instant::now());
             tracing::info!(
                 pid,
                 "the {role} server is ready after {:.1} s",
                 began.elapsed().as_secs_f32()
             );
-            report.send_replace(State::Ready { pid });
+            report.state.send_replace(State::Ready { pid });
             std::future::pending::<()>().await;
         };
         tokio::select! {
@@ -212,7 +242,12 @@ async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, st
     };
     match status {
         None => {
-            if let Err(error) = child.stop(STOP_PATIENCE).await {
+            let patience = if role == Role::Rpc {
+                RPC_STOP_PATIENCE
+            } else {
+                STOP_PATIENCE
+            };
+            if let Err(error) = child.stop(patience).await {
                 tracing::warn!(pid, "could not wait for the {role} server: {error}");
             }
             tracing::info!(pid, "the {role} server is stopped");
@@ -229,6 +264,14 @@ async fn one_life(role: Role, launch: &Launch, report: &watch::Sender<State>, st
                 ready: ready.map(|since| since.elapsed()),
             }
         }
+    }
+}
+
+/// Returns once it listens. Connecting to a ggml-rpc-server would make us its only client.
+async fn until_listening(launch: &Launch) {
+    match launch.ipv4_address() {
+        Some(address) => sockets::until_listening(address).await,
+        None => std::future::pending().await,
     }
 }
 

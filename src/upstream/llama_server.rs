@@ -266,7 +266,8 @@ impl LlamaServer {
         }
         #[derive(Deserialize)]
         struct Entry {
-            meta: Meta,
+            // A pool lists models that are not loaded, too.
+            meta: Option<Meta>,
         }
         #[derive(Deserialize)]
         struct Meta {
@@ -275,9 +276,13 @@ impl LlamaServer {
         let models: Models = self.connection.get("/v1/models").await?;
         models
             .data
-            .first()
-            .map(|entry| entry.meta.n_vocab)
-            .ok_or_else(|| self.connection.malformed("/v1/models", "no model is listed"))
+            .iter()
+            .find_map(|entry| entry.meta.as_ref())
+            .map(|meta| meta.n_vocab)
+            .ok_or_else(|| {
+                self.connection
+                    .malformed("/v1/models", "no model is listed with its vocabulary")
+            })
     }
 
     /// The text of `tokens`.

@@ -99,6 +99,11 @@ impl Program {
         self.shell.try_wait().is_ok_and(|status| status.is_none())
     }
 
+    /// Its exit code, once it has ended by itself.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        self.shell.try_wait().ok().flatten().and_then(|status| status.code())
+    }
+
     /// CPU time used so far, of all its threads.
     pub fn cpu_time(&self) -> Duration {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");

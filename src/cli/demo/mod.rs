@@ -119,8 +119,8 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
 
 async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Result<(Service, String), Failure> {
     let path = match role {
-        Role::Target => &options.target_model,
-        Role::Draft => &options.draft_model,
+        Role::Target | Role::Coordinator => &options.target_model,
+        Role::Draft | Role::Rpc => &options.draft_model,
     };
     let server = config::Server {
         port: preflight::free_port()?,

@@ -1,0 +1,297 @@
+//! `tightwad plan`: which layers go where, and whether that fits.
+
+use std::ffi::OsStr;
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::exit::{Exit, Failure};
+use crate::cluster::devices::{self, Found};
+use crate::cluster::gguf::ModelFile;
+use crate::cluster::plan::{self, KnownFrom, Placement, Plan, Settings};
+use crate::config::Config;
+use crate::supervise::command::{Launch, Role};
+use crate::supervise::preflight;
+
+const MIB: f64 = (1u64 << 20) as f64;
+
+/// What `tightwad plan` is asked.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which of `models`. Default: the one marked `default`, else the only one.
+    model: Option<String>,
+    /// All of it as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The whole answer.
+#[derive(Debug, Serialize)]
+struct Answer<'a> {
+    model: &'a str,
+    #[serde(flatten)]
+    plan: &'a Plan,
+    notes: &'a [String],
+    command: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+/// Plans a model over the pool and shows it.
+pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
+    let coordinator = config.coordinator.as_ref().ok_or_else(|| {
+        Failure::new(
+            Exit::Config,
+            "the config has no section `coordinator`; add one, with the `gpus` of its host if it lends any",
+        )
+    })?;
+    let (name, model) = config.model_for(options.model.as_deref())?;
+    let file = ModelFile::read(&model.path)?;
+    let Found { devices, mut notes } = devices::find(config, coordinator).await;
+
+    let drafts = config
+        .proxy
+        .as_ref()
+        .map(|proxy| proxy.max_draft_tokens)
+        .unwrap_or_default();
+    let llama_server = &config.binaries.llama_server;
+    let draft_tokens = match preflight::program(llama_server) {
+        Ok(program) => preflight::external_draft(Role::Coordinator, &program, drafts).await,
+        Err(missing) => {
+            notes.push(missing.to_string());
+            None
+        }
+    };
+    let placing = plan::placing_options(model, coordinator);
+    if !placing.is_empty() {
+        notes.push(format!(
+            "`extra_args` place layers by themselves ({}) and win, so the model may lie otherwise than planned here",
+            placing.join(", ")
+        ));
+    }
+    let settings = Settings::of(model, coordinator, draft_tokens)?;
+    if let Some(trained) = file.shape.trained_context
+        && u64::from(settings.context) > trained
+    {
+        notes.push(format!(
+            "the model was trained with {trained} tokens: llama-server takes memory for {} per slot and serves {trained}; a \
+             smaller ctx_size wastes none",
+            settings.context
+        ));
+    }
+    let plan = plan::plan(&file, &devices, &settings)?;
+    let launch = plan.launch(
+        llama_server,
+        coordinator,
+        (name, model),
+        (&coordinator.host, coordinator.port),
+    );
+    if options.json {
+        let answer = Answer {
+            model: name,
+            plan: &plan,
+            notes: &notes,
+            command: words(&launch).collect(),
+            environment: launch
+                .env
+                .iter()
+                .map(|(name, value)| (name.clone(), shown(name, value.expose()).to_owned()))
+                .collect(),
+        };
+        let json = serde_json::to_string_pretty(&answer).map_err(|error| Failure::other("write JSON", error))?;
+        println!("{json}");
+    } else {
+        print!("{}", table(name, &plan, &notes, &launch));
+    }
+    if plan.fits {
+        Ok(())
+    } else {
+        Err(Failure::new(Exit::DoesNotFit, shortage(name, &plan)))
+    }
+}
+
+/// Why it does not fit and what to do, in a sentence.
+fn shortage(name: &str, plan: &Plan) -> String {
+    let ways: Vec<String> = plan.suggestions.iter().map(ToString::to_string).collect();
+    let ways = if ways.is_empty() {
+        "lend more GPUs, or take a smaller model".to_owned()
+    } else {
+        ways.join(", or ")
+    };
+    format!("{name} does not fit into the pool; it would with {ways}")
+}
+
+/// The plan for people.
+fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
+    let settings = &plan.settings;
+    let mut text = format!(
+        "{name}: {}, {} layers and the output layer; {} slots of {} tokens, KV cache {}/{}\n\n",
+        amount(plan.file_bytes),
+        plan.layers.saturating_sub(1),
+        settings.slots,
+        settings.context,
+        settings.key_type.name,
+        settings.value_type.name,
+    );
+    let mut rows = vec![
+        [
+            "device", "host", "what", "layers", "weights", "KV cache", "compute", "free", "left",
+        ]
+        .map(str::to_owned),
+    ];
+    rows.extend(plan.placements.iter().map(|placement| row(placement, plan)));
+    let mut widths = [0; 9];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    for row in &rows {
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            let _ = if column < 4 {
+                write!(text, "{cell:<width$}  ")
+            } else {
+                write!(text, "{cell:>width$}  ")
+            };
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    }
+    let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).sum());
+    let _ = writeln!(
+        text,
+        "\nin all: weights {}, KV cache {}, compute about {}; the coordinator's own memory: {} and about {}",
+        total(|placement| placement.weights_bytes),
+        total(|placement| placement.kv_bytes),
+        total(|placement| placement.compute_bytes),
+        amount(plan.host.weights_bytes),
+        amount(plan.host.compute_bytes),
+    );
+    if plan
+        .placements
+        .iter()
+        .any(|placement| placement.device.known_from == KnownFrom::Config)
+    {
+        text.push_str("*: `vram_gb` of the config; nobody has looked what of it is free\n");
+    }
+    for note in notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    let margin = amount(settings.margin_bytes);
+    if plan.fits {
+        let _ = writeln!(text, "It fits; each device keeps {margin} or more.\n");
+    } else {
+        let _ = writeln!(
+            text,
+            "It does not fit: each device must keep {margin}. It would fit with one of"
+        );
+        for suggestion in &plan.suggestions {
+            let _ = writeln!(text, "  {suggestion}");
+        }
+        text.push('\n');
+    }
+    for (name, value) in &launch.env {
+        let _ = write!(text, "{name}={} ", quoted(shown(name, value.expose())));
+    }
+    let line: Vec<String> = words(launch).map(|word| quoted(&word)).collect();
+    text.push_str(&line.join(" "));
+    text.push('\n');
+    text
+}
+
+fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
+    let device = &placement.device;
+    let of_config = if device.known_from == KnownFrom::Config {
+        "*"
+    } else {
+        ""
+    };
+    [
+        placement.argument.clone().unwrap_or_else(|| "-".into()),
+        device.host.clone(),
+        format!("{} {}", device.name, device.label),
+        layers(placement, plan.layers),
+        amount(placement.weights_bytes),
+        amount(placement.kv_bytes),
+        amount(placement.compute_bytes),
+        format!("{}{of_config}", amount(device.free_bytes)),
+        if placement.left_bytes < 0 {
+            format!("-{}", amount(placement.left_bytes.unsigned_abs()))
+        } else {
+            amount(placement.left_bytes.unsigned_abs())
+        },
+    ]
+}
+
+/// `0-31`, `32`, `32-63 and output`, `output`, `none`.
+fn layers(placement: &Placement, all: u32) -> String {
+    let first = placement.first_layer;
+    let end = first + placement.layers;
+    let has_output = placement.layers > 0 && end == all;
+    let repeating = placement.layers - u32::from(has_output);
+    let range = match repeating {
+        0 if has_output => return "output".to_owned(),
+        0 => return "none".to_owned(),
+        1 => first.to_string(),
+        _ => format!("{first}-{}", first + repeating - 1),
+    };
+    if has_output {
+        format!("{range} and output")
+    } else {
+        range
+    }
+}
+
+/// Bytes as people read them.
+fn amount(bytes: u64) -> String {
+    let mib = bytes as f64 / MIB;
+    if mib >= 1024.0 {
+        format!("{:.2} GiB", mib / 1024.0)
+    } else if mib >= 100.0 {
+        format!("{mib:.0} MiB")
+    } else {
+        format!("{mib:.1} MiB")
+    }
+}
+
+/// The value of a variable, unless it is a key.
+fn shown<'a>(name: &str, value: &'a str) -> &'a str {
+    let upper = name.to_uppercase();
+    let secret = ["KEY", "TOKEN", "SECRET", "PASSWORD"]
+        .iter()
+        .any(|word| upper.contains(word));
+    if secret { "***" } else { value }
+}
+
+fn words(launch: &Launch) -> impl Iterator<Item = String> {
+    std::iter::once(launch.program.as_os_str())
+        .chain(launch.args.iter().map(AsRef::<OsStr>::as_ref))
+        .map(|word| word.to_string_lossy().into_owned())
+}
+
+/// As a shell takes it for one word.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_with_spaces_or_quotes_stays_one_word() {
+        assert_eq!(quoted("/m/a.gguf"), "/m/a.gguf");
+        assert_eq!(quoted("it's big"), r"'it'\''s big'");
+        assert_eq!(quoted(""), "''");
+    }
+
+    #[test]
+    fn keys_are_not_shown() {
+        assert_eq!(shown("LLAMA_API_KEY", "hush"), "***");
+        assert_eq!(shown("HSA_ENABLE_SDMA", "0"), "0");
+    }
+}

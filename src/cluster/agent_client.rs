@@ -1,0 +1,218 @@
+//! Asks a worker's agent, see [`super::agent`].
+
+use std::time::Duration;
+
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::de::DeserializeOwned;
+
+use super::agent::{Holder, Lease, LeaseRequest, Refusal, WorkerStatus};
+use crate::config::{ConfigError, Secret, Worker};
+
+/// A host that is up answers the first packet in milliseconds.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
+/// An agent answers these at once, whatever its servers do.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A lease is answered once fresh servers listen. A GPU driver that wakes up takes seconds, and so does a look through a
+/// cache that has just been filled.
+const LEASE_PATIENCE: Duration = Duration::from_secs(120);
+/// A server that does not end by itself is killed after a second, and a GPU takes a while to be free.
+const RETURN_PATIENCE: Duration = Duration::from_secs(20);
+
+/// A client of one worker's agent.
+#[derive(Debug, Clone)]
+pub struct AgentClient {
+    worker: String,
+    url: String,
+    token: Option<Secret>,
+    http: reqwest::Client,
+}
+
+/// Why an agent does not do what it is asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AgentError {
+    /// Nobody answers, or not in time.
+    #[error(
+        "worker {worker} does not answer at {url} ({reason}); is its host up, and does `tightwad run worker` run there?"
+    )]
+    Unreachable {
+        /// Its name.
+        worker: String,
+        /// Its agent's URL.
+        url: String,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The token is wrong or missing.
+    #[error("worker {worker} refuses our token; give it the same `agent_token_file` on both hosts")]
+    Unauthorized {
+        /// Its name.
+        worker: String,
+    },
+    /// Somebody else has it, or we with a later epoch.
+    #[error(
+        "worker {worker} is leased by the coordinator {} (epoch {}); stop that one first",
+        .holder.holder,
+        .holder.epoch
+    )]
+    Held {
+        /// Its name.
+        worker: String,
+        /// Who has it.
+        holder: Holder,
+    },
+    /// That lease is over: it expired, or was taken over.
+    #[error("the lease of worker {worker} is over; take a new one")]
+    Over {
+        /// Its name.
+        worker: String,
+    },
+    /// It would, and cannot: its servers do not start.
+    #[error("worker {worker}: {reason}")]
+    Refused {
+        /// Its name.
+        worker: String,
+        /// Its own words.
+        reason: String,
+    },
+    /// Something else answers there.
+    #[error("{url} is not the agent of worker {worker} ({reason}); check `agent_port`")]
+    NotAnAgent {
+        /// Its name.
+        worker: String,
+        /// The URL.
+        url: String,
+        /// What gave it away.
+        reason: String,
+    },
+    /// The token's file cannot be read.
+    #[error("worker {worker}: {reason}")]
+    Token {
+        /// Its name.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl AgentClient {
+    /// A client of this worker's agent; reads the token now.
+    pub fn new(worker: &Worker) -> Result<Self, AgentError> {
+        let token = worker.agent_token().map_err(|error: ConfigError| AgentError::Token {
+            worker: worker.name().to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(Self::at(worker.name(), worker.agent_url(), token))
+    }
+
+    /// A client of the agent at a base URL.
+    #[must_use]
+    pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Self {
+        Self {
+            worker: worker.into(),
+            url: url.into(),
+            token,
+            http: reqwest::Client::builder()
+                .no_proxy()
+                .connect_timeout(CONNECT_PATIENCE)
+                .build()
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Name of the worker.
+    #[must_use]
+    pub fn worker(&self) -> &str {
+        &self.worker
+    }
+
+    /// How it is. Answered at once, whoever has it.
+    pub async fn status(&self) -> Result<WorkerStatus, AgentError> {
+        let request = self.request(Method::GET, "/v1/worker", PATIENCE);
+        self.json(self.send(request).await?).await
+    }
+
+    /// Takes it. Answered once fresh servers listen; whoever stops waiting does not get it.
+    pub async fn lease(&self, wanted: &LeaseRequest) -> Result<Lease, AgentError> {
+        let request = self
+            .request(Method::POST, "/v1/worker/lease", LEASE_PATIENCE)
+            .json(wanted);
+        self.json(self.send(request).await?).await
+    }
+
+    /// Keeps a lease for another while.
+    pub async fn renew(&self, id: &str) -> Result<(), AgentError> {
+        let request = self.request(Method::POST, &format!("/v1/worker/lease/{id}/renew"), PATIENCE);
+        self.send(request).await.map(drop)
+    }
+
+    /// Ends a lease. Answered once the servers have ended and their memory is free.
+    pub async fn give_back(&self, id: &str) -> Result<(), AgentError> {
+        let request = self.request(Method::DELETE, &format!("/v1/worker/lease/{id}"), RETURN_PATIENCE);
+        self.send(request).await.map(drop)
+    }
+
+    fn request(&self, method: Method, path: &str, patience: Duration) -> RequestBuilder {
+        let request = self
+            .http
+            .request(method, format!("{}{path}", self.url))
+            .timeout(patience);
+        match &self.token {
+            Some(token) => request.bearer_auth(token.expose()),
+            None => request,
+        }
+    }
+
+    /// The answer, if it is a good one.
+    async fn send(&self, request: RequestBuilder) -> Result<Response, AgentError> {
+        let answer = request.send().await.map_err(|error| self.unreachable(&error))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let worker = self.worker.clone();
+        if status == StatusCode::UNAUTHORIZED {
+            return Err(AgentError::Unauthorized { worker });
+        }
+        let refusal: Refusal = self.json(answer).await?;
+        Err(match (status, refusal.holder) {
+            (StatusCode::NOT_FOUND, _) => AgentError::Over { worker },
+            (StatusCode::CONFLICT, Some(holder)) => AgentError::Held { worker, holder },
+            _ => AgentError::Refused {
+                worker,
+                reason: refusal.error,
+            },
+        })
+    }
+
+    async fn json<T: DeserializeOwned>(&self, answer: Response) -> Result<T, AgentError> {
+        let status = answer.status();
+        let body = answer.bytes().await.map_err(|error| self.unreachable(&error))?;
+        serde_json::from_slice(&body).map_err(|_| AgentError::NotAnAgent {
+            worker: self.worker.clone(),
+            url: self.url.clone(),
+            reason: format!("it answers {status} with something else"),
+        })
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> AgentError {
+        let reason = if error.is_timeout() {
+            "no answer in time".to_owned()
+        } else {
+            innermost(error).to_string()
+        };
+        AgentError::Unreachable {
+            worker: self.worker.clone(),
+            url: self.url.clone(),
+            reason,
+        }
+    }
+}
+
+/// `Connection refused` says more than `error sending request for url`.
+fn innermost(error: &reqwest::Error) -> &dyn std::error::Error {
+    let mut inner: &dyn std::error::Error = error;
+    while let Some(source) = inner.source() {
+        inner = source;
+    }
+    inner
+}

@@ -1,0 +1,50 @@
+//! The build of llama.cpp: all hosts of a pool must run the same.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::timeout;
+
+/// Printing a version takes milliseconds; a GPU driver that wakes up takes longer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The build that `llama-server --version` tells, `b11434`; `None` where it tells none.
+pub async fn build(llama_server: &Path) -> Option<String> {
+    let mut command = Command::new(llama_server);
+    command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
+    let output = timeout(PATIENCE, command.output()).await.ok()?.ok()?;
+    parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// `version: 0.6.0-dev (build 11434, commit unknown)`, or as it was before: `version: 6021 (1d72c84)`.
+fn parse(text: &str) -> Option<String> {
+    let version = text.lines().find_map(|line| line.trim().strip_prefix("version:"))?;
+    let number = match version.split_once("build ") {
+        Some((_, rest)) => rest,
+        None => version.trim(),
+    };
+    let digits: String = number.chars().take_while(char::is_ascii_digit).collect();
+    // 0 is what a build outside of a git repository calls itself.
+    let number: u32 = digits.parse().ok().filter(|number| *number != 0)?;
+    Some(format!("b{number}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_is_read_from_both_ways_of_writing_it() {
+        let new = "version: 0.6.0-dev (build 11434, commit unknown)\nbuilt with GNU 12.2.0 for Linux x86_64\n";
+        assert_eq!(parse(new).as_deref(), Some("b11434"));
+        assert_eq!(parse("version: 6021 (1d72c84)\n").as_deref(), Some("b6021"));
+    }
+
+    #[test]
+    fn a_build_without_a_number_is_unknown() {
+        assert_eq!(parse("version: 0 (unknown)"), None);
+        assert_eq!(parse("usage: llama-server"), None);
+    }
+}

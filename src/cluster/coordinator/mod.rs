@@ -1,0 +1,113 @@
+//! One endpoint over the pool: keeps one llama-server running over the workers, swaps its model, and forwards to it.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `front`, `stream` | the public port: forwards byte for byte; lets requests wait |
+//! | `own` | the endpoints that are answered here |
+//! | `problem` | everything that can go wrong, as HTTP |
+//! | `pool` | what the front and the driver share |
+//! | `driver` | does what the machine in [`super::swap`] says |
+//! | `prepare` | from a model's name to a command line |
+//! | `workers` | leases, and which worker was lost |
+//! | `server` | one life of the llama-server |
+//! | `load`, `stall` | how far a load is; whether tokens still come (both pure) |
+
+mod driver;
+mod front;
+mod load;
+mod own;
+mod pool;
+mod prepare;
+mod problem;
+mod server;
+mod stall;
+mod stream;
+mod workers;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use self::driver::Driver;
+use self::front::Front;
+use self::pool::Pool;
+use self::workers::Workers;
+use super::agent_client::AgentError;
+use super::build;
+use super::swap::{Rules, Swap};
+use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
+use crate::proxy::server::serve_router;
+
+/// Requests that may wait for each slot.
+const WAITING_PER_SLOT: usize = 32;
+/// How long connections may linger after everything else has ended.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Why the coordinator cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// The section is missing.
+    #[error("the config has no section `coordinator`; add one, with `port`, and `workers` beside it")]
+    NoSection,
+    /// No model is named, or it does not exist; or a key's file cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A worker's token cannot be read.
+    #[error(transparent)]
+    Worker(#[from] AgentError),
+}
+
+/// Serves on `listener` until `stop`; then finishes running answers, within `drain_seconds`, ends the server and returns
+/// the workers. `model` is the one to begin with, else the config's default.
+pub async fn serve(
+    listener: TcpListener,
+    config: Config,
+    model: Option<&str>,
+    stop: CancellationToken,
+) -> Result<(), CoordinatorError> {
+    let coordinator = config.coordinator.clone().ok_or(CoordinatorError::NoSection)?;
+    let api_key = coordinator.api_key()?;
+    let (first, _) = config.model_for(model)?;
+    let names = prepare::names(&config);
+    let rules = Rules {
+        models: names.iter().cloned().collect(),
+        swap_on_request: coordinator.swap_on_request,
+        drain: Duration::from_secs(coordinator.drain_seconds),
+        wait: Duration::from_secs(coordinator.wait_seconds),
+        most_waiting: usize::from(coordinator.slots.max(1)) * WAITING_PER_SLOT,
+    };
+    let swap = Swap::new(rules, first.into(), first_epoch(), Instant::now());
+    let build = build::build(&config.binaries.llama_server).await;
+    let workers = Workers::new(&config.workers, holder(&coordinator), build)?;
+    let drain = Duration::from_secs(coordinator.drain_seconds) + LINGER;
+    let (tell, told) = mpsc::unbounded_channel();
+    let (config, coordinator) = (Arc::new(config), Arc::new(coordinator));
+    let (driver, reports) = Driver::new(config, coordinator, workers, swap, (tell.clone(), told));
+    let front = Front {
+        pool: Pool::new(tell, reports),
+        models: names,
+        api_key,
+    };
+    let serving = serve_router(listener, front::router(front), drain, stop.clone());
+    tokio::join!(driver.run(stop), serving);
+    Ok(())
+}
+
+/// Higher than any epoch of a process before this one: leases take longer than a millisecond.
+fn first_epoch() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX / 2)
+}
+
+/// What workers know us by: the same after a restart, and another one for each coordinator.
+fn holder(coordinator: &Coordinator) -> String {
+    let host = coordinator.host.as_str();
+    let own_name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let name = Some(())
+        .filter(|()| is_wildcard(host) || is_loopback(host))
+        .and_then(|()| own_name());
+    format!("{}:{}", name.as_deref().map_or(host, str::trim), coordinator.port)
+}

@@ -1,0 +1,205 @@
+//! One life of the llama-server behind the front.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{sleep, timeout};
+
+use super::load::{self, Line};
+use super::pool::Message;
+use super::stall::{Slot, Stall};
+use super::workers::Workers;
+use crate::cluster::swap::{Event, Failure};
+use crate::config::Secret;
+use crate::supervise::child::Child;
+use crate::supervise::command::{Launch, Role};
+use crate::supervise::death::{Cause, Death};
+
+/// Pause between two looks at a server that starts.
+const POLL: Duration = Duration::from_millis(100);
+/// Pause between two looks at one that runs.
+const LOOK: Duration = Duration::from_secs(1);
+/// Longest wait for the answer to a look.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a server that is asked to end may take.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// The same for one that is broken.
+const BROKEN_PATIENCE: Duration = Duration::from_millis(200);
+
+/// A load that does not go on for so long never will: one tensor over a slow network takes a minute or two.
+const LOAD_STALL: Duration = Duration::from_secs(300);
+
+/// What is needed to run it.
+pub(super) struct Run {
+    pub(super) epoch: u64,
+    pub(super) launch: Launch,
+    pub(super) key: Secret,
+    pub(super) stall: Duration,
+    pub(super) workers: Workers,
+    pub(super) tell: mpsc::UnboundedSender<Message>,
+    /// Whether it is broken.
+    pub(super) stop: oneshot::Receiver<bool>,
+    pub(super) started: oneshot::Sender<u32>,
+    pub(super) last_lines: oneshot::Sender<Vec<String>>,
+}
+
+/// Runs it to its end, and tells what happens.
+pub(super) async fn run(run: Run) {
+    let Run {
+        epoch,
+        launch,
+        key,
+        stall,
+        workers,
+        tell,
+        mut stop,
+        started,
+        last_lines,
+    } = run;
+    let moved = watch::Sender::new(());
+    let listener = {
+        let (tell, moved) = (tell.clone(), moved.clone());
+        Arc::new(move |line: &str| match load::read(line) {
+            Line::Progress(progress) => {
+                moved.send_replace(());
+                let _ = tell.send(Message::Loaded(epoch, progress));
+                true
+            }
+            Line::News => true,
+            Line::Log => false,
+        })
+    };
+    let mut child = match Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await {
+        Ok(child) => child,
+        Err(error) => {
+            let death = Death::not_started(&error);
+            return send(&tell, Event::Died(epoch, failure(&death, &workers).await));
+        }
+    };
+    let _ = started.send(child.pid());
+    let url = launch.url();
+    let broken = {
+        let looks = async {
+            let seconds = tokio::select! {
+                () = until_ready(&url) => {
+                    send(&tell, Event::Ready(epoch));
+                    until_stalled(&url, &key, stall).await;
+                    stall.as_secs()
+                }
+                () = until_load_stalls(moved.subscribe()) => LOAD_STALL.as_secs(),
+            };
+            let why = match workers.who_is_lost(true).await {
+                Some(lost) => format!("nothing has moved for {seconds} s: {lost}"),
+                None => format!("nothing has moved for {seconds} s, and no worker's agent knows why"),
+            };
+            send(
+                &tell,
+                Event::Broken(
+                    epoch,
+                    Failure {
+                        why,
+                        curable: true,
+                        worker: true,
+                    },
+                ),
+            );
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            status = child.wait() => Err(status),
+            broken = &mut stop => Ok(broken.unwrap_or(true)),
+            () = looks => Ok(true),
+        }
+    };
+    match broken {
+        Ok(broken) => {
+            let patience = if broken { BROKEN_PATIENCE } else { STOP_PATIENCE };
+            if let Err(error) = child.stop(patience).await {
+                tracing::warn!("could not wait for the llama-server: {error}");
+            }
+            send(&tell, Event::Stopped(epoch));
+        }
+        Err(status) => {
+            let lines = child.last_lines().await;
+            let death = match status {
+                Ok(status) => Death::explain(status, lines),
+                Err(error) => Death::not_started(&error),
+            };
+            let _ = last_lines.send(death.last_lines.clone());
+            let failure = failure(&death, &workers).await;
+            // Who was about to end it waits for that.
+            let told = if stop.try_recv().is_ok() {
+                Event::Stopped(epoch)
+            } else {
+                Event::Died(epoch, failure)
+            };
+            send(&tell, told);
+        }
+    }
+}
+
+fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
+    let _ = tell.send(Message::Event(event));
+}
+
+async fn failure(death: &Death, workers: &Workers) -> Failure {
+    let says_so = matches!(death.cause, Cause::WorkerLost(_));
+    let may_be = says_so || matches!(death.cause, Cause::Signal(_) | Cause::Code(_));
+    let found = if may_be { workers.who_is_lost(false).await } else { None };
+    let found = found.or_else(|| {
+        workers
+            .only()
+            .filter(|_| says_so)
+            .map(|name| format!("worker {name} was lost"))
+    });
+    Failure {
+        worker: says_so || found.is_some(),
+        why: found.unwrap_or_else(|| format!("the llama-server died: {death}")),
+        curable: death.is_curable(),
+    }
+}
+
+fn client() -> reqwest::Client {
+    reqwest::Client::builder()
+        .no_proxy()
+        .timeout(PATIENCE)
+        .pool_max_idle_per_host(0)
+        .build()
+        .unwrap_or_default()
+}
+
+async fn until_ready(url: &str) {
+    let (client, health) = (client(), format!("{url}/health"));
+    loop {
+        let answer = client.get(&health).send().await;
+        if answer.is_ok_and(|answer| answer.status() == StatusCode::OK) {
+            return;
+        }
+        sleep(POLL).await;
+    }
+}
+
+async fn until_load_stalls(mut moved: watch::Receiver<()>) {
+    while let Ok(Ok(())) = timeout(LOAD_STALL, moved.changed()).await {}
+}
+
+async fn until_stalled(url: &str, key: &Secret, patience: Duration) {
+    if patience.is_zero() {
+        return std::future::pending().await;
+    }
+    let (client, slots) = (client(), format!("{url}/slots"));
+    let mut stall = Stall::new(patience, Instant::now());
+    loop {
+        let answer = client.get(&slots).bearer_auth(key.expose()).send().await;
+        let slots = match answer {
+            Ok(answer) => answer.json::<Vec<Slot>>().await.ok(),
+            Err(_) => None,
+        };
+        if stall.look(Instant::now(), slots) {
+            return;
+        }
+        sleep(LOOK).await;
+    }
+}

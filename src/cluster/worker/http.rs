@@ -1,0 +1,251 @@
+//! The agent: what coordinators ask of this worker, see [`crate::cluster::agent`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::lease::Leases;
+use super::servers::{Servers, Shown};
+use super::{NoServer, Spec};
+use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, WorkerStatus};
+use crate::config::Secret;
+use crate::proxy::token;
+
+/// Pause between two looks whether a lease is over.
+const TICK: Duration = Duration::from_millis(250);
+/// How long answers that are under way have at the end.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// What the requests share.
+#[derive(Debug)]
+pub struct Agent {
+    spec: Arc<Spec>,
+    shown: Shown,
+    token: Option<Secret>,
+    expiry: Duration,
+    /// Together, so that the servers that run are always those of the lease.
+    rule: Mutex<(Leases, Servers)>,
+}
+
+impl Agent {
+    pub fn new(servers: Servers, expiry: Duration, token: Option<Secret>) -> Self {
+        Self {
+            spec: Arc::clone(servers.spec()),
+            shown: servers.shown(),
+            token,
+            expiry,
+            rule: Mutex::new((Leases::new(expiry), servers)),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    fn rule(&self) -> MutexGuard<'_, (Leases, Servers)> {
+        self.rule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends leases that nobody renews.
+    async fn expire(&self) {
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tick.tick().await;
+            let (leases, servers) = &mut *self.rule();
+            if let Some(silent) = leases.expire(Instant::now()) {
+                tracing::warn!(
+                    "the coordinator {} has not renewed its lease for {} s; ending its servers",
+                    silent.holder,
+                    self.expiry.as_secs()
+                );
+                servers.end();
+            }
+        }
+    }
+
+    async fn shut_down(&self) {
+        let ended = self.rule().1.shut_down();
+        if let Some(ended) = ended {
+            ended.cancelled().await;
+        }
+    }
+}
+
+/// Answers until `stop`, and then ends the servers.
+pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationToken) {
+    let router = Router::new()
+        .route("/v1/worker", get(status))
+        .route("/v1/worker/lease", post(lease))
+        .route("/v1/worker/lease/{id}/renew", post(renew))
+        .route("/v1/worker/lease/{id}", delete(give_back))
+        .fallback(|| async { refusal(StatusCode::NOT_FOUND, "this is a worker's agent; it has no such path") })
+        .layer(middleware::from_fn_with_state(Arc::clone(&agent), guard))
+        .with_state(Arc::clone(&agent));
+    let serving = axum::serve(listener, router)
+        .with_graceful_shutdown(stop.clone().cancelled_owned())
+        .into_future();
+    let serving = tokio::spawn(serving);
+    tokio::select! {
+        () = agent.expire() => {}
+        () = stop.cancelled() => {}
+    }
+    agent.shut_down().await;
+    if timeout(LAST_ANSWERS, serving).await.is_err() {
+        tracing::debug!("cutting off a request");
+    }
+}
+
+/// Lets nobody in who does not know the token.
+async fn guard(State(agent): State<Arc<Agent>>, request: Request, next: Next) -> Response {
+    match &agent.token {
+        Some(token) if !token::is_known(token, request.headers()) => refusal(
+            StatusCode::UNAUTHORIZED,
+            "the token is missing or wrong; send the worker's agent_token as `Authorization: Bearer …`",
+        ),
+        _ => next.run(request).await,
+    }
+}
+
+async fn status(State(agent): State<Arc<Agent>>) -> Response {
+    let lease = {
+        let (leases, servers) = &mut *agent.rule();
+        if leases.holder().is_none() {
+            servers.refresh();
+        }
+        leases.holder().cloned()
+    };
+    let cache = agent.spec.cache.clone();
+    let cache_bytes = tokio::task::spawn_blocking(move || cache.bytes())
+        .await
+        .unwrap_or_default();
+    Json(WorkerStatus {
+        name: agent.spec.name.clone(),
+        build: agent.spec.build.clone(),
+        protocol: agent.shown.protocol(),
+        endpoints: agent.shown.endpoints(),
+        lease,
+        cache_bytes,
+        cache_quota_bytes: agent.spec.cache.quota_bytes(),
+        last_lines: agent.shown.last_lines(),
+    })
+    .into_response()
+}
+
+async fn lease(State(agent): State<Arc<Agent>>, body: Bytes) -> Response {
+    let wanted: LeaseRequest = match serde_json::from_slice(&body) {
+        Ok(wanted) => wanted,
+        Err(error) => {
+            let sentence = format!("the body is not {{\"holder\": …, \"epoch\": …}}: {error}");
+            return refusal(StatusCode::BAD_REQUEST, sentence);
+        }
+    };
+    let id = format!("{:032x}", rand::random::<u128>());
+    let listening = {
+        let (leases, servers) = &mut *agent.rule();
+        if let Err(holder) = leases.ask(Instant::now(), &wanted, id.clone()) {
+            return held(holder);
+        }
+        servers.start()
+    };
+    tracing::info!(
+        "leased by the coordinator {} (epoch {}); starting its servers",
+        wanted.holder,
+        wanted.epoch
+    );
+    let tentative = Tentative { agent: &agent, id: &id };
+    match listening.await.unwrap_or(Err(NoServer::Ended)) {
+        Ok(()) => {
+            let begun = agent.rule().0.begin(Instant::now(), &id);
+            if begun {
+                std::mem::forget(tentative);
+                let expires_seconds = agent.expiry.as_secs();
+                return Json(Lease { id, expires_seconds }).into_response();
+            }
+            superseded(&agent)
+        }
+        Err(NoServer::Ended) => superseded(&agent),
+        Err(error) => {
+            tracing::error!("{error}");
+            refusal(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+        }
+    }
+}
+
+/// A lease whose servers do not listen yet. It ends with this, which may be because nobody waits for it any more.
+struct Tentative<'a> {
+    agent: &'a Agent,
+    id: &'a str,
+}
+
+impl Drop for Tentative<'_> {
+    fn drop(&mut self) {
+        let (leases, servers) = &mut *self.agent.rule();
+        if leases.give_back(self.id) {
+            servers.end();
+        }
+    }
+}
+
+async fn renew(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Response {
+    let renewed = agent.rule().0.renew(Instant::now(), &id);
+    if renewed {
+        StatusCode::NO_CONTENT.into_response()
+    } else {
+        over()
+    }
+}
+
+async fn give_back(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Response {
+    let ended = {
+        let (leases, servers) = &mut *agent.rule();
+        leases.give_back(&id).then(|| servers.end())
+    };
+    match ended {
+        None => over(),
+        Some(ended) => {
+            ended.cancelled().await;
+            tracing::info!("the lease is given back; the servers have ended");
+            StatusCode::NO_CONTENT.into_response()
+        }
+    }
+}
+
+/// The answer to a lease that was taken over as it began, or that began as the worker stops.
+fn superseded(agent: &Agent) -> Response {
+    let holder = agent.rule().0.holder().cloned();
+    match holder {
+        Some(holder) => held(holder),
+        None => refusal(StatusCode::SERVICE_UNAVAILABLE, NoServer::Ended.to_string()),
+    }
+}
+
+fn held(holder: Holder) -> Response {
+    let error = format!(
+        "the coordinator {} has this worker (epoch {}); stop it, or wait until it gives the worker back",
+        holder.holder, holder.epoch
+    );
+    let holder = Some(holder);
+    (StatusCode::CONFLICT, Json(Refusal { error, holder })).into_response()
+}
+
+fn over() -> Response {
+    refusal(StatusCode::NOT_FOUND, "this lease is over; take a new one")
+}
+
+fn refusal(status: StatusCode, sentence: impl Into<String>) -> Response {
+    let refusal = Refusal {
+        error: sentence.into(),
+        holder: None,
+    };
+    (status, Json(refusal)).into_response()
+}

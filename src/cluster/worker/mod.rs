@@ -1,0 +1,218 @@
+//! A worker: a host that lends its GPUs to a coordinator.
+//!
+//! With an agent, no `ggml-rpc-server` runs until a coordinator leases the worker; each lease gets fresh ones, and they
+//! end with it. So whatever happens to a coordinator, its memory is free again soon, and nobody ever connects to a server
+//! that has another client. Without an agent the servers simply run, and start again when they die.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `own_entry` | which entry of `workers` this host is |
+//! | `launch` | ggml-rpc-server's arguments (pure) |
+//! | `lease` | who has the worker (pure) |
+//! | `servers` | starts and ends the servers, one set after the other |
+//! | `survey` | looks at the devices while nobody has them |
+//! | `cache` | keeps the model parts on disk whole, and fewer than the quota |
+//! | `http` | the agent |
+
+mod cache;
+mod http;
+mod launch;
+mod lease;
+mod own_entry;
+mod servers;
+mod survey;
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{join_all, select_all};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::rpc_probe::ProbeError;
+use crate::config::{Binaries, ConfigError, Secret, Worker};
+use crate::supervise::command::{Launch, Role};
+use crate::supervise::death::Death;
+use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::service::{GaveUp, Service};
+pub use own_entry::{NotFound, own_entry};
+
+/// A lease is over when it was not renewed for so long. Coordinators renew it every 2 seconds.
+const EXPIRY: Duration = Duration::from_secs(10);
+
+/// How long a server may take until it listens. A GPU driver that wakes up takes seconds.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a server that listens may take to answer.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a worker ends.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// This host's entry is not found.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
+    /// The token's file cannot be read.
+    #[error(transparent)]
+    Token(#[from] ConfigError),
+    /// A program is missing, or a port is taken.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// The config does not say which GPU goes to which server.
+    #[error(transparent)]
+    Launch(#[from] launch::Unclear),
+    /// The servers do not start.
+    #[error(transparent)]
+    NoServer(#[from] NoServer),
+    /// A server without an agent died too often.
+    #[error(transparent)]
+    GaveUp(#[from] GaveUp),
+}
+
+/// Why a `ggml-rpc-server` does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum NoServer {
+    /// Its port is taken.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// It died.
+    #[error("the ggml-rpc-server of port {port} does not start: {death}")]
+    Died {
+        /// Its port in the config.
+        port: u16,
+        /// Why.
+        death: Death,
+    },
+    /// It does not listen.
+    #[error(
+        "the ggml-rpc-server of port {port} does not listen after {} s; see its last lines, and whether its GPU answers",
+        START_PATIENCE.as_secs()
+    )]
+    Slow {
+        /// Its port in the config.
+        port: u16,
+    },
+    /// It listens and does not answer.
+    #[error(transparent)]
+    Mute(#[from] ProbeError),
+    /// We were told to end it meanwhile.
+    #[error("the ggml-rpc-server was ended before it listened, since the lease is over or the worker stops")]
+    Ended,
+}
+
+/// What a worker runs.
+#[derive(Debug)]
+struct Spec {
+    name: String,
+    host: Ipv4Addr,
+    build: String,
+    endpoints: Vec<EndpointSpec>,
+    cache: cache::Cache,
+}
+
+/// One `ggml-rpc-server`.
+#[derive(Debug)]
+struct EndpointSpec {
+    port: u16,
+    launch: Launch,
+}
+
+/// Runs this host's part until `stop`. `address` is that of `worker.host`.
+pub async fn run(
+    worker: &Worker,
+    address: Ipv4Addr,
+    binaries: &Binaries,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let token = worker.agent_token()?;
+    let program = preflight::program(&binaries.rpc_server)?;
+    let cache = cache::Cache::of(worker);
+    let mut endpoints = Vec::new();
+    for (port, gpus) in worker.rpc_endpoints() {
+        let launch = launch::rpc_server(&program, worker, address, port, &gpus, cache.folder())?;
+        preflight::port_free(&address.to_string(), port)?;
+        endpoints.push(EndpointSpec { port, launch });
+    }
+    let spec = Spec {
+        name: worker.name().to_owned(),
+        host: address,
+        build: build(&program, binaries).await,
+        endpoints,
+        cache,
+    };
+    if worker.has_agent() {
+        with_agent(spec, worker.agent_port, token, stop).await
+    } else {
+        let how = match worker.agent_port {
+            0 => "agent_port is 0",
+            _ => "it has no token: give it an agent_token_file to get one",
+        };
+        tracing::warn!("worker {} runs without an agent ({how})", spec.name);
+        without_agent(spec, &stop).await
+    }
+}
+
+/// The build of the programs; `llama-server` tells it, `ggml-rpc-server` cannot.
+async fn build(rpc_server: &std::path::Path, binaries: &Binaries) -> String {
+    let beside = rpc_server.with_file_name("llama-server");
+    let candidates: [PathBuf; 2] = [beside, binaries.llama_server.clone()];
+    for llama_server in candidates.iter().filter_map(|name| which::which(name).ok()) {
+        if let Some(build) = super::build::build(&llama_server).await {
+            return build;
+        }
+    }
+    "unknown".to_owned()
+}
+
+async fn with_agent(spec: Spec, port: u16, token: Option<Secret>, stop: CancellationToken) -> Result<(), WorkerError> {
+    let listener = listen(spec.host, port).await?;
+    let servers = servers::Servers::new(Arc::new(spec));
+    match servers.first_look(&stop).await {
+        Err(NoServer::Ended) => return Ok(()),
+        looked => looked?,
+    }
+    let agent = Arc::new(http::Agent::new(servers, EXPIRY, token));
+    tracing::info!(
+        "worker {} is ready: its agent answers at {}",
+        agent.name(),
+        listener
+            .local_addr()
+            .map_or_else(|_| port.to_string(), |address| address.to_string())
+    );
+    http::serve(listener, agent, stop).await;
+    Ok(())
+}
+
+async fn listen(host: Ipv4Addr, port: u16) -> Result<TcpListener, Unfit> {
+    TcpListener::bind((host, port))
+        .await
+        .map_err(|source| match source.kind() {
+            std::io::ErrorKind::AddrInUse => Unfit::PortInUse {
+                host: host.to_string(),
+                port,
+            },
+            _ => Unfit::CannotListen {
+                host: host.to_string(),
+                port,
+                source,
+            },
+        })
+}
+
+async fn without_agent(spec: Spec, stop: &CancellationToken) -> Result<(), WorkerError> {
+    let Spec { endpoints, cache, .. } = spec;
+    let stopped = stop.clone();
+    let tidied = tokio::task::spawn_blocking(move || cache.tidy(&stopped)).await;
+    if let Ok(Err(error)) = tidied {
+        tracing::warn!("{error}");
+    }
+    let mut services: Vec<Service> = endpoints
+        .into_iter()
+        .map(|endpoint| Service::start(Role::Rpc, endpoint.launch, stop))
+        .collect();
+    // The first one that is given up ends them all: a host that serves half of its GPUs is no help to a plan.
+    let (ended, ..) = select_all(services.iter_mut().map(|service| Box::pin(service.ended()))).await;
+    join_all(services.into_iter().map(Service::stop)).await;
+    Ok(ended?)
+}

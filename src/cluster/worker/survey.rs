@@ -1,0 +1,126 @@
+//! Looks at the devices while nobody has them: a server that only we know of is started, asked and ended.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
+use crate::cluster::agent::DeviceStatus;
+use crate::cluster::rpc_probe::{Told, probe};
+use crate::supervise::child::Child;
+use crate::supervise::command::{Launch, Role};
+use crate::supervise::death::Death;
+use crate::supervise::service::RPC_STOP_PATIENCE;
+use crate::supervise::{preflight, sockets};
+
+/// What a look at one endpoint shows.
+#[derive(Debug)]
+pub struct Look {
+    pub protocol: String,
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Starts a server like the endpoint's on a loopback port, so that no client can take it for the real one. `stop` cuts it
+/// short.
+pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<Look, NoServer> {
+    let died = |death| NoServer::Died {
+        port: endpoint.port,
+        death,
+    };
+    let not_started = |error| died(Death::not_started(&error));
+    let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, preflight::free_port().map_err(not_started)?);
+    let mut child = Child::spawn(Role::Rpc, &elsewhere(&endpoint.launch, address))
+        .await
+        .map_err(not_started)?;
+    let asked = async {
+        match timeout(START_PATIENCE, sockets::until_listening(address)).await {
+            Ok(()) => Ok(probe(address.into(), ANSWER_PATIENCE).await?),
+            Err(_) => Err(NoServer::Slow { port: endpoint.port }),
+        }
+    };
+    let told = tokio::select! {
+        told = asked => told,
+        () = stop.cancelled() => Err(NoServer::Ended),
+        status = child.wait() => {
+            let status = status.map_err(not_started)?;
+            return Err(died(Death::explain(status, child.last_lines().await)));
+        }
+    };
+    child.stop(RPC_STOP_PATIENCE).await.map_err(not_started)?;
+    // It tells its devices' names only in its log, which is complete now.
+    let named = named(&child.last_lines().await);
+    told.map(|told| Look {
+        protocol: told.protocol.to_string(),
+        devices: devices(&told, named),
+    })
+}
+
+/// The same server at another address: of two values of one option it takes the later one.
+fn elsewhere(launch: &Launch, address: SocketAddrV4) -> Launch {
+    let mut launch = launch.clone();
+    launch.args.extend(["--host".into(), address.ip().to_string().into()]);
+    launch.args.extend(["--port".into(), address.port().to_string().into()]);
+    launch
+}
+
+fn devices(told: &Told, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
+    if told.devices.len() != named.len() {
+        return named;
+    }
+    let memory = told.devices.iter();
+    let exact = named.into_iter().zip(memory).map(|(device, memory)| DeviceStatus {
+        total_bytes: memory.total_bytes,
+        free_bytes: memory.free_bytes,
+        ..device
+    });
+    exact.collect()
+}
+
+/// The devices by a server's first lines: `  CUDA0: NVIDIA GeForce RTX 4070 (16000 MiB, 15000 MiB free)`.
+fn named(lines: &[String]) -> Vec<DeviceStatus> {
+    let listed = lines.iter().skip_while(|line| line.trim() != "Devices:").skip(1);
+    listed.map_while(|line| device(line)).collect()
+}
+
+fn device(line: &str) -> Option<DeviceStatus> {
+    let (device, memory) = line.trim().strip_suffix(" MiB free)")?.rsplit_once(" (")?;
+    let (name, description) = device.split_once(": ")?;
+    let (total, free) = memory.split_once(" MiB, ")?;
+    let bytes = |mebibytes: &str| mebibytes.parse::<u64>().ok()?.checked_mul(1 << 20);
+    Some(DeviceStatus {
+        name: name.to_owned(),
+        description: description.trim().to_owned(),
+        total_bytes: bytes(total)?,
+        free_bytes: bytes(free)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_from_the_first_lines_whatever_their_names_hold() {
+        let lines = [
+            "Starting RPC server v7.0.0",
+            "  endpoint       : 127.0.0.1:50052",
+            "Devices:",
+            "  CUDA0: NVIDIA GeForce RTX 4070 Ti SUPER (16063 MiB, 15000 MiB free)",
+            "  CPU: Intel(R) Xeon(R) CPU: 2.20GHz (64000 MiB, 60000 MiB free)",
+            "  transport      : TCP",
+        ];
+        let devices = named(&lines.map(str::to_owned));
+        assert_eq!(devices.len(), 2);
+        assert_eq!(devices[0].description, "NVIDIA GeForce RTX 4070 Ti SUPER");
+        assert_eq!(devices[0].total_bytes, 16063 << 20);
+        assert_eq!(devices[1].name, "CPU");
+        assert_eq!(devices[1].description, "Intel(R) Xeon(R) CPU: 2.20GHz");
+        assert_eq!(devices[1].free_bytes, 60000 << 20);
+    }
+
+    #[test]
+    fn a_log_without_devices_has_none() {
+        assert!(named(&["Client connection closed".to_owned()]).is_empty());
+    }
+}

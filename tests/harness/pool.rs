@@ -1,0 +1,219 @@
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::llama_server::{Program, answer_of, free_port, llama_cpp, model};
+use super::wait::eventually;
+
+/// Two CPU workers and a coordinator on this machine, as processes.
+pub struct Pool {
+    pub workers: [Option<Program>; 2],
+    pub coordinator: Option<Program>,
+    url: String,
+    folder: TempDir,
+    agents: [u16; 2],
+    /// Of `ggml-rpc-server`s that are run by hand.
+    by_hand: Option<[u16; 2]>,
+}
+
+/// What differs between the pools of the tests.
+pub struct Setup {
+    /// Added to the section `coordinator`.
+    pub coordinator: Value,
+    /// Added to the models `big` and `other`.
+    pub models: Value,
+    /// Each start of a llama-server takes so many seconds longer.
+    pub slow: f32,
+    /// The workers have no agents: their `ggml-rpc-server`s are run by hand.
+    pub by_hand: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            coordinator: json!({}),
+            models: json!({}),
+            slow: 0.0,
+            by_hand: false,
+        }
+    }
+}
+
+impl Pool {
+    /// Starts it, and waits until it answers.
+    pub async fn ready(setup: Setup) -> Self {
+        let pool = Self::start(setup);
+        pool.becomes_ready(Duration::from_secs(15)).await;
+        pool
+    }
+
+    /// Starts it.
+    pub fn start(setup: Setup) -> Self {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let port = free_port();
+        let agents = [free_port(), free_port()];
+        let ports = [free_port(), free_port()];
+        let worker = |name: &str, agent: u16, port: u16| {
+            let agent = if setup.by_hand { 0 } else { agent };
+            json!({
+                "host": "127.0.0.1", "name": name, "backend": "cpu", "agent_port": agent, "cache_gb": 0,
+                "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
+            })
+        };
+        let mut config = json!({
+            "coordinator": {
+                "port": port, "backend": "cpu", "slots": 4, "threads": 1, "extra_args": ["--no-warmup"],
+            },
+            "workers": [worker("one", agents[0], ports[0]), worker("two", agents[1], ports[1])],
+            "models": {
+                "big": { "path": model("tightwad-tiny-target-q8_0.gguf"), "ctx_size": 2048, "default": true },
+                "other": { "path": model("tightwad-tiny-draft-othervocab-f16.gguf"), "ctx_size": 512 },
+            },
+            "binaries": {
+                "llama_server": slow_server(folder.path(), setup.slow),
+                "rpc_server": llama_cpp().join("bin/ggml-rpc-server"),
+            },
+        });
+        merge(&mut config["coordinator"], setup.coordinator);
+        merge(&mut config["models"], setup.models);
+        std::fs::write(folder.path().join("pool.yaml"), config.to_string()).expect("the config is written");
+        let mut pool = Self {
+            workers: [None, None],
+            coordinator: None,
+            url: format!("http://127.0.0.1:{port}"),
+            folder,
+            agents,
+            by_hand: setup.by_hand.then_some(ports),
+        };
+        pool.start_worker(0);
+        pool.start_worker(1);
+        pool.start_coordinator();
+        pool
+    }
+
+    fn run(&self, part: &[&str]) -> Program {
+        let config = self.folder.path().join("pool.yaml");
+        let config = config.to_str().expect("a path in UTF-8");
+        let args: Vec<&str> = ["-c", config, "run"].into_iter().chain(part.iter().copied()).collect();
+        Program::start(Path::new(env!("CARGO_BIN_EXE_tightwad")), &args)
+    }
+
+    pub fn start_worker(&mut self, index: usize) {
+        self.workers[index] = Some(match self.by_hand {
+            None => self.run(&["worker", ["one", "two"][index]]),
+            Some(ports) => {
+                let port = ports[index].to_string();
+                let args = ["-H", "127.0.0.1", "-p", &port, "--device", "CPU"];
+                Program::start(&llama_cpp().join("bin/ggml-rpc-server"), &args)
+            }
+        });
+    }
+
+    pub fn start_coordinator(&mut self) {
+        self.coordinator = Some(self.run(&["coordinator"]));
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        answer_of(reqwest::Client::new().get(format!("{}{path}", self.url))).await
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> reqwest::RequestBuilder {
+        reqwest::Client::new().post(format!("{}{path}", self.url)).json(body)
+    }
+
+    /// A completion of a fixed prompt.
+    pub async fn complete(&self, model: &str) -> (u16, Value) {
+        let body = json!({ "model": model, "prompt": "let größe = numbers[42].unwrap();", "max_tokens": 16, "temperature": 0 });
+        answer_of(self.post("/v1/completions", &body)).await
+    }
+
+    /// The lines that a swap tells.
+    pub async fn swap(&self, model: &str) -> Vec<Value> {
+        let answer = self.post("/v1/tightwad/swap", &json!({ "model": model })).send().await;
+        let text = answer.expect("an answer").text().await.expect("lines");
+        text.lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect()
+    }
+
+    pub async fn status(&self) -> Value {
+        self.get("/v1/tightwad/status").await.1
+    }
+
+    /// Waits until a model answers.
+    pub async fn becomes_ready(&self, within: Duration) {
+        let client = reqwest::Client::new();
+        let ready = eventually(within, || async {
+            let answer = client.get(format!("{}/health", self.url)).send().await;
+            match answer {
+                Ok(answer) if answer.status().is_success() => Ok(()),
+                Ok(answer) => Err(answer.text().await.unwrap_or_default()),
+                Err(error) => Err(error.to_string()),
+            }
+        });
+        if let Err(problem) = ready.await {
+            panic!("the pool is not ready: {problem}");
+        }
+    }
+
+    /// What a worker's agent says of its lease.
+    pub async fn lease(&self, index: usize) -> Value {
+        let url = format!("http://127.0.0.1:{}/v1/worker", self.agents[index]);
+        answer_of(reqwest::Client::new().get(url)).await.1["lease"].clone()
+    }
+
+    /// The `ggml-rpc-server` of a worker.
+    pub fn rpc_server(&self, index: usize) -> u32 {
+        let worker = self.workers[index].as_ref().expect("a worker").pid();
+        let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).expect("its threads");
+        let children = tasks.flat_map(|task| {
+            let children = std::fs::read_to_string(task.expect("a thread").path().join("children"));
+            children
+                .unwrap_or_default()
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        });
+        children.last().expect("a child").parse().expect("a pid")
+    }
+}
+
+/// Sends a signal to a process.
+pub fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), signal).expect("it runs");
+}
+
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+/// A llama-server that sleeps before it serves.
+fn slow_server(folder: &Path, seconds: f32) -> PathBuf {
+    let real = llama_cpp().join("bin/llama-server");
+    if seconds == 0.0 {
+        return real;
+    }
+    let script = folder.join("slow-llama-server");
+    let text = format!(
+        "#!/bin/sh\ncase \"$*\" in *--port*) sleep {seconds};; esac\nexec {} \"$@\"\n",
+        real.display()
+    );
+    std::fs::write(&script, text).expect("a script");
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&script, executable).expect("its permissions");
+    script
+}
