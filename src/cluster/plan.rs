@@ -184,7 +184,9 @@ impl Settings {
                 model.cache_type_v.as_deref(),
             )?,
             flash_attention,
-            unified: extra.has(&["-kvu", "--kv-unified"]),
+            // As `supervise::command` asks for it: drafts of several slots are verified in one pass.
+            unified: !extra.has(&["-no-kvu", "--no-kv-unified"])
+                && (extra.has(&["-kvu", "--kv-unified"]) || (draft_tokens.is_some() && coordinator.slots > 1)),
             full_windows: extra.has(&["--swa-full"]),
             batch: number(&["-ub", "--ubatch-size"]).unwrap_or(DEFAULT_BATCH).max(1),
             draft_tokens,
