@@ -8,85 +8,20 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::future::Future;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::{BoxFuture, FutureExt, try_join, try_join_all};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::request::{Content, opens_reasoning};
 use super::{Ask, Endpoint, Prompt, Request, Target, Verdict};
 use crate::speculation::Token;
-use crate::upstream::{Scores, Sglang, Tokenized, UpstreamError, Vllm};
+use crate::upstream::{Scores, ScoringServer, Tokenized, UpstreamError};
 
 /// Tokens of a completion that says nothing of its length (OpenAI's default, which both servers keep).
 const COMPLETION_LIMIT: usize = 16;
 /// Last tokens of a prompt that are looked at for an open reasoning block.
 const TAIL: usize = 8;
-
-/// A server that scores prompts.
-pub trait Server: Debug + Send + Sync {
-    /// The names of its model.
-    fn models(&self) -> impl Future<Output = Result<Vec<String>, UpstreamError>> + Send;
-    /// The tokens of `{"messages": …}` or `{"prompt": …}`.
-    fn tokenize(&self, prompt: Value) -> impl Future<Output = Result<Tokenized, UpstreamError>> + Send;
-    /// The text of tokens.
-    fn detokenize(&self, tokens: &[Token]) -> impl Future<Output = Result<String, UpstreamError>> + Send;
-    /// See [`Vllm::score`].
-    fn score(
-        &self,
-        answer: &str,
-        context: &[Token],
-        draft: &[Token],
-        n: usize,
-    ) -> impl Future<Output = Result<Scores, UpstreamError>> + Send;
-    /// See [`Vllm::complete`].
-    fn complete(&self, prompt: &[Token], n: usize) -> impl Future<Output = Result<String, UpstreamError>> + Send;
-}
-
-impl Server for Vllm {
-    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
-        self.models().await
-    }
-
-    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
-        self.tokenize(prompt).await
-    }
-
-    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
-        self.detokenize(tokens).await
-    }
-
-    async fn score(&self, answer: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
-        self.score(answer, context, draft, n).await
-    }
-
-    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
-        self.complete(prompt, n).await
-    }
-}
-
-impl Server for Sglang {
-    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
-        self.models().await
-    }
-
-    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
-        self.tokenize(prompt).await
-    }
-
-    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
-        self.detokenize(tokens).await
-    }
-
-    async fn score(&self, _: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
-        self.score(context, draft, n).await
-    }
-
-    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
-        self.complete(prompt, n).await
-    }
-}
 
 /// Rounds of a server that scores prompts.
 #[derive(Debug)]
@@ -96,7 +31,7 @@ pub struct Scored<S> {
     ordinary: Mutex<HashMap<Token, bool>>,
 }
 
-impl<S: Server> Scored<S> {
+impl<S: ScoringServer> Scored<S> {
     /// Rounds of this server.
     #[must_use]
     pub fn new(server: S) -> Self {
@@ -226,7 +161,7 @@ fn is_ordinary(text: &str) -> bool {
     !text.is_empty() && !text.contains(['<', '>', '[', ']', '|', '｜'])
 }
 
-impl<S: Server> Target for Scored<S> {
+impl<S: ScoringServer> Target for Scored<S> {
     fn prompt<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
         self.prompt_of(request).boxed()
     }

@@ -10,8 +10,9 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::connection::{Connection, PATIENCE, UpstreamError};
-use super::{Generated, Scores, Tokenized, vllm};
+use super::Generated;
+use super::connection::{PATIENCE, UpstreamError};
+use super::scoring::{ModelConnection, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
 
@@ -20,9 +21,7 @@ const GENERATE: &str = "/generate";
 /// One SGLang.
 #[derive(Debug, Clone)]
 pub struct Sglang {
-    connection: Connection,
-    /// What requests call the model that name none.
-    model: Option<String>,
+    server: ModelConnection,
 }
 
 #[derive(Deserialize)]
@@ -60,32 +59,25 @@ impl Sglang {
     /// A client of the server at `base`. Fails only when the system cannot set up TLS.
     pub fn new(base: &str, key: Option<Secret>, model: Option<String>) -> Result<Self, reqwest::Error> {
         Ok(Self {
-            connection: Connection::new(base, key)?,
-            model,
+            server: ModelConnection::new(base, key, model)?,
         })
     }
+}
 
-    /// The names of the model, without those of adapters.
-    pub async fn models(&self) -> Result<Vec<String>, UpstreamError> {
-        self.connection.own_models().await
+impl ScoringServer for Sglang {
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.server.connection.own_models().await
     }
 
-    fn with_model(&self, mut body: Value) -> Value {
-        if let Some(model) = &self.model {
-            body["model"] = json!(model);
-        }
-        body
-    }
-
-    /// The tokens of a chat (`{"messages": …}`, if this version can) or of a text (`{"prompt": …}`) as a prompt. How many
-    /// there may be is not told: `max_model_len` is here what the tokeniser thinks.
-    pub async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+    /// Not every version can do chats. How many tokens there may be is not told: `max_model_len` is here what the tokeniser
+    /// thinks.
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
         #[derive(Deserialize)]
         struct Answer {
             tokens: Vec<Token>,
         }
-        let body = self.with_model(prompt);
-        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let body = self.server.named(prompt);
+        let answer: Answer = self.server.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
         Ok(Tokenized {
             tokens: answer.tokens,
             n_ctx: None,
@@ -93,18 +85,23 @@ impl Sglang {
     }
 
     /// The text of `tokens` without the special ones.
-    pub async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
+    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
         #[derive(Deserialize)]
         struct Answer {
             text: String,
         }
-        let body = self.with_model(json!({ "tokens": tokens, "skip_special_tokens": true }));
-        let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
+        let body = self
+            .server
+            .named(json!({ "tokens": tokens, "skip_special_tokens": true }));
+        let answer: Answer = self
+            .server
+            .connection
+            .post("/detokenize", &body, Some(PATIENCE))
+            .await?;
         Ok(answer.text)
     }
 
-    /// Scores `draft` after `context` and generates at most `n` tokens after both, greedily.
-    pub async fn score(&self, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
+    async fn score(&self, _: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
         let tokens = [context, draft].concat();
         let mut body = json!({
             "input_ids": tokens,
@@ -116,7 +113,7 @@ impl Sglang {
             body["logprob_start_len"] = json!(context.len().saturating_sub(1));
             body["top_logprobs_num"] = json!(1);
         }
-        let answer: Answer = self.connection.post(GENERATE, &body, None).await?;
+        let answer: Answer = self.server.connection.post(GENERATE, &body, None).await?;
         let meta = answer.meta_info;
         let mut likeliest = rows(
             draft,
@@ -144,10 +141,9 @@ impl Sglang {
         })
     }
 
-    /// What the server itself answers to a prompt at temperature 0, with all its defaults.
-    pub async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
+    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
         let body = json!({ "model": "default", "prompt": prompt, "temperature": 0, "max_tokens": n });
-        vllm::complete(&self.connection, &self.with_model(body)).await
+        self.server.complete(body).await
     }
 }
 

@@ -17,20 +17,18 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::connection::{Connection, PATIENCE, UpstreamError};
-use super::{Generated, Scores, Tokenized};
+use super::Generated;
+use super::connection::{PATIENCE, UpstreamError};
+use super::scoring::{COMPLETIONS, ModelConnection, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
 
 const GENERATE: &str = "/inference/v1/generate";
-const COMPLETIONS: &str = "/v1/completions";
 
 /// One vLLM.
 #[derive(Debug, Clone)]
 pub struct Vllm {
-    connection: Connection,
-    /// What requests call the model that name none.
-    model: Option<String>,
+    server: ModelConnection,
     /// It has no [`GENERATE`].
     is_old: Arc<AtomicBool>,
 }
@@ -67,73 +65,9 @@ impl Vllm {
     /// A client of the server at `base`. Fails only when the system cannot set up TLS.
     pub fn new(base: &str, key: Option<Secret>, model: Option<String>) -> Result<Self, reqwest::Error> {
         Ok(Self {
-            connection: Connection::new(base, key)?,
-            model,
+            server: ModelConnection::new(base, key, model)?,
             is_old: Arc::default(),
         })
-    }
-
-    /// The names of the model, without those of adapters.
-    pub async fn models(&self) -> Result<Vec<String>, UpstreamError> {
-        self.connection.own_models().await
-    }
-
-    fn with_model(&self, mut body: Value) -> Value {
-        if let Some(model) = &self.model {
-            body["model"] = json!(model);
-        }
-        body
-    }
-
-    /// The tokens of a chat (`{"messages": …}`) or of a text (`{"prompt": …}`) as a prompt.
-    pub async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            tokens: Vec<Token>,
-            max_model_len: usize,
-        }
-        let body = self.with_model(prompt);
-        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
-        Ok(Tokenized {
-            tokens: answer.tokens,
-            n_ctx: Some(answer.max_model_len),
-        })
-    }
-
-    /// The text of `tokens`, special ones included.
-    pub async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            prompt: String,
-        }
-        let body = self.with_model(json!({ "tokens": tokens }));
-        let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
-        Ok(answer.prompt)
-    }
-
-    /// Scores `draft` after `context` and generates at most `n` tokens after both, greedily. `answer` names the answer
-    /// that this is a part of and must not be known to others; the same draft must not be scored twice under one name.
-    pub async fn score(
-        &self,
-        answer: &str,
-        context: &[Token],
-        draft: &[Token],
-        n: usize,
-    ) -> Result<Scores, UpstreamError> {
-        let tokens = [context, draft].concat();
-        if !self.is_old.load(Ordering::Relaxed) {
-            match self.score_cached(answer, &tokens, draft, n).await {
-                Err(UpstreamError::Refused { status: 404 | 405, .. }) => self.is_old.store(true, Ordering::Relaxed),
-                // Garbage in a cached row may be a number that JSON does not have; a connection may have been closed.
-                Err(
-                    UpstreamError::Refused { status: 500.., .. }
-                    | UpstreamError::Malformed { .. }
-                    | UpstreamError::Unreachable { .. },
-                ) if !draft.is_empty() => {}
-                outcome => return outcome,
-            }
-        }
-        self.score_anew(&tokens, draft, n).await
     }
 
     async fn score_cached(
@@ -149,7 +83,11 @@ impl Vllm {
             sampling["skip_reading_prefix_cache"] = json!(false);
         }
         let body = json!({ "token_ids": tokens, "sampling_params": sampling, "cache_salt": answer });
-        let answer = self.connection.post_once(GENERATE, &self.with_model(body)).await?;
+        let answer = self
+            .server
+            .connection
+            .post_once(GENERATE, &self.server.named(body))
+            .await?;
         self.read(GENERATE, answer, draft)
     }
 
@@ -159,8 +97,8 @@ impl Vllm {
         if !draft.is_empty() {
             body["prompt_logprobs"] = json!(1);
         }
-        let body = self.with_model(body);
-        let answer = self.connection.post(COMPLETIONS, &body, None).await?;
+        let body = self.server.named(body);
+        let answer = self.server.connection.post(COMPLETIONS, &body, None).await?;
         self.read(COMPLETIONS, answer, draft)
     }
 
@@ -170,7 +108,7 @@ impl Vllm {
             let ended = choice.finish_reason.as_deref() == Some("stop");
             (choice.token_ids, ended, choice.prompt_logprobs)
         }) else {
-            return Err(self.connection.malformed(path, "there are no `token_ids`"));
+            return Err(self.server.connection.malformed(path, "there are no `token_ids`"));
         };
         let rows = answer.prompt_logprobs.or(rows).unwrap_or_default();
         let first = rows.len().saturating_sub(draft.len());
@@ -188,29 +126,63 @@ impl Vllm {
             },
         })
     }
-
-    /// What the server itself answers to a prompt at temperature 0, with all its defaults.
-    pub async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
-        let body = json!({ "prompt": prompt, "temperature": 0, "max_tokens": n });
-        complete(&self.connection, &self.with_model(body)).await
-    }
 }
 
-/// The text of a `POST /v1/completions`.
-pub(super) async fn complete(connection: &Connection, body: &Value) -> Result<String, UpstreamError> {
-    #[derive(Deserialize)]
-    struct Answer {
-        choices: Vec<Choice>,
+impl ScoringServer for Vllm {
+    async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        self.server.connection.own_models().await
     }
-    #[derive(Deserialize)]
-    struct Choice {
-        text: String,
+
+    async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            tokens: Vec<Token>,
+            max_model_len: usize,
+        }
+        let body = self.server.named(prompt);
+        let answer: Answer = self.server.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        Ok(Tokenized {
+            tokens: answer.tokens,
+            n_ctx: Some(answer.max_model_len),
+        })
     }
-    let answer: Answer = connection.post(COMPLETIONS, body, None).await?;
-    let choice = answer.choices.into_iter().next();
-    choice
-        .map(|choice| choice.text)
-        .ok_or_else(|| connection.malformed(COMPLETIONS, "there are no choices"))
+
+    /// The text of `tokens`, special ones included.
+    async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            prompt: String,
+        }
+        let body = self.server.named(json!({ "tokens": tokens }));
+        let answer: Answer = self
+            .server
+            .connection
+            .post("/detokenize", &body, Some(PATIENCE))
+            .await?;
+        Ok(answer.prompt)
+    }
+
+    async fn score(&self, answer: &str, context: &[Token], draft: &[Token], n: usize) -> Result<Scores, UpstreamError> {
+        let tokens = [context, draft].concat();
+        if !self.is_old.load(Ordering::Relaxed) {
+            match self.score_cached(answer, &tokens, draft, n).await {
+                Err(UpstreamError::Refused { status: 404 | 405, .. }) => self.is_old.store(true, Ordering::Relaxed),
+                // Garbage in a cached row may be a number that JSON does not have; a connection may have been closed.
+                Err(
+                    UpstreamError::Refused { status: 500.., .. }
+                    | UpstreamError::Malformed { .. }
+                    | UpstreamError::Unreachable { .. },
+                ) if !draft.is_empty() => {}
+                outcome => return outcome,
+            }
+        }
+        self.score_anew(&tokens, draft, n).await
+    }
+
+    async fn complete(&self, prompt: &[Token], n: usize) -> Result<String, UpstreamError> {
+        let body = json!({ "prompt": prompt, "temperature": 0, "max_tokens": n });
+        self.server.complete(body).await
+    }
 }
 
 /// The token of the first rank, if the row is that of the place where `token` stands: each has the token that stands

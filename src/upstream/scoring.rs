@@ -1,0 +1,94 @@
+//! What vLLM and SGLang have in common: servers that score prompts.
+
+use std::fmt::Debug;
+use std::future::Future;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Generated;
+use super::connection::{Connection, UpstreamError};
+use crate::config::Secret;
+use crate::speculation::Token;
+
+pub(super) const COMPLETIONS: &str = "/v1/completions";
+
+/// What a server that scores prompts said of a text and a draft after it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scores {
+    /// For each draft token the one that the model finds likeliest in its place; `None` where the server does not tell.
+    pub likeliest: Vec<Option<Token>>,
+    /// What it generated after the draft.
+    pub generated: Generated,
+}
+
+/// The tokens of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokenized {
+    /// The tokens.
+    pub tokens: Vec<Token>,
+    /// Tokens that a prompt and its answer may have together, where the server tells.
+    pub n_ctx: Option<usize>,
+}
+
+/// A server that scores prompts.
+pub trait ScoringServer: Debug + Send + Sync {
+    /// The names of its model, without those of adapters.
+    fn models(&self) -> impl Future<Output = Result<Vec<String>, UpstreamError>> + Send;
+    /// The tokens of a chat (`{"messages": …}`) or of a text (`{"prompt": …}`) as a prompt.
+    fn tokenize(&self, prompt: Value) -> impl Future<Output = Result<Tokenized, UpstreamError>> + Send;
+    /// The text of tokens.
+    fn detokenize(&self, tokens: &[Token]) -> impl Future<Output = Result<String, UpstreamError>> + Send;
+    /// Scores `draft` after `context` and generates at most `n` tokens after both, greedily. `answer` names the answer
+    /// that this is a part of and must not be known to others; the same draft must not be scored twice under one name.
+    fn score(
+        &self,
+        answer: &str,
+        context: &[Token],
+        draft: &[Token],
+        n: usize,
+    ) -> impl Future<Output = Result<Scores, UpstreamError>> + Send;
+    /// What the server itself answers to a prompt at temperature 0, with all its defaults.
+    fn complete(&self, prompt: &[Token], n: usize) -> impl Future<Output = Result<String, UpstreamError>> + Send;
+}
+
+/// A connection whose requests may name the model.
+#[derive(Debug, Clone)]
+pub(super) struct ModelConnection {
+    pub(super) connection: Connection,
+    /// What requests call the model that name none.
+    model: Option<String>,
+}
+
+impl ModelConnection {
+    pub(super) fn new(base: &str, key: Option<Secret>, model: Option<String>) -> Result<Self, reqwest::Error> {
+        Ok(Self {
+            connection: Connection::new(base, key)?,
+            model,
+        })
+    }
+
+    pub(super) fn named(&self, mut body: Value) -> Value {
+        if let Some(model) = &self.model {
+            body["model"] = json!(model);
+        }
+        body
+    }
+
+    /// The text of a completion.
+    pub(super) async fn complete(&self, body: Value) -> Result<String, UpstreamError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            choices: Vec<Choice>,
+        }
+        #[derive(Deserialize)]
+        struct Choice {
+            text: String,
+        }
+        let answer: Answer = self.connection.post(COMPLETIONS, &self.named(body), None).await?;
+        let choice = answer.choices.into_iter().next();
+        choice
+            .map(|choice| choice.text)
+            .ok_or_else(|| self.connection.malformed(COMPLETIONS, "there are no choices"))
+    }
+}
