@@ -306,6 +306,7 @@ impl Attached {
                     duration: Duration::from_micros(answer.step_us),
                     since_last,
                     batch: answer.step_batch,
+                    beside_draft: self.drafters.iter().any(|drafter| drafter.stream.is_some()),
                 });
             }
             self.member.steps(1 + answer.step_n);

@@ -336,6 +336,7 @@ impl Run {
                 duration,
                 since_last,
                 batch: 1 + judged,
+                beside_draft: false,
             });
         }
     }

@@ -137,6 +137,8 @@ pub struct Step {
     pub since_last: Duration,
     /// Tokens that the pass brought forward, of all completions and prompts.
     pub batch: usize,
+    /// Whether a drafter was at work at the same time, perhaps on the same machine.
+    pub beside_draft: bool,
 }
 
 /// What other completions do at the same time.
@@ -191,6 +193,9 @@ pub struct Choice {
 #[derive(Debug, Clone)]
 pub struct Pace {
     step: StepCost,
+    /// Microseconds of a plain step with nothing beside it. Beside a drafter on the same machine it takes longer, which
+    /// the other costs hold.
+    alone_us: Average,
     copies: [Rate; MATCHED.len()],
     predicted: [Rate; MATCHED.len()],
     drafters: Vec<Drafter>,
@@ -208,6 +213,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             step: StepCost::default(),
+            alone_us: Average::default(),
             copies: Default::default(),
             predicted: Default::default(),
             drafters: Vec::new(),
@@ -229,7 +235,8 @@ pub struct Outlook {
     pub first_token_ms: Option<f64>,
     /// Milliseconds per further token.
     pub token_ms: Option<f64>,
-    /// Speed over that of plain steps, as the formula of the cycles has it for that agreement and one completion at a time.
+    /// Speed over that of plain steps with no drafter at work, as the formula of the cycles has it for that agreement and
+    /// one completion at a time.
     pub expected_speed_up: Option<f64>,
     /// Whether the target waits for its drafts at that.
     pub target_waits: bool,
@@ -292,6 +299,9 @@ impl Pace {
         if others < LARGEST_BATCH {
             self.step.record(others, micros(step.duration));
         }
+        if others == 0 && !step.beside_draft {
+            self.alone_us.record(micros(step.duration));
+        }
         // A pause of the client or of the machine is no cost of the step.
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
         self.tokens = 0.95 * self.tokens + 1.0 + step.accepted as f64;
@@ -313,6 +323,9 @@ impl Pace {
         self.step = StepCost::default();
         for (n, duration) in costs {
             self.step.record(n, micros(duration));
+            if n == 0 {
+                self.alone_us = Average(Some(micros(duration)));
+            }
         }
     }
 
@@ -364,11 +377,15 @@ impl Pace {
         let agreement = (drafter.compared > 0).then(|| f64::from(drafter.agreed) / f64::from(drafter.compared));
         let usual = drafter.supply(self.round_trip());
         let cycle = agreement.map(|chance| market.cycle(Supply { chance, ..usual }, n_max));
+        let speed_up = |cycle: Cycle| match self.alone_us.get() {
+            Some(alone_us) => cycle.rate * alone_us,
+            None => cycle.speed_up(),
+        };
         Some(Outlook {
             agreement,
             first_token_ms: drafter.first_us.get().map(|us| us / 1e3),
             token_ms: drafter.token_us.get().map(|us| us / 1e3),
-            expected_speed_up: cycle.map(Cycle::speed_up),
+            expected_speed_up: cycle.map(speed_up),
             target_waits: cycle.is_some_and(|cycle| cycle.waits_for.is_some()),
             pays: self.pays(number, n_max, Load::default(), self.round_trip()),
         })
@@ -770,6 +787,7 @@ mod tests {
             duration,
             since_last: duration,
             batch: 1 + drafted,
+            beside_draft: false,
         }
     }
 
@@ -955,6 +973,23 @@ mod tests {
         assert!((1.4..=2.1).contains(&slower), "{slower}");
     }
 
+    #[test]
+    fn what_a_drafter_on_the_same_machine_costs_the_target_is_no_speed_up() {
+        let expected = |slower: f64| {
+            let mut pace = measured(linear, 2_000.0, 200.0);
+            for i in 0..100_usize {
+                let n = 4 * (i % 3);
+                pace.record_step(&Step {
+                    beside_draft: true,
+                    ..step(n, n, slower * linear(n))
+                });
+            }
+            pace.outlook(0, 16).unwrap().expected_speed_up.unwrap()
+        };
+        let ratio = expected(1.25) / expected(1.0);
+        assert!((0.75..=0.85).contains(&ratio), "{ratio}");
+    }
+
     fn classes(n: usize) -> impl Strategy<Value = Vec<Class>> {
         let class = prop_oneof![
             (0.0..1.0).prop_map(|p| Class::of_probability(0, p)),
@@ -983,7 +1018,7 @@ mod tests {
             for (drafted, accepted, us) in steps {
                 let duration = Duration::from_micros(us);
                 let accepted = accepted.min(drafted);
-                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted });
+                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted, beside_draft: drafted % 2 == 0 });
             }
             for (drafter, first, n, us) in tokens {
                 pace.record_first_token(drafter, Duration::from_micros(first));

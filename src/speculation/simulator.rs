@@ -345,6 +345,7 @@ impl Simulation {
                     duration: us(self.world.step_us(drafted)),
                     since_last: us(since_last),
                     batch: 1 + drafted,
+                    beside_draft: self.stream.is_some(),
                 });
             }
             self.heard_steps = answer.steps;
