@@ -96,7 +96,10 @@ async fn a_pool_is_started_looked_at_swapped_measured_and_stopped() {
     let broken = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let whole = std::fs::read(target()).unwrap();
     std::fs::write(broken.path(), &whole[..whole.len() / 2]).unwrap();
-    let models = json!({ "broken": { "path": broken.path() } });
+    let models = json!({
+        "broken": { "path": broken.path() },
+        "huge": { "path": target(), "ctx_size": 500_000_000 },
+    });
     let host = Host::new(Setup {
         models,
         ..Setup::default()
@@ -144,12 +147,13 @@ async fn a_pool_is_started_looked_at_swapped_measured_and_stopped() {
         "{swapped:?}"
     );
     assert_eq!(host.pool.complete("other").await.0, 200);
-    let failed = host.tightwad(&["swap", "broken"]).await.with(8);
+    let failed = host.tightwad(&["swap", "broken"]).await.with(4);
     let name = broken.path().to_str().unwrap();
     assert!(
         failed.stderr.contains(name) && failed.stderr.contains("now `other` is ready"),
         "{failed:?}"
     );
+    host.tightwad(&["swap", "huge"]).await.with(9);
     let back = host.tightwad(&["swap", "big", "--json"]).await.with(0);
     let lines: Vec<Value> = back
         .stdout

@@ -269,10 +269,8 @@ async fn follow(
                 }
                 steps.show(&doing, progress, &detail);
             }
-            // Ours is about to listen.
-            Err(failure) if background.is_some() && failure.exit == Exit::NotRunning => {
-                steps.show("starting the coordinator", None, "");
-            }
+            // Ours is about to listen, or has a lot to do. If it has ended, the next look says so.
+            Err(_) if background.is_some() => steps.show("starting the coordinator", None, ""),
             Err(failure) => return Err(failure.into()),
         }
         tokio::select! {

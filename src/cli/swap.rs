@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
 use super::progress::Steps;
-use super::signals;
-use crate::config::Config;
+use super::{plan, signals};
+use crate::config::{Config, is_loopback, is_wildcard};
 use crate::upstream::chat::{refused, unreachable};
 
 pub const EXAMPLES: &str = "\
 Example: tightwad swap qwen3-72b --json | jq -c .state
-Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started,
-1 a later command asked for another one, 130 Ctrl-C, after which the swap goes on.";
+Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
+coordinator's host 4 if its file is missing or broken, 9 if it does not fit), 1 a later command asked for another one,
+130 Ctrl-C, after which the swap goes on.";
 
 /// It answers that from memory.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -35,7 +36,8 @@ pub struct Options {
 pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let section = coordinator::section(config)?;
-    let (model, _) = config.model_for(Some(&options.model))?;
+    let named = config.model_for(Some(&options.model))?;
+    let model = named.0;
     let client = Client::new(section)?;
     let began = Instant::now();
     let mut steps = Steps::new();
@@ -61,6 +63,13 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
             if let Ok(told) = client.status(PATIENCE).await {
                 let now = Step::of(&told).doing;
                 failure.message = format!("{}; now {now}", failure.message);
+            }
+            // The coordinator tells the reason in words only. Its own host can see two of them.
+            if (is_loopback(&section.host) || is_wildcard(&section.host))
+                && let Err(seen) = plan::refuse_misfit(config, section, named).await
+                && matches!(seen.exit, Exit::File | Exit::DoesNotFit)
+            {
+                failure.exit = seen.exit;
             }
             Err(failure)
         }
