@@ -29,4 +29,5 @@ pub use own_draft::{OwnDraft, OwnDraftError, Pair, Tried};
 pub use padding::pad;
 pub use prompts::{Prompt, PromptError};
 pub use report::{Acceptance, Comparison, Figures, Group};
+pub(crate) use statistics::median;
 pub use verify::{Divergence, Verified, verify};

@@ -1,20 +1,26 @@
 //! The command line.
 
 mod bench;
+mod benchmark;
 mod chat;
 mod check_config;
+mod coordinator;
 mod demo;
 mod deployment;
 pub mod exit;
 mod own_proxy;
 mod pid_file;
 mod plan;
+mod pool_status;
 mod progress;
 mod proxy;
 mod question_set;
 mod run;
 mod signals;
+mod start;
 mod status;
+mod stop;
+mod swap;
 mod verify;
 
 use std::ffi::OsString;
@@ -40,7 +46,14 @@ Examples:
   tightwad proxy start                                             the endpoint in front of both
   tightwad chat                                                    talk to it
   tightwad bench                                                   what does drafting gain there?
+
+  tightwad run worker                                              lend this host's GPUs to the pool
   tightwad plan                                                    does a model fit into the pool?
+  tightwad start                                                   one endpoint over the pool
+  tightwad status --watch                                          how are all of them?
+  tightwad swap qwen3-72b                                          another model over the same GPUs
+  tightwad benchmark                                               how fast is the pool?
+  tightwad stop
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit, 130 interrupted.
@@ -72,7 +85,11 @@ enum Command {
         /// What to run.
         part: run::Part,
         /// With `worker`: its name or host in the config. Default: the entry with this host's address.
+        /// With `coordinator`: the model to begin with. Default: the one marked `default`.
         name: Option<String>,
+        /// Leave the terminal.
+        #[arg(long, hide = true)]
+        detached: bool,
     },
     /// Check the config and say what is wrong with it.
     #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
@@ -92,6 +109,21 @@ enum Command {
     /// Which layers of a model go to which GPU of the pool, and whether it fits.
     #[command(after_help = "Example: tightwad plan qwen3-72b --json | jq .fits")]
     Plan(plan::Options),
+    /// Start the coordinator in the background and follow it until its model answers.
+    #[command(after_help = start::EXAMPLES)]
+    Start(start::Options),
+    /// Stop the coordinator of this host and wait until running answers are finished and the workers are free.
+    #[command(after_help = "Example: tightwad stop")]
+    Stop,
+    /// Show the coordinator, the workers and the proxy, whatever is down.
+    #[command(after_help = pool_status::EXAMPLES)]
+    Status(pool_status::Options),
+    /// Make the coordinator run another model over the same workers.
+    #[command(after_help = swap::EXAMPLES)]
+    Swap(swap::Options),
+    /// Measure the coordinator that runs: prompt and generated tokens per second, alone and at once.
+    #[command(after_help = benchmark::EXAMPLES)]
+    Benchmark(benchmark::Options),
     /// Become a program that does not outlive its parent.
     #[command(name = parent_bound::SUBCOMMAND, hide = true)]
     ExecChild(ExecChild),
@@ -132,7 +164,16 @@ pub fn main() -> ExitCode {
     }
     let quiet = matches!(
         cli.command,
-        Command::Demo(_) | Command::Chat(_) | Command::Bench(_) | Command::Verify(_) | Command::Plan(_)
+        Command::Demo(_)
+            | Command::Chat(_)
+            | Command::Bench(_)
+            | Command::Verify(_)
+            | Command::Plan(_)
+            | Command::Start(_)
+            | Command::Stop
+            | Command::Status(_)
+            | Command::Swap(_)
+            | Command::Benchmark(_)
     );
     let filter = std::env::var(LOG_FILTER).unwrap_or_else(|_| if quiet { "error" } else { "info" }.to_owned());
     if let Err(error) = log::init(cli.log_format, &filter) {
@@ -157,7 +198,12 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Command::Proxy(ProxyCommand::Start) => run::run(&load(file)?, run::Part::Proxy, None).await,
         Command::Proxy(ProxyCommand::Stop) => proxy::stop(&load(file)?.config),
         Command::Proxy(ProxyCommand::Status { json }) => proxy::status(&load(file)?.config, *json).await,
-        Command::Run { part, name } => run::run(&load(file)?, *part, name.as_deref()).await,
+        Command::Run { part, name, detached } => {
+            if *detached {
+                rustix::process::setsid().map_err(|error| Failure::other("leave the terminal", error))?;
+            }
+            run::run(&load(file)?, *part, name.as_deref()).await
+        }
         Command::CheckConfig(options) => check_config::check(file, options),
         Command::Chat(options) => chat::chat(&load(file)?.config, options).await,
         Command::Demo(options) => demo::demo(options).await,
@@ -170,6 +216,11 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
             verify::verify(options, loaded.as_ref().map(|loaded| &loaded.config)).await
         }
         Command::Plan(options) => plan::plan(&load(file)?.config, options).await,
+        Command::Start(options) => start::start(file, cli.log_format, &load(file)?, options).await,
+        Command::Stop => stop::stop(&load(file)?.config).await,
+        Command::Status(options) => pool_status::status(&load(file)?.config, options).await,
+        Command::Swap(options) => swap::swap(&load(file)?.config, options).await,
+        Command::Benchmark(options) => benchmark::benchmark(&load(file)?.config, options).await,
         Command::ExecChild(child) => Err(Failure::other("execute", child.command[0].display())),
     }
 }

@@ -1,4 +1,4 @@
-//! The file that tells `proxy stop` whom to stop.
+//! The file that tells `stop` and `proxy stop` whom to stop.
 //!
 //! Its lock, not its content, says whether somebody runs: the kernel drops the lock with the process, so neither a crash
 //! nor a recycled process id can mislead.
@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::exit::{Exit, Failure};
 
 /// Pause between two looks at whether it has ended.
 const POLL: Duration = Duration::from_millis(50);
@@ -58,6 +60,23 @@ pub enum Claimed {
     /// The file cannot be written.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// Claims the name for `what`, which `stop` ends: a name that another process has is a failure, one that cannot be claimed
+/// is not.
+pub fn claim(name: &str, what: &str, stop: &str) -> Result<Option<PidFile>, Failure> {
+    match PidFile::claim(name) {
+        Ok(claim) => Ok(Some(claim)),
+        Err(Claimed::By(pid)) => Err(Failure::new(
+            Exit::PortInUse,
+            format!("the {what} already runs (process {pid}); stop it with `{stop}`"),
+        )),
+        // A system service without a home has its own way to be stopped.
+        Err(Claimed::Io(error)) => {
+            tracing::warn!("`{stop}` will not find this {what}: cannot write its pid file: {error}");
+            Ok(None)
+        }
+    }
 }
 
 /// Asks whoever holds the name to end and waits, but not longer than `patience`.
@@ -123,14 +142,26 @@ fn read_pid(file: &mut File) -> io::Result<i32> {
 
 /// `$XDG_RUNTIME_DIR/tightwad/`, else `$XDG_STATE_HOME/tightwad/`, else `~/.local/state/tightwad/`.
 fn path(name: &str) -> io::Result<PathBuf> {
-    let folder = |variable| {
+    folder(&["XDG_RUNTIME_DIR", "XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.pid")))
+}
+
+/// Where something that runs in the background writes its log: `$XDG_STATE_HOME/tightwad/`, else
+/// `~/.local/state/tightwad/`.
+pub fn log_path(name: &str) -> io::Result<PathBuf> {
+    folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.log")))
+}
+
+/// The folder in the first of the variables that is set, else in the user's home.
+fn folder(variables: &[&str]) -> io::Result<PathBuf> {
+    let absolute = |variable: &str| {
         std::env::var_os(variable)
             .map(PathBuf::from)
             .filter(|folder| folder.is_absolute())
     };
-    folder("XDG_RUNTIME_DIR")
-        .or_else(|| folder("XDG_STATE_HOME"))
-        .or_else(|| folder("HOME").map(|home| home.join(".local/state")))
-        .map(|base| base.join("tightwad").join(format!("{name}.pid")))
-        .ok_or_else(|| io::Error::other("neither XDG_RUNTIME_DIR nor HOME is set"))
+    variables
+        .iter()
+        .find_map(|variable| absolute(variable))
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .map(|base| base.join("tightwad"))
+        .ok_or_else(|| io::Error::other("HOME is not set"))
 }

@@ -5,11 +5,12 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::coordinator;
 use super::exit::{Exit, Failure};
 use crate::cluster::devices::{self, Found};
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::plan::{self, KnownFrom, Placement, Plan, Settings};
-use crate::config::Config;
+use crate::config::{Config, Coordinator, Model};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -36,15 +37,23 @@ struct Answer<'a> {
     environment: Vec<(String, String)>,
 }
 
-/// Plans a model over the pool and shows it.
-pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
-    let coordinator = config.coordinator.as_ref().ok_or_else(|| {
-        Failure::new(
-            Exit::Config,
-            "the config has no section `coordinator`; add one, with the `gpus` of its host if it lends any",
-        )
-    })?;
-    let (name, model) = config.model_for(options.model.as_deref())?;
+/// What fits where, and what was not to be had.
+struct Planned {
+    plan: Plan,
+    notes: Vec<String>,
+}
+
+/// Refuses a model whose file is broken, or that cannot fit into the pool, as far as that can be told before anything runs.
+pub async fn refuse_misfit(config: &Config, coordinator: &Coordinator, named: (&str, &Model)) -> Result<(), Failure> {
+    let Planned { plan, .. } = planned(config, coordinator, named.1).await?;
+    if plan.fits {
+        Ok(())
+    } else {
+        Err(Failure::new(Exit::DoesNotFit, shortage(named.0, &plan)))
+    }
+}
+
+async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
     let file = ModelFile::read(&model.path)?;
     let Found { devices, mut notes } = devices::find(config, coordinator).await;
 
@@ -79,8 +88,16 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
         ));
     }
     let plan = plan::plan(&file, &devices, &settings)?;
+    Ok(Planned { plan, notes })
+}
+
+/// Plans a model over the pool and shows it.
+pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
+    let coordinator = coordinator::section(config)?;
+    let (name, model) = config.model_for(options.model.as_deref())?;
+    let Planned { plan, notes } = planned(config, coordinator, model).await?;
     let launch = plan.launch(
-        llama_server,
+        &config.binaries.llama_server,
         coordinator,
         (name, model),
         (&coordinator.host, coordinator.port),
@@ -242,7 +259,7 @@ fn layers(placement: &Placement, all: u32) -> String {
 }
 
 /// Bytes as people read them.
-fn amount(bytes: u64) -> String {
+pub fn amount(bytes: u64) -> String {
     let mib = bytes as f64 / MIB;
     if mib >= 1024.0 {
         format!("{:.2} GiB", mib / 1024.0)

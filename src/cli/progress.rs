@@ -89,3 +89,45 @@ impl Line {
         }
     }
 }
+
+/// Steps, one after the other: each a line that is renewed on a terminal, and two or three lines elsewhere.
+pub struct Steps {
+    line: Line,
+    /// The step, and how many tenths of it are done.
+    last: Option<(String, Option<u64>)>,
+}
+
+impl Steps {
+    /// Nothing is done so far.
+    pub fn new() -> Self {
+        Self {
+            line: Line::new(),
+            last: None,
+        }
+    }
+
+    /// Says what is done now and how far it is, from 0 to 1; `detail` changes too often for more than a terminal.
+    pub fn show(&mut self, doing: &str, progress: Option<f64>, detail: &str) {
+        let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
+        let text = format!("{doing}{}{detail}", percent.as_deref().unwrap_or_default());
+        let tenths =
+            progress.map(|progress| (0..10).filter(|tenth| progress * 10.0 > f64::from(*tenth)).count() as u64);
+        let same = self.last.as_ref().is_some_and(|(last, _)| last == doing);
+        if self.line.terminal {
+            if self.last.is_some() && !same {
+                eprintln!();
+            }
+            self.line.renew(&text);
+        } else if !same || self.last.as_ref().is_some_and(|(_, last)| *last != tenths) {
+            eprintln!("{text}");
+        }
+        self.last = Some((doing.to_owned(), tenths));
+    }
+
+    /// Leaves the last step as it is, for what is printed next.
+    pub fn end(&mut self) {
+        if self.last.take().is_some() && self.line.terminal {
+            eprintln!();
+        }
+    }
+}

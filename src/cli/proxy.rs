@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
-use super::pid_file::{self, Claimed, PidFile, Stopped};
+use super::pid_file::{self, Stopped};
 use super::{signals, status};
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
@@ -22,7 +22,8 @@ pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     loaded.check_listeners()?;
     let proxy = resolved(&loaded.config)?;
-    let _claim = claim(&proxy)?;
+    let what = format!("proxy on port {}", proxy.port);
+    let _claim = pid_file::claim(&name(&proxy), &what, "tightwad proxy stop")?;
     let listener = listen(&proxy).await?;
     let address = listener.local_addr()?;
     let engine = start_engine(&proxy)?;
@@ -94,24 +95,6 @@ fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
 /// A host may run several proxies, but only one per port.
 fn name(proxy: &config::Proxy) -> String {
     format!("proxy-{}", proxy.port)
-}
-
-fn claim(proxy: &config::Proxy) -> Result<Option<PidFile>, Failure> {
-    match PidFile::claim(&name(proxy)) {
-        Ok(claim) => Ok(Some(claim)),
-        Err(Claimed::By(pid)) => Err(Failure::new(
-            Exit::PortInUse,
-            format!(
-                "the proxy on port {} already runs (process {pid}); stop it with `tightwad proxy stop`",
-                proxy.port
-            ),
-        )),
-        // A system service without a home has its own way to be stopped.
-        Err(Claimed::Io(error)) => {
-            tracing::warn!("`tightwad proxy stop` will not find this proxy: cannot write its pid file: {error}");
-            Ok(None)
-        }
-    }
 }
 
 /// `tightwad proxy stop`.

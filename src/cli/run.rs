@@ -1,9 +1,8 @@
 //! `tightwad run …`: this host's part, in the foreground.
 
 use super::exit::{Exit, Failure};
-use super::{proxy, signals};
+use super::{coordinator, pid_file, proxy, signals};
 use crate::cluster;
-use crate::cluster::coordinator::CoordinatorError;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server};
 use crate::supervise::command::Role;
@@ -26,11 +25,12 @@ pub enum Part {
 }
 
 /// Runs it until Ctrl-C or SIGTERM.
-/// `name` says which entry of a list, where the part is one.
+/// `name` says which worker, or the coordinator's first model.
 pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
-    if let (Some(name), Part::Target | Part::Draft | Part::Proxy | Part::Coordinator) = (name, part) {
-        let message = format!("`run` takes the name of a worker, and nothing else: `{name}`");
+    if let (Some(name), Part::Target | Part::Draft | Part::Proxy) = (name, part) {
+        let message =
+            format!("`run` takes the name of a worker or of a coordinator's model, and nothing else: `{name}`");
         return Err(Failure::new(Exit::Usage, message));
     }
     match part {
@@ -38,24 +38,25 @@ pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), 
         Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
         Part::Proxy => proxy::run(loaded).await,
         Part::Worker => worker(config, name).await,
-        Part::Coordinator => coordinator(loaded).await,
+        Part::Coordinator => coordinator(config, name).await,
     }
 }
 
-async fn coordinator(loaded: &Loaded) -> Result<(), Failure> {
+async fn coordinator(config: &Config, model: Option<&str>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
-    let config = &loaded.config;
-    let section = config.coordinator.as_ref().ok_or(CoordinatorError::NoSection)?;
+    let section = coordinator::section(config)?;
     preflight::program(&config.binaries.llama_server)?;
-    let (_, model) = config.model_for(None)?;
-    preflight::model(&model.path)?;
+    let (_, first) = config.model_for(model)?;
+    preflight::model(&first.path)?;
+    let what = format!("coordinator on port {}", section.port);
+    let _claim = pid_file::claim(&coordinator::pid_name(section), &what, "tightwad stop")?;
     let listener = proxy::listen_at(&section.host, section.port).await?;
     let address = listener.local_addr()?;
     tracing::info!(
         "the coordinator serves at {}/v1",
         config::local_url(&address.ip().to_string(), address.port())
     );
-    Ok(cluster::coordinator::serve(listener, config.clone(), None, stop).await?)
+    Ok(cluster::coordinator::serve(listener, config.clone(), model, stop).await?)
 }
 
 async fn worker(config: &Config, name: Option<&str>) -> Result<(), Failure> {

@@ -12,9 +12,11 @@
 //! | [`plan`] | which layers go where (pure) |
 //! | [`swap`] | which model runs, who waits, what happens next (pure) |
 //! | [`coordinator`] | one endpoint over the pool |
+//! | [`benchmark`] | how fast the pool is |
 
 pub mod agent;
 pub mod agent_client;
+pub mod benchmark;
 pub mod build;
 pub mod coordinator;
 pub mod devices;

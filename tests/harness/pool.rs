@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -52,6 +53,13 @@ impl Pool {
 
     /// Starts it.
     pub fn start(setup: Setup) -> Self {
+        let mut pool = Self::without_coordinator(setup);
+        pool.start_coordinator();
+        pool
+    }
+
+    /// Starts the workers.
+    pub fn without_coordinator(setup: Setup) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let port = free_port();
         let agents = [free_port(), free_port()];
@@ -90,15 +98,34 @@ impl Pool {
         };
         pool.start_worker(0);
         pool.start_worker(1);
-        pool.start_coordinator();
         pool
+    }
+
+    /// A command of somebody who has the config and folders of their own.
+    pub fn tightwad(&self, args: &[&str]) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_tightwad"));
+        command
+            .arg("-c")
+            .arg(self.folder.path().join("pool.yaml"))
+            .args(args)
+            .env("XDG_RUNTIME_DIR", self.folder.path())
+            .env("XDG_STATE_HOME", self.folder.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        command
     }
 
     fn run(&self, part: &[&str]) -> Program {
         let config = self.folder.path().join("pool.yaml");
         let config = config.to_str().expect("a path in UTF-8");
-        let args: Vec<&str> = ["-c", config, "run"].into_iter().chain(part.iter().copied()).collect();
-        Program::start(Path::new(env!("CARGO_BIN_EXE_tightwad")), &args)
+        // A user with folders of their own, for the pid file.
+        let home = |variable: &str| format!("{variable}={}", self.folder.path().display());
+        let (runtime, state) = (home("XDG_RUNTIME_DIR"), home("XDG_STATE_HOME"));
+        let program = [&*runtime, &*state, env!("CARGO_BIN_EXE_tightwad"), "-c", config, "run"];
+        let args: Vec<&str> = program.into_iter().chain(part.iter().copied()).collect();
+        Program::start(Path::new("env"), &args)
     }
 
     pub fn start_worker(&mut self, index: usize) {
@@ -161,6 +188,13 @@ impl Pool {
         if let Err(problem) = ready.await {
             panic!("the pool is not ready: {problem}");
         }
+    }
+
+    /// Whether a worker's agent answers.
+    pub async fn agent_answers(&self, index: usize) -> bool {
+        reqwest::get(format!("http://127.0.0.1:{}/v1/worker", self.agents[index]))
+            .await
+            .is_ok()
     }
 
     /// What a worker's agent says of its lease.

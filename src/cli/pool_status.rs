@@ -1,0 +1,383 @@
+//! `tightwad status`: coordinator, workers and proxy on one screen.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write as _};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::coordinator::{Client, Step};
+use super::exit::{Exit, Failure};
+use super::plan::amount;
+use super::{signals, status};
+use crate::cluster::agent::{EndpointState, WorkerStatus};
+use crate::cluster::agent_client::AgentClient;
+use crate::config::{self, Config, Coordinator, Proxy, Worker};
+
+pub const EXAMPLES: &str = "\
+Examples:
+  tightwad status --watch
+  tightwad status --json | jq '.workers[] | {name, up}'
+Exit codes: 0 a model is served and every worker is well, 6 something is down or not ready yet, 7 no coordinator runs. The
+proxy, if the config has one, is only shown: see `tightwad proxy status`.";
+
+/// Whoever has not answered after this is not waited for.
+const BOUND: Duration = Duration::from_millis(150);
+/// Pause between two looks with `--watch`.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// What `tightwad status` is asked.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// All of it as JSON; with --watch a line for each look.
+    #[arg(long)]
+    json: bool,
+    /// Look again each second, until Ctrl-C.
+    #[arg(long)]
+    watch: bool,
+}
+
+/// All that could be seen.
+#[derive(Debug, Default, Serialize)]
+struct Overview {
+    /// `None`: the config has none.
+    coordinator: Option<Seen<Value>>,
+    workers: Vec<SeenWorker>,
+    /// `None`: the config has none.
+    proxy: Option<Seen<Value>>,
+    /// What to do.
+    hints: Vec<String>,
+}
+
+/// A server, and what it says.
+#[derive(Debug, Serialize)]
+struct Seen<T> {
+    url: String,
+    up: bool,
+    /// Why nothing is known.
+    problem: Option<String>,
+    /// Whether nothing runs there at all.
+    #[serde(skip)]
+    absent: bool,
+    status: Option<T>,
+}
+
+#[derive(Debug, Serialize)]
+struct SeenWorker {
+    name: String,
+    /// `None`: it has no agent, so that nobody can ask.
+    agent: Option<Seen<WorkerStatus>>,
+}
+
+/// Shows how all are.
+pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
+    if config.coordinator.is_none() && config.workers.is_empty() && config.proxy.is_none() {
+        let message = "the config has neither a coordinator nor workers nor a proxy; add a section `coordinator`";
+        return Err(Failure::new(Exit::Config, message));
+    }
+    if !options.watch {
+        let seen = look(config).await;
+        let mut out = io::stdout().lock();
+        if options.json {
+            writeln!(out, "{:#}", json(&seen)?)?;
+        } else {
+            out.write_all(table(&seen).as_bytes())?;
+        }
+        return verdict(&seen);
+    }
+    let stop = signals::stop_token()?;
+    let terminal = io::stdout().is_terminal() && !options.json;
+    while !stop.is_cancelled() {
+        let seen = look(config).await;
+        let text = match (options.json, terminal) {
+            (true, _) => format!("{}\n", json(&seen)?),
+            // From the top of the screen, of which the rest is cleared.
+            (false, true) => format!("\x1b[H\x1b[2J{}", table(&seen)),
+            (false, false) => format!("{}\n", table(&seen)),
+        };
+        {
+            let mut out = io::stdout().lock();
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+        tokio::select! {
+            () = sleep(WATCH) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    Ok(())
+}
+
+fn json(seen: &Overview) -> Result<Value, Failure> {
+    serde_json::to_value(seen).map_err(|error| Failure::other("write JSON", error))
+}
+
+/// Asks all at once, and waits for nobody longer than the bound.
+async fn look(config: &Config) -> Overview {
+    let give_up = Instant::now() + BOUND;
+    // Each in a task of its own: what one of them does at its start must not hold up the others.
+    let coordinator = config
+        .coordinator
+        .clone()
+        .map(|section| tokio::spawn(see_coordinator(section, give_up)));
+    let proxy = config
+        .proxy
+        .clone()
+        .map(|section| tokio::spawn(see_proxy(section, give_up)));
+    let see = |worker: &Worker| tokio::spawn(see_worker(worker.clone(), give_up));
+    let asked: Vec<_> = config.workers.iter().map(see).collect();
+    let mut seen = Overview {
+        coordinator: seen(coordinator).await,
+        proxy: seen(proxy).await,
+        ..Overview::default()
+    };
+    for (worker, asked) in config.workers.iter().zip(asked) {
+        seen.workers.push(SeenWorker {
+            name: worker.name().to_owned(),
+            agent: asked.await.ok().flatten(),
+        });
+    }
+    seen.hints = hints(&seen);
+    seen
+}
+
+async fn seen<T>(asked: Option<JoinHandle<Seen<T>>>) -> Option<Seen<T>> {
+    asked?.await.ok()
+}
+
+async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Value> {
+    let url = config::local_url(&section.host, section.port);
+    let asking = async { Client::new(&section)?.status(BOUND).await };
+    Seen::of(url, timeout_at(give_up, asking).await.ok())
+}
+
+async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
+    let url = config::local_url(&section.host, section.port);
+    let asking = async { status::fetch(&url, section.token()?.as_ref()).await };
+    let answer = timeout_at(give_up, asking).await.ok();
+    Seen::of(url, answer)
+}
+
+async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatus>> {
+    if !worker.has_agent() {
+        return None;
+    }
+    let unknown = |error: crate::cluster::agent_client::AgentError| Failure::new(Exit::Unreachable, error.to_string());
+    let asking = async {
+        let agent = AgentClient::new(&worker).map_err(unknown)?;
+        agent.status().await.map_err(unknown)
+    };
+    Some(Seen::of(worker.agent_url(), timeout_at(give_up, asking).await.ok()))
+}
+
+impl<T> Seen<T> {
+    /// `None`: no answer in time.
+    fn of(url: String, answer: Option<Result<T, Failure>>) -> Self {
+        let (problem, absent, status) = match answer {
+            Some(Ok(status)) => (None, false, Some(status)),
+            Some(Err(failure)) => (Some(failure.message), failure.exit == Exit::NotRunning, None),
+            None => {
+                let problem = format!("no answer from {url} within {} ms", BOUND.as_millis());
+                (Some(problem), false, None)
+            }
+        };
+        Self {
+            url,
+            up: status.is_some(),
+            problem,
+            absent,
+            status,
+        }
+    }
+}
+
+impl SeenWorker {
+    /// What is wrong with it, as far as can be told.
+    fn problem(&self) -> Option<String> {
+        let agent = self.agent.as_ref()?;
+        let failed = agent.status.iter().flat_map(|status| &status.endpoints);
+        let failed = failed
+            .filter(|endpoint| endpoint.state == EndpointState::Failed)
+            .map(|endpoint| format!("its ggml-rpc-server on port {} does not work", endpoint.port));
+        agent
+            .problem
+            .clone()
+            .or_else(|| failed.reduce(|all, one| format!("{all}; {one}")))
+    }
+}
+
+/// What the exit code says.
+fn verdict(seen: &Overview) -> Result<(), Failure> {
+    if let Some(coordinator) = &seen.coordinator {
+        match (&coordinator.problem, &coordinator.status) {
+            (Some(problem), _) if coordinator.absent => return Err(Failure::new(Exit::NotRunning, problem)),
+            (Some(problem), _) => return Err(Failure::new(Exit::Unreachable, problem)),
+            (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => {
+                return Err(Failure::new(
+                    Exit::Unreachable,
+                    format!("not ready: {}", Step::of(status).doing),
+                ));
+            }
+            _ => {}
+        }
+    }
+    let down: Vec<&str> = seen
+        .workers
+        .iter()
+        .filter(|worker| worker.problem().is_some())
+        .map(|worker| worker.name.as_str())
+        .collect();
+    if down.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
+    }
+}
+
+fn hints(seen: &Overview) -> Vec<String> {
+    let mut hints = Vec::new();
+    let coordinator = seen.coordinator.as_ref();
+    if coordinator.is_some_and(|coordinator| coordinator.absent) {
+        hints.push("start the coordinator with `tightwad start`".to_owned());
+    }
+    let told = coordinator.and_then(|coordinator| coordinator.status.as_ref());
+    if let Some(told) = told.filter(|told| told["state"] == "gave-up") {
+        let model = told["model"].as_str().unwrap_or_default();
+        hints.push(format!("once the cause is gone, `tightwad swap {model}` tries again"));
+    }
+    for worker in &seen.workers {
+        if worker.agent.as_ref().is_some_and(|agent| !agent.up) {
+            let name = &worker.name;
+            hints.push(format!(
+                "see whether the host of {name} is up and runs `tightwad run worker {name}`"
+            ));
+        }
+    }
+    let mut builds: Vec<&str> = seen
+        .workers
+        .iter()
+        .filter_map(known)
+        .map(|worker| &*worker.build)
+        .collect();
+    builds.sort_unstable();
+    builds.dedup();
+    if builds.len() > 1 {
+        let builds = builds.join(", ");
+        hints.push(format!(
+            "the workers run several builds of llama.cpp ({builds}): install one on all hosts"
+        ));
+    }
+    hints
+}
+
+fn known(worker: &SeenWorker) -> Option<&WorkerStatus> {
+    worker.agent.as_ref()?.status.as_ref()
+}
+
+fn table(seen: &Overview) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<14}{value}");
+    };
+    if let Some(coordinator) = &seen.coordinator {
+        line("coordinator", &coordinator.url);
+        match &coordinator.status {
+            Some(told) => of_coordinator(told, &mut line),
+            None if coordinator.absent => line("", "not running"),
+            None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
+        }
+    }
+    for worker in &seen.workers {
+        line("worker", &worker.name);
+        match (&worker.agent, known(worker)) {
+            (_, Some(told)) => of_worker(told, &mut line),
+            (Some(agent), None) => line(
+                "",
+                &format!("down: {}", agent.problem.as_deref().unwrap_or("no answer")),
+            ),
+            (None, None) => line("", "no agent, so it is not asked"),
+        }
+    }
+    if let Some(proxy) = &seen.proxy {
+        let state = match &proxy.status {
+            Some(told) => {
+                let target = &told["target"];
+                let well = if target["healthy"] == true { "healthy" } else { "down" };
+                let verification = told["verification"].as_str().unwrap_or("unknown");
+                format!("{}: target {well}, verification {verification}", proxy.url)
+            }
+            None if proxy.absent => format!("{}: not running", proxy.url),
+            None => proxy.problem.clone().unwrap_or_default(),
+        };
+        line("proxy", &state);
+    }
+    for hint in &seen.hints {
+        line("hint", hint);
+    }
+    text
+}
+
+fn of_coordinator(told: &Value, line: &mut impl FnMut(&str, &str)) {
+    let step = Step::of(told);
+    let progress = told["progress"].as_f64().filter(|_| step.progress.is_some());
+    let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
+    let since = told["state_seconds"]
+        .as_f64()
+        .map(|seconds| format!(", for {}", duration(seconds)));
+    let (percent, since) = (percent.unwrap_or_default(), since.unwrap_or_default());
+    line("", &format!("{}{percent}{}{since}", step.doing, step.detail));
+    let count = |name: &str| told[name].as_u64().unwrap_or_default();
+    line(
+        "",
+        &format!("{} answers run, {} requests wait", count("running"), count("waiting")),
+    );
+    for device in told["devices"].as_array().into_iter().flatten() {
+        line("", device.as_str().unwrap_or_default());
+    }
+    let failed = &told["last_failure"];
+    if let (Some(model), Some(why)) = (failed["model"].as_str(), failed["why"].as_str()) {
+        line("", &format!("the last swap failed: `{model}`: {why}"));
+    }
+}
+
+fn of_worker(told: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
+    let lease = match &told.lease {
+        Some(holder) => format!("leased by {}", holder.holder),
+        None => "free".to_owned(),
+    };
+    let cache = match told.cache_quota_bytes {
+        0 => "no cache".to_owned(),
+        quota => format!("cache {} of {}", amount(told.cache_bytes), amount(quota)),
+    };
+    line("", &format!("{lease}, llama.cpp {}, {cache}", told.build));
+    for endpoint in &told.endpoints {
+        let state = match endpoint.state {
+            EndpointState::Idle => "idle",
+            EndpointState::Starting => "starting",
+            EndpointState::Listening => "listening",
+            EndpointState::Connected => "connected",
+            EndpointState::Failed => "FAILED",
+        };
+        line("", &format!("port {}: {state}", endpoint.port));
+        for device in &endpoint.devices {
+            let (free, total) = (amount(device.free_bytes), amount(device.total_bytes));
+            line(
+                "",
+                &format!("  {} {}: {free} of {total} free", device.name, device.description),
+            );
+        }
+    }
+}
+
+/// Seconds as people say them.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        minutes if minutes < 120.0 => format!("{seconds:.0} s"),
+        hours if hours < 7200.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.1} h", seconds / 3600.0),
+    }
+}

@@ -1,0 +1,363 @@
+//! `tightwad start`: the coordinator in the background, followed until its model answers.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::process::{Child, Command};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::coordinator::{self, Client, Step};
+use super::exit::{Exit, Failure};
+use super::progress::Steps;
+use super::{pid_file, plan, proxy, signals};
+use crate::config::{Config, Coordinator, Loaded};
+use crate::observe::log::Format;
+use crate::supervise::preflight;
+
+pub const EXAMPLES: &str = "\
+Examples:
+  tightwad start                 the model marked `default`
+  tightwad start -m qwen3-72b    another one
+Exit codes: 0 it serves, 3 config, 4 file missing or broken, 5 port in use or another model runs, 6 a worker is not to be
+had (after `wait_seconds`), 8 the server died too often, 9 the model does not fit, 130 Ctrl-C, which stops what it started.";
+
+/// Pause between two looks at the coordinator.
+const LOOK: Duration = Duration::from_millis(100);
+/// It answers that from memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a coordinator that is asked to end may take while nothing is answered.
+const STOP_PATIENCE: Duration = Duration::from_secs(40);
+/// Lines of the log that are shown.
+const LINES: usize = 10;
+
+/// What `tightwad start` is asked.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which of `models`. Default: the one marked `default`, else the only one.
+    #[arg(short, long, value_name = "MODEL")]
+    model: Option<String>,
+    /// What came of it as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// It serves.
+#[derive(Debug, Serialize)]
+struct Served {
+    state: &'static str,
+    model: String,
+    url: String,
+    /// Whether it ran before.
+    already: bool,
+    /// The coordinator's process, if this command started it.
+    pid: Option<u32>,
+    /// Its log.
+    log: Option<PathBuf>,
+    seconds: f64,
+}
+
+/// It does not.
+struct Unserved {
+    failure: Failure,
+    last_lines: Vec<String>,
+    log: Option<PathBuf>,
+}
+
+impl From<Failure> for Unserved {
+    fn from(failure: Failure) -> Self {
+        Self {
+            failure,
+            last_lines: Vec::new(),
+            log: None,
+        }
+    }
+}
+
+/// Starts it, unless it runs, and waits until it serves or has failed. `file` is the config as the command line names it.
+pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options: &Options) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let mut steps = Steps::new();
+    let outcome = bring_up(
+        file,
+        format,
+        &loaded.config,
+        options.model.as_deref(),
+        &mut steps,
+        &stop,
+    )
+    .await;
+    steps.end();
+    match outcome {
+        Ok(served) if options.json => println!("{:#}", json!(served)),
+        Ok(Served {
+            model,
+            url,
+            already: true,
+            ..
+        }) => println!("the coordinator already serves `{model}` at {url}/v1"),
+        Ok(Served {
+            model,
+            url,
+            pid,
+            log,
+            seconds,
+            ..
+        }) => {
+            println!("`{model}` is served at {url}/v1 after {seconds:.1} s");
+            if let (Some(pid), Some(log)) = (pid, log) {
+                println!("process {pid}, log {}", log.display());
+            }
+        }
+        Err(Unserved {
+            mut failure,
+            last_lines,
+            log,
+        }) => {
+            if options.json {
+                let told = json!({
+                    "state": "failed", "error": failure.message, "exit": failure.exit as u8, "log": log,
+                    "last_lines": last_lines,
+                });
+                println!("{told:#}");
+            } else {
+                for line in &last_lines {
+                    eprintln!("  {line}");
+                }
+            }
+            if let Some(log) = log {
+                failure.message = format!("{}; its log is {}", failure.message, log.display());
+            }
+            return Err(failure);
+        }
+    }
+    Ok(())
+}
+
+async fn bring_up(
+    file: Option<&Path>,
+    format: Format,
+    config: &Config,
+    wanted: Option<&str>,
+    steps: &mut Steps,
+    stop: &CancellationToken,
+) -> Result<Served, Unserved> {
+    let began = Instant::now();
+    let section = coordinator::section(config)?;
+    let named = config.model_for(wanted).map_err(Failure::from)?;
+    let client = Client::new(section)?;
+    let patience = Duration::from_secs(section.wait_seconds);
+    match client.status(PATIENCE).await {
+        Ok(status) => {
+            let model = runs_already(&status, wanted)?;
+            follow(&client, None, patience, steps, stop).await?;
+            return Ok(Served {
+                state: "ready",
+                model,
+                url: client.url().to_owned(),
+                already: true,
+                pid: None,
+                log: None,
+                seconds: began.elapsed().as_secs_f64(),
+            });
+        }
+        Err(failure) if failure.exit == Exit::NotRunning => {}
+        // Something else answers there, or nothing that does is ours: the port says which.
+        Err(failure) => {
+            listen(section).await?;
+            return Err(failure.into());
+        }
+    }
+    preflight::program(&config.binaries.llama_server).map_err(Failure::from)?;
+    preflight::model(&named.1.path).map_err(Failure::from)?;
+    listen(section).await?;
+    steps.show(&format!("checking `{}`", named.0), None, "");
+    tokio::select! {
+        fits = plan::refuse_misfit(config, section, named) => fits?,
+        () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted; nothing was started").into()),
+    }
+    let mut background = Background::start(file, format, section, named.0)?;
+    let followed = follow(&client, Some(&mut background), patience, steps, stop).await;
+    let log = Some(background.log.clone());
+    match followed {
+        Ok(()) => Ok(Served {
+            state: "ready",
+            model: named.0.to_owned(),
+            url: client.url().to_owned(),
+            already: false,
+            pid: background.child.id(),
+            log,
+            seconds: began.elapsed().as_secs_f64(),
+        }),
+        Err(mut unserved) => {
+            background.stop().await;
+            unserved.log = log.filter(|_| unserved.failure.exit != Exit::Interrupted);
+            if unserved.last_lines.is_empty() && unserved.log.is_some() {
+                unserved.last_lines = last_lines(&background.log);
+            }
+            Err(unserved)
+        }
+    }
+}
+
+/// Whether the port is free.
+async fn listen(section: &Coordinator) -> Result<(), Failure> {
+    proxy::listen_at(&section.host, section.port).await.map(drop)
+}
+
+/// The model of a coordinator that runs, if it is the wanted one.
+fn runs_already(status: &Value, wanted: Option<&str>) -> Result<String, Failure> {
+    let coming = status["next"].as_str().or_else(|| status["model"].as_str());
+    let model = coming.unwrap_or_default();
+    match wanted.filter(|wanted| *wanted != model) {
+        None => Ok(model.to_owned()),
+        Some(wanted) => Err(Failure::new(
+            Exit::PortInUse,
+            format!("the coordinator already runs with `{model}`; change that with `tightwad swap {wanted}`"),
+        )),
+    }
+}
+
+/// Shows how it goes until the model answers. A coordinator that cannot begin for `patience`, because of its workers, has
+/// failed.
+async fn follow(
+    client: &Client,
+    mut background: Option<&mut Background>,
+    patience: Duration,
+    steps: &mut Steps,
+    stop: &CancellationToken,
+) -> Result<(), Unserved> {
+    let mut blocked: Option<Instant> = None;
+    loop {
+        if let Some(status) = background.as_mut().and_then(|it| it.child.try_wait().ok().flatten()) {
+            return Err(ended(status).into());
+        }
+        match client.status(PATIENCE).await {
+            Ok(told) => {
+                let state = told["state"].as_str().unwrap_or_default();
+                let Step {
+                    doing,
+                    progress,
+                    detail,
+                } = Step::of(&told);
+                match state {
+                    "ready" => return Ok(()),
+                    "gave-up" => {
+                        let lines = told["last_lines"].as_array().into_iter().flatten();
+                        let lines: Vec<String> = lines.filter_map(|line| line.as_str().map(str::to_owned)).collect();
+                        return Err(Unserved {
+                            failure: Failure::new(Exit::ChildGaveUp, doing),
+                            last_lines: lines[lines.len().saturating_sub(LINES)..].to_vec(),
+                            log: None,
+                        });
+                    }
+                    "loading" | "draining" => blocked = None,
+                    _ if told["problem"].is_string() => {
+                        let since = *blocked.get_or_insert_with(Instant::now);
+                        if since.elapsed() >= patience {
+                            let problem = told["problem"].as_str().unwrap_or_default();
+                            return Err(Failure::new(Exit::Unreachable, problem).into());
+                        }
+                    }
+                    _ => {}
+                }
+                steps.show(&doing, progress, &detail);
+            }
+            // Ours is about to listen, or has a lot to do. If it has ended, the next look says so.
+            Err(_) if background.is_some() => steps.show("starting the coordinator", None, ""),
+            Err(failure) => return Err(failure.into()),
+        }
+        tokio::select! {
+            () = sleep(LOOK) => {}
+            () = stop.cancelled() => {
+                let message = match background {
+                    Some(_) => "interrupted; what was started is stopped again",
+                    None => "interrupted; the coordinator, which ran before, goes on",
+                };
+                return Err(Failure::new(Exit::Interrupted, message).into());
+            }
+        }
+    }
+}
+
+/// Why a coordinator ended by itself; it has said so in its log.
+fn ended(status: ExitStatus) -> Failure {
+    let exit = match status.code() {
+        Some(3) => Exit::Config,
+        Some(4) => Exit::File,
+        Some(5) => Exit::PortInUse,
+        _ => Exit::ChildGaveUp,
+    };
+    Failure::new(exit, format!("the coordinator ended at once ({status})"))
+}
+
+/// A coordinator that goes on when this process ends.
+struct Background {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Background {
+    fn start(file: Option<&Path>, format: Format, section: &Coordinator, model: &str) -> Result<Self, Failure> {
+        let log = pid_file::log_path(&coordinator::pid_name(section))
+            .map_err(|error| Failure::other("find a folder for the log", error))?;
+        let written = open_log(&log).map_err(|error| Failure::other(&format!("write {}", log.display()), error))?;
+        let program = std::env::current_exe()?;
+        let mut command = Command::new(program);
+        if let Some(file) = file {
+            command.arg("-c").arg(file);
+        }
+        if format == Format::Json {
+            command.args(["--log-format", "json"]);
+        }
+        command
+            .args(["run", "coordinator", "--detached", "--"])
+            .arg(model)
+            .stdin(Stdio::null())
+            .stdout(written.try_clone()?)
+            .stderr(written)
+            .kill_on_drop(false);
+        let child = command
+            .spawn()
+            .map_err(|error| Failure::other("start the coordinator", error))?;
+        Ok(Self { child, log })
+    }
+
+    /// Ends it, with all that it runs.
+    async fn stop(&mut self) {
+        let pid = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        // One that has ended and is not waited for yet still has its number, so that nobody else can be meant.
+        if let Some(pid) = pid {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        if timeout(STOP_PATIENCE, self.child.wait()).await.is_err() {
+            let _ = self.child.kill().await;
+        }
+    }
+}
+
+/// A new log; the one before it is kept.
+fn open_log(path: &Path) -> io::Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    match fs::rename(path, path.with_extension("log.old")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    File::create(path)
+}
+
+fn last_lines(log: &Path) -> Vec<String> {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let last = &lines[lines.len().saturating_sub(LINES)..];
+    last.iter().map(|line| (*line).to_owned()).collect()
+}

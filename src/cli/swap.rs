@@ -1,0 +1,130 @@
+//! `tightwad swap`: another model over the same workers.
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use super::coordinator::{self, Client, Step};
+use super::exit::{Exit, Failure};
+use super::progress::Steps;
+use super::{plan, signals};
+use crate::config::{Config, is_loopback, is_wildcard};
+use crate::upstream::chat::{refused, unreachable};
+
+pub const EXAMPLES: &str = "\
+Example: tightwad swap qwen3-72b --json | jq -c .state
+Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
+coordinator's host 4 if its file is missing or broken, 9 if it does not fit), 1 a later command asked for another one,
+130 Ctrl-C, after which the swap goes on.";
+
+/// It answers that from memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What `tightwad swap` is asked.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which of `models`.
+    model: String,
+    /// Each step as a line of JSON; the last one has `done` or `error`.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Makes the coordinator run another model and shows each step.
+pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
+    let stop = signals::stop_token()?;
+    let section = coordinator::section(config)?;
+    let named = config.model_for(Some(&options.model))?;
+    let model = named.0;
+    let client = Client::new(section)?;
+    let began = Instant::now();
+    let mut steps = Steps::new();
+    let outcome = {
+        let swapping = follow(&client, model, options.json, &mut steps);
+        tokio::select! {
+            outcome = swapping => outcome,
+            () = stop.cancelled() => {
+                let message = "interrupted; the swap goes on: see `tightwad status`";
+                Err(Failure::new(Exit::Interrupted, message))
+            }
+        }
+    };
+    steps.end();
+    match outcome {
+        Ok(()) if options.json => Ok(()),
+        Ok(()) => {
+            let (url, seconds) = (client.url(), began.elapsed().as_secs_f32());
+            println!("`{model}` is served at {url}/v1 after {seconds:.1} s");
+            Ok(())
+        }
+        Err(mut failure) if failure.exit == Exit::ChildGaveUp => {
+            if let Ok(told) = client.status(PATIENCE).await {
+                let now = Step::of(&told).doing;
+                failure.message = format!("{}; now {now}", failure.message);
+            }
+            // The coordinator tells the reason in words only. Its own host can see two of them.
+            if (is_loopback(&section.host) || is_wildcard(&section.host))
+                && let Err(seen) = plan::refuse_misfit(config, section, named).await
+                && matches!(seen.exit, Exit::File | Exit::DoesNotFit)
+            {
+                failure.exit = seen.exit;
+            }
+            Err(failure)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> Result<(), Failure> {
+    let request = client.post("/v1/tightwad/swap", &json!({ "model": model }));
+    let answer = request.send().await.map_err(|error| client.silent(&error))?;
+    if answer.status() == reqwest::StatusCode::NOT_FOUND {
+        let message = format!(
+            "the coordinator at {} has no model `{model}`: it was started before that was in the config; start it anew",
+            client.url()
+        );
+        return Err(Failure::new(Exit::Config, message));
+    }
+    if !answer.status().is_success() {
+        return Err(refused(client.url(), answer).await.into());
+    }
+    let mut bytes = answer.bytes_stream();
+    let mut lines = Vec::new();
+    while let Some(more) = bytes.next().await {
+        lines.extend_from_slice(&more.map_err(|error| unreachable(client.url(), &error))?);
+        while let Some(end) = lines.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = lines.drain(..=end).collect();
+            let told: Value = serde_json::from_slice(&line).unwrap_or_default();
+            if json {
+                let mut out = io::stdout().lock();
+                out.write_all(&line)?;
+                out.flush()?;
+            }
+            if told["done"] == true {
+                return Ok(());
+            }
+            if let Some(failure) = failure(&told["error"]) {
+                return Err(failure);
+            }
+            if !json {
+                let step = Step::of(&told);
+                steps.show(&step.doing, step.progress, &step.detail);
+            }
+        }
+    }
+    let message = format!("{} broke off while it swapped; see `tightwad status`", client.url());
+    Err(Failure::new(Exit::Unreachable, message))
+}
+
+fn failure(error: &Value) -> Option<Failure> {
+    let message = error["message"].as_str()?;
+    let exit = match error["code"].as_str().unwrap_or_default() {
+        "model_not_found" => Exit::Config,
+        "model_failed" => Exit::ChildGaveUp,
+        "shutting_down" => Exit::NotRunning,
+        _ => Exit::Other,
+    };
+    Some(Failure::new(exit, message))
+}

@@ -1,0 +1,344 @@
+//! The pool's commands as their users meet them: start, status, swap, benchmark, stop.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use std::net::TcpListener;
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use harness::llama_server::{free_port, target};
+use harness::pool::{Pool, Setup, signal};
+use harness::wait::eventually;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+/// A pool whose coordinator the commands start and stop.
+struct Host {
+    pool: Pool,
+}
+
+/// What a command left.
+#[derive(Debug)]
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Ended {
+    /// With this exit code.
+    #[track_caller]
+    fn with(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{}\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    #[track_caller]
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+    }
+}
+
+impl Host {
+    async fn new(setup: Setup) -> Self {
+        let pool = Pool::without_coordinator(setup);
+        for index in 0..2 {
+            let up = eventually(Duration::from_secs(10), || async {
+                if pool.agent_answers(index).await {
+                    Ok(())
+                } else {
+                    Err(())
+                }
+            });
+            up.await.expect("the agent answers");
+        }
+        Self { pool }
+    }
+
+    async fn tightwad(&self, args: &[&str]) -> Ended {
+        ended(self.pool.tightwad(args)).await
+    }
+
+    /// Whether nobody listens at the coordinator's port.
+    async fn is_silent(&self) -> bool {
+        reqwest::get(format!("{}/health", self.pool.url())).await.is_err()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // What a test that failed has left in the background.
+        let stop = self.pool.tightwad(&["stop"]).into_std().output();
+        drop(stop);
+    }
+}
+
+async fn ended(mut command: Command) -> Ended {
+    let output = tokio::time::timeout(Duration::from_secs(60), command.output()).await;
+    output.expect("it ends in time").expect("it starts").into()
+}
+
+#[tokio::test]
+async fn a_pool_is_started_looked_at_swapped_measured_and_stopped() {
+    let broken = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let whole = std::fs::read(target()).unwrap();
+    std::fs::write(broken.path(), &whole[..whole.len() / 2]).unwrap();
+    let models = json!({
+        "broken": { "path": broken.path() },
+        "huge": { "path": target(), "ctx_size": 500_000_000 },
+    });
+    let host = Host::new(Setup {
+        models,
+        ..Setup::default()
+    })
+    .await;
+
+    let before = host.tightwad(&["status", "--json"]).await.with(7);
+    assert!(
+        before.json()["hints"][0].as_str().unwrap().contains("tightwad start"),
+        "{before:?}"
+    );
+    assert_eq!(before.json()["workers"][1]["agent"]["up"], true, "{before:?}");
+
+    let started = host.tightwad(&["start", "--json"]).await.with(0);
+    assert_eq!(
+        (&started.json()["state"], &started.json()["model"]),
+        (&json!("ready"), &json!("big"))
+    );
+    assert!(started.stderr.contains("loading `big`"), "{started:?}");
+    let log = std::fs::read_to_string(started.json()["log"].as_str().unwrap()).unwrap();
+    assert!(log.contains("the coordinator serves at"), "{log}");
+    let again = host.tightwad(&["start", "-m", "big"]).await.with(0);
+    assert!(again.stdout.contains("already serves `big`"), "{again:?}");
+    let other = host.tightwad(&["start", "-m", "other"]).await.with(5);
+    assert!(other.stderr.contains("tightwad swap other"), "{other:?}");
+
+    let (status, answer) = host.pool.complete("big").await;
+    assert_eq!(status, 200, "{answer}");
+    let table = host.tightwad(&["status"]).await.with(0).stdout;
+    for part in [
+        "`big` is ready",
+        ": layers 0-",
+        "leased by",
+        "connected",
+        "0 answers run",
+    ] {
+        assert!(table.contains(part), "{part} is missing in\n{table}");
+    }
+
+    let slip = host.tightwad(&["swap", "othre"]).await.with(3);
+    assert!(slip.stderr.contains("did you mean other"), "{slip:?}");
+    let swapped = host.tightwad(&["swap", "other"]).await.with(0);
+    assert!(
+        swapped.stderr.contains("freeing the workers' memory") && swapped.stderr.contains("loading `other`"),
+        "{swapped:?}"
+    );
+    assert_eq!(host.pool.complete("other").await.0, 200);
+    let failed = host.tightwad(&["swap", "broken"]).await.with(4);
+    let name = broken.path().to_str().unwrap();
+    assert!(
+        failed.stderr.contains(name) && failed.stderr.contains("now `other` is ready"),
+        "{failed:?}"
+    );
+    host.tightwad(&["swap", "huge"]).await.with(9);
+    let back = host.tightwad(&["swap", "big", "--json"]).await.with(0);
+    let lines: Vec<Value> = back
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.last().unwrap()["done"], true, "{lines:?}");
+
+    let benchmark = [
+        "benchmark",
+        "--prompt-sizes",
+        "16,64,4096",
+        "--batch",
+        "1,2,64",
+        "--tokens",
+        "8",
+    ];
+    let measured = host
+        .tightwad(&[&benchmark[..], &["--json"]].concat())
+        .await
+        .with(0)
+        .json();
+    let rows = measured["measured"].as_array().unwrap();
+    assert_eq!(rows.len(), 4, "{measured:#}");
+    assert!(
+        rows.iter()
+            .all(|row| row["generated_per_second"].as_f64().unwrap() > 0.0),
+        "{measured:#}"
+    );
+    assert_eq!(measured["left_out"].as_array().unwrap().len(), 2, "{measured:#}");
+    let share = measured["network"]["least_share"].as_f64().unwrap();
+    assert!(share > 0.0 && share < 1.0, "{measured:#}");
+    let table = host.tightwad(&benchmark).await.with(0).stdout;
+    assert!(table.contains("left out: prompts of 4096 tokens"), "{table}");
+
+    host.tightwad(&["stop"]).await.with(0);
+    assert!(host.is_silent().await);
+    assert_eq!(
+        [host.pool.lease(0).await, host.pool.lease(1).await],
+        [Value::Null, Value::Null]
+    );
+    host.tightwad(&["stop"]).await.with(7);
+    host.tightwad(&["swap", "big"]).await.with(7);
+    host.tightwad(&["benchmark"]).await.with(7);
+}
+
+#[tokio::test]
+async fn what_cannot_start_is_refused_with_a_reason_and_an_exit_code_of_its_own() {
+    let broken = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let whole = std::fs::read(target()).unwrap();
+    std::fs::write(broken.path(), &whole[..whole.len() / 2]).unwrap();
+    let models = json!({
+        "broken": { "path": broken.path() },
+        "missing": { "path": "/no/such.gguf" },
+        "huge": { "path": target(), "ctx_size": 500_000_000 },
+    });
+    let host = Host::new(Setup {
+        models,
+        ..Setup::default()
+    })
+    .await;
+    for (model, code, word) in [
+        ("broken", 4, broken.path().to_str().unwrap()),
+        ("missing", 4, "/no/such.gguf"),
+        ("bigg", 3, "did you mean big"),
+        ("huge", 9, "does not fit"),
+    ] {
+        let refused = host.tightwad(&["start", "--json", "-m", model]).await.with(code);
+        let told = refused.json();
+        assert_eq!((&told["state"], &told["exit"]), (&json!("failed"), &json!(code)));
+        assert!(told["error"].as_str().unwrap().contains(word), "{told:#}");
+        assert!(refused.stderr.contains(word), "{refused:?}");
+    }
+    let port = host.pool.url().rsplit(':').next().unwrap().parse().unwrap();
+    let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let taken = host.tightwad(&["start"]).await.with(5);
+    assert!(taken.stderr.contains(&port.to_string()), "{taken:?}");
+}
+
+#[tokio::test]
+async fn a_worker_that_is_away_is_named_and_the_start_is_given_up_after_a_while() {
+    let mut host = Host::new(Setup {
+        coordinator: json!({ "wait_seconds": 1 }),
+        ..Setup::default()
+    })
+    .await;
+    signal(host.pool.workers[1].as_ref().unwrap().pid(), Signal::KILL);
+    host.pool.workers[1] = None;
+    let refused = host.tightwad(&["start"]).await.with(6);
+    assert!(refused.stderr.contains("worker two does not answer"), "{refused:?}");
+    assert!(refused.stderr.contains("its log is"), "{refused:?}");
+    assert!(host.is_silent().await, "nothing is left");
+
+    host.pool.start_worker(1);
+    let up = eventually(Duration::from_secs(10), || async {
+        if host.pool.agent_answers(1).await {
+            Ok(())
+        } else {
+            Err(())
+        }
+    });
+    up.await.expect("the agent answers");
+    host.tightwad(&["start"]).await.with(0);
+    signal(host.pool.workers[1].as_ref().unwrap().pid(), Signal::KILL);
+    let status = host.tightwad(&["status"]).await.with(6);
+    assert!(status.stdout.contains("tightwad run worker two"), "{status:?}");
+}
+
+#[tokio::test]
+async fn ctrl_c_while_the_model_loads_leaves_nothing_running() {
+    let host = Host::new(Setup {
+        slow: 30.0,
+        ..Setup::default()
+    })
+    .await;
+    let start = host.pool.tightwad(&["start"]).spawn().unwrap();
+    let pid = start.id().unwrap();
+    let loads = eventually(Duration::from_secs(15), || async {
+        let answer = reqwest::get(format!("{}/v1/tightwad/status", host.pool.url())).await;
+        let told: Value = answer.map_err(drop)?.json().await.map_err(drop)?;
+        if told["state"] == "loading" { Ok(()) } else { Err(()) }
+    });
+    loads.await.expect("it loads");
+    let progress = host.tightwad(&["status"]).await.with(6);
+    assert!(progress.stdout.contains("loading `big`"), "{progress:?}");
+    signal(pid, Signal::INT);
+    let left = tokio::time::timeout(Duration::from_secs(20), start.wait_with_output()).await;
+    let left = Ended::from(left.expect("it ends").unwrap()).with(130);
+    assert!(left.stderr.contains("stopped again"), "{left:?}");
+    assert!(host.is_silent().await);
+    assert_eq!(host.pool.lease(0).await, Value::Null);
+}
+
+#[tokio::test]
+async fn the_status_is_there_at_once_whatever_is_down() {
+    // Takes connections and never says a word.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent_port = silent.local_addr().unwrap().port();
+    let worker = |host: &str, port: u16| json!({ "host": host, "agent_port": port, "agent_token": "t" });
+    let config = json!({
+        "coordinator": { "port": silent_port },
+        "workers": [
+            worker("10.255.255.1", 50051), worker("no-such-host.invalid", 50051), worker("127.0.0.1", silent_port),
+            worker("localhost", free_port()),
+        ],
+        "proxy": { "port": free_port() },
+        "models": { "big": { "path": target() } },
+    });
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = folder.path().join("pool.yaml");
+    std::fs::write(&file, config.to_string()).unwrap();
+    let status = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+        command.arg("-c").arg(&file).arg("status").args(args);
+        command
+    };
+    let mut quickest = Duration::MAX;
+    for _ in 0..3 {
+        let began = Instant::now();
+        let shown = ended(status(&["--json"])).await.with(6);
+        quickest = quickest.min(began.elapsed());
+        let told = shown.json();
+        let workers = told["workers"].as_array().unwrap();
+        assert!(workers.iter().all(|worker| worker["agent"]["up"] == false), "{told:#}");
+        assert_eq!(told["coordinator"]["up"], false, "{told:#}");
+        assert!(
+            told["proxy"]["problem"].as_str().unwrap().contains("no proxy runs"),
+            "{told:#}"
+        );
+    }
+    assert!(quickest < Duration::from_millis(400), "{quickest:?}");
+
+    let mut watch = status(&["--watch", "--json"]);
+    watch.stdout(std::process::Stdio::piped()).kill_on_drop(true);
+    let mut watch = watch.spawn().unwrap();
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(watch.stdout.take().unwrap()));
+    for _ in 0..2 {
+        let line = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await;
+        let line = line.expect("a look each second").unwrap().unwrap();
+        assert!(
+            serde_json::from_str::<Value>(&line).unwrap()["workers"].is_array(),
+            "{line}"
+        );
+    }
+    signal(watch.id().unwrap(), Signal::INT);
+    let left = tokio::time::timeout(Duration::from_secs(10), watch.wait()).await;
+    assert!(left.expect("it ends").unwrap().success());
+}
