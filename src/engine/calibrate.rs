@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::watch::Sight;
 use super::{Shared, Verification};
-use crate::speculation::Token;
+use crate::speculation::{Pace, Token};
 use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
@@ -24,28 +25,27 @@ const CALLS: usize = 3;
 /// How long a step may wait for its draft.
 const HOLD_US: u64 = 200_000;
 
-/// Measures the target whenever it comes up.
+/// Measures the target whenever it comes up, and whenever its model is another one.
 pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
     let mut sight = shared.sight.subscribe();
+    let attached = |sight: &Sight| sight.verification == Verification::Attached;
+    let mut before = None;
     loop {
-        if sight
-            .wait_for(|sight| sight.verification == Verification::Attached)
-            .await
-            .is_err()
-        {
+        let Ok(seen) = sight.wait_for(attached).await.map(|sight| sight.clone()) else {
             return;
+        };
+        if before.as_ref().is_some_and(|before| *before != seen.model) {
+            // How well drafters guess it was another model's matter too.
+            *shared.pace() = Pace::default();
         }
-        let n_max = shared.cap.min(sight.borrow().n_max);
-        if let Err(error) = measure(&shared, &target, n_max).await {
+        if let Err(error) = measure(&shared, &target, shared.cap.min(seen.n_max)).await {
             tracing::debug!("the target could not be measured: {error}");
         }
-        if sight
-            .wait_for(|sight| sight.verification != Verification::Attached)
-            .await
-            .is_err()
-        {
+        let changed = |sight: &Sight| !attached(sight) || sight.model != seen.model;
+        if sight.wait_for(changed).await.is_err() {
             return;
         }
+        before = Some(seen.model);
     }
 }
 

@@ -92,6 +92,8 @@ impl RoundsTarget {
             if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
                 return;
             }
+            let model = sight.borrow().model.clone();
+            let is_another = |sight: &Sight| !sight.verification.is_in_rounds() || sight.model != model;
             let fits = match target.try_out(&shared, &drafts).await {
                 Ok(fits) => fits,
                 Err(flaw) => {
@@ -101,7 +103,7 @@ impl RoundsTarget {
                         Flaw::Failed(_) => TRY_AGAIN.0,
                         Flaw::Differs { .. } => TRY_AGAIN.1,
                     };
-                    let gone = sight.wait_for(|sight| !sight.verification.is_in_rounds());
+                    let gone = sight.wait_for(is_another);
                     let _restarted = tokio::time::timeout(pause, gone).await;
                     continue;
                 }
@@ -109,11 +111,11 @@ impl RoundsTarget {
             target.trial.send_replace(Trial::Passed { fits });
             // A drafter that comes up later is compared then.
             let could_draft = usable(&sight.borrow());
-            let changed = |sight: &Sight| !sight.verification.is_in_rounds() || usable(sight) != could_draft;
+            let changed = |sight: &Sight| is_another(sight) || usable(sight) != could_draft;
             if sight.wait_for(changed).await.is_err() {
                 return;
             }
-            if !sight.borrow().verification.is_in_rounds() {
+            if is_another(&sight.borrow()) {
                 target.trial.send_replace(Trial::Pending);
             }
         }

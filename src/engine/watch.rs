@@ -67,6 +67,9 @@ pub struct Sight {
     pub drafts: Vec<DraftSight>,
     /// The target.
     pub target: ServerStatus,
+    /// What the target tells of its model: when that changes, what was learnt of it holds no longer, even if it was never
+    /// seen down. `None` while it does not answer, or if it is no llama-server.
+    pub model: Option<Props>,
     /// How the target verifies.
     pub verification: Verification,
     /// Why it does not, or what keeps all drafters from being used.
@@ -192,6 +195,7 @@ impl Watcher {
     fn judge(&self, target: &Look, looks: &[Look]) -> (Sight, Vec<(usize, Pair)>) {
         let mut sight = Sight {
             target: target.status.clone(),
+            model: target.props.clone(),
             ..Sight::default()
         };
         match verification(self.mode, self.target.as_ref(), target) {

@@ -90,8 +90,13 @@ impl Program {
     }
 
     pub fn pid(&self) -> u32 {
-        let text = std::fs::read_to_string(self.folder.path().join("pid")).expect("the pid of the program");
-        text.trim().parse().expect("a pid")
+        self.known_pid().expect("the pid of the program")
+    }
+
+    /// As [`Self::pid`]; `None` for a moment after the start.
+    pub fn known_pid(&self) -> Option<u32> {
+        let text = std::fs::read_to_string(self.folder.path().join("pid")).ok()?;
+        text.trim().parse().ok()
     }
 
     /// Whether it still runs.

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
 
 pub mod drafter;
+pub mod fake_agent;
 pub mod fake_drafter;
 pub mod fake_ollama;
 pub mod fake_scoring;

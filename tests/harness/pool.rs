@@ -157,7 +157,10 @@ impl Pool {
 
     /// A completion of a fixed prompt.
     pub async fn complete(&self, model: &str) -> (u16, Value) {
-        let body = json!({ "model": model, "prompt": "let größe = numbers[42].unwrap();", "max_tokens": 16, "temperature": 0 });
+        let body = json!({
+            "model": model, "prompt": "let größe = numbers[42].unwrap();", "max_tokens": 16, "temperature": 0,
+            "cache_prompt": false,
+        });
         answer_of(self.post("/v1/completions", &body)).await
     }
 

@@ -251,14 +251,18 @@ impl Driver {
     }
 
     fn start(&mut self, epoch: u64, model: &Name) {
+        let worker = self.taken.as_ref().is_some_and(|taken| taken.leases.are_lost());
         let die = |why: String| {
             let failure = Failure {
                 why,
                 curable: true,
-                worker: false,
+                worker,
             };
             let _ = self.tell.send(Message::Event(Event::Died(epoch, failure)));
         };
+        if worker {
+            return die("a worker was lost before the server was started".to_owned());
+        }
         let Some(prepared) = self.taken.as_mut().and_then(|taken| taken.prepared.take()) else {
             return die("nothing was prepared for this start".to_owned());
         };

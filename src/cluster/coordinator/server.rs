@@ -85,14 +85,19 @@ pub(super) async fn run(run: Run) {
             let seconds = tokio::select! {
                 () = until_ready(&url) => {
                     send(&tell, Event::Ready(epoch));
-                    until_stalled(&url, &key, stall).await;
-                    stall.as_secs()
+                    tokio::select! {
+                        () = until_stalled(&url, &key, stall) => Ok(stall.as_secs()),
+                        lost = workers.until_disconnected() => Err(lost),
+                    }
                 }
-                () = until_load_stalls(moved.subscribe()) => LOAD_STALL.as_secs(),
+                () = until_load_stalls(moved.subscribe()) => Ok(LOAD_STALL.as_secs()),
             };
-            let why = match workers.who_is_lost(true).await {
-                Some(lost) => format!("nothing has moved for {seconds} s: {lost}"),
-                None => format!("nothing has moved for {seconds} s, and no worker's agent knows why"),
+            let why = match seconds {
+                Err(lost) => lost,
+                Ok(seconds) => match workers.who_is_lost(true).await {
+                    Some(lost) => format!("nothing has moved for {seconds} s: {lost}"),
+                    None => format!("nothing has moved for {seconds} s, and no worker's agent knows why"),
+                },
             };
             send(
                 &tell,

@@ -1,13 +1,16 @@
 //! The workers, as the coordinator sees them: taken before a server starts, kept while it runs, returned after it.
 
+use std::collections::BTreeSet;
+use std::future::pending;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, select_all};
 use tokio::net::lookup_host;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::pool::{Message, WorkerReport};
 use crate::cluster::agent::{EndpointState, LeaseRequest, WorkerStatus};
@@ -52,14 +55,16 @@ pub(super) struct Workers {
 struct Held {
     agent: AgentClient,
     id: String,
+    /// Renews it, from the first moment on: other workers may take longer to start their servers than it lasts.
+    beats: JoinSet<()>,
 }
 
 /// The workers are ours. Dropping this leaves them to expire.
 #[derive(Debug)]
 pub(super) struct Leases {
     held: Vec<Held>,
-    /// Renews them.
-    beats: JoinSet<()>,
+    /// Whether one of them was lost.
+    gone: CancellationToken,
 }
 
 impl Workers {
@@ -88,10 +93,16 @@ impl Workers {
 
     /// Takes all workers, or none.
     pub(super) async fn lease(&self, epoch: u64, tell: &mpsc::UnboundedSender<Message>) -> Result<Leases, Unready> {
-        let taken = join_all(self.members.iter().map(|member| self.take(member, epoch))).await;
+        let gone = CancellationToken::new();
+        let beat = Beat {
+            epoch,
+            gone: &gone,
+            tell,
+        };
+        let taken = join_all(self.members.iter().map(|member| self.take(member, &beat))).await;
         let mut leases = Leases {
             held: Vec::new(),
-            beats: JoinSet::new(),
+            gone: gone.clone(),
         };
         let mut problems = Vec::new();
         for result in taken {
@@ -104,14 +115,10 @@ impl Workers {
             leases.give_back().await;
             return Err(Unready::Yet(problems.join("; ")));
         }
-        for held in &leases.held {
-            let (agent, id) = (held.agent.clone(), held.id.clone());
-            leases.beats.spawn(keep(agent, id, epoch, tell.clone()));
-        }
         Ok(leases)
     }
 
-    async fn take(&self, member: &Member, epoch: u64) -> Result<Option<Held>, String> {
+    async fn take(&self, member: &Member, beat: &Beat<'_>) -> Result<Option<Held>, String> {
         let Some(agent) = &member.agent else {
             for endpoint in &member.endpoints {
                 listens(endpoint)
@@ -124,12 +131,25 @@ impl Workers {
         self.same_build(&member.name, &status)?;
         let wanted = LeaseRequest {
             holder: self.holder.clone(),
-            epoch,
+            epoch: beat.epoch,
         };
-        let lease = agent.lease(&wanted).await.map_err(|error| error.to_string())?;
+        // Servers may take a minute to start, and the agent answers other questions meanwhile; a host that is gone does not.
+        let lease = tokio::select! {
+            lease = agent.lease(&wanted) => lease.map_err(|error| error.to_string())?,
+            why = until_silent(agent) => return Err(format!("worker {} was lost ({why})", member.name)),
+        };
+        let mut beats = JoinSet::new();
+        beats.spawn(keep(
+            agent.clone(),
+            lease.id.clone(),
+            beat.epoch,
+            beat.gone.clone(),
+            beat.tell.clone(),
+        ));
         Ok(Some(Held {
             agent: agent.clone(),
             id: lease.id,
+            beats,
         }))
     }
 
@@ -167,6 +187,24 @@ impl Workers {
             .map(|(name, why)| format!("worker {name} was lost ({why})"))
             .collect();
         (!each.is_empty()).then(|| each.join("; "))
+    }
+
+    /// Waits until a server that our llama-server was connected to is so no longer, and says which: it died and has been
+    /// started again, without our model. llama-server itself would notice that with the next request, and lose it.
+    pub(super) async fn until_disconnected(&self) -> String {
+        let members = self.members.iter().filter_map(|member| {
+            let agent = member.agent.as_ref()?;
+            Some(Box::pin(async move { (member, until_one_is_free(agent).await) }))
+        });
+        let members: Vec<_> = members.collect();
+        if members.is_empty() {
+            return pending().await;
+        }
+        let ((member, port), ..) = select_all(members).await;
+        format!(
+            "worker {} was lost (its ggml-rpc-server on port {port} was started again, without the model)",
+            member.name
+        )
     }
 
     /// The one that is meant when nothing else is known.
@@ -228,10 +266,15 @@ impl Member {
 }
 
 impl Leases {
+    /// Whether they are not all ours any more.
+    pub(super) fn are_lost(&self) -> bool {
+        self.gone.is_cancelled()
+    }
+
     /// Returns them; their memory is free after that, as far as the workers can be reached.
     pub(super) async fn give_back(mut self) {
-        self.beats.abort_all();
-        join_all(self.held.drain(..).map(|held| async move {
+        join_all(self.held.drain(..).map(|mut held| async move {
+            held.beats.abort_all();
             match held.agent.give_back(&held.id).await {
                 Ok(()) | Err(AgentError::Over { .. }) => {}
                 Err(error) => tracing::warn!("a lease was not returned and will expire: {error}"),
@@ -241,8 +284,62 @@ impl Leases {
     }
 }
 
+/// Waits until a server was connected and then twice in a row is not: once may mean that llama-server itself ends.
+async fn until_one_is_free(agent: &AgentClient) -> u16 {
+    let (mut connected, mut suspects) = (BTreeSet::new(), BTreeSet::new());
+    loop {
+        if let Ok(Ok(status)) = timeout(BEAT_PATIENCE, agent.status()).await {
+            let ports_that = |are: EndpointState| {
+                let endpoints = status.endpoints.iter().filter(move |endpoint| endpoint.state == are);
+                endpoints.map(|endpoint| endpoint.port)
+            };
+            connected.extend(ports_that(EndpointState::Connected));
+            let free: BTreeSet<u16> = ports_that(EndpointState::Listening)
+                .filter(|port| connected.contains(port))
+                .collect();
+            if let Some(port) = free.intersection(&suspects).next() {
+                return *port;
+            }
+            suspects = free;
+        }
+        sleep(BEAT).await;
+    }
+}
+
+/// What the leases of one start have in common.
+struct Beat<'a> {
+    epoch: u64,
+    gone: &'a CancellationToken,
+    tell: &'a mpsc::UnboundedSender<Message>,
+}
+
+/// Waits until an agent has not answered for so long that its worker is lost, and says what happened last.
+async fn until_silent(agent: &AgentClient) -> String {
+    let mut last = Instant::now();
+    loop {
+        sleep(BEAT).await;
+        let problem = match timeout(BEAT_PATIENCE, agent.status()).await {
+            Ok(Ok(_)) => {
+                last = Instant::now();
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "its agent does not answer".to_owned(),
+        };
+        if last.elapsed() + BEAT_PATIENCE / 2 >= LOST_AFTER {
+            return problem;
+        }
+    }
+}
+
 /// Renews a lease until it is lost.
-async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedSender<Message>) {
+async fn keep(
+    agent: AgentClient,
+    id: String,
+    epoch: u64,
+    gone: CancellationToken,
+    tell: mpsc::UnboundedSender<Message>,
+) {
     let mut last = Instant::now();
     let why = loop {
         sleep(BEAT).await;
@@ -266,6 +363,8 @@ async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedS
         curable: true,
         worker: true,
     };
+    // First, since nobody listens to the other before the server is started.
+    gone.cancel();
     let _ = tell.send(Message::Event(Event::Broken(epoch, failure)));
 }
 

@@ -1,0 +1,198 @@
+//! The proxy before a pool: drafts for a model that is split over two workers, and that may be another one at any time.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use harness::fake_upstream::{FakeUpstream, json as answer};
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, Program, answer_of, free_port, llama_cpp, model};
+use harness::pool::{Pool, Setup};
+use harness::proxy::Proxy;
+use harness::wait::eventually;
+use serde_json::{Value, json};
+use tightwad::bench::Relay;
+
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A pool whose `big` takes milliseconds per token, so that drafts are in time.
+async fn slow_pool() -> Pool {
+    Pool::ready(Setup {
+        models: json!({ "big": { "path": slow_target() } }),
+        ..Setup::default()
+    })
+    .await
+}
+
+async fn small_model() -> LlamaServer {
+    LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "4"]).await
+}
+
+#[tokio::test]
+async fn drafted_answers_of_a_pool_equal_its_plain_ones() {
+    let pool = slow_pool().await;
+    let draft = small_model().await;
+    let proxy = Proxy::drafting(pool.url(), draft.url()).await;
+    let (mut accepted, mut steps, mut generated) = (0, 0, 0);
+    for prompt in ["Once upon a time", "The little dog", "def main():"] {
+        let body = json!({ "prompt": prompt, "max_tokens": 100, "temperature": 0 });
+        let (status, plain) = answer_of(pool.post(COMPLETIONS, &body)).await;
+        assert_eq!(status, 200, "{plain}");
+        let (through, record) = proxy.post(COMPLETIONS, &body).await;
+        assert_eq!(through["choices"][0]["text"], plain["choices"][0]["text"], "{prompt}");
+        (accepted, steps, generated) = (
+            accepted + record.accepted,
+            steps + record.steps,
+            generated + record.generated,
+        );
+    }
+    assert!(accepted > 0 && steps < generated, "{:#}", proxy.status().await);
+}
+
+#[tokio::test]
+async fn after_a_swap_the_proxy_knows_the_new_model_and_not_the_old() {
+    let pool = slow_pool().await;
+    let draft = small_model().await;
+    let proxy = Proxy::drafting(pool.url(), draft.url()).await;
+    let plain_step = |status: &Value| status["step_ms"]["0"].as_f64();
+    let slow = plain_step(&proxy.status().await).expect("it was measured");
+
+    assert_eq!(pool.swap("other").await.last().unwrap()["done"], true);
+    let as_text = |status: &Value| {
+        let problem = status["drafts"][0]["problem"].as_str().unwrap_or_default();
+        problem.contains("it drafts as text") && plain_step(status).is_some_and(|step| step < slow / 2.0)
+    };
+    let within = Duration::from_secs(20);
+    proxy.shows("another vocabulary and quick steps", within, as_text).await;
+    let body = json!({ "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0 });
+    let (_, plain) = answer_of(pool.post(COMPLETIONS, &body)).await;
+    let (through, _) = proxy.post(COMPLETIONS, &body).await;
+    assert_eq!(through["choices"][0]["text"], plain["choices"][0]["text"]);
+
+    assert_eq!(pool.swap("big").await.last().unwrap()["done"], true);
+    let as_before = |status: &Value| {
+        status["drafts"][0]["problem"].is_null() && plain_step(status).is_some_and(|step| step > slow / 2.0)
+    };
+    proxy.shows("the first model again", within, as_before).await;
+    proxy.settles().await;
+    let (_, record) = proxy.post(COMPLETIONS, &body).await;
+    assert!(record.accepted > 0, "{record:?}");
+}
+
+#[tokio::test]
+async fn a_target_that_was_never_seen_down_is_measured_again_when_its_model_is_another_one() {
+    let model = Arc::new(AtomicUsize::new(1));
+    let target = FakeUpstream::start({
+        let model = Arc::clone(&model);
+        move |seen| match seen.target.as_str() {
+            "/health" => answer("200 OK", "{}"),
+            "/props" => {
+                let model = model.load(Ordering::SeqCst);
+                let props = json!({ "total_slots": 1, "model_alias": format!("m{model}"), "draft_external_max": 8 });
+                answer("200 OK", &props.to_string())
+            }
+            _ => answer("404 Not Found", "{}"),
+        }
+    })
+    .await;
+    let _proxy = Proxy::start(&target.url(), None).await;
+    // Each measuring gives up at its first call, which is refused.
+    let measured = |times: usize| {
+        let target = &target;
+        eventually(Duration::from_secs(5), move || async move {
+            let calls = target.seen().iter().filter(|seen| seen.target == "/draft").count();
+            if calls == times { Ok(()) } else { Err(calls) }
+        })
+    };
+    assert_eq!(measured(1).await, Ok(()));
+    let looks = target.seen().iter().filter(|seen| seen.target == "/props").count();
+    let again = eventually(Duration::from_secs(5), || async {
+        let now = target.seen().iter().filter(|seen| seen.target == "/props").count();
+        if now > looks + 1 { Ok(()) } else { Err(()) }
+    });
+    again.await.expect("it looks again and again");
+    assert_eq!(measured(1).await, Ok(()), "the same model is measured once");
+    model.store(2, Ordering::SeqCst);
+    assert_eq!(measured(2).await, Ok(()));
+}
+
+/// A measurement: one of two workers is 5 ms away, and what drafts is beside the coordinator.
+///
+/// `cargo nextest run --test pool_proxy --run-ignored only far_worker --no-capture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement; it needs a machine that does nothing else"]
+async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {
+    const ROUND_TRIP: Duration = Duration::from_millis(10);
+    let ports = [free_port(), free_port()];
+    let rpc_server = llama_cpp().join("bin/ggml-rpc-server");
+    let _servers = ports.map(|port| {
+        let port = port.to_string();
+        Program::start(
+            &rpc_server,
+            &["-H", "127.0.0.1", "-p", &port, "--device", "CPU", "-t", "1"],
+        )
+    });
+    let far = Relay::start(&format!("http://127.0.0.1:{}", ports[1]), ROUND_TRIP)
+        .await
+        .unwrap();
+    let far_port: u16 = far.url().rsplit(':').next().unwrap().parse().unwrap();
+    let worker = |name: &str, port: u16| {
+        json!({
+            "name": name, "host": "127.0.0.1", "backend": "cpu", "agent_port": 0,
+            "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
+        })
+    };
+    let port = free_port();
+    let config = json!({
+        "coordinator": { "port": port, "backend": "cpu", "slots": 2, "threads": 1 },
+        "workers": [worker("near", ports[0]), worker("far", far_port)],
+        "models": { "big": { "path": slow_target(), "ctx_size": 2048, "default": true } },
+        "binaries": { "llama_server": llama_cpp().join("bin/llama-server"), "rpc_server": rpc_server },
+    });
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = folder.path().join("tightwad.yaml");
+    std::fs::write(&file, config.to_string()).unwrap();
+    let tightwad = Path::new(env!("CARGO_BIN_EXE_tightwad"));
+    let coordinator = Program::start(tightwad, &["-c", file.to_str().unwrap(), "run", "coordinator"]);
+    let url = format!("http://127.0.0.1:{port}");
+    let ready = eventually(Duration::from_secs(60), || async {
+        let answer = reqwest::get(format!("{url}/health")).await;
+        answer
+            .is_ok_and(|answer| answer.status().is_success())
+            .then_some(())
+            .ok_or(())
+    });
+    assert!(ready.await.is_ok(), "{}", coordinator.log());
+    let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
+
+    let servers = ["bench", "--target", &url, "--draft", draft.url()];
+    let options = ["--kinds", "code,list", "--max-tokens", "60", "--rounds", "1", "--json"];
+    let output = tokio::process::Command::new(tightwad)
+        .args(servers)
+        .args(options)
+        .env_remove("TIGHTWAD_CONFIG")
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut speed_up = 0.0;
+    for group in report["kinds"].as_array().unwrap().iter().chain([&report["total"]]) {
+        for mode in group["modes"].as_array().unwrap() {
+            println!(
+                "{} {}: {} tokens/s, {} tokens per step, × {}",
+                group["kind"], mode["mode"], mode["tokens_per_second"], mode["tokens_per_step"], mode["speed_up"]
+            );
+            speed_up = mode["speed_up"].as_f64().unwrap_or(speed_up);
+        }
+    }
+    assert!(report["equal"] == true && speed_up >= 2.0, "{report:#}");
+}
