@@ -270,6 +270,14 @@ fn an_open_proxy_without_a_token_exits_3_and_names_the_ways_out() {
 }
 
 #[test]
+fn an_open_coordinator_without_a_key_exits_3_and_names_the_ways_out() {
+    let user = User::new();
+    user.config("coordinator: { host: 0.0.0.0 }\nmodels: { a: { path: a } }\n");
+    user.run(&["run", "coordinator"])
+        .fails(3, &["coordinator.api_key_file", "coordinator.allow_unauthenticated"]);
+}
+
+#[test]
 fn a_right_config_is_right_and_shown_without_its_secrets() {
     let user = User::new();
     user.config("proxy: { auth_token: hush, target: { url: \"http://127.0.0.1:1\" } }\n");

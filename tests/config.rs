@@ -536,6 +536,25 @@ fn a_token_loopback_or_consent_opens_the_proxy() {
 }
 
 #[test]
+fn an_open_coordinator_parses_but_may_not_listen_and_each_section_answers_for_itself() {
+    let open = "models: { a: { path: a } }\nproxy: {}\ncoordinator:\n  host: 0.0.0.0\n";
+    let loaded = Place::with_file(open).load().unwrap();
+    assert!(loaded.check_listener("proxy").is_ok());
+    let refusal = loaded.check_listener("coordinator").unwrap_err().to_string();
+    for way_out in [
+        ":4: coordinator.host: refusing to listen on 0.0.0.0",
+        "coordinator.api_key_file",
+        "coordinator.allow_unauthenticated: true",
+    ] {
+        assert!(refusal.contains(way_out), "{refusal}");
+    }
+    for key in ["api_key: x", "api_key_file: x", "allow_unauthenticated: true"] {
+        let place = Place::with_file(&format!("{open}  {key}\n"));
+        assert!(place.load().unwrap().check_listeners().is_ok(), "{key}");
+    }
+}
+
+#[test]
 fn an_open_llama_server_is_a_warning() {
     let place = Place::with_file("models: { a: { path: a } }\ntarget: { host: 0.0.0.0 }\n");
     let warnings = place.load().unwrap().warnings;
@@ -670,20 +689,18 @@ fn the_proxy_takes_the_servers_of_its_own_file() {
 // check-config
 
 #[test]
-fn check_config_reports_the_open_listener_of_the_example_as_its_one_problem() {
+fn check_config_reports_the_open_listeners_of_the_example_as_its_only_problems() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/cluster.yaml");
     let report = check_config_in(Some(&path), &Environment::default());
     assert!(!report.ok);
     let json = serde_json::to_value(&report).unwrap();
-    assert_eq!(json["problems"].as_array().unwrap().len(), 1);
+    assert_eq!(json["problems"].as_array().unwrap().len(), 2);
     assert_eq!(json["problems"][0]["key"], "proxy.host");
+    assert_eq!(json["problems"][1]["key"], "coordinator.host");
     assert!(json["problems"][0]["line"].is_number());
     let warnings = json["warnings"].to_string();
-    assert!(
-        warnings.contains("coordinator.host") && warnings.contains("not on this host"),
-        "{warnings}"
-    );
-    assert!(report.to_string().ends_with("cluster.yaml: 1 problem"), "{report}");
+    assert!(warnings.contains("not on this host"), "{warnings}");
+    assert!(report.to_string().ends_with("cluster.yaml: 2 problems"), "{report}");
 }
 
 #[test]
@@ -791,6 +808,7 @@ fn everything() -> Config {
             stall_seconds: 1,
             api_key: Some(Secret::new("k")),
             api_key_file: Some("f".into()),
+            allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: [].into(),
         }),

@@ -20,7 +20,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// `tightwad run proxy`, `tightwad proxy start`.
 pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
-    loaded.check_listeners()?;
+    loaded.check_listener("proxy")?;
     let proxy = resolved(&loaded.config)?;
     let what = format!("proxy on port {}", proxy.port);
     let _claim = pid_file::claim(&name(&proxy), &what, "tightwad proxy stop")?;

@@ -45,6 +45,14 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
+    pub(super) fn unless_none(problems: Vec<Problem>) -> Result<(), Self> {
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Self::Invalid(problems))
+        }
+    }
+
     /// What is wrong, one by one.
     #[must_use]
     pub fn problems(&self) -> Vec<Problem> {

@@ -25,10 +25,17 @@ pub struct Loaded {
 impl Loaded {
     /// [`Config::check_listeners`] with file and line in the message.
     pub fn check_listeners(&self) -> Result<(), ConfigError> {
-        match validate::open_listener(&self.config) {
-            Some(finding) => Err(ConfigError::Invalid(vec![self.origins.locate(finding)])),
-            None => Ok(()),
-        }
+        self.refuse_open(|_| true)
+    }
+
+    /// The same for one section, `proxy` or `coordinator`, which is about to listen.
+    pub fn check_listener(&self, section: &str) -> Result<(), ConfigError> {
+        self.refuse_open(|open| open == section)
+    }
+
+    fn refuse_open(&self, about: impl Fn(&str) -> bool) -> Result<(), ConfigError> {
+        let open = validate::open_listeners(&self.config).filter(|(section, _)| about(section));
+        ConfigError::unless_none(open.map(|(_, finding)| self.origins.locate(finding)).collect())
     }
 }
 

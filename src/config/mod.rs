@@ -255,6 +255,8 @@ pub struct Coordinator {
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
+    /// Listen on a non-loopback address without a key.
+    pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
     pub extra_args: Vec<String>,
     /// More environment variables; they win over ours.
@@ -276,6 +278,7 @@ impl Default for Coordinator {
             stall_seconds: 30,
             api_key: None,
             api_key_file: None,
+            allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: BTreeMap::new(),
         }

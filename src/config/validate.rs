@@ -64,33 +64,39 @@ pub(super) fn warnings(config: &Config) -> Vec<Finding> {
     check.findings
 }
 
-/// The refusal to listen for everybody without a token, if it applies.
-pub(super) fn open_listener(config: &Config) -> Option<Finding> {
-    let proxy = config.proxy.as_ref()?;
-    let open = !is_loopback(&proxy.host)
-        && proxy.auth_token.is_none()
-        && proxy.auth_token_file.is_none()
-        && !proxy.allow_unauthenticated;
-    open.then(|| {
-        Finding::new(
-            key_path(["proxy", "host"]),
+/// The refusals to listen for everybody without a token, with the section that they are about.
+pub(super) fn open_listeners(config: &Config) -> impl Iterator<Item = (&'static str, Finding)> {
+    let proxy = config.proxy.iter().map(|proxy| {
+        let has_token = proxy.auth_token.is_some() || proxy.auth_token_file.is_some();
+        let closed = has_token || proxy.allow_unauthenticated;
+        ("proxy", "auth_token", "token", proxy.host.as_str(), closed)
+    });
+    let coordinator = config.coordinator.iter().map(|coordinator| {
+        let has_key = coordinator.api_key.is_some() || coordinator.api_key_file.is_some();
+        let closed = has_key || coordinator.allow_unauthenticated;
+        ("coordinator", "api_key", "key", coordinator.host.as_str(), closed)
+    });
+    let open = proxy
+        .chain(coordinator)
+        .filter(|(.., host, closed)| !closed && !is_loopback(host));
+    open.map(|(section, key, what, host, _)| {
+        let finding = Finding::new(
+            key_path([section, "host"]),
             format!(
-                "refusing to listen on {} without a token: set proxy.auth_token_file (or proxy.auth_token), or set \
-                 proxy.allow_unauthenticated: true if everybody who reaches this address may use it",
-                proxy.host
+                "refusing to listen on {host} without a {what}: set {section}.{key}_file (or {section}.{key}), or set \
+                 {section}.allow_unauthenticated: true if everybody who reaches this address may use it"
             ),
-        )
+        );
+        (section, finding)
     })
 }
 
 impl Config {
-    /// Refuses a proxy that would listen on a non-loopback address without a token. Parsing does not: only who is about
-    /// to listen has to be refused.
+    /// Refuses a proxy or a coordinator that would listen on a non-loopback address without a token. Parsing does not: only
+    /// who is about to listen has to be refused.
     pub fn check_listeners(&self) -> Result<(), ConfigError> {
-        match open_listener(self) {
-            Some(finding) => Err(ConfigError::Invalid(vec![finding.into_problem()])),
-            None => Ok(()),
-        }
+        let findings = open_listeners(self).map(|(_, finding)| finding.into_problem());
+        ConfigError::unless_none(findings.collect())
     }
 
     /// The sections `target` and `draft`, by name.
@@ -103,14 +109,10 @@ impl Config {
 
 /// Name, host and whether it has a key, of each llama-server.
 fn keyed_listeners(config: &Config) -> impl Iterator<Item = (&'static str, &str, bool)> {
-    let servers = config.servers().map(|(name, server)| {
+    config.servers().map(|(name, server)| {
         let has_key = server.api_key.is_some() || server.api_key_file.is_some();
         (name, server.host.as_str(), has_key)
-    });
-    servers.chain(config.coordinator.iter().map(|coordinator| {
-        let has_key = coordinator.api_key.is_some() || coordinator.api_key_file.is_some();
-        ("coordinator", coordinator.host.as_str(), has_key)
-    }))
+    })
 }
 
 /// The first place of each `host:port` that a worker serves, with the worker's number.
