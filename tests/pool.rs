@@ -230,6 +230,79 @@ async fn a_swap_to_a_missing_or_broken_file_leaves_the_old_model_serving() {
     );
     let (status, _) = answer_of(pool.post("/v1/tightwad/swap", &json!({ "model": "nonsense" }))).await;
     assert_eq!(status, 404);
+    let (status, answer) = pool.complete("nonsense").await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (404, &json!("model_not_found")),
+        "{answer}"
+    );
+    assert!(
+        answer["error"]["message"].as_str().unwrap().contains("`big`, `"),
+        "{answer}"
+    );
+    // What a page in a browser may send to anybody.
+    let form = reqwest::Client::new().post(format!("{}/v1/tightwad/swap", pool.url()));
+    let form = form.header("content-type", "text/plain").body(r#"{"model":"other"}"#);
+    assert_eq!(answer_of(form).await.0, 415);
+}
+
+#[tokio::test]
+async fn a_swap_counts_on_the_memory_that_the_old_model_leaves() {
+    let pool = Pool::ready(Setup {
+        own_gpu: true,
+        ..Setup::default()
+    })
+    .await;
+    let lines = pool.swap("other").await;
+    assert_eq!(lines.last().unwrap()["done"], true, "{lines:?}");
+    assert_eq!(pool.complete("other").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_for_a_slot_is_begun_with_comments() {
+    let pool = Pool::ready(Setup {
+        coordinator: json!({ "slots": 1 }),
+        ..Setup::default()
+    })
+    .await;
+    let first = pool.post(CHAT, &long_story()).send().await.unwrap();
+    let (mut stream, mut text) = (first.bytes_stream(), String::new());
+    read_until(&mut stream, &mut text, |text| text.contains("data: ")).await;
+    let body = json!({ "prompt": "Once", "stream": true, "max_tokens": 2 });
+    let second = pool.post("/v1/completions", &body).send().await.unwrap();
+    let second = second.text().await.unwrap();
+    assert!(
+        second.starts_with(": waiting for a slot\n\n") && second.ends_with("data: [DONE]\n\n"),
+        "{second}"
+    );
+}
+
+#[tokio::test]
+async fn a_swap_whose_client_hangs_up_before_anything_came_of_it_is_taken_back() {
+    let setup = Setup {
+        coordinator: json!({ "drain_seconds": 60 }),
+        ..Setup::default()
+    };
+    let pool = Pool::ready(setup).await;
+    let answer = pool.post(CHAT, &long_story()).send().await.unwrap();
+    let (mut stream, mut text) = (answer.bytes_stream(), String::new());
+    read_until(&mut stream, &mut text, |text| text.contains("data: ")).await;
+    let swap = pool
+        .post("/v1/tightwad/swap", &json!({ "model": "other" }))
+        .send()
+        .await
+        .unwrap();
+    let (mut lines, mut told) = (swap.bytes_stream(), String::new());
+    read_until(&mut lines, &mut told, |told| told.contains("draining")).await;
+    drop(lines);
+    read_until(&mut stream, &mut text, |_| false).await;
+    assert!(text.ends_with("data: [DONE]\n\n"), "it was not disturbed");
+    let status = pool.status().await;
+    assert_eq!(
+        (&status["state"], &status["model"]),
+        (&json!("ready"), &json!("big")),
+        "{status:#}"
+    );
 }
 
 #[tokio::test]
@@ -332,7 +405,7 @@ async fn workers_without_agents_are_used_and_a_silent_one_is_noticed_by_its_toke
         last_error(&text)["message"]
             .as_str()
             .unwrap()
-            .contains("nothing has moved for 2 s"),
+            .contains("nothing has moved for 2"),
         "{text}"
     );
     let named = eventually(Duration::from_secs(10), || async {

@@ -62,7 +62,9 @@ fn every_command_is_in_the_readme_and_every_command_there_exists() {
                     .iter()
                     .map(|part| format!("tightwad proxy {part}")),
             ),
-            "run" => existing.extend(["target", "draft", "proxy", "worker", "coordinator"].map(|part| format!("tightwad run {part}"))),
+            "run" => existing.extend(
+                ["target", "draft", "proxy", "worker", "coordinator"].map(|part| format!("tightwad run {part}")),
+            ),
             _ => drop(existing.insert(format!("tightwad {command}"))),
         }
     }

@@ -9,8 +9,8 @@ use super::coordinator;
 use super::exit::{Exit, Failure};
 use crate::cluster::devices::{self, Found};
 use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, KnownFrom, Placement, Plan, Settings};
-use crate::config::{Config, Coordinator, Model};
+use crate::cluster::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings};
+use crate::config::{Config, Coordinator, Model, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -123,6 +123,32 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
         Ok(())
     } else {
         Err(Failure::new(Exit::DoesNotFit, shortage(name, &plan)))
+    }
+}
+
+/// Refuses a model that the pool could not hold if all of its memory were free. While agents do not answer nobody
+/// can say so.
+pub async fn could_ever_fit(
+    config: &Config,
+    coordinator: &Coordinator,
+    (name, model): (&str, &Model),
+) -> Result<(), Failure> {
+    let file = ModelFile::read(&model.path)?;
+    let settings = Settings::of(model, coordinator, None)?;
+    let mut devices = devices::find(config, coordinator).await.devices;
+    let known = |worker: &Worker| {
+        let told = |device: &Device| device.host == worker.name() && device.known_from == KnownFrom::Agent;
+        !worker.has_agent() || devices.iter().any(told)
+    };
+    let all_known = config.workers.iter().all(known);
+    for device in &mut devices {
+        device.free_bytes = device.total_bytes;
+    }
+    match plan::plan(&file, &devices, &settings) {
+        Ok(plan) if !plan.fits && all_known => Err(Failure::new(Exit::DoesNotFit, shortage(name, &plan))),
+        Err(PlanError::NoDevices) if !all_known => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(_) => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tightwad run …`: this host's part, in the foreground.
 
 use super::exit::{Exit, Failure};
-use super::{coordinator, pid_file, proxy, signals};
+use super::{coordinator, pid_file, plan, proxy, signals};
 use crate::cluster;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server};
@@ -38,19 +38,22 @@ pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), 
         Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
         Part::Proxy => proxy::run(loaded).await,
         Part::Worker => worker(config, name).await,
-        Part::Coordinator => coordinator(config, name).await,
+        Part::Coordinator => coordinator(loaded, name).await,
     }
 }
 
-async fn coordinator(config: &Config, model: Option<&str>) -> Result<(), Failure> {
+async fn coordinator(loaded: &Loaded, model: Option<&str>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
+    loaded.check_listener("coordinator")?;
+    let config = &loaded.config;
     let section = coordinator::section(config)?;
     preflight::program(&config.binaries.llama_server)?;
-    let (_, first) = config.model_for(model)?;
-    preflight::model(&first.path)?;
+    let first = config.model_for(model)?;
+    preflight::model(&first.1.path)?;
     let what = format!("coordinator on port {}", section.port);
     let _claim = pid_file::claim(&coordinator::pid_name(section), &what, "tightwad stop")?;
     let listener = proxy::listen_at(&section.host, section.port).await?;
+    plan::could_ever_fit(config, section, first).await?;
     let address = listener.local_addr()?;
     tracing::info!(
         "the coordinator serves at {}/v1",

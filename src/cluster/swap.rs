@@ -19,12 +19,19 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::supervise::restart::{Decision, Restarts};
+use crate::supervise::restart::{self, Decision, Restarts};
 
-/// Pause before workers are asked again that were not ready.
-const UNREADY_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause before workers are asked again that were not ready: nobody tells when one without an agent returns.
+const UNREADY_PAUSE: Duration = Duration::from_secs(5);
 /// Longest pause before a start after a worker was lost: whoever returns should be used soon.
 const LOST_PAUSE: Duration = Duration::from_secs(4);
+/// Longest pause before a start after any other death.
+const DEATH_PAUSE: Duration = Duration::from_secs(10);
+/// Pause after what may go better some day and did not go better for several starts.
+const GAVE_UP_PAUSE: Duration = Duration::from_secs(60);
+/// How long a model whose workers are not ready is tried before the one before it comes back: the memory of that one may
+/// be free only some seconds after its end.
+const SWAP_PATIENCE: Duration = Duration::from_secs(30);
 /// There is one coordinator, so that nobody could start in step with it.
 const JITTER: f64 = 1.0;
 
@@ -117,6 +124,8 @@ pub enum Action {
     /// Take the workers that this model needs, for this epoch, which is higher than any before. All or nothing. Answered
     /// by [`Event::Leased`].
     Lease(u64, Name),
+    /// Take them no further. Answered by [`Event::Leased`] all the same, with success if it came too late.
+    CancelLease(u64),
     /// Start the server. Answered by [`Event::Ready`] or [`Event::Died`].
     Start(u64, Name),
     /// End the answers that still run.
@@ -152,8 +161,13 @@ pub enum Ended {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// There is no such model.
-    #[error("there is no model `{0}` in the config")]
-    Unknown(Name),
+    #[error("there is no model `{asked}` in the config, but {models}")]
+    Unknown {
+        /// The model asked for.
+        asked: Name,
+        /// Those that there are.
+        models: String,
+    },
     /// Another one runs, and requests may not change that.
     #[error(
         "the model `{asked}` is not loaded, `{running}` is: ask for that, or load yours with `tightwad swap {asked}`"
@@ -191,6 +205,15 @@ pub enum Refused {
     Shutdown,
 }
 
+impl Refused {
+    /// There is no such model; these there are.
+    pub fn unknown<'a>(asked: Name, models: impl IntoIterator<Item = &'a Name>) -> Self {
+        let models: Vec<String> = models.into_iter().map(|model| format!("`{model}`")).collect();
+        let models = models.join(", ");
+        Self::Unknown { asked, models }
+    }
+}
+
 fn because(why: Option<&str>) -> String {
     why.map_or_else(String::new, |why| format!(" ({why})"))
 }
@@ -198,10 +221,10 @@ fn because(why: Option<&str>) -> String {
 /// Where the machine stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
-    /// Nothing runs. The next try is then; `None`: there will be none by itself.
-    Down { retry: Option<Instant> },
-    /// Workers are being leased.
-    Leasing,
+    /// Nothing runs. The next try is then; `None`: there will be none by itself. Nobody waits for one that was given up.
+    Down { retry: Option<Instant>, gave_up: bool },
+    /// Workers are being leased; or no longer, and this comes after that.
+    Leasing { cancelled: Option<Next> },
     /// The server loads the model.
     Loading,
     /// It answers.
@@ -227,6 +250,8 @@ enum Next {
     Start,
     /// The failed one again, or the one before it. How long it had been ready, if ever.
     Recover(Failure, Option<Duration>),
+    /// The same once all workers are ready, and why they are not.
+    Await(String),
 }
 
 /// What the phase is called in the status.
@@ -235,7 +260,7 @@ enum Next {
 pub enum State {
     /// Nothing runs; it will be tried again.
     Down,
-    /// Nothing runs, and only a worker's return or a command changes that.
+    /// Nothing runs, and a worker's return or a command changes that; a later try perhaps.
     GaveUp,
     /// Workers are being leased.
     Leasing,
@@ -331,6 +356,10 @@ pub struct Swap {
     waiting: VecDeque<Waiter>,
     running: BTreeSet<Id>,
     restarts: Restarts,
+    /// Tries in a row that workers brought to nothing.
+    setbacks: u32,
+    /// Since when workers are not ready for `model`.
+    unready_since: Option<Instant>,
     problem: Option<String>,
     last_failure: Option<Failed>,
     shutdown: bool,
@@ -342,7 +371,10 @@ impl Swap {
     pub fn new(rules: Rules, model: Name, epoch: u64, now: Instant) -> Self {
         Self {
             rules,
-            phase: Phase::Down { retry: Some(now) },
+            phase: Phase::Down {
+                retry: Some(now),
+                gave_up: false,
+            },
             epoch,
             model,
             before: None,
@@ -350,6 +382,8 @@ impl Swap {
             waiting: VecDeque::new(),
             running: BTreeSet::new(),
             restarts: Restarts::default(),
+            setbacks: 0,
+            unready_since: None,
             problem: None,
             last_failure: None,
             shutdown: false,
@@ -369,7 +403,7 @@ impl Swap {
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         let phase = match self.phase {
-            Phase::Down { retry } => retry,
+            Phase::Down { retry, .. } => retry,
             Phase::Draining { deadline, .. } => Some(deadline),
             _ => None,
         };
@@ -386,9 +420,9 @@ impl Swap {
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             state: match self.phase {
-                Phase::Down { retry: Some(_) } => State::Down,
-                Phase::Down { retry: None } => State::GaveUp,
-                Phase::Leasing => State::Leasing,
+                Phase::Down { gave_up: false, .. } => State::Down,
+                Phase::Down { gave_up: true, .. } => State::GaveUp,
+                Phase::Leasing { .. } => State::Leasing,
                 Phase::Loading => State::Loading,
                 Phase::Ready { .. } => State::Ready,
                 Phase::Draining { .. } => State::Draining,
@@ -442,53 +476,44 @@ impl Swap {
                     }
                 };
             }
-            Event::Leased(epoch, result) if epoch == self.epoch && self.phase == Phase::Leasing => match result {
-                Ok(()) if self.shutdown => self.free(Next::Start, actions),
-                Ok(()) => {
-                    self.phase = Phase::Loading;
-                    actions.push(Action::Start(epoch, self.model.clone()));
+            Event::Leased(epoch, result) if epoch == self.epoch => {
+                if let Phase::Leasing { cancelled } = &self.phase {
+                    let cancelled = cancelled.clone();
+                    self.leased(now, result, cancelled, actions);
                 }
-                Err(unready) => self.unready(now, unready, actions),
-            },
+            }
             Event::Ready(epoch) if epoch == self.epoch && self.phase == Phase::Loading => {
                 self.phase = Phase::Ready { since: now };
                 self.before = None;
                 self.problem = None;
+                self.setbacks = 0;
             }
-            Event::Died(epoch, failure) if epoch == self.epoch => {
-                if let Some(ready) = self.alive(now) {
+            Event::Died(epoch, failure) if epoch == self.epoch => match self.alive(now) {
+                Some(ready) => {
                     self.running.clear();
                     actions.push(Action::EndAnswers(Ended::Failed(failure.clone())));
                     self.free(Next::Recover(failure, ready), actions);
                 }
-            }
-            Event::Broken(epoch, failure) if epoch == self.epoch => {
-                if let Some(ready) = self.alive(now) {
+                // It died before it could be ended.
+                None => self.stopped(actions),
+            },
+            Event::Broken(epoch, failure) if epoch == self.epoch => match self.alive(now) {
+                Some(ready) => {
                     self.running.clear();
                     actions.push(Action::EndAnswers(Ended::Failed(failure.clone())));
                     self.stop(Next::Recover(failure, ready), true, actions);
                 }
-            }
-            Event::Stopped(epoch) if epoch == self.epoch => {
-                if let Phase::Stopping { next } = &self.phase {
-                    let next = next.clone();
-                    self.free(next, actions);
-                }
-            }
+                // A worker that was taken is lost before the others are taken.
+                None => self.cancel_lease(Next::Await(failure.why), actions),
+            },
+            Event::Stopped(epoch) if epoch == self.epoch => self.stopped(actions),
             Event::Freed(epoch) if epoch == self.epoch => {
                 if let Phase::Freeing { next } = &self.phase {
-                    match next.clone() {
-                        Next::Start => self.phase = Phase::Down { retry: Some(now) },
-                        Next::Recover(failure, ready) => self.recover(now, failure, ready, actions),
-                    }
+                    let next = next.clone();
+                    self.go_on(now, next, actions);
                 }
             }
-            Event::WorkerBack => {
-                if let Phase::Down { retry } = &mut self.phase {
-                    *retry = Some(now);
-                    self.restarts = Restarts::default();
-                }
-            }
+            Event::WorkerBack => self.try_now(now),
             Event::Shutdown => {
                 self.shutdown = true;
                 self.refuse(actions, |_| Some(Refused::Shutdown));
@@ -507,7 +532,8 @@ impl Swap {
             .as_ref()
             .filter(|model| !self.rules.models.contains(*model))
         {
-            return actions.push(Action::Refuse(id, Refused::Unknown(model.clone())));
+            let refused = Refused::unknown(model.clone(), &self.rules.models);
+            return actions.push(Action::Refuse(id, refused));
         }
         if waiter.command {
             if let Some(model) = waiter.model.clone() {
@@ -515,10 +541,7 @@ impl Swap {
                     (other.command && other.model.as_ref() != Some(&model)).then(|| Refused::Superseded(model.clone()))
                 });
             }
-            if let Phase::Down { retry } = &mut self.phase {
-                *retry = Some(now);
-                self.restarts = Restarts::default();
-            }
+            self.try_now(now);
             return self.waiting.push_front(waiter);
         }
         if let Some(refused) = self.refuses(&waiter) {
@@ -540,7 +563,7 @@ impl Swap {
                 running: coming.clone(),
             });
         }
-        if asked == coming && self.phase == (Phase::Down { retry: None }) {
+        if asked == coming && matches!(self.phase, Phase::Down { gave_up: true, .. }) {
             let why = self.problem.clone().unwrap_or_default();
             return Some(Refused::Failed {
                 model: asked.clone(),
@@ -607,40 +630,123 @@ impl Swap {
         actions.push(Action::Free(self.epoch));
     }
 
+    /// Takes workers no further.
+    fn cancel_lease(&mut self, next: Next, actions: &mut Vec<Action>) {
+        if let Phase::Leasing { cancelled } = &mut self.phase
+            && cancelled.is_none()
+        {
+            *cancelled = Some(next);
+            actions.push(Action::CancelLease(self.epoch));
+        }
+    }
+
+    fn leased(
+        &mut self,
+        now: Instant,
+        result: Result<(), Unready>,
+        cancelled: Option<Next>,
+        actions: &mut Vec<Action>,
+    ) {
+        match (result, cancelled) {
+            (Ok(()), None) => {
+                self.unready_since = None;
+                self.phase = Phase::Loading;
+                actions.push(Action::Start(self.epoch, self.model.clone()));
+            }
+            (Ok(()), Some(next)) => self.free(next, actions),
+            (Err(_), Some(next)) => self.go_on(now, next, actions),
+            (Err(unready), None) => self.unready(now, unready, actions),
+        }
+    }
+
+    fn stopped(&mut self, actions: &mut Vec<Action>) {
+        if let Phase::Stopping { next } = &self.phase {
+            let next = next.clone();
+            self.free(next, actions);
+        }
+    }
+
+    /// Nothing runs and nothing is leased.
+    fn go_on(&mut self, now: Instant, next: Next, actions: &mut Vec<Action>) {
+        match next {
+            Next::Start => self.down(Some(now), false),
+            Next::Recover(failure, ready) => self.recover(now, failure, ready, actions),
+            Next::Await(why) => self.unready(now, Unready::Yet(why), actions),
+        }
+    }
+
+    fn down(&mut self, retry: Option<Instant>, gave_up: bool) {
+        self.phase = Phase::Down { retry, gave_up };
+    }
+
+    /// What was in the way may be so no longer.
+    fn try_now(&mut self, now: Instant) {
+        if matches!(self.phase, Phase::Down { .. }) {
+            self.down(Some(now), false);
+            self.restarts = Restarts::default();
+            self.setbacks = 0;
+        }
+    }
+
+    /// Pause after another try that workers brought to nothing.
+    fn set_back(&mut self, longest: Duration) -> Duration {
+        self.setbacks = self.setbacks.saturating_add(1);
+        restart::pause(self.setbacks, JITTER).min(longest)
+    }
+
     fn unready(&mut self, now: Instant, unready: Unready, actions: &mut Vec<Action>) {
-        let (why, retry) = match unready {
-            Unready::Yet(why) => (why, Some(now + UNREADY_PAUSE)),
-            Unready::Ever(why) => (why, None),
-        };
-        self.fall(now, why, retry, actions);
+        match unready {
+            Unready::Yet(why) => {
+                let retry = Some(now + self.set_back(UNREADY_PAUSE));
+                let since = *self.unready_since.get_or_insert(now);
+                if self.before.is_some() && now < since + SWAP_PATIENCE {
+                    self.problem = Some(why);
+                    self.down(retry, false);
+                } else {
+                    self.fall(now, why, retry, false, actions);
+                }
+            }
+            Unready::Ever(why) => self.fall(now, why, None, true, actions),
+        }
     }
 
     fn recover(&mut self, now: Instant, failure: Failure, ready: Option<Duration>, actions: &mut Vec<Action>) {
-        let retry = match self.restarts.died(ready, failure.curable, JITTER) {
-            Decision::GiveUp => None,
-            Decision::Again(pause) if failure.worker => Some(now + pause.min(LOST_PAUSE)),
-            Decision::Again(pause) => Some(now + pause),
+        // However often workers are lost, the model is none the worse for it.
+        let (retry, gave_up) = if failure.worker {
+            (Some(now + self.set_back(LOST_PAUSE)), false)
+        } else {
+            match self.restarts.died(ready, failure.curable, JITTER) {
+                Decision::Again(pause) => (Some(now + pause.min(DEATH_PAUSE)), false),
+                Decision::GiveUp if failure.curable => (Some(now + GAVE_UP_PAUSE), true),
+                Decision::GiveUp => (None, true),
+            }
         };
-        self.fall(now, failure.why, retry, actions);
+        self.fall(now, failure.why, retry, gave_up, actions);
     }
 
     /// `model` failed: the one before it comes back, or the next try is at `retry`.
-    fn fall(&mut self, now: Instant, why: String, retry: Option<Instant>, actions: &mut Vec<Action>) {
+    fn fall(&mut self, now: Instant, why: String, retry: Option<Instant>, gave_up: bool, actions: &mut Vec<Action>) {
         let failed = self.model.clone();
         let wants = |waiter: &Waiter| waiter.model.as_ref() == Some(&failed);
         if let Some(before) = self.before.take() {
             self.refuse_all(actions, &why, wants, &failed);
             self.last_failure = Some(Failed { model: failed, why });
             self.model = before;
-            self.restarts = Restarts::default();
-            self.phase = Phase::Down { retry: Some(now) };
-            return;
+            self.begin_anew();
+            return self.down(Some(now), false);
         }
-        if retry.is_none() {
+        if gave_up {
             self.refuse_all(actions, &why, |waiter| waiter.model.is_none() || wants(waiter), &failed);
         }
         self.problem = Some(why);
-        self.phase = Phase::Down { retry };
+        self.down(retry, gave_up);
+    }
+
+    /// Nothing is held against another model.
+    fn begin_anew(&mut self) {
+        self.restarts = Restarts::default();
+        self.setbacks = 0;
+        self.unready_since = None;
     }
 
     /// Goes as far as it can go without further news.
@@ -679,16 +785,20 @@ impl Swap {
                     self.advance(now, actions);
                 }
             }
-            Phase::Loading => {
+            Phase::Loading | Phase::Leasing { cancelled: None } => {
                 // A load is given up for a command, not for a request.
                 let command = self.waiting.front().filter(|waiter| waiter.command);
                 let other = command.and(other);
                 if let Some(next) = self.checked(other, actions) {
                     self.turn_to(next);
-                    self.stop(Next::Start, true, actions);
+                    if self.phase == Phase::Loading {
+                        self.stop(Next::Start, true, actions);
+                    } else {
+                        self.cancel_lease(Next::Start, actions);
+                    }
                 }
             }
-            Phase::Down { retry } => {
+            Phase::Down { retry, .. } => {
                 if let Some(next) = self.checked(other.clone(), actions) {
                     self.turn_to(next);
                     self.lease(actions);
@@ -696,7 +806,7 @@ impl Swap {
                     self.lease(actions);
                 }
             }
-            Phase::Leasing | Phase::Stopping { .. } | Phase::Freeing { .. } | Phase::Gone => {}
+            Phase::Leasing { .. } | Phase::Stopping { .. } | Phase::Freeing { .. } | Phase::Gone => {}
         }
     }
 
@@ -707,13 +817,13 @@ impl Swap {
         if self.before.as_ref() == Some(&self.model) {
             self.before = None;
         }
-        self.restarts = Restarts::default();
+        self.begin_anew();
         self.check = None;
     }
 
     fn lease(&mut self, actions: &mut Vec<Action>) {
         self.epoch += 1;
-        self.phase = Phase::Leasing;
+        self.phase = Phase::Leasing { cancelled: None };
         actions.push(Action::Lease(self.epoch, self.model.clone()));
     }
 
@@ -806,7 +916,8 @@ impl Swap {
                 self.phase = Phase::Gone;
                 actions.push(Action::Exit);
             }
-            Phase::Leasing | Phase::Stopping { .. } | Phase::Freeing { .. } | Phase::Gone => {}
+            Phase::Leasing { .. } => self.cancel_lease(Next::Start, actions),
+            Phase::Stopping { .. } | Phase::Freeing { .. } | Phase::Gone => {}
         }
     }
 }
@@ -834,6 +945,8 @@ mod tests {
         running: BTreeSet<Id>,
         /// Of leases that are taken.
         leased: Option<u64>,
+        /// Of leases that are no longer wanted, or of which one was lost.
+        spoilt: Option<u64>,
         server: Option<(u64, Name, bool)>,
         draining_since: Option<Instant>,
         highest_epoch: u64,
@@ -861,6 +974,7 @@ mod tests {
                 refused: Vec::new(),
                 running: BTreeSet::new(),
                 leased: None,
+                spoilt: None,
                 server: None,
                 draining_since: None,
                 highest_epoch: 100,
@@ -905,8 +1019,14 @@ mod tests {
                     assert_eq!(self.server, None, "leases beside a server");
                     self.pending.push_back(action);
                 }
+                Action::CancelLease(epoch) => {
+                    let asked = |action: &Action| matches!(action, Action::Lease(of, _) if *of == epoch);
+                    assert!(self.pending.iter().any(asked), "nothing is being leased");
+                    self.spoilt = Some(epoch);
+                }
                 Action::Start(epoch, model) => {
                     assert_eq!(self.leased, Some(epoch), "a start without fresh leases");
+                    assert_ne!(self.spoilt, Some(epoch), "a start with leases that are lost");
                     assert_eq!(self.server, None, "two servers");
                     self.server = Some((epoch, model, false));
                     self.pending.push_back(action);
@@ -978,7 +1098,7 @@ mod tests {
                     }
                 }
                 Action::Stop { epoch, .. } => {
-                    self.server = None;
+                    self.server.take_if(|server| server.0 == epoch);
                     self.tell(Event::Stopped(epoch));
                 }
                 Action::Free(epoch) => {
@@ -990,33 +1110,52 @@ mod tests {
         }
 
         fn die(&mut self) {
-            let being_stopped = self.pending.iter().any(|action| matches!(action, Action::Stop { .. }));
-            let Some((epoch, ..)) = self.server.clone() else { return };
-            if !being_stopped {
-                self.server = None;
-                let curable = epoch % 3 != 0;
-                self.tell(Event::Died(
-                    epoch,
-                    Failure {
-                        why: "died".into(),
-                        curable,
-                        worker: epoch % 2 == 0,
-                    },
-                ));
+            if let Some((epoch, ..)) = self.server {
+                self.die_of(epoch % 3 != 0, epoch % 2 == 0);
             }
         }
 
+        fn die_of(&mut self, curable: bool, worker: bool) {
+            let Some((epoch, ..)) = self.server.take() else { return };
+            let why = "died".into();
+            self.tell(Event::Died(epoch, Failure { why, curable, worker }));
+        }
+
+        /// A worker is lost, of those that are taken or are being taken.
         fn break_down(&mut self) {
-            if let Some((epoch, ..)) = self.server.clone() {
-                self.tell(Event::Broken(
-                    epoch,
-                    Failure {
-                        why: "stalled".into(),
-                        curable: true,
-                        worker: true,
-                    },
-                ));
+            let is_being_leased = self.pending.iter().any(|action| matches!(action, Action::Lease(..)));
+            if self.leased.is_none() && !is_being_leased {
+                return;
             }
+            let epoch = self.highest_epoch;
+            if self.server.is_none() {
+                self.spoilt = Some(epoch);
+            }
+            self.tell(Event::Broken(
+                epoch,
+                Failure {
+                    why: "stalled".into(),
+                    curable: true,
+                    worker: true,
+                },
+            ));
+        }
+
+        fn is_pending(&self, wanted: impl Fn(&Action) -> bool) -> bool {
+            self.pending.iter().any(wanted)
+        }
+
+        /// Goes on until workers are to be leased, which fails.
+        fn fail_to_lease(&mut self, unready: Unready) {
+            while !matches!(self.pending.front(), Some(Action::Lease(..))) {
+                if self.pending.is_empty() {
+                    self.pass(Duration::from_secs(1));
+                } else {
+                    self.complete(0, true);
+                }
+            }
+            self.pending.pop_front();
+            self.tell(Event::Leased(self.highest_epoch, Err(unready)));
         }
 
         fn end_answer(&mut self, which: usize) {
@@ -1320,6 +1459,122 @@ mod tests {
         world.settle();
         assert!(world.admitted.contains(&second));
         assert_eq!(&*world.swap.snapshot().model, "c");
+    }
+
+    #[test]
+    fn a_server_that_dies_while_it_is_to_be_stopped_holds_nothing_up() {
+        let mut world = ready();
+        world.ask(Some("b"), true);
+        world.complete(0, true);
+        assert_eq!(world.state(), State::Stopping);
+        world.die_of(true, true);
+        assert_eq!(world.state(), State::Freeing);
+        world.settle();
+        assert_eq!((world.state(), &*world.swap.snapshot().model), (State::Ready, "b"));
+    }
+
+    #[test]
+    fn however_often_workers_are_lost_the_pool_is_not_given_up_and_tries_again_soon() {
+        let mut world = World::new(false);
+        for _ in 0..20 {
+            while world.state() != State::Loading {
+                world.complete(0, true);
+            }
+            world.die_of(true, true);
+            world.complete(0, true);
+            world.complete(0, true);
+            assert_eq!(world.state(), State::Down);
+            world.pass(LOST_PAUSE);
+            assert_eq!(world.state(), State::Leasing);
+        }
+    }
+
+    #[test]
+    fn what_may_go_better_some_day_is_tried_again_after_it_was_given_up() {
+        let mut world = World::new(false);
+        while world.state() != State::GaveUp {
+            match world.state() {
+                State::Loading => world.die_of(true, false),
+                State::Down => world.pass(DEATH_PAUSE),
+                _ => world.complete(0, true),
+            }
+        }
+        world.pass(Duration::from_secs(59));
+        assert_eq!(world.state(), State::GaveUp);
+        world.ask(None, false);
+        assert!(matches!(&world.refused[..], [(_, Refused::Failed { .. })]));
+        world.pass(Duration::from_secs(1));
+        world.pending.retain(|action| matches!(action, Action::Lease(..)));
+        world.settle();
+        assert_eq!(world.state(), State::Ready);
+    }
+
+    #[test]
+    fn memory_that_is_not_free_at_once_does_not_fail_a_swap() {
+        let mut world = ready();
+        let id = world.ask(Some("b"), true);
+        for _ in 0..4 {
+            world.fail_to_lease(Unready::Yet("3 GiB are missing".into()));
+        }
+        assert_eq!(world.swap.snapshot().problem.as_deref(), Some("3 GiB are missing"));
+        world.settle();
+        assert!(world.admitted.contains(&id));
+        assert_eq!(&*world.swap.snapshot().model, "b");
+    }
+
+    #[test]
+    fn a_swap_whose_workers_do_not_become_ready_gives_way_to_the_model_before() {
+        let mut world = ready();
+        let id = world.ask(Some("b"), true);
+        world.fail_to_lease(Unready::Yet("no".into()));
+        let begun = world.now;
+        while world.refused.is_empty() {
+            world.fail_to_lease(Unready::Yet("no".into()));
+        }
+        assert!(world.now - begun >= SWAP_PATIENCE && world.now - begun < 2 * SWAP_PATIENCE);
+        assert_eq!(world.refused[0].0, id);
+        world.settle();
+        assert_eq!((world.state(), &*world.swap.snapshot().model), (State::Ready, "a"));
+    }
+
+    #[test]
+    fn a_worker_lost_while_others_are_being_leased_starts_no_server() {
+        let mut world = World::new(false);
+        assert!(world.is_pending(|action| matches!(action, Action::Lease(..))));
+        world.break_down();
+        // They were all taken before that was known.
+        world.complete(0, true);
+        assert_eq!((world.state(), world.server.clone()), (State::Freeing, None));
+        world.complete(0, true);
+        assert_eq!(world.swap.snapshot().problem.as_deref(), Some("stalled"));
+        world.pass(UNREADY_PAUSE);
+        world.settle();
+        assert_eq!(world.state(), State::Ready);
+    }
+
+    #[test]
+    fn neither_a_command_nor_the_end_waits_for_workers_to_be_leased() {
+        let mut world = World::new(false);
+        let first = world.highest_epoch;
+        let id = world.ask(Some("b"), true);
+        world.complete(1, true);
+        assert_eq!(world.spoilt, Some(first));
+        world.settle();
+        assert!(world.admitted.contains(&id));
+
+        let mut world = World::new(false);
+        world.tell(Event::Shutdown);
+        assert_eq!(world.spoilt, Some(world.highest_epoch));
+        world.settle();
+        assert!(world.exited);
+    }
+
+    #[test]
+    fn who_names_a_model_that_is_not_there_is_told_which_are() {
+        let mut world = ready();
+        world.ask(Some("x"), false);
+        let why = world.refused[0].1.to_string();
+        assert!(why.contains("`x`") && why.contains("`a`, `b`, `c`"), "{why}");
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub struct Setup {
     pub slow: f32,
     /// The workers have no agents: their `ggml-rpc-server`s are run by hand.
     pub by_hand: bool,
+    /// There are no workers; the coordinator lends a GPU of its own, which is full while a llama-server runs. That runs on
+    /// the CPU, and knows nothing of it.
+    pub own_gpu: bool,
 }
 
 impl Default for Setup {
@@ -39,6 +42,7 @@ impl Default for Setup {
             models: json!({}),
             slow: 0.0,
             by_hand: false,
+            own_gpu: false,
         }
     }
 }
@@ -81,10 +85,15 @@ impl Pool {
                 "other": { "path": model("tightwad-tiny-draft-othervocab-f16.gguf"), "ctx_size": 512 },
             },
             "binaries": {
-                "llama_server": slow_server(folder.path(), setup.slow),
+                "llama_server": if setup.own_gpu { with_gpu(folder.path()) } else { slow_server(folder.path(), setup.slow) },
                 "rpc_server": llama_cpp().join("bin/ggml-rpc-server"),
             },
         });
+        if setup.own_gpu {
+            let gpus = json!([{ "name": "pretended", "vram_gb": 8 }]);
+            merge(&mut config["coordinator"], json!({ "backend": "cuda", "gpus": gpus }));
+            config["workers"] = json!([]);
+        }
         merge(&mut config["coordinator"], setup.coordinator);
         merge(&mut config["models"], setup.models);
         std::fs::write(folder.path().join("pool.yaml"), config.to_string()).expect("the config is written");
@@ -96,8 +105,10 @@ impl Pool {
             agents,
             by_hand: setup.by_hand.then_some(ports),
         };
-        pool.start_worker(0);
-        pool.start_worker(1);
+        if !setup.own_gpu {
+            pool.start_worker(0);
+            pool.start_worker(1);
+        }
         pool
     }
 
@@ -244,11 +255,40 @@ fn slow_server(folder: &Path, seconds: f32) -> PathBuf {
     if seconds == 0.0 {
         return real;
     }
-    let script = folder.join("slow-llama-server");
     let text = format!(
         "#!/bin/sh\ncase \"$*\" in *--port*) sleep {seconds};; esac\nexec {} \"$@\"\n",
         real.display()
     );
+    script(folder, "slow-llama-server", &text)
+}
+
+/// A llama-server that pretends to have a GPU, whose memory is taken by whichever of its kind serves.
+fn with_gpu(folder: &Path) -> PathBuf {
+    let (real, pid) = (llama_cpp().join("bin/llama-server"), folder.join("pid"));
+    let (real, pid) = (real.display(), pid.display());
+    let text = format!(
+        r#"#!/bin/sh
+case "$*" in
+*--list-devices*)
+    free=8000
+    [ -e {pid} ] && kill -0 "$(cat {pid})" 2>/dev/null && free=100
+    printf 'Available devices:\n  CUDA0: Pretended (8000 MiB, %s MiB free)\n' "$free"
+    exit ;;
+*--port*) echo $$ > {pid} ;;
+esac
+for word; do
+    shift
+    [ "$word" = CUDA0 ] && word=none
+    set -- "$@" "$word"
+done
+exec {real} "$@"
+"#
+    );
+    script(folder, "llama-server-with-gpu", &text)
+}
+
+fn script(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let script = folder.join(name);
     std::fs::write(&script, text).expect("a script");
     let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(&script, executable).expect("its permissions");

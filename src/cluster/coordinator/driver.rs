@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::load::Load;
 use super::pool::{Life, Message, Report};
-use super::prepare::{self, Prepared};
+use super::prepare::{Moment, OwnFree, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
 use crate::cluster::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
@@ -20,14 +20,18 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// The driver; all that lasts is in here, so that its end is the end of all.
 pub(super) struct Driver {
-    config: Arc<Config>,
     coordinator: Arc<Coordinator>,
+    planner: Arc<Planner>,
     workers: Workers,
     swap: Swap,
     tell: mpsc::UnboundedSender<Message>,
     told: mpsc::UnboundedReceiver<Message>,
     report: watch::Sender<Report>,
     waiting: HashMap<Id, oneshot::Sender<Result<Arc<Life>, Refused>>>,
+    /// Ends the leasing that goes on.
+    leasing: CancellationToken,
+    /// What the coordinator's own GPUs had free when nothing ran.
+    own_free: OwnFree,
     /// Of the leases that are taken, and what was prepared with them.
     taken: Option<Taken>,
     /// The server that is, or is on its way.
@@ -71,7 +75,7 @@ impl Driver {
         });
         let reports = report.subscribe();
         let driver = Self {
-            config,
+            planner: Arc::new(Planner::new(config, Arc::clone(&coordinator))),
             coordinator,
             workers,
             swap,
@@ -79,6 +83,8 @@ impl Driver {
             told,
             report,
             waiting: HashMap::new(),
+            leasing: CancellationToken::new(),
+            own_free: OwnFree::new(),
             taken: None,
             server: None,
         };
@@ -145,6 +151,7 @@ impl Driver {
 
     fn leased(&mut self, epoch: u64, outcome: Outcome, outcomes: &mpsc::UnboundedSender<(u64, Outcome)>) -> bool {
         let result = outcome.map(|(leases, prepared)| {
+            self.own_free.clone_from(&prepared.own_free);
             self.taken = Some(Taken {
                 leases,
                 prepared: Some(prepared),
@@ -152,6 +159,7 @@ impl Driver {
         });
         if let Err(Unready::Yet(why) | Unready::Ever(why)) = &result
             && self.swap.snapshot().problem.as_ref() != Some(why)
+            && !self.leasing.is_cancelled()
         {
             tracing::warn!("not ready to start: {why}");
         }
@@ -191,6 +199,7 @@ impl Driver {
             Action::Refuse(id, why) => self.answer(id, Err(why)),
             Action::Check(model) => self.check(model),
             Action::Lease(epoch, model) => self.lease(epoch, model, outcomes.clone()),
+            Action::CancelLease(_) => self.leasing.cancel(),
             Action::Start(epoch, model) => self.start(epoch, &model),
             Action::EndAnswers(why) => self.end_answers(why),
             Action::Stop { epoch, broken } => self.stop(epoch, broken),
@@ -208,36 +217,38 @@ impl Driver {
     }
 
     fn check(&self, model: Name) {
-        let (config, coordinator, tell) = (
-            Arc::clone(&self.config),
-            Arc::clone(&self.coordinator),
-            self.tell.clone(),
-        );
+        let (planner, tell) = (Arc::clone(&self.planner), self.tell.clone());
+        let own_free = self.server.is_some().then(|| self.own_free.clone());
         tokio::spawn(async move {
-            let result = match config.models.get(&*model) {
-                Some(known) => match prepare::plan(&config, &coordinator, known).await {
-                    Ok(_) => Ok(()),
-                    Err(Unready::Yet(why) | Unready::Ever(why)) => Err(why),
-                },
-                None => Err("it is not in the config".to_owned()),
+            let moment = own_free.as_ref().map_or(Moment::Free, Moment::Beside);
+            let result = match planner.plan(&model, moment).await {
+                Ok(_) => Ok(()),
+                Err(Unready::Yet(why) | Unready::Ever(why)) => Err(why),
             };
             let _ = tell.send(Message::Event(Event::Checked(model, result)));
         });
     }
 
-    fn lease(&self, epoch: u64, model: Name, outcomes: mpsc::UnboundedSender<(u64, Outcome)>) {
-        let (config, coordinator) = (Arc::clone(&self.config), Arc::clone(&self.coordinator));
+    fn lease(&mut self, epoch: u64, model: Name, outcomes: mpsc::UnboundedSender<(u64, Outcome)>) {
+        let planner = Arc::clone(&self.planner);
         let (workers, tell) = (self.workers.clone(), self.tell.clone());
+        let cancel = CancellationToken::new();
+        self.leasing = cancel.clone();
         tokio::spawn(async move {
             let outcome = async {
-                let leases = workers.lease(epoch, &tell).await?;
-                let prepared = async {
-                    let unknown = || Unready::Ever("it is not in the config".to_owned());
-                    let known = config.models.get(&*model).ok_or_else(unknown)?;
-                    let plan = prepare::plan(&config, &coordinator, known).await?;
-                    prepare::launch(&config, &coordinator, &model, known, &plan)
+                // Nobody's servers are started for a model that cannot be loaded.
+                let ready = async {
+                    workers.ask().await?;
+                    planner.plan(&model, Moment::Free).await
                 };
-                match prepared.await {
+                unless(&cancel, ready).await?;
+                let leases = workers.lease(epoch, &tell, &cancel).await?;
+                // Fresh servers know best what is free.
+                let prepared = async {
+                    let plan = planner.plan(&model, Moment::Free).await?;
+                    planner.launch(&model, &plan)
+                };
+                match unless(&cancel, prepared).await {
                     Ok(prepared) => Ok((leases, prepared)),
                     Err(unready) => {
                         leases.give_back().await;
@@ -251,18 +262,14 @@ impl Driver {
     }
 
     fn start(&mut self, epoch: u64, model: &Name) {
-        let worker = self.taken.as_ref().is_some_and(|taken| taken.leases.are_lost());
         let die = |why: String| {
             let failure = Failure {
                 why,
                 curable: true,
-                worker,
+                worker: false,
             };
             let _ = self.tell.send(Message::Event(Event::Died(epoch, failure)));
         };
-        if worker {
-            return die("a worker was lost before the server was started".to_owned());
-        }
         let Some(prepared) = self.taken.as_mut().and_then(|taken| taken.prepared.take()) else {
             return die("nothing was prepared for this start".to_owned());
         };
@@ -362,4 +369,17 @@ impl Driver {
             changed
         });
     }
+}
+
+/// What `work` comes to, unless it is cancelled.
+async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, Unready>>) -> Result<T, Unready> {
+    tokio::select! {
+        result = work => result,
+        () = cancel.cancelled() => Err(cancelled()),
+    }
+}
+
+/// What nobody reads: who cancels knows why.
+pub(super) fn cancelled() -> Unready {
+    Unready::Yet("cancelled".to_owned())
 }

@@ -27,7 +27,7 @@ use crate::proxy::respond::Refusal;
 use crate::proxy::target::Outgoing;
 use crate::proxy::token;
 
-/// A stream that waits longer than this for its model is begun with a comment.
+/// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
 /// Largest request body in bytes: prompts with pictures.
 const MOST_BODY: u64 = 64 * 1024 * 1024;
@@ -52,6 +52,13 @@ pub(super) struct Front {
     pub(super) models: Vec<Name>,
     /// What clients must send.
     pub(super) api_key: Option<Secret>,
+}
+
+impl Front {
+    /// The model that a request means by a name. Where there is only one, some clients have ideas of their own.
+    fn meant(&self, name: &str) -> Option<Name> {
+        (self.models.len() > 1).then(|| Name::from(name))
+    }
 }
 
 /// All endpoints.
@@ -120,22 +127,17 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         };
     }
     let (model, streamed) = asked.map_or((None, false), |asked| (asked.model, asked.streamed));
-    // A name that the config does not have is some client's own idea; what runs answers.
-    let model = model.and_then(|model| front.models.iter().find(|name| ***name == *model).cloned());
-    let ticket = front.pool.ask(model, false);
-    let mut admitted = Box::pin(admitted(ticket, front.pool.clone()));
-    let granted = if streamed {
-        let Ok(granted) = tokio::time::timeout(SILENCE, &mut admitted).await else {
-            let answer = async move { prepared.send(admitted.await?).await };
+    let ticket = front.pool.ask(model.and_then(|model| front.meant(&model)), false);
+    let admitted = admitted(ticket, front.pool.clone());
+    let mut answer = Box::pin(async move { prepared.send(admitted.await?).await });
+    let answer = if streamed {
+        // llama-server sends no head before a slot is free.
+        let Ok(answer) = tokio::time::timeout(SILENCE, &mut answer).await else {
             return keep_waiting(Events::awaiting(dialect, front.pool.clone(), answer));
         };
-        granted
+        answer
     } else {
-        admitted.await
-    };
-    let answer = match granted {
-        Ok(granted) => prepared.send(granted).await,
-        Err(problem) => Err(problem),
+        answer.await
     };
     conclude(&front.pool, dialect, answer)
 }

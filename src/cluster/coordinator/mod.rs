@@ -36,7 +36,6 @@ use self::front::Front;
 use self::pool::Pool;
 use self::workers::Workers;
 use super::agent_client::AgentError;
-use super::build;
 use super::swap::{Rules, Swap};
 use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
 use crate::proxy::server::serve_router;
@@ -80,8 +79,11 @@ pub async fn serve(
         most_waiting: usize::from(coordinator.slots.max(1)) * WAITING_PER_SLOT,
     };
     let swap = Swap::new(rules, first.into(), first_epoch(), Instant::now());
-    let build = build::build(&config.binaries.llama_server).await;
-    let workers = Workers::new(&config.workers, holder(&coordinator), build)?;
+    let workers = Workers::new(
+        &config.workers,
+        holder(&coordinator),
+        config.binaries.llama_server.clone(),
+    )?;
     let drain = Duration::from_secs(coordinator.drain_seconds) + LINGER;
     let (tell, told) = mpsc::unbounded_channel();
     let (config, coordinator) = (Arc::new(config), Arc::new(coordinator));

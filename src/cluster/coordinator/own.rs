@@ -166,7 +166,14 @@ pub(super) struct Wanted {
 
 /// `POST /v1/tightwad/swap`: makes another model run, and tells each step in a line of JSON. The last line has `done`, or
 /// `error`.
-pub(super) async fn swap(State(front): State<Arc<Front>>, body: Bytes) -> Response {
+pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, body: Bytes) -> Response {
+    if !is_json(&headers) {
+        let error = json!({ "error": {
+            "message": "send it with `Content-Type: application/json`",
+            "type": "invalid_request_error", "code": "unsupported_media_type", "param": null,
+        }});
+        return (StatusCode::UNSUPPORTED_MEDIA_TYPE, Json(error)).into_response();
+    }
     let model = match serde_json::from_slice::<Wanted>(&body) {
         Ok(wanted) => swap::Name::from(wanted.model),
         Err(error) => {
@@ -178,10 +185,9 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, body: Bytes) -> Respon
         }
     };
     if !front.models.contains(&model) {
-        return Problem::refused(Refused::Unknown(model), &front.pool).response(Dialect::OpenAi);
+        return Problem::refused(Refused::unknown(model, &front.models), &front.pool).response(Dialect::OpenAi);
     }
     let (lines, told) = mpsc::unbounded_channel();
-    // Who hangs up has still commanded.
     tokio::spawn(tell_swap(front.pool.clone(), model, lines));
     let lines = stream::unfold(told, |mut told| async move {
         Some((Ok::<_, Infallible>(told.recv().await?), told))
@@ -191,6 +197,13 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, body: Bytes) -> Respon
         Body::from_stream(lines),
     )
         .into_response()
+}
+
+/// A page in somebody's browser can send any other type without being asked whether it may.
+fn is_json(headers: &HeaderMap) -> bool {
+    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let essence = given.and_then(|given| given.split(';').next()).unwrap_or_default();
+    essence.trim().eq_ignore_ascii_case("application/json")
 }
 
 async fn tell_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<Bytes>) {
@@ -222,6 +235,8 @@ async fn tell_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<B
                     Err(refused) => tell(&json!({ "error": Problem::refused(refused, &pool).error() })),
                 };
             }
+            // Who hangs up takes the command back, as far as nothing has come of it.
+            () = lines.closed() => return,
             _ = reports.changed() => {}
             () = tokio::time::sleep(STEP) => last = None,
         }

@@ -1,13 +1,16 @@
 //! From a model's name to a llama-server's command line.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use tokio::sync::OnceCell;
 
 use super::load::TELLS_PROGRESS;
 use crate::cluster::devices;
 use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, Plan, PlanError};
+use crate::cluster::plan::{self, Device, KnownFrom, Plan, PlanError};
 use crate::cluster::swap::{Name, Unready};
-use crate::config::{Config, Coordinator, Model, Secret};
+use crate::config::{Config, Coordinator, Model, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -20,81 +23,152 @@ pub(super) struct Prepared {
     pub(super) key: Secret,
     /// A line for each device.
     pub(super) devices: Vec<String>,
+    /// Before the start.
+    pub(super) own_free: OwnFree,
 }
 
-/// Plans the model over the devices that there are. What does not fit now may fit once others have left the GPUs.
-pub(super) async fn plan(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Plan, Unready> {
-    let path = model.path.clone();
-    preflight::model(&path).map_err(|error| ever(&error))?;
-    let read = tokio::task::spawn_blocking(move || ModelFile::read(&path));
-    let file = read
-        .await
-        .map_err(|error| ever(&error))?
-        .map_err(|error| ever(&error))?;
-    let program = preflight::program(&config.binaries.llama_server).map_err(|error| ever(&error))?;
-    let max = config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
-    let drafts = preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default()).await;
-    let want = plan::Settings::of(model, coordinator, drafts).map_err(|error| ever(&error))?;
-    let found = devices::find(config, coordinator).await;
-    for note in &found.notes {
-        tracing::debug!("{note}");
+/// When a plan is made.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Moment<'a> {
+    /// Nothing runs: what is free now is free for it.
+    Free,
+    /// Beside a server that is to make room. The coordinator's own GPUs are full of it, so this is what they had free before
+    /// it; workers tell such a number themselves.
+    Beside(&'a OwnFree),
+}
+
+/// Free bytes of the coordinator's own GPUs, by name.
+pub(super) type OwnFree = BTreeMap<String, u64>;
+
+/// Makes plans.
+#[derive(Debug)]
+pub(super) struct Planner {
+    config: Arc<Config>,
+    coordinator: Arc<Coordinator>,
+    /// The draft tokens that the program can verify: asked once.
+    drafts: OnceCell<Option<u16>>,
+}
+
+impl Planner {
+    pub(super) fn new(config: Arc<Config>, coordinator: Arc<Coordinator>) -> Self {
+        Self {
+            config,
+            coordinator,
+            drafts: OnceCell::new(),
+        }
     }
-    let plan = plan::plan(&file, &found.devices, &want).map_err(|error| match error {
-        PlanError::NoDevices => Unready::Yet(error.to_string()),
-        _ => ever(&error),
-    })?;
-    if plan.fits {
-        return Ok(plan);
+
+    fn model(&self, name: &Name) -> Result<&Model, Unready> {
+        let unknown = || Unready::Ever("it is not in the config".to_owned());
+        self.config.models.get(&**name).ok_or_else(unknown)
     }
-    let ways: Vec<String> = plan.suggestions.iter().map(ToString::to_string).collect();
-    let ways = match &ways[..] {
-        [] => "see `tightwad plan`".to_owned(),
-        ways => format!("it would with {}", ways.join(", or ")),
-    };
-    Err(Unready::Yet(format!(
-        "it does not fit into what is free in the pool: {ways}"
-    )))
+
+    /// Plans the model over the devices that there are.
+    pub(super) async fn plan(&self, name: &Name, moment: Moment<'_>) -> Result<Plan, Unready> {
+        let model = self.model(name)?;
+        let path = model.path.clone();
+        preflight::model(&path).map_err(|error| ever(&error))?;
+        let read = tokio::task::spawn_blocking(move || ModelFile::read(&path));
+        let file = read
+            .await
+            .map_err(|error| ever(&error))?
+            .map_err(|error| ever(&error))?;
+        let program = preflight::program(&self.config.binaries.llama_server).map_err(|error| ever(&error))?;
+        let max = self.config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
+        let ask = || preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default());
+        let drafts = *self.drafts.get_or_init(ask).await;
+        let want = plan::Settings::of(model, &self.coordinator, drafts).map_err(|error| ever(&error))?;
+        let mut devices = self.devices(moment).await?;
+        let plan = plan::plan(&file, &devices, &want).map_err(|error| match error {
+            PlanError::NoDevices => Unready::Yet(error.to_string()),
+            _ => ever(&error),
+        })?;
+        if plan.fits {
+            return Ok(plan);
+        }
+        let ways: Vec<String> = plan.suggestions.iter().map(ToString::to_string).collect();
+        let ways = match &ways[..] {
+            [] => "see `tightwad plan`".to_owned(),
+            ways => format!("it would with {}", ways.join(", or ")),
+        };
+        for device in &mut devices {
+            device.free_bytes = device.total_bytes;
+        }
+        if plan::plan(&file, &devices, &want).is_ok_and(|plan| plan.fits) {
+            let why = format!("it does not fit into what is free in the pool: {ways}");
+            return Err(Unready::Yet(why));
+        }
+        Err(Unready::Ever(format!("it does not fit into the pool: {ways}")))
+    }
+
+    async fn devices(&self, moment: Moment<'_>) -> Result<Vec<Device>, Unready> {
+        let found = devices::find(&self.config, &self.coordinator).await;
+        for note in &found.notes {
+            tracing::debug!("{note}");
+        }
+        let mut devices = found.devices;
+        match moment {
+            Moment::Free => {
+                let told = |worker: &Worker| {
+                    let own = |device: &Device| device.known_from == KnownFrom::Agent && device.host == worker.name();
+                    devices.iter().any(own)
+                };
+                let mute = self.config.workers.iter().find(|it| it.has_agent() && !told(it));
+                if let Some(worker) = mute {
+                    let why = format!(
+                        "worker {} does not tell its devices yet; if it stays so, its log says why",
+                        worker.name()
+                    );
+                    return Err(Unready::Yet(why));
+                }
+            }
+            Moment::Beside(before) => {
+                for device in devices.iter_mut().filter(|device| device.endpoint.is_none()) {
+                    device.free_bytes = before.get(&device.name).copied().unwrap_or(device.total_bytes);
+                }
+            }
+        }
+        Ok(devices)
+    }
+
+    /// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
+    /// know.
+    pub(super) fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, Unready> {
+        let model = self.model(name)?;
+        let program = preflight::program(&self.config.binaries.llama_server).map_err(|error| ever(&error))?;
+        let port = preflight::free_port().map_err(|error| ever(&error))?;
+        let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+        let behind = Coordinator {
+            api_key: Some(key.clone()),
+            api_key_file: None,
+            ..(*self.coordinator).clone()
+        };
+        let mut launch = plan.launch(program, &behind, (name, model), ("127.0.0.1", port));
+        launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
+        // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
+        launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));
+        let url = launch.url();
+        let url = reqwest::Url::parse(&url).map_err(|error| ever(&error))?;
+        let devices = plan.placements.iter().filter(|placement| placement.layers > 0);
+        let devices = devices.map(|placement| {
+            let last = placement.first_layer + placement.layers - 1;
+            let (host, label) = (&placement.device.host, &placement.device.label);
+            format!("{host} {label}: layers {}-{last}", placement.first_layer)
+        });
+        let own = plan.placements.iter().map(|placement| &placement.device);
+        let own = own.filter(|device| device.endpoint.is_none());
+        Ok(Prepared {
+            devices: devices.collect(),
+            launch,
+            url,
+            key,
+            own_free: own.map(|device| (device.name.clone(), device.free_bytes)).collect(),
+        })
+    }
 }
 
 fn ever(error: &impl ToString) -> Unready {
     Unready::Ever(error.to_string())
-}
-
-/// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
-/// know.
-pub(super) fn launch(
-    config: &Config,
-    coordinator: &Coordinator,
-    name: &Name,
-    model: &Model,
-    plan: &Plan,
-) -> Result<Prepared, Unready> {
-    let program = preflight::program(&config.binaries.llama_server).map_err(|error| ever(&error))?;
-    let port = preflight::free_port().map_err(|error| ever(&error))?;
-    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
-    let behind = Coordinator {
-        api_key: Some(key.clone()),
-        api_key_file: None,
-        ..coordinator.clone()
-    };
-    let mut launch = plan.launch(program, &behind, (name, model), ("127.0.0.1", port));
-    launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
-    // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
-    launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));
-    let url = launch.url();
-    let url = reqwest::Url::parse(&url).map_err(|error| ever(&error))?;
-    let devices = plan.placements.iter().filter(|placement| placement.layers > 0);
-    let devices = devices.map(|placement| {
-        let last = placement.first_layer + placement.layers - 1;
-        let (host, label) = (&placement.device.host, &placement.device.label);
-        format!("{host} {label}: layers {}-{last}", placement.first_layer)
-    });
-    Ok(Prepared {
-        devices: devices.collect(),
-        launch,
-        url,
-        key,
-    })
 }
 
 /// The models by the names that the machine knows them by.

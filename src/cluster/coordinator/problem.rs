@@ -55,7 +55,7 @@ impl Problem {
     fn status(&self) -> StatusCode {
         match self {
             Self::Refused {
-                why: Refused::Unknown(_) | Refused::OtherRuns { .. },
+                why: Refused::Unknown { .. } | Refused::OtherRuns { .. },
                 ..
             } => StatusCode::NOT_FOUND,
             Self::Refused {
@@ -71,7 +71,7 @@ impl Problem {
     fn code(&self) -> &'static str {
         match self {
             Self::Refused { why, .. } => match why {
-                Refused::Unknown(_) => "model_not_found",
+                Refused::Unknown { .. } => "model_not_found",
                 Refused::OtherRuns { .. } => "model_not_loaded",
                 Refused::NotReady { .. } => "model_loading",
                 Refused::Full(_) => "queue_full",
@@ -111,7 +111,7 @@ impl Problem {
     fn body(&self, dialect: Dialect) -> Value {
         let mut body = respond::in_dialect(dialect, &self.error());
         if let (Self::Refused { loading, why }, Some(body)) = (self, body.as_object_mut())
-            && !matches!(why, Refused::Unknown(_) | Refused::OtherRuns { .. })
+            && !matches!(why, Refused::Unknown { .. } | Refused::OtherRuns { .. })
         {
             body.insert("loading".to_owned(), loading.clone());
         }

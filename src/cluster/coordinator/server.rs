@@ -86,18 +86,23 @@ pub(super) async fn run(run: Run) {
                 () = until_ready(&url) => {
                     send(&tell, Event::Ready(epoch));
                     tokio::select! {
-                        () = until_stalled(&url, &key, stall) => Ok(stall.as_secs()),
+                        stalled = until_stalled(&url, &key, stall) => Ok(stalled.as_secs()),
                         lost = workers.until_disconnected() => Err(lost),
                     }
                 }
                 () = until_load_stalls(moved.subscribe()) => Ok(LOAD_STALL.as_secs()),
             };
-            let why = match seconds {
-                Err(lost) => lost,
-                Ok(seconds) => match workers.who_is_lost(true).await {
-                    Some(lost) => format!("nothing has moved for {seconds} s: {lost}"),
-                    None => format!("nothing has moved for {seconds} s, and no worker's agent knows why"),
-                },
+            let (worker, why) = match seconds {
+                Err(lost) => (true, lost),
+                Ok(seconds) => {
+                    let lost = workers.who_is_lost(true).await;
+                    let worker = lost.is_some();
+                    let why = lost.unwrap_or_else(|| {
+                        "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer"
+                            .to_owned()
+                    });
+                    (worker, format!("nothing has moved for {seconds} s: {why}"))
+                }
             };
             send(
                 &tell,
@@ -106,7 +111,7 @@ pub(super) async fn run(run: Run) {
                     Failure {
                         why,
                         curable: true,
-                        worker: true,
+                        worker,
                     },
                 ),
             );
@@ -134,13 +139,7 @@ pub(super) async fn run(run: Run) {
             };
             let _ = last_lines.send(death.last_lines.clone());
             let failure = failure(&death, &workers).await;
-            // Who was about to end it waits for that.
-            let told = if stop.try_recv().is_ok() {
-                Event::Stopped(epoch)
-            } else {
-                Event::Died(epoch, failure)
-            };
-            send(&tell, told);
+            send(&tell, Event::Died(epoch, failure));
         }
     }
 }
@@ -190,21 +189,49 @@ async fn until_load_stalls(mut moved: watch::Receiver<()>) {
     while let Ok(Ok(())) = timeout(LOAD_STALL, moved.changed()).await {}
 }
 
-async fn until_stalled(url: &str, key: &Secret, patience: Duration) {
+/// Waits until nothing has moved for too long, and says how long that was.
+async fn until_stalled(url: &str, key: &Secret, patience: Duration) -> Duration {
     if patience.is_zero() {
         return std::future::pending().await;
     }
     let (client, slots) = (client(), format!("{url}/slots"));
     let mut stall = Stall::new(patience, Instant::now());
     loop {
-        let answer = client.get(&slots).bearer_auth(key.expose()).send().await;
-        let slots = match answer {
-            Ok(answer) => answer.json::<Vec<Slot>>().await.ok(),
-            Err(_) => None,
+        let slots = match look(client.get(&slots).bearer_auth(key.expose())).await {
+            Look::Slots(slots) => Some(slots),
+            Look::Nothing => None,
+            Look::Refused(why) => {
+                tracing::warn!(
+                    "llama-server does not tell its slots ({why}), so that nobody notices if it hangs; take --no-slots out \
+                     of `extra_args`"
+                );
+                return std::future::pending().await;
+            }
         };
-        if stall.look(Instant::now(), slots) {
-            return;
+        if let Some(stalled) = stall.look(Instant::now(), slots) {
+            return stalled;
         }
         sleep(LOOK).await;
+    }
+}
+
+/// What comes of asking for the slots.
+enum Look {
+    Slots(Vec<Slot>),
+    /// No answer: it is busy, or hangs.
+    Nothing,
+    /// An answer, and it will never be another one.
+    Refused(String),
+}
+
+async fn look(request: reqwest::RequestBuilder) -> Look {
+    let Ok(answer) = request.send().await else {
+        return Look::Nothing;
+    };
+    let status = answer.status();
+    match answer.bytes().await {
+        Err(_) => Look::Nothing,
+        Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
+        Ok(body) => serde_json::from_slice(&body).map_or_else(|error| Look::Refused(error.to_string()), Look::Slots),
     }
 }

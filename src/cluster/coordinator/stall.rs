@@ -23,6 +23,16 @@ struct NextToken {
     n_decoded: i64,
 }
 
+impl Slot {
+    /// It works on a prompt, of which it tells nothing before a whole batch is computed.
+    fn reads(&self) -> bool {
+        self.is_processing && self.next_token.iter().all(|token| token.n_decoded == 0)
+    }
+}
+
+/// A batch of a prompt has up to 2048 tokens, and so many times the patience of a single one.
+const PROMPT: u32 = 10;
+
 /// The time since something moved.
 #[derive(Debug)]
 pub(super) struct Stall {
@@ -40,9 +50,10 @@ impl Stall {
         }
     }
 
-    /// Takes in what `/slots` says (`None`: it did not answer), and says whether nothing has moved for too long. A server
-    /// answers it between two batches, so that no answer is no news.
-    pub(super) fn look(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> bool {
+    /// Takes in what `/slots` says (`None`: it did not answer), and says how long nothing has moved if that is too long. A
+    /// server does not answer it in the middle of a batch, so that no answer is no news; and one that was idle when it was
+    /// last heard of may have a prompt by now.
+    pub(super) fn look(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> Option<Duration> {
         if let Some(slots) = slots {
             let idle = !slots.iter().any(|slot| slot.is_processing);
             if idle || slots != self.slots {
@@ -50,7 +61,13 @@ impl Stall {
             }
             self.slots = slots;
         }
-        now.duration_since(self.moved) >= self.patience
+        let idle = !self.slots.iter().any(|slot| slot.is_processing);
+        let patience = if idle || self.slots.iter().any(Slot::reads) {
+            self.patience * PROMPT
+        } else {
+            self.patience
+        };
+        Some(now.duration_since(self.moved)).filter(|still| *still >= patience)
     }
 }
 
@@ -73,25 +90,49 @@ mod tests {
         let begun = Instant::now();
         let mut stall = Stall::new(PATIENCE, begun);
         for second in 0..100 {
-            assert!(!stall.look(
-                begun + Duration::from_secs(second),
-                Some(slots(true, 4, i64::try_from(second).unwrap()))
-            ));
+            let decoded = i64::try_from(second).unwrap() + 1;
+            let look = stall.look(begun + Duration::from_secs(second), Some(slots(true, 4, decoded)));
+            assert_eq!(look, None);
         }
         let last = begun + Duration::from_secs(99);
-        assert!(!stall.look(last + Duration::from_secs(29), Some(slots(true, 4, 99))));
-        assert!(stall.look(last + PATIENCE, Some(slots(true, 4, 99))));
+        assert_eq!(
+            stall.look(last + Duration::from_secs(29), Some(slots(true, 4, 100))),
+            None
+        );
+        assert_eq!(stall.look(last + PATIENCE, None), Some(PATIENCE));
     }
 
     #[test]
-    fn a_long_prompt_moves_too_and_idleness_is_no_stall() {
+    fn a_prompt_may_take_ten_times_as_long_for_each_of_its_batches() {
         let begun = Instant::now();
         let mut stall = Stall::new(PATIENCE, begun);
         for minute in 1..10_u32 {
-            assert!(!stall.look(begun + PATIENCE * minute, Some(slots(true, minute.into(), 0))));
+            let now = begun + PATIENCE * 9 * minute;
+            assert_eq!(stall.look(now, Some(slots(true, minute.into(), 0))), None);
+            assert_eq!(stall.look(now + PATIENCE * 8, None), None);
         }
-        for minute in 10..20_u32 {
-            assert!(!stall.look(begun + PATIENCE * minute, Some(slots(false, 9, 0))));
+        let last = begun + PATIENCE * 81;
+        assert!(stall.look(last + PATIENCE * 10, None).is_some());
+    }
+
+    #[test]
+    fn one_that_decodes_beside_a_prompt_waits_for_its_batches_too() {
+        let begun = Instant::now();
+        let mut stall = Stall::new(PATIENCE, begun);
+        let both: Vec<_> = [slots(true, 4, 7), slots(true, 2048, 0)].concat();
+        assert_eq!(stall.look(begun, Some(both.clone())), None);
+        assert_eq!(stall.look(begun + PATIENCE * 2, Some(both)), None);
+    }
+
+    #[test]
+    fn idleness_is_no_stall() {
+        let begun = Instant::now();
+        let mut stall = Stall::new(PATIENCE, begun);
+        for minute in 1..20_u32 {
+            assert_eq!(
+                stall.look(begun + PATIENCE * 20 * minute, Some(slots(false, 9, 0))),
+                None
+            );
         }
     }
 
@@ -99,7 +140,7 @@ mod tests {
     fn a_server_that_never_answers_is_stalled() {
         let begun = Instant::now();
         let mut stall = Stall::new(PATIENCE, begun);
-        assert!(!stall.look(begun + Duration::from_secs(29), None));
-        assert!(stall.look(begun + PATIENCE, None));
+        assert_eq!(stall.look(begun + PATIENCE * 9, None), None);
+        assert!(stall.look(begun + PATIENCE * 10, None).is_some());
     }
 }

@@ -143,9 +143,10 @@ impl Events {
     /// What a waiting client is told.
     fn comment(&self) -> Bytes {
         let report = self.pool.report();
-        match report.load.progress.filter(|_| report.now.state == State::Loading) {
-            Some(progress) => format!(": loading the model, {:.0} %\n\n", progress * 100.0),
-            None => format!(": waiting for the model, {}\n\n", report.now.state),
+        match (report.now.state, report.load.progress) {
+            (State::Loading, Some(progress)) => format!(": loading the model, {:.0} %\n\n", progress * 100.0),
+            (State::Ready | State::Draining, _) => ": waiting for a slot\n\n".to_owned(),
+            (state, _) => format!(": waiting for the model, {state}\n\n"),
         }
         .into()
     }
