@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::exit::{Exit, Failure};
-use crate::cluster::devices::{self, Found};
+use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::plan::{self, KnownFrom, Placement, Plan, Settings};
 use crate::config::Config;
@@ -46,7 +46,11 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     })?;
     let (name, model) = config.model_for(options.model.as_deref())?;
     let file = ModelFile::read(&model.path)?;
-    let Found { devices, mut notes } = devices::find(config, coordinator).await;
+    // A server that is run by hand is not asked: a coordinator may have it, and it serves one client at a time.
+    let found = devices::find(config, coordinator, &Probed::new())
+        .await
+        .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+    let Found { devices, mut notes, .. } = found;
 
     let drafts = config
         .proxy
@@ -156,7 +160,7 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         text.truncate(text.trim_end().len());
         text.push('\n');
     }
-    let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).sum());
+    let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).fold(0, u64::saturating_add));
     let _ = writeln!(
         text,
         "\nin all: weights {}, KV cache {}, compute about {}; the coordinator's own memory: {} and about {}",

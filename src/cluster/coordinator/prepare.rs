@@ -35,7 +35,9 @@ pub(super) async fn plan(config: &Config, coordinator: &Coordinator, model: &Mod
     let max = config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
     let drafts = preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default()).await;
     let want = plan::Settings::of(model, coordinator, drafts).map_err(|error| ever(&error))?;
-    let found = devices::find(config, coordinator).await;
+    let found = devices::find(config, coordinator, &devices::Probed::new())
+        .await
+        .map_err(|error| ever(&error))?;
     for note in &found.notes {
         tracing::debug!("{note}");
     }

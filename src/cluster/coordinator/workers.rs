@@ -283,13 +283,12 @@ fn failed_endpoint(status: &WorkerStatus) -> Option<String> {
     Some(format!("its ggml-rpc-server on port {} does not work", failed.port))
 }
 
-/// Whether a `ggml-rpc-server` answers there; to be asked only while nobody uses it.
-async fn listens(endpoint: &str) -> Result<(), String> {
+/// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
+async fn listens(endpoint: &str) -> Result<rpc_probe::Told, String> {
     let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
     let address = address.ok_or_else(|| format!("{endpoint} has no IPv4 address"))?;
     rpc_probe::probe(address, PROBE_PATIENCE)
         .await
-        .map(drop)
         .map_err(|error| error.to_string())
 }
