@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use super::coordinator;
 use super::exit::{Exit, Failure};
-use crate::cluster::devices::{self, Found};
+use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings};
-use crate::config::{Config, Coordinator, Model, Worker};
+use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings};
+use crate::config::{Config, Coordinator, Model};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -55,7 +55,11 @@ pub async fn refuse_misfit(config: &Config, coordinator: &Coordinator, named: (&
 
 async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
     let file = ModelFile::read(&model.path)?;
-    let Found { devices, mut notes } = devices::find(config, coordinator).await;
+    // A server that is run by hand is not asked: a coordinator may have it, and it serves one client at a time.
+    let found = devices::find(config, coordinator, &Probed::new())
+        .await
+        .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+    let Found { devices, mut notes, .. } = found;
 
     let drafts = config
         .proxy
@@ -135,12 +139,11 @@ pub async fn could_ever_fit(
 ) -> Result<(), Failure> {
     let file = ModelFile::read(&model.path)?;
     let settings = Settings::of(model, coordinator, None)?;
-    let mut devices = devices::find(config, coordinator).await.devices;
-    let known = |worker: &Worker| {
-        let told = |device: &Device| device.host == worker.name() && device.known_from == KnownFrom::Agent;
-        !worker.has_agent() || devices.iter().any(told)
-    };
-    let all_known = config.workers.iter().all(known);
+    let found = devices::find(config, coordinator, &Probed::new())
+        .await
+        .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+    let all_known = found.silent.is_empty();
+    let mut devices = found.devices;
     for device in &mut devices {
         device.free_bytes = device.total_bytes;
     }
@@ -199,7 +202,7 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         text.truncate(text.trim_end().len());
         text.push('\n');
     }
-    let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).sum());
+    let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).fold(0, u64::saturating_add));
     let _ = writeln!(
         text,
         "\nin all: weights {}, KV cache {}, compute about {}; the coordinator's own memory: {} and about {}",

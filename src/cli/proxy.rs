@@ -1,6 +1,5 @@
 //! `tightwad proxy …`: start, stop, status.
 
-use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use super::{signals, status};
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
+use crate::supervise::preflight;
 
 /// How long `proxy stop` waits: longer than the proxy lets running answers go on.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
@@ -66,15 +66,7 @@ pub async fn listen(proxy: &config::Proxy) -> Result<TcpListener, Failure> {
 
 /// Listens.
 pub async fn listen_at(host: &str, port: u16) -> Result<TcpListener, Failure> {
-    TcpListener::bind((host, port))
-        .await
-        .map_err(|error| match error.kind() {
-            ErrorKind::AddrInUse => Failure::new(
-                Exit::PortInUse,
-                format!("port {port} on {host} is in use; end the program that listens there, or choose another port"),
-            ),
-            _ => Failure::new(Exit::Config, format!("cannot listen on {host} port {port}: {error}")),
-        })
+    Ok(preflight::listen(host, port).await?)
 }
 
 /// The section `proxy` with the servers that other sections imply, and with all secrets read.

@@ -7,11 +7,11 @@
 //! | --- | --- |
 //! | `GET /v1/worker` | [`WorkerStatus`] |
 //! | `POST /v1/worker/lease` with [`LeaseRequest`] | [`Lease`], as soon as fresh `ggml-rpc-server`s listen; 409 while another holder has it |
-//! | `POST /v1/worker/lease/{id}/renew` | 204; 404 if that lease is over |
+//! | `POST /v1/worker/lease/{id}/renew` | [`Renewal`]; 404 if that lease is over |
 //! | `DELETE /v1/worker/lease/{id}` | 204, as soon as the servers have ended and their memory is free |
 //!
 //! Every request carries `Authorization: Bearer TOKEN` where the worker has a token; 401 without it. 503: its servers do
-//! not start. Whatever is refused is refused with a [`Refusal`].
+//! not start, or it still checks what it has on disk. Whatever is refused is refused with a [`Refusal`].
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,7 @@ pub struct WorkerStatus {
     pub endpoints: Vec<Endpoint>,
     /// Who has it.
     pub lease: Option<Holder>,
-    /// Bytes of model parts on its disk, and the most that it keeps.
+    /// Bytes of model parts on its disk, counted within the last half minute, and the most that it keeps.
     pub cache_bytes: u64,
     /// See `cache_bytes`.
     pub cache_quota_bytes: u64,
@@ -59,7 +59,8 @@ pub enum EndpointState {
     Listening,
     /// A coordinator's llama-server is connected.
     Connected,
-    /// It died, and starts again soon; or it was stopped (SIGSTOP), and answers nobody.
+    /// It died, and what it held is lost: only the next lease starts another. Or it was stopped (SIGSTOP), and answers
+    /// nobody.
     Failed,
 }
 
@@ -74,6 +75,25 @@ pub struct DeviceStatus {
     pub total_bytes: u64,
     /// What of that is free, last looked at while no coordinator was connected.
     pub free_bytes: u64,
+}
+
+impl DeviceStatus {
+    /// Reads a line of the lists that llama.cpp's programs print:
+    /// `  CUDA0: NVIDIA GeForce RTX 4070 (16000 MiB, 15000 MiB free)` (b11434, `common_print_available_devices`, and
+    /// `main` of `ggml-rpc-server`).
+    #[must_use]
+    pub fn parse(line: &str) -> Option<Self> {
+        let (device, memory) = line.trim().strip_suffix(" MiB free)")?.rsplit_once(" (")?;
+        let (name, description) = device.split_once(": ")?;
+        let (total, free) = memory.split_once(" MiB, ")?;
+        let bytes = |mebibytes: &str| mebibytes.parse::<u64>().ok()?.checked_mul(1 << 20);
+        Some(Self {
+            name: name.to_owned(),
+            description: description.trim().to_owned(),
+            total_bytes: bytes(total)?,
+            free_bytes: bytes(free)?,
+        })
+    }
 }
 
 /// Asks for the worker.
@@ -93,6 +113,13 @@ pub struct Lease {
     pub id: String,
     /// Seconds after which it is over unless it is renewed.
     pub expires_seconds: u64,
+}
+
+/// A lease goes on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Renewal {
+    /// Its `ggml-rpc-server`s, as they are now: whoever renews need not ask again.
+    pub endpoints: Vec<Endpoint>,
 }
 
 /// Who has a worker.

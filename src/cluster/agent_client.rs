@@ -5,15 +5,15 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 
-use super::agent::{Holder, Lease, LeaseRequest, Refusal, WorkerStatus};
+use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::{ConfigError, Secret, Worker};
+use crate::proxy::target::root_cause;
 
 /// A host that is up answers the first packet in milliseconds.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
 /// An agent answers these at once, whatever its servers do.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// A lease is answered once fresh servers listen. A GPU driver that wakes up takes seconds, and so does a look through a
-/// cache that has just been filled.
+/// A lease is answered once fresh servers listen. A GPU driver that wakes up takes seconds, for each of a host's servers.
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
 /// A server that does not end by itself is killed after a second, and a GPU takes a while to be free.
 const RETURN_PATIENCE: Duration = Duration::from_secs(20);
@@ -139,10 +139,10 @@ impl AgentClient {
         self.json(self.send(request).await?).await
     }
 
-    /// Keeps a lease for another while.
-    pub async fn renew(&self, id: &str) -> Result<(), AgentError> {
+    /// Keeps a lease for another while, and says how its servers are.
+    pub async fn renew(&self, id: &str) -> Result<Renewal, AgentError> {
         let request = self.request(Method::POST, &format!("/v1/worker/lease/{id}/renew"), PATIENCE);
-        self.send(request).await.map(drop)
+        self.json(self.send(request).await?).await
     }
 
     /// Ends a lease. Answered once the servers have ended and their memory is free.
@@ -195,24 +195,22 @@ impl AgentClient {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> AgentError {
-        let reason = if error.is_timeout() {
-            "no answer in time".to_owned()
-        } else {
-            innermost(error).to_string()
-        };
+        if error.is_timeout() {
+            return self.silent();
+        }
         AgentError::Unreachable {
             worker: self.worker.clone(),
             url: self.url.clone(),
-            reason,
+            reason: root_cause(error),
         }
     }
-}
 
-/// `Connection refused` says more than `error sending request for url`.
-fn innermost(error: &reqwest::Error) -> &dyn std::error::Error {
-    let mut inner: &dyn std::error::Error = error;
-    while let Some(source) = inner.source() {
-        inner = source;
+    /// What it is called to whoever has waited long enough.
+    pub(super) fn silent(&self) -> AgentError {
+        AgentError::Unreachable {
+            worker: self.worker.clone(),
+            url: self.url.clone(),
+            reason: "no answer in time".to_owned(),
+        }
     }
-    inner
 }

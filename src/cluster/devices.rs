@@ -1,18 +1,23 @@
 //! The devices of the pool and their memory.
 //!
-//! A worker's agent knows them best; without one the config's `vram_gb` has to do. The coordinator's own GPUs are asked of
+//! A worker's agent knows them best; without one the server itself is asked by whoever may, else the config's `vram_gb` has
+//! to do. The coordinator's own GPUs are asked of
 //! `llama-server --list-devices`. Only what the config lends is taken: the coordinator's `gpus`, and of a worker all that its
 //! agent tells. What was not to be had is told, and never ends the search.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use tokio::time::timeout;
 
-use super::agent::WorkerStatus;
+use super::agent::{DeviceStatus, WorkerStatus};
+use super::agent_client::{AgentClient, AgentError};
 use super::plan::{Device, KnownFrom};
-use crate::config::{Config, Coordinator, DEFAULT_RPC_PORT, Gpu, GpuBackend, Worker, is_loopback};
+use super::rpc_probe::Told;
+use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
 use crate::supervise::command;
 
 /// An agent answers from memory.
@@ -30,92 +35,101 @@ pub struct Found {
     pub devices: Vec<Device>,
     /// What could not be asked, and what was taken instead: a sentence each.
     pub notes: Vec<String>,
+    /// Workers whose agent does not answer.
+    pub silent: Vec<String>,
+}
+
+/// What servers that are run by hand have told, by their `host:port`: see [`super::rpc_probe`] for who may ask them.
+pub type Probed = BTreeMap<String, Told>;
+
+/// A server has other devices than the config says. llama.cpp numbers all that a server has, so the numbers of all devices
+/// after those would be wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the ggml-rpc-server at {endpoint} has {told} devices and the config gives worker {worker} {configured} there; list as \
+     many `gpus` with that `rpc_port`, or start the server with `--device`"
+)]
+pub struct Miscounted {
+    /// Name of the worker.
+    pub worker: String,
+    /// `host:port` of the server.
+    pub endpoint: String,
+    /// GPUs in the config.
+    pub configured: usize,
+    /// Devices that it has.
+    pub told: usize,
 }
 
 /// Asks all that can be asked, at once.
-pub async fn find(config: &Config, coordinator: &Coordinator) -> Found {
-    let workers = join_all(config.workers.iter().map(of_worker));
+pub async fn find(config: &Config, coordinator: &Coordinator, probed: &Probed) -> Result<Found, Miscounted> {
+    let workers = join_all(config.workers.iter().map(|worker| of_worker(worker, probed)));
     let (workers, own) = tokio::join!(workers, own(&config.binaries.llama_server, coordinator));
     let mut found = Found::default();
-    for part in workers.into_iter().chain([own]) {
+    for part in workers.into_iter().chain([Ok(own)]) {
+        let part = part?;
         found.devices.extend(part.devices);
         found.notes.extend(part.notes);
+        found.silent.extend(part.silent);
     }
-    found
+    Ok(found)
 }
 
-async fn of_worker(worker: &Worker) -> Found {
-    let name = worker.name();
+async fn of_worker(worker: &Worker, probed: &Probed) -> Result<Found, Miscounted> {
     let mut found = Found::default();
-    if has_agent(worker) {
-        match ask(worker).await {
-            Ok(status) => {
-                found.devices = told(worker, &status);
-                if found.devices.is_empty() {
-                    found.notes.push(format!("the agent of worker {name} tells no devices"));
-                }
+    if !worker.has_agent() {
+        found.devices = of_servers(worker, probed)?;
+        if found
+            .devices
+            .iter()
+            .any(|device| device.known_from == KnownFrom::Config)
+        {
+            found.notes.push(format!(
+                "worker {} has no agent; its `vram_gb` is taken as free memory",
+                worker.name()
+            ));
+        } else if found.devices.is_empty() {
+            found.notes.push(left_out(worker, "it has no agent"));
+        }
+        return Ok(found);
+    }
+    let why = match ask(worker).await {
+        Ok(status) => {
+            found.devices = told(worker, &status);
+            if !found.devices.is_empty() {
+                return Ok(found);
             }
-            Err(error) => found.notes.push(format!(
-                "the agent of worker {name} does not answer at {}:{} ({error})",
-                worker.host, worker.agent_port
-            )),
+            "its agent tells no devices".to_owned()
         }
+        Err(error) => {
+            found.silent.push(worker.name().to_owned());
+            error.to_string()
+        }
+    };
+    found.devices = configured(worker);
+    found.notes.push(if found.devices.is_empty() {
+        left_out(worker, &why)
     } else {
-        found.notes.push(format!("worker {name} has no agent"));
-    }
-    if found.devices.is_empty() {
-        found.devices = configured(worker);
-        let instead = if found.devices.is_empty() {
-            "it is left out, since its `gpus` are not in the config either"
-        } else {
-            "its `vram_gb` is taken as free memory"
-        };
-        if let Some(note) = found.notes.last_mut() {
-            note.push_str("; ");
-            note.push_str(instead);
-        }
-    }
-    found
+        format!(
+            "the `vram_gb` of worker {} is taken as free memory: {why}",
+            worker.name()
+        )
+    });
+    Ok(found)
 }
 
-/// Whether an agent can be asked: without a token only one on this machine.
-fn has_agent(worker: &Worker) -> bool {
-    let token = worker.agent_token.is_some() || worker.agent_token_file.is_some();
-    worker.agent_port != 0 && (token || is_loopback(&worker.host))
+fn left_out(worker: &Worker, why: &str) -> String {
+    format!(
+        "worker {} is left out, since its `gpus` are not in the config either: {why}",
+        worker.name()
+    )
 }
 
 /// Asks a worker's agent how it is.
-async fn ask(worker: &Worker) -> Result<WorkerStatus, String> {
-    let client = reqwest::Client::builder()
-        .timeout(AGENT_PATIENCE)
-        .no_proxy()
-        .build()
-        .map_err(|error| error.to_string())?;
-    let mut request = client.get(format!("http://{}:{}/v1/worker", worker.host, worker.agent_port));
-    if let Some(token) = &worker.agent_token {
-        request = request.bearer_auth(token.expose());
-    } else if let Some(file) = &worker.agent_token_file {
-        let token = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-        request = request.bearer_auth(token.trim());
-    }
-    let answer = request.send().await.map_err(|error| {
-        let why = if error.is_timeout() {
-            "no answer within 2 s"
-        } else if error.is_connect() {
-            "no connection"
-        } else {
-            "no HTTP"
-        };
-        why.to_owned()
-    })?;
-    let status = answer.status();
-    if !status.is_success() {
-        return Err(format!("it answers {status}"));
-    }
-    answer
-        .json()
+async fn ask(worker: &Worker) -> Result<WorkerStatus, AgentError> {
+    let client = AgentClient::new(worker)?;
+    timeout(AGENT_PATIENCE, client.status())
         .await
-        .map_err(|_| "its answer is not that of an agent".to_owned())
+        .unwrap_or_else(|_| Err(client.silent()))
 }
 
 /// The devices that an agent tells.
@@ -125,60 +139,104 @@ pub fn told(worker: &Worker, status: &WorkerStatus) -> Vec<Device> {
         let address = format!("{}:{}", worker.host, endpoint.port);
         let devices = endpoint.devices.clone();
         devices.into_iter().map(move |device| Device {
-            host: worker.name().to_owned(),
-            label: device.description,
             endpoint: Some(address.clone()),
-            name: device.name,
-            total_bytes: device.total_bytes,
-            free_bytes: device.free_bytes,
-            known_from: KnownFrom::Agent,
+            ..listed(worker.name(), device, KnownFrom::Agent)
         })
     };
     status.endpoints.iter().flat_map(of_endpoint).collect()
 }
 
+fn listed(host: &str, device: DeviceStatus, known_from: KnownFrom) -> Device {
+    Device {
+        host: host.to_owned(),
+        label: device.description,
+        endpoint: None,
+        name: device.name,
+        total_bytes: device.total_bytes,
+        free_bytes: device.free_bytes,
+        known_from,
+    }
+}
+
+/// The devices of servers that are run by hand: what the config says of them, with the memory that they told.
+fn of_servers(worker: &Worker, probed: &Probed) -> Result<Vec<Device>, Miscounted> {
+    let mut devices = Vec::new();
+    for (port, gpus) in worker.rpc_endpoints() {
+        let endpoint = format!("{}:{port}", worker.host);
+        let mut own = of_port(worker, port, &gpus);
+        if let Some(told) = probed.get(&endpoint).filter(|told| !told.devices.is_empty()) {
+            if own.is_empty() {
+                own = unnamed(worker, &endpoint, told.devices.len());
+            }
+            if own.len() != told.devices.len() {
+                return Err(Miscounted {
+                    worker: worker.name().to_owned(),
+                    endpoint,
+                    configured: own.len(),
+                    told: told.devices.len(),
+                });
+            }
+            for (device, memory) in own.iter_mut().zip(&told.devices) {
+                device.total_bytes = memory.total_bytes;
+                device.free_bytes = memory.free_bytes;
+                device.known_from = KnownFrom::Probe;
+            }
+        }
+        devices.append(&mut own);
+    }
+    Ok(devices)
+}
+
+/// Devices of which nothing but their number is known.
+fn unnamed(worker: &Worker, endpoint: &str, count: usize) -> Vec<Device> {
+    let device = |number| Device {
+        host: worker.name().to_owned(),
+        label: String::new(),
+        endpoint: Some(endpoint.to_owned()),
+        name: name(worker.backend, number),
+        total_bytes: 0,
+        free_bytes: 0,
+        known_from: KnownFrom::Probe,
+    };
+    (0..count).map(device).collect()
+}
+
 /// The devices that the config gives a worker, endpoint by endpoint.
 #[must_use]
 pub fn configured(worker: &Worker) -> Vec<Device> {
-    let port = |gpu: &Gpu| gpu.rpc_port.unwrap_or(DEFAULT_RPC_PORT);
-    let mut ports: Vec<u16> = Vec::new();
-    for gpu in &worker.gpus {
-        if !ports.contains(&port(gpu)) {
-            ports.push(port(gpu));
-        }
-    }
-    let of_port = |wanted: u16| {
-        let gpus = worker.gpus.iter().filter(move |gpu| port(gpu) == wanted);
-        gpus.enumerate().map(move |(number, gpu)| Device {
-            endpoint: Some(format!("{}:{wanted}", worker.host)),
-            ..of_config(worker.name(), gpu, default_name(worker.backend, number))
-        })
-    };
-    ports.into_iter().flat_map(of_port).collect()
+    let endpoints = worker.rpc_endpoints().into_iter();
+    endpoints
+        .flat_map(|(port, gpus)| of_port(worker, port, &gpus))
+        .collect()
 }
 
-fn of_config(host: &str, gpu: &Gpu, default_name: String) -> Device {
+fn of_port(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Vec<Device> {
+    let device = |(number, gpu): (usize, &&Gpu)| Device {
+        endpoint: Some(format!("{}:{port}", worker.host)),
+        ..of_config(
+            worker.name(),
+            gpu,
+            worker.device_name(gpu).unwrap_or_else(|| name(None, number)),
+        )
+    };
+    gpus.iter().enumerate().map(device).collect()
+}
+
+/// What llama.cpp calls a device, or what we do where nobody has said what kind it is.
+fn name(backend: Option<GpuBackend>, number: usize) -> String {
+    backend.map_or_else(|| format!("GPU{number}"), |backend| backend.device_name(number))
+}
+
+fn of_config(host: &str, gpu: &Gpu, name: String) -> Device {
     let bytes = gib_to_bytes(gpu.vram_gb);
     Device {
         host: host.to_owned(),
         label: gpu.name.clone(),
         endpoint: None,
-        name: gpu.device.clone().unwrap_or(default_name),
+        name: gpu.device.clone().unwrap_or(name),
         total_bytes: bytes,
         free_bytes: bytes,
         known_from: KnownFrom::Config,
-    }
-}
-
-/// What llama.cpp calls a host's device when nobody has said it.
-fn default_name(backend: Option<GpuBackend>, number: usize) -> String {
-    match backend {
-        Some(GpuBackend::Hip) => format!("ROCm{number}"),
-        Some(GpuBackend::Cuda) => format!("CUDA{number}"),
-        Some(GpuBackend::Vulkan) => format!("Vulkan{number}"),
-        Some(GpuBackend::Metal) => format!("MTL{number}"),
-        Some(GpuBackend::Cpu) => "CPU".to_owned(),
-        None => format!("GPU{number}"),
     }
 }
 
@@ -236,7 +294,7 @@ async fn own(llama_server: &Path, coordinator: &Coordinator) -> Found {
             ));
             continue;
         }
-        let of_config = of_config(COORDINATOR, gpu, default_name(Some(coordinator.backend), number));
+        let of_config = of_config(COORDINATOR, gpu, coordinator.backend.device_name(number));
         found.devices.push(match seen {
             Some(seen) => Device {
                 label: gpu.name.clone(),
@@ -261,7 +319,7 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    let output = tokio::time::timeout(LIST_PATIENCE, command.output())
+    let output = timeout(LIST_PATIENCE, command.output())
         .await
         .map_err(|_| "no answer within 30 s".to_owned())?
         .map_err(|error| error.to_string())?;
@@ -271,31 +329,20 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
     Ok(parse_list(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// The devices of `llama-server --list-devices`: `  CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23900 MiB free)`, as
-/// `common_print_available_devices` of llama.cpp b11434 writes them.
+/// The devices of `llama-server --list-devices`, each on an indented line.
 #[must_use]
 pub fn parse_list(text: &str) -> Vec<Device> {
-    let device = |line: &str| -> Option<Device> {
-        let (name, rest) = line.strip_prefix("  ")?.split_once(": ")?;
-        let (label, memory) = rest.strip_suffix(" MiB free)")?.rsplit_once(" (")?;
-        let (total, free) = memory.split_once(" MiB, ")?;
-        let bytes = |mib: &str| Some(mib.parse::<u64>().ok()?.saturating_mul(MIB));
-        Some(Device {
-            host: COORDINATOR.to_owned(),
-            label: label.to_owned(),
-            endpoint: None,
-            name: name.to_owned(),
-            total_bytes: bytes(total)?,
-            free_bytes: bytes(free)?,
-            known_from: KnownFrom::LlamaServer,
-        })
-    };
-    text.lines().filter_map(device).collect()
+    let indented = text.lines().filter(|line| line.starts_with("  "));
+    indented
+        .filter_map(DeviceStatus::parse)
+        .map(|device| listed(COORDINATOR, device, KnownFrom::LlamaServer))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::rpc_probe::{DeviceMemory, Protocol};
 
     fn gpu(name: &str, rpc_port: Option<u16>) -> Gpu {
         Gpu {
@@ -345,8 +392,8 @@ mod tests {
             shown,
             [
                 ("a", "10.0.0.2:50052", "CUDA0"),
-                ("c", "10.0.0.2:50052", "CUDA1"),
-                ("b", "10.0.0.2:50053", "CUDA0")
+                ("c", "10.0.0.2:50052", "CUDA2"),
+                ("b", "10.0.0.2:50053", "CUDA1")
             ]
         );
         assert_eq!(devices[0].free_bytes, 16 << 30);
@@ -359,19 +406,72 @@ mod tests {
             agent_port: 1,
             ..Worker::at("127.0.0.1")
         };
-        let found = of_worker(&worker).await;
+        let found = of_worker(&worker, &Probed::new()).await.unwrap();
+        assert_eq!(found.silent, ["127.0.0.1"]);
         assert_eq!(found.devices, configured(&worker));
         assert!(
             found.notes[0].contains("127.0.0.1:1") && found.notes[0].contains("vram_gb"),
             "{:?}",
             found.notes
         );
-        let unknown = of_worker(&Worker::at("127.0.0.1")).await;
+        let nobody = Worker {
+            agent_port: 1,
+            ..Worker::at("127.0.0.1")
+        };
+        let unknown = of_worker(&nobody, &Probed::new()).await.unwrap();
         assert!(
             unknown.devices.is_empty() && unknown.notes[0].contains("left out"),
             "{:?}",
             unknown.notes
         );
+    }
+
+    /// A server with devices of so many GiB of free memory, half of what they have.
+    fn server(free: &[u64]) -> Told {
+        let device = |gib: &u64| DeviceMemory {
+            free_bytes: gib << 30,
+            total_bytes: gib << 31,
+        };
+        Told {
+            protocol: Protocol {
+                major: 7,
+                minor: 0,
+                patch: 0,
+            },
+            devices: free.iter().map(device).collect(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_run_by_hand_counts_with_the_memory_that_it_told() {
+        let worker = Worker {
+            backend: Some(GpuBackend::Cuda),
+            gpus: vec![gpu("a", None), gpu("b", None)],
+            ..Worker::at("10.0.0.2")
+        };
+        let probed = Probed::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
+        let found = of_worker(&worker, &probed).await.unwrap();
+        let shown: Vec<_> = found
+            .devices
+            .iter()
+            .map(|device| (device.label.as_str(), device.free_bytes >> 30, device.known_from))
+            .collect();
+        assert_eq!(shown, [("a", 3, KnownFrom::Probe), ("b", 5, KnownFrom::Probe)]);
+        assert!(found.notes.is_empty(), "{:?}", found.notes);
+        let without_gpus = of_worker(&Worker::at("10.0.0.2"), &probed).await.unwrap();
+        assert_eq!(without_gpus.devices.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_server_with_more_devices_than_the_config_lists_is_refused_with_both_numbers() {
+        let worker = Worker {
+            gpus: vec![gpu("a", None)],
+            ..Worker::at("10.0.0.2")
+        };
+        let probed = Probed::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
+        let refused = of_worker(&worker, &probed).await.unwrap_err();
+        assert_eq!((refused.configured, refused.told), (1, 2));
+        assert!(refused.to_string().contains("10.0.0.2:50052"), "{refused}");
     }
 
     #[tokio::test]

@@ -18,6 +18,10 @@ const MAX_NAME: u64 = 64 * 1024;
 const MAX_TEXT: u64 = 1024;
 /// Longest array whose values are kept: llama.cpp has no model with more layers (`LLAMA_MAX_LAYERS`).
 const MAX_ARRAY: u64 = 512;
+/// More numbers than any model has in one of a layer's vectors, or entries in its vocabulary.
+pub(super) const MOST_NUMBERS: u64 = 1 << 24;
+/// More numbers than any layer keeps of a sequence.
+const MOST_STATE: u64 = 1 << 32;
 /// Most dimensions of a tensor (`GGML_MAX_DIMS`).
 const MAX_DIMENSIONS: u32 = 4;
 /// Most parts of a model: their number has 16 bits.
@@ -268,6 +272,26 @@ pub struct LayerMemory {
     pub state: u64,
 }
 
+impl Shape {
+    /// What no model has, and a plan could not count with.
+    fn absurd(&self) -> Option<String> {
+        let vectors = [
+            ("embedding", self.embedding),
+            ("vocabulary", self.vocabulary),
+            ("heads", self.heads),
+            ("feed-forward part", self.feed_forward),
+        ];
+        let kept = self.memory.iter();
+        let kept = kept.flat_map(|memory| [("keys", memory.key), ("values", memory.value)]);
+        let states = self.memory.iter().map(|memory| ("state", memory.state));
+        let vectors = vectors.into_iter().chain(kept).map(|it| (it, MOST_NUMBERS));
+        vectors
+            .chain(states.map(|it| (it, MOST_STATE)))
+            .find(|((_, number), most)| number > most)
+            .map(|((what, number), _)| format!("its {what} would have {number} numbers"))
+    }
+}
+
 impl ModelFile {
     /// Reads the headers of a model and of its other parts.
     pub fn read(path: &Path) -> Result<Self, ModelFileError> {
@@ -287,7 +311,7 @@ impl ModelFile {
             });
         }
         if parts > 1 {
-            let part = first.number("split.no").unwrap_or(0) + 1;
+            let part = first.number("split.no").unwrap_or(0).saturating_add(1);
             if part != 1 {
                 return Err(ModelFileError::NotFirstPart {
                     path: path.to_owned(),
@@ -723,7 +747,7 @@ impl Part {
         let experts_used = self.largest(&key("expert_used_count")).unwrap_or(0);
         let of_experts = self.largest(&key("expert_feed_forward_length")).unwrap_or(0);
         let dense = self.largest(&key("feed_forward_length")).unwrap_or(0);
-        Ok(Shape {
+        let shape = Shape {
             architecture: architecture.to_owned(),
             name: self.text("general.name").map(str::to_owned),
             layers,
@@ -735,7 +759,14 @@ impl Part {
             memory: (0..layers as usize)
                 .map(|layer| self.layer_memory(architecture, layer, layers, embedding))
                 .collect(),
-        })
+        };
+        match shape.absurd() {
+            None => Ok(shape),
+            Some(what) => Err(ModelFileError::Broken {
+                path: self.path.clone(),
+                what,
+            }),
+        }
     }
 
     fn layer_memory(&self, architecture: &str, layer: usize, layers: u32, embedding: u64) -> LayerMemory {
@@ -835,7 +866,7 @@ impl Part {
         let head = number("kda.head_dim");
         if head > 0 {
             let inner = head.saturating_mul(heads);
-            return inner.saturating_mul(head.saturating_add(3 * convolution.max(3)));
+            return inner.saturating_mul(head.saturating_add(convolution.max(3).saturating_mul(3)));
         }
         let (inner, state) = (number("ssm.inner_size"), number("ssm.state_size"));
         let groups = number("ssm.group_count").saturating_mul(2).saturating_mul(state);
@@ -852,6 +883,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cluster::plan;
 
     const TARGET: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),
@@ -1110,7 +1142,65 @@ mod tests {
         assert!(error.contains("`clip.block_count`"), "{error}");
     }
 
+    #[test]
+    fn a_size_that_no_model_has_is_refused_by_its_name() {
+        let made = gemma(1).number("gemma3.feed_forward_length", u32::MAX);
+        let error = read(&made.bytes()).unwrap_err();
+        assert!(matches!(error, ModelFileError::Broken { .. }), "{error:?}");
+        assert!(error.to_string().contains("feed-forward"), "{error}");
+    }
+
+    /// Keys of sizes, for each way that a layer may keep something.
+    const SIZES: [&str; 14] = [
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.sliding_window",
+        "attention.shared_kv_layers",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_used_count",
+        "ssm.conv_kernel",
+        "ssm.inner_size",
+        "ssm.state_size",
+        "wkv.head_size",
+        "kda.head_dim",
+    ];
+
     proptest! {
+        #[test]
+        fn a_model_of_any_sizes_is_refused_or_planned(
+            layers in 0u32..4,
+            embedding in prop_oneof![0u32..100_000, Just(u32::MAX)],
+            sizes in proptest::collection::vec((0..SIZES.len(), prop_oneof![0u32..100_000, any::<u32>()]), 0..8),
+            context in 1u32..1_000_000,
+        ) {
+            let mut made = Made::new()
+                .text("general.architecture", "made")
+                .number("made.block_count", layers)
+                .number("made.embedding_length", embedding);
+            for (key, size) in sizes {
+                made = made.number(&format!("made.{}", SIZES[key]), size);
+            }
+            if let Ok(model) = read(&made.tensor("blk.0.attn_q.weight", 64, 0, 256).bytes()) {
+                let config = serde_json::json!({ "path": "/m.gguf", "ctx_size": context });
+                let config: crate::config::Model = serde_json::from_value(config).unwrap();
+                let want = plan::Settings::of(&config, &crate::config::Coordinator::default(), Some(16)).unwrap();
+                let device = plan::Device {
+                    host: "coordinator".into(),
+                    label: String::new(),
+                    endpoint: None,
+                    name: "CUDA0".into(),
+                    total_bytes: 1 << 34,
+                    free_bytes: 1 << 34,
+                    known_from: plan::KnownFrom::Config,
+                };
+                let plan = plan::plan(&model, &[device], &want).unwrap();
+                prop_assert_eq!(plan.layers, layers + 1);
+            }
+        }
+
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let whole = [b"GGUF\x03\0\0\0".as_slice(), &bytes].concat();

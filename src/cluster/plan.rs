@@ -3,7 +3,7 @@
 //! llama.cpp b11434 puts a model's repeating layers and, as one more, its output layer on the devices in their order: with
 //! `--tensor-split 3,4` the first 3 of 7 on the first device, the others on the second (`load_tensors` in
 //! `src/llama-model.cpp`). So a plan gives the number of layers per device, and llama.cpp's rule has nothing to round:
-//! [`layers_of_split`] is that rule. The input embeddings stay in the coordinator's own memory.
+//! the tests hold that rule against the plan. The input embeddings stay in the coordinator's own memory.
 //!
 //! What a device needs:
 //!
@@ -68,6 +68,8 @@ pub struct Device {
 pub enum KnownFrom {
     /// The worker's agent.
     Agent,
+    /// The worker's `ggml-rpc-server`.
+    Probe,
     /// `llama-server --list-devices`.
     LlamaServer,
     /// `vram_gb` in the config: nobody has looked what is free.
@@ -124,7 +126,7 @@ pub enum PlanError {
 /// Types that llama-server takes for its KV cache (`kv_cache_types` in `common/arg.cpp`).
 const CACHE_TYPES: [&str; 9] = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"];
 /// Options that say where the layers go; given in `extra_args` they win, and the plan is not what happens.
-const PLACING_OPTIONS: [&str; 17] = [
+const PLACING_OPTIONS: [&str; 18] = [
     "-ts",
     "--tensor-split",
     "-dev",
@@ -141,6 +143,7 @@ const PLACING_OPTIONS: [&str; 17] = [
     "--cpu-moe",
     "-ncmoe",
     "--n-cpu-moe",
+    "-nkvo",
     "--no-kv-offload",
 ];
 
@@ -397,13 +400,17 @@ fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan,
     let (needs, host_weights) = needs(model, want);
     let compute = compute_bytes(&model.shape, want);
     let scores = score_bytes(&model.shape, want);
-    let mut costs: Vec<u64> = needs.iter().map(|need| need.weights + need.kv).collect();
+    let mut costs: Vec<u64> = needs.iter().map(Need::bytes).collect();
     if let Some(output) = costs.last_mut() {
-        *output += scores;
+        *output = output.saturating_add(scores);
     }
     let room: Vec<u64> = devices
         .iter()
-        .map(|device| device.free_bytes.saturating_sub(want.margin_bytes + compute))
+        .map(|device| {
+            device
+                .free_bytes
+                .saturating_sub(want.margin_bytes.saturating_add(compute))
+        })
         .collect();
     let counts = balance(&costs, &room);
 
@@ -413,9 +420,12 @@ fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan,
         let own = &needs[first..first + count];
         let has_output = count > 0 && first + count == needs.len();
         let repeating = count - usize::from(has_output);
-        let weights_bytes = own.iter().map(|need| need.weights).sum();
-        let kv_bytes = own.iter().map(|need| need.kv).sum();
-        let compute_bytes = if repeating > 0 { compute } else { 0 } + if has_output { scores } else { 0 };
+        let weights_bytes = sum(own.iter().map(|need| need.weights));
+        let kv_bytes = sum(own.iter().map(|need| need.kv));
+        let compute_bytes = sum([
+            if repeating > 0 { compute } else { 0 },
+            if has_output { scores } else { 0 },
+        ]);
         placements.push(Placement {
             device: device.clone(),
             argument: None,
@@ -424,7 +434,7 @@ fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan,
             weights_bytes,
             kv_bytes,
             compute_bytes,
-            left_bytes: difference(device.free_bytes, weights_bytes + kv_bytes + compute_bytes),
+            left_bytes: difference(device.free_bytes, sum([weights_bytes, kv_bytes, compute_bytes])),
         });
         first += count;
     }
@@ -469,44 +479,62 @@ fn name_devices(placements: &mut [Placement]) {
     }
 }
 
+impl Need {
+    fn bytes(&self) -> u64 {
+        self.weights.saturating_add(self.kv)
+    }
+}
+
+/// A context that no pool has room for, or a file of holes, must not become a small number.
+fn sum(bytes: impl IntoIterator<Item = u64>) -> u64 {
+    bytes.into_iter().fold(0, u64::saturating_add)
+}
+
 fn difference(a: u64, b: u64) -> i64 {
-    i64::try_from(i128::from(a) - i128::from(b)).unwrap_or(i64::MIN)
+    let difference = i128::from(a) - i128::from(b);
+    i64::try_from(difference).unwrap_or(if difference < 0 { i64::MIN } else { i64::MAX })
 }
 
 /// What each layer needs, the output layer last, and the bytes that stay with the coordinator.
 fn needs(model: &ModelFile, want: &Settings) -> (Vec<Need>, u64) {
     let repeating = model.shape.layers as usize;
     let mut needs = vec![Need::default(); repeating + 1];
-    let (mut host, mut embeddings, mut has_output) = (0, 0, false);
+    let (mut host, mut embeddings, mut has_output) = (0u64, 0u64, false);
+    let add = |to: &mut u64, bytes: u64| *to = to.saturating_add(bytes);
     for tensor in &model.tensors {
-        let bytes = tensor.bytes.next_multiple_of(ALIGNMENT);
+        let bytes = tensor.bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
         let stem = tensor.name.split('.').next().unwrap_or_default();
         match stem {
             "blk" => {
                 let layer = tensor.name.split('.').nth(1).and_then(|layer| layer.parse().ok());
                 let at = layer.unwrap_or(repeating).min(repeating);
-                needs[at].weights += bytes;
+                add(&mut needs[at].weights, bytes);
             }
             "token_embd" | "position_embd" | "token_types" | "per_layer_token_embd" => {
-                host += bytes;
+                add(&mut host, bytes);
                 if stem == "token_embd" {
-                    embeddings += bytes;
+                    add(&mut embeddings, bytes);
                 }
             }
-            "token_embd_norm" | "rope_freqs" | "rope_factors_long" | "rope_factors_short" => needs[0].weights += bytes,
+            "token_embd_norm" | "rope_freqs" | "rope_factors_long" | "rope_factors_short" => {
+                add(&mut needs[0].weights, bytes);
+            }
             _ => {
                 has_output |= tensor.name == "output.weight";
-                needs[repeating].weights += bytes;
+                add(&mut needs[repeating].weights, bytes);
             }
         }
     }
     if !has_output {
-        needs[repeating].weights += embeddings;
+        add(&mut needs[repeating].weights, embeddings);
     }
     let states = u64::from(want.slots) * (1 + u64::from(want.draft_tokens.unwrap_or(0)));
     for (need, memory) in needs.iter_mut().zip(&model.shape.memory) {
         let (cells, streams) = want.cells(memory.window);
-        let token = want.key_type.row_bytes(memory.key) + want.value_type.row_bytes(memory.value);
+        let token = sum([
+            want.key_type.row_bytes(memory.key),
+            want.value_type.row_bytes(memory.value),
+        ]);
         need.kv = (token.saturating_mul(cells).saturating_mul(streams))
             .saturating_add(memory.state.saturating_mul(4).saturating_mul(states));
     }
@@ -526,10 +554,10 @@ fn compute_bytes(shape: &Shape, want: &Settings) -> u64 {
 
 /// Bytes that the coordinator itself computes with, measured in the same way.
 fn host_compute_bytes(shape: &Shape, want: &Settings) -> u64 {
-    let pair = if want.flash_attention { 8 } else { 16 };
+    let pair: u64 = if want.flash_attention { 8 } else { 16 };
     let (cells, _) = want.cells(None);
     want.batch
-        .saturating_mul((4 * 11 * shape.embedding).saturating_add(pair * cells))
+        .saturating_mul((4 * 11 * shape.embedding).saturating_add(pair.saturating_mul(cells)))
         .saturating_add(score_bytes(shape, want))
 }
 
@@ -542,7 +570,7 @@ fn score_bytes(shape: &Shape, want: &Settings) -> u64 {
 /// Layers in order onto devices in order, so that the largest share of any device's room is as small as can be: it finds the
 /// least share with which filling one device after the other places all.
 fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
-    let total: u64 = costs.iter().sum();
+    let total = sum(costs.iter().copied());
     let fill = |share: f64| -> Option<Vec<usize>> {
         let mut next = 0;
         let counts = room
@@ -580,28 +608,6 @@ fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
         }
     }
     best
-}
-
-/// Layers per device that llama.cpp b11434 makes of a `--tensor-split`, with its own arithmetic: sums of 32-bit floats, and
-/// each layer goes to the first device whose sum is beyond the layer's place.
-#[must_use]
-pub fn layers_of_split(split: &[f32], layers: u32) -> Vec<u32> {
-    let mut sum = 0.0f32;
-    let sums: Vec<f32> = split
-        .iter()
-        .map(|part| {
-            sum += part;
-            sum
-        })
-        .collect();
-    let mut counts = vec![0; split.len()];
-    for layer in 0..layers {
-        let place = layer as f32 / layers as f32;
-        if let Some(device) = sums.iter().position(|end| end / sum > place) {
-            counts[device] += 1;
-        }
-    }
-    counts
 }
 
 /// The nearest change of each kind that makes the model fit.
@@ -675,9 +681,13 @@ fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings) -> Vec<Su
         };
         // With room for all of it on the new worker it fits for sure.
         let (needs, _) = needs(model, want);
-        let all: u64 = needs.iter().map(|need| need.weights + need.kv).sum();
-        let fixed = compute_bytes(&model.shape, want) + score_bytes(&model.shape, want) + want.margin_bytes;
-        let enough = (all + fixed).div_ceil(GIB) + 1;
+        let all = sum(needs.iter().map(Need::bytes));
+        let fixed = [
+            compute_bytes(&model.shape, want),
+            score_bytes(&model.shape, want),
+            want.margin_bytes,
+        ];
+        let enough = all.saturating_add(sum(fixed)).div_ceil(GIB) + 1;
         // By how much it is less than enough.
         if let Some(less) = most(0, enough - 1, &|less| fits(&with_worker(enough - less), want)) {
             found.push(Suggestion::WorkerGb(enough - less));
@@ -757,6 +767,27 @@ mod tests {
     fn settings() -> Settings {
         let (model, coordinator) = config();
         Settings::of(&model, &coordinator, None).unwrap()
+    }
+
+    /// Layers per device that llama.cpp b11434 makes of a `--tensor-split`, with its own arithmetic: sums of 32-bit floats, and
+    /// each layer goes to the first device whose sum is beyond the layer's place.
+    fn layers_of_split(split: &[f32], layers: u32) -> Vec<u32> {
+        let mut sum = 0.0f32;
+        let sums: Vec<f32> = split
+            .iter()
+            .map(|part| {
+                sum += part;
+                sum
+            })
+            .collect();
+        let mut counts = vec![0; split.len()];
+        for layer in 0..layers {
+            let place = layer as f32 / layers as f32;
+            if let Some(device) = sums.iter().position(|end| end / sum > place) {
+                counts[device] += 1;
+            }
+        }
+        counts
     }
 
     fn tiny(name: &str) -> ModelFile {
@@ -995,6 +1026,38 @@ mod tests {
                 own.iter().sum::<u64>() <= *room
             });
             prop_assert_eq!(fits, can_fit(&costs, &room));
+        }
+
+        #[test]
+        fn no_size_makes_it_wrap_around(
+            numbers in proptest::collection::vec(prop_oneof![0u64..1 << 24, Just(1 << 24), Just(u64::MAX)], 12),
+            free in proptest::collection::vec(prop_oneof![0u64..1 << 40, Just(u64::MAX)], 1..4),
+            (context, slots) in (prop_oneof![1u32..100_000, Just(u32::MAX)], prop_oneof![1u16..9, Just(u16::MAX)]),
+        ) {
+            let mut model = model(&[1, 2, 3]);
+            for (tensor, bytes) in model.tensors.iter_mut().zip(&numbers) {
+                tensor.bytes = *bytes;
+            }
+            model.shape.memory[1] = LayerMemory {
+                key: numbers[5],
+                value: numbers[6],
+                window: Some(numbers[7]),
+                state: numbers[8],
+            };
+            let most = |number: u64| number.min(crate::cluster::gguf::MOST_NUMBERS);
+            model.shape.embedding = most(numbers[9]);
+            model.shape.feed_forward = most(numbers[10]);
+            model.shape.vocabulary = most(numbers[11]);
+            let devices: Vec<Device> = free
+                .iter()
+                .map(|free| Device { free_bytes: *free, ..device(None, 1) })
+                .collect();
+            let want = Settings { context, slots, batch: numbers[4].max(1), ..settings() };
+            let plan = plan(&model, &devices, &want).unwrap();
+            prop_assert_eq!(plan.placements.iter().map(|it| it.layers).sum::<u32>(), 4);
+            let all = u128::from(numbers[0]) + u128::from(numbers[1]) + u128::from(numbers[2]) + u128::from(numbers[4]);
+            let room: u128 = free.iter().map(|free| u128::from(*free)).sum();
+            prop_assert!(!plan.fits || all <= room);
         }
 
         #[test]

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::error::{closest, list};
 use super::origin::{Finding, key_path};
-use super::{Backend, Config, ConfigError, DEFAULT_RPC_PORT, Gpu, Model, Upstream, Worker, is_loopback, is_wildcard};
+use super::{
+    Backend, Config, ConfigError, DEFAULT_RPC_PORT, Gpu, GpuBackend, Model, Upstream, Worker, is_loopback, is_wildcard,
+};
 
 /// [`Config::model_for`] with a bare sentence as the error.
 pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a str, &'a Model), String> {
@@ -115,6 +117,17 @@ impl Worker {
         self.agent_port != 0 && (token || is_loopback(&self.host))
     }
 
+    /// llama.cpp's name of one of its `gpus`: as given, else by its place in the list; `None` where its backend is not
+    /// given either.
+    #[must_use]
+    pub fn device_name(&self, gpu: &Gpu) -> Option<String> {
+        if gpu.device.is_some() {
+            return gpu.device.clone();
+        }
+        let number = self.gpus.iter().position(|other| std::ptr::eq(other, gpu))?;
+        Some(self.backend?.device_name(number))
+    }
+
     /// Base URL of its agent.
     #[must_use]
     pub fn agent_url(&self) -> String {
@@ -135,6 +148,21 @@ impl Worker {
             endpoints.insert(DEFAULT_RPC_PORT, Vec::new());
         }
         endpoints
+    }
+}
+
+impl GpuBackend {
+    /// What llama.cpp calls a host's device with this number.
+    #[must_use]
+    pub fn device_name(self, number: usize) -> String {
+        let prefix = match self {
+            Self::Hip => "ROCm",
+            Self::Cuda => "CUDA",
+            Self::Vulkan => "Vulkan",
+            Self::Metal => "MTL",
+            Self::Cpu => return "CPU".to_owned(),
+        };
+        format!("{prefix}{number}")
     }
 }
 

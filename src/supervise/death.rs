@@ -20,12 +20,14 @@ pub enum Cause {
     PortInUse,
     /// The model file is missing, broken, or of a kind that this llama.cpp does not know; its own words.
     ModelNotLoaded(String),
-    /// Not enough memory, on a GPU or in the machine.
-    OutOfMemory,
+    /// Not enough memory, on a GPU or in the machine; its own words, which may name the device.
+    OutOfMemory(String),
     /// It does not know one of its arguments; its own words.
     BadArgument(String),
-    /// A machine that lends its GPUs is gone or runs another build; its own words.
+    /// A machine that lends its GPUs is gone; its own words.
     WorkerLost(String),
+    /// A machine that lends its GPUs speaks another version of the RPC protocol; its own words.
+    OtherBuild(String),
     /// An instruction that this processor does not have.
     IllegalInstruction,
     /// It could not be started at all.
@@ -41,14 +43,16 @@ type Sign = (&'static str, fn(String) -> Cause);
 const SIGNS: &[Sign] = &[
     ("Remote RPC server crashed", Cause::WorkerLost),
     ("Failed to connect to", Cause::WorkerLost),
-    ("RPC handshake failed", Cause::WorkerLost),
+    ("RPC server version mismatch", Cause::OtherBuild),
+    ("RPC handshake failed", Cause::OtherBuild),
     ("couldn't bind", |_| Cause::PortInUse),
     ("address already in use", |_| Cause::PortInUse),
     ("Failed to create server socket", |_| Cause::PortInUse),
-    ("out of memory", |_| Cause::OutOfMemory),
-    ("failed to allocate", |_| Cause::OutOfMemory),
-    ("unable to allocate", |_| Cause::OutOfMemory),
-    ("bad_alloc", |_| Cause::OutOfMemory),
+    // This one names the device: `unable to allocate CUDA0 buffer`.
+    ("unable to allocate", Cause::OutOfMemory),
+    ("out of memory", Cause::OutOfMemory),
+    ("failed to allocate", Cause::OutOfMemory),
+    ("bad_alloc", Cause::OutOfMemory),
     ("error: invalid argument", Cause::BadArgument),
     ("error: unknown argument", Cause::BadArgument),
     ("error: unknown device", Cause::BadArgument),
@@ -125,13 +129,19 @@ impl fmt::Display for Death {
                     "it could not load the model ({words}); check `path` and whether the file is complete"
                 )
             }
-            Cause::OutOfMemory => f.write_str(
-                "it ran out of memory; use a smaller model or quantisation, a smaller `ctx_size`, or fewer `slots`",
+            Cause::OutOfMemory(words) => write!(
+                f,
+                "it ran out of memory ({words}); use a smaller model or quantisation, a smaller `ctx_size`, or fewer \
+                 `slots`"
             ),
             Cause::BadArgument(words) => write!(f, "it does not take its arguments ({words}); check `extra_args`"),
             Cause::WorkerLost(words) => write!(
                 f,
-                "it lost a worker ({words}); check that all workers run the same build"
+                "it lost a worker ({words}); check that its host is up, and the network between the two"
+            ),
+            Cause::OtherBuild(words) => write!(
+                f,
+                "a worker speaks another version of the protocol ({words}); install the same build of llama.cpp on both"
             ),
             Cause::IllegalInstruction => f.write_str(
                 "it used an instruction that this processor does not have; use a llama-server built for this machine, \
@@ -190,7 +200,22 @@ mod tests {
             "0.10 E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9000 MiB on device 0: cudaMalloc failed: out of memory",
             "0.11 E llama_model_load: error loading model: unable to allocate CUDA0 buffer",
         ];
-        assert_eq!(death(1 << 8, &lines).cause, Cause::OutOfMemory);
+        let death = death(1 << 8, &lines);
+        assert!(matches!(death.cause, Cause::OutOfMemory(_)), "{death}");
+        assert!(death.to_string().contains("CUDA0"), "{death}");
+    }
+
+    #[test]
+    fn a_worker_that_is_gone_is_told_from_one_with_another_build() {
+        let gone = death(6, &["0.1 E Remote RPC server crashed or returned malformed response"]);
+        assert!(matches!(gone.cause, Cause::WorkerLost(_)), "{gone}");
+        assert!(!gone.to_string().contains("build"), "{gone}");
+        let other = death(1 << 8, &["0.1 E RPC handshake failed with 10.0.0.2:50052"]);
+        assert!(matches!(other.cause, Cause::OtherBuild(_)), "{other}");
+        assert!(
+            other.to_string().contains("build") && other.to_string().contains("10.0.0.2"),
+            "{other}"
+        );
     }
 
     #[test]

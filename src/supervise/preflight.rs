@@ -149,15 +149,23 @@ pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
     let host = host.trim_matches(['[', ']']);
     match TcpListener::bind((host, port)) {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::AddrInUse => Err(Unfit::PortInUse {
-            host: host.to_owned(),
-            port,
-        }),
-        Err(source) => Err(Unfit::CannotListen {
-            host: host.to_owned(),
-            port,
-            source,
-        }),
+        Err(error) => Err(not_listening(host, port, error)),
+    }
+}
+
+/// Listens there.
+pub async fn listen(host: &str, port: u16) -> Result<tokio::net::TcpListener, Unfit> {
+    let listener = tokio::net::TcpListener::bind((host, port)).await;
+    listener.map_err(|error| not_listening(host, port, error))
+}
+
+fn not_listening(host: &str, port: u16, error: io::Error) -> Unfit {
+    let host = host.to_owned();
+    if error.kind() == ErrorKind::AddrInUse {
+        Unfit::PortInUse { host, port }
+    } else {
+        let source = error;
+        Unfit::CannotListen { host, port, source }
     }
 }
 

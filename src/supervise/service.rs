@@ -44,7 +44,7 @@ pub enum State {
     },
     /// It was asked to end and has.
     Stopped,
-    /// It died too often, or of something that a restart does not cure.
+    /// It died too often, or of something that a restart does not cure, or was to be started once.
     GaveUp {
         /// Why it died last.
         death: Death,
@@ -75,6 +75,16 @@ impl Service {
     /// Starts it, and starts it again whenever it dies, until `stop` is cancelled.
     #[must_use]
     pub fn start(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
+        Self::begin(role, launch, After::StartAgain, stop)
+    }
+
+    /// Starts it once: when it dies it is given up.
+    #[must_use]
+    pub fn start_once(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
+        Self::begin(role, launch, After::GiveUp, stop)
+    }
+
+    fn begin(role: Role, launch: Launch, after: After, stop: &CancellationToken) -> Self {
         let stop = stop.child_token();
         let (report, state) = watch::channel(State::Starting);
         let (tails, tail) = watch::channel(Tail::default());
@@ -82,7 +92,7 @@ impl Service {
             state: report,
             tail: tails,
         };
-        let task = tokio::spawn(keep_running(role, launch, report, stop.clone()));
+        let task = tokio::spawn(keep_running(role, launch, after, report, stop.clone()));
         Self {
             role,
             state,
@@ -155,7 +165,14 @@ struct Report {
     tail: watch::Sender<Tail>,
 }
 
-async fn keep_running(role: Role, launch: Launch, report: Report, stop: CancellationToken) {
+/// What follows a death.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    StartAgain,
+    GiveUp,
+}
+
+async fn keep_running(role: Role, launch: Launch, after: After, report: Report, stop: CancellationToken) {
     let mut restarts = Restarts::default();
     loop {
         report.state.send_replace(State::Starting);
@@ -164,6 +181,11 @@ async fn keep_running(role: Role, launch: Launch, report: Report, stop: Cancella
             Life::Died { death, ready } => (death, ready),
         };
         show_last_lines(role, &death);
+        if after == After::GiveUp {
+            tracing::error!("the {role} server died: {death}");
+            report.state.send_replace(State::GaveUp { death });
+            return;
+        }
         match restarts.died(ready, death.is_curable(), rand::random()) {
             Decision::GiveUp => {
                 report.state.send_replace(State::GaveUp { death });

@@ -12,6 +12,7 @@ use super::pool::{Life, Message, Report};
 use super::prepare::{Moment, OwnFree, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
+use crate::cluster::devices::Probed;
 use crate::cluster::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
 use crate::config::{Config, Coordinator};
 
@@ -220,7 +221,8 @@ impl Driver {
         let (planner, tell) = (Arc::clone(&self.planner), self.tell.clone());
         let own_free = self.server.is_some().then(|| self.own_free.clone());
         tokio::spawn(async move {
-            let moment = own_free.as_ref().map_or(Moment::Free, Moment::Beside);
+            let unasked = Probed::new();
+            let moment = own_free.as_ref().map_or(Moment::Free(&unasked), Moment::Beside);
             let result = match planner.plan(&model, moment).await {
                 Ok(_) => Ok(()),
                 Err(Unready::Yet(why) | Unready::Ever(why)) => Err(why),
@@ -238,14 +240,15 @@ impl Driver {
             let outcome = async {
                 // Nobody's servers are started for a model that cannot be loaded.
                 let ready = async {
-                    workers.ask().await?;
-                    planner.plan(&model, Moment::Free).await
+                    let probed = workers.ask().await?;
+                    planner.plan(&model, Moment::Free(&probed)).await?;
+                    Ok(probed)
                 };
-                unless(&cancel, ready).await?;
+                let probed = unless(&cancel, ready).await?;
                 let leases = workers.lease(epoch, &tell, &cancel).await?;
                 // Fresh servers know best what is free.
                 let prepared = async {
-                    let plan = planner.plan(&model, Moment::Free).await?;
+                    let plan = planner.plan(&model, Moment::Free(&probed)).await?;
                     planner.launch(&model, &plan)
                 };
                 match unless(&cancel, prepared).await {

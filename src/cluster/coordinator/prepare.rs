@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 use super::load::TELLS_PROGRESS;
-use crate::cluster::devices;
+use crate::cluster::devices::{self, Probed};
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::plan::{self, Device, KnownFrom, Plan, PlanError};
 use crate::cluster::swap::{Name, Unready};
@@ -30,8 +30,8 @@ pub(super) struct Prepared {
 /// When a plan is made.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Moment<'a> {
-    /// Nothing runs: what is free now is free for it.
-    Free,
+    /// Nothing runs: what is free now is free for it. With what servers told that are run by hand.
+    Free(&'a Probed),
     /// Beside a server that is to make room. The coordinator's own GPUs are full of it, so this is what they had free before
     /// it; workers tell such a number themselves.
     Beside(&'a OwnFree),
@@ -102,13 +102,19 @@ impl Planner {
     }
 
     async fn devices(&self, moment: Moment<'_>) -> Result<Vec<Device>, Unready> {
-        let found = devices::find(&self.config, &self.coordinator).await;
+        let unasked = Probed::new();
+        let probed = match moment {
+            Moment::Free(probed) => probed,
+            Moment::Beside(_) => &unasked,
+        };
+        let found = devices::find(&self.config, &self.coordinator, probed);
+        let found = found.await.map_err(|error| ever(&error))?;
         for note in &found.notes {
             tracing::debug!("{note}");
         }
         let mut devices = found.devices;
         match moment {
-            Moment::Free => {
+            Moment::Free(_) => {
                 let told = |worker: &Worker| {
                     let own = |device: &Device| device.known_from == KnownFrom::Agent && device.host == worker.name();
                     devices.iter().any(own)

@@ -149,7 +149,7 @@ fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
 }
 
 async fn failure(death: &Death, workers: &Workers) -> Failure {
-    let says_so = matches!(death.cause, Cause::WorkerLost(_));
+    let says_so = matches!(death.cause, Cause::WorkerLost(_) | Cause::OtherBuild(_));
     let may_be = says_so || matches!(death.cause, Cause::Signal(_) | Cause::Code(_));
     let found = if may_be { workers.who_is_lost(false).await } else { None };
     let found = found.or_else(|| {

@@ -18,9 +18,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::driver::cancelled;
 use super::pool::{Message, WorkerReport};
-use crate::cluster::agent::{EndpointState, LeaseRequest, WorkerStatus};
+use crate::cluster::agent::{Endpoint, EndpointState, LeaseRequest};
 use crate::cluster::agent_client::{AgentClient, AgentError};
 use crate::cluster::build;
+use crate::cluster::devices::Probed;
 use crate::cluster::rpc_probe::{self, Told};
 use crate::cluster::swap::{Event, Failure, Unready};
 use crate::config::Worker;
@@ -105,7 +106,8 @@ impl Workers {
     }
 
     /// Asks whether all could be taken: reachable, free or ours already, and of one build. Nothing is started for that.
-    pub(super) async fn ask(&self) -> Result<(), Unready> {
+    /// Returns what the servers told that are run by hand.
+    pub(super) async fn ask(&self) -> Result<Probed, Unready> {
         let own = build::build(&self.llama_server).await;
         let seen = join_all(self.members.iter().map(|member| self.sight(member))).await;
         let mut problems = Vec::new();
@@ -134,7 +136,7 @@ impl Workers {
                 );
             });
         }
-        Ok(())
+        Ok(sights.into_iter().flat_map(|sight| sight.told).collect())
     }
 
     async fn sight(&self, member: &Member) -> Result<Sight, String> {
@@ -142,12 +144,14 @@ impl Workers {
             name: member.name.clone(),
             build: None,
             protocol: None,
+            told: Probed::new(),
         };
         let Some(agent) = &member.agent else {
             for endpoint in &member.endpoints {
                 let told = listens(endpoint).await;
                 let told = told.map_err(|why| format!("worker {}: {why}", member.name))?;
                 sight.protocol = Some(told.protocol.to_string());
+                sight.told.insert(endpoint.clone(), told);
             }
             return Ok(sight);
         };
@@ -225,7 +229,7 @@ impl Workers {
         let looks = self.members.iter().map(|member| async move {
             let wrong = match &member.agent {
                 Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
-                    Ok(Ok(status)) => failed_endpoint(&status),
+                    Ok(Ok(status)) => failed_endpoint(&status.endpoints),
                     Ok(Err(error)) => Some(error.to_string()),
                     Err(_) => Some("its agent does not answer".to_owned()),
                 },
@@ -304,7 +308,7 @@ impl Member {
         match timeout(BEAT_PATIENCE, agent.status()).await {
             Ok(Ok(status)) => {
                 report.up = Some(true);
-                report.problem = failed_endpoint(&status);
+                report.problem = failed_endpoint(&status.endpoints);
                 report.build = Some(status.build);
                 report.leased_by = status.lease.map(|lease| lease.holder);
             }
@@ -439,8 +443,7 @@ async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedS
 }
 
 async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentError> {
-    agent.renew(id).await?;
-    Ok(failed_endpoint(&agent.status().await?))
+    Ok(failed_endpoint(&agent.renew(id).await?.endpoints))
 }
 
 /// What is known of a worker's llama.cpp.
@@ -450,6 +453,8 @@ struct Sight {
     build: Option<String>,
     /// Version of the RPC protocol.
     protocol: Option<String>,
+    /// By its servers that are run by hand.
+    told: Probed,
 }
 
 /// What keeps these from working together, as far as they tell. Where a build is not known the protocol has to do: a client
@@ -491,15 +496,14 @@ fn version(protocol: &str) -> Option<(u32, u32)> {
 }
 
 /// What is wrong with a worker's servers, if anything is.
-fn failed_endpoint(status: &WorkerStatus) -> Option<String> {
-    let failed = status
-        .endpoints
+fn failed_endpoint(endpoints: &[Endpoint]) -> Option<String> {
+    let failed = endpoints
         .iter()
         .find(|endpoint| endpoint.state == EndpointState::Failed)?;
     Some(format!("its ggml-rpc-server on port {} does not work", failed.port))
 }
 
-/// Whether a `ggml-rpc-server` answers there; to be asked only while nobody uses it.
+/// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
 async fn listens(endpoint: &str) -> Result<Told, String> {
     let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
@@ -518,6 +522,7 @@ mod tests {
             name: name.to_owned(),
             build: build.map(str::to_owned),
             protocol: Some(protocol.to_owned()),
+            told: Probed::new(),
         }
     }
 

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,24 @@ const SCARCE: u64 = 1024 * 1024 * 1024;
 pub struct Cache {
     folder: Option<PathBuf>,
     quota_bytes: u64,
+    seen: Arc<Seen>,
+}
+
+/// What is known of it without a look at the disk, which may be busy.
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: AtomicU64,
+    checked: AtomicU64,
+    to_check: AtomicU64,
+}
+
+/// How far a check has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that were read.
+    pub checked: u64,
+    /// Bytes to read, those included.
+    pub of: u64,
 }
 
 /// The cache cannot be kept in order.
@@ -70,6 +89,16 @@ impl Cache {
         Self {
             folder: folder.filter(|_| quota_bytes > 0),
             quota_bytes,
+            seen: Arc::default(),
+        }
+    }
+
+    /// Keeps nothing.
+    pub fn none() -> Self {
+        Self {
+            folder: None,
+            quota_bytes: 0,
+            seen: Arc::default(),
         }
     }
 
@@ -83,19 +112,30 @@ impl Cache {
         self.folder.as_ref().map_or(0, |_| self.quota_bytes)
     }
 
-    /// Bytes that it has.
+    /// Bytes that it had when they were last counted.
     pub fn bytes(&self) -> u64 {
+        self.seen.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Counts its bytes.
+    pub fn count(&self) -> u64 {
         let parts = self.folder.as_deref().map(parts);
-        parts
-            .and_then(Result::ok)
-            .unwrap_or_default()
-            .iter()
-            .map(|part| part.bytes)
-            .sum()
+        let bytes = sum(&parts.and_then(Result::ok).unwrap_or_default());
+        self.seen.bytes.store(bytes, Ordering::Relaxed);
+        bytes
+    }
+
+    /// How far the check of [`Self::tidy`] has come.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            checked: self.seen.checked.load(Ordering::Relaxed),
+            of: self.seen.to_check.load(Ordering::Relaxed),
+        }
     }
 
     /// Removes new parts that are not whole, and the least recently used beyond the quota. To be called only while no
-    /// server runs. Takes about a second per GiB of new parts and processor; `stop` cuts it short.
+    /// server runs. Takes about a second per GiB of new parts and processor; `stop` cuts it short, and the next one goes on
+    /// from there.
     pub fn tidy(&self, stop: &CancellationToken) -> Result<(), CacheError> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let fail = |source| CacheError {
@@ -108,34 +148,77 @@ impl Cache {
         let since = fs::metadata(&mark).and_then(|mark| mark.modified()).ok();
         let all = parts(folder).map_err(fail)?;
         // A clock has its grain: what was written with the mark may have been written after it.
-        let (new, old): (Vec<Part>, Vec<Part>) = all
+        let (mut new, old): (Vec<Part>, Vec<Part>) = all
             .into_iter()
             .partition(|part| since.is_none_or(|since| part.written >= since));
-        let whole = check(new, stop);
-        if stop.is_cancelled() {
-            return Ok(());
-        }
-        for path in &whole.broken {
+        // The oldest first, so that the mark can follow.
+        new.sort_by_key(|part| part.written);
+        let checked = self.check(new, stop);
+        for path in &checked.broken {
             tracing::warn!("removing {}, a part that is not whole", path.display());
             fs::remove_file(path).map_err(fail)?;
         }
-        if whole.all_read {
-            let touched = File::create(&mark).and_then(|mark| mark.set_modified(began));
-            touched.map_err(fail)?;
+        let until = checked.unread_since.map_or(began, |unread| unread.min(began));
+        let touched = File::create(&mark).and_then(|mark| mark.set_modified(until));
+        touched.map_err(fail)?;
+        if stop.is_cancelled() {
+            return Ok(());
         }
-        let freed = self.enforce_quota(old.into_iter().chain(whole.parts)).map_err(fail)?;
+        let freed = self.enforce_quota(old.into_iter().chain(checked.parts)).map_err(fail)?;
         if freed > 0 {
             tracing::info!("removed {freed} bytes of old model parts from {}", folder.display());
         }
+        self.count();
         self.tell_of_scarce_disk(folder);
         Ok(())
+    }
+
+    /// Reads the parts, on several threads.
+    fn check(&self, new: Vec<Part>, stop: &CancellationToken) -> Checked {
+        self.seen.checked.store(0, Ordering::Relaxed);
+        self.seen.to_check.store(sum(&new), Ordering::Relaxed);
+        let next = AtomicUsize::new(0);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let read = || {
+            let mut verdicts = Vec::new();
+            while !stop.is_cancelled()
+                && let number = next.fetch_add(1, Ordering::Relaxed)
+                && let Some(part) = new.get(number)
+            {
+                verdicts.push((number, is_whole(&part.path)));
+                self.seen.checked.fetch_add(part.bytes, Ordering::Relaxed);
+            }
+            verdicts
+        };
+        let mut verdicts: BTreeMap<usize, io::Result<bool>> = std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..threads.min(MOST_THREADS).min(new.len()))
+                .map(|_| scope.spawn(read))
+                .collect();
+            readers
+                .into_iter()
+                .filter_map(|reader| reader.join().ok())
+                .flatten()
+                .collect()
+        });
+        let mut checked = Checked::default();
+        for (number, part) in new.into_iter().enumerate() {
+            match verdicts.remove(&number) {
+                // What cannot be read is no use to the server either.
+                Some(Ok(false) | Err(_)) => checked.broken.push(part.path),
+                Some(Ok(true)) => checked.parts.push(part),
+                None => {
+                    checked.unread_since.get_or_insert(part.written);
+                    checked.parts.push(part);
+                }
+            }
+        }
+        checked
     }
 
     fn enforce_quota(&self, parts: impl Iterator<Item = Part>) -> io::Result<u64> {
         let mut parts: Vec<Part> = parts.collect();
         parts.sort_by_key(|part| part.used);
-        let sum: u64 = parts.iter().map(|part| part.bytes).sum();
-        let mut too_much = sum.saturating_sub(self.quota_bytes);
+        let mut too_much = sum(&parts).saturating_sub(self.quota_bytes);
         let mut freed = 0;
         for part in parts {
             if too_much == 0 {
@@ -161,6 +244,10 @@ impl Cache {
             }
         }
     }
+}
+
+fn sum(parts: &[Part]) -> u64 {
+    parts.iter().map(|part| part.bytes).sum()
 }
 
 /// The files in the server's folder that bear a hash as name.
@@ -195,50 +282,13 @@ fn hash_in_name(path: &Path) -> Option<u64> {
     u64::from_str_radix(name, 16).ok()
 }
 
-/// What a check found.
+/// What a check found. Parts that were not read are among the whole ones.
 #[derive(Debug, Default)]
 struct Checked {
     parts: Vec<Part>,
     broken: Vec<PathBuf>,
-    all_read: bool,
-}
-
-/// Reads the parts, on several threads.
-fn check(new: Vec<Part>, stop: &CancellationToken) -> Checked {
-    let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let read = || {
-        let mut verdicts = Vec::new();
-        while !stop.is_cancelled()
-            && let number = next.fetch_add(1, Ordering::Relaxed)
-            && let Some(part) = new.get(number)
-        {
-            verdicts.push((number, is_whole(&part.path)));
-        }
-        verdicts
-    };
-    let mut verdicts: BTreeMap<usize, io::Result<bool>> = std::thread::scope(|scope| {
-        let readers: Vec<_> = (0..threads.min(MOST_THREADS).min(new.len()))
-            .map(|_| scope.spawn(read))
-            .collect();
-        readers
-            .into_iter()
-            .filter_map(|reader| reader.join().ok())
-            .flatten()
-            .collect()
-    });
-    let mut checked = Checked {
-        all_read: verdicts.len() == new.len(),
-        ..Checked::default()
-    };
-    for (number, part) in new.into_iter().enumerate() {
-        match verdicts.remove(&number) {
-            // What cannot be read is no use to the server either.
-            Some(Ok(false) | Err(_)) => checked.broken.push(part.path),
-            Some(Ok(true)) | None => checked.parts.push(part),
-        }
-    }
-    checked
+    /// When the oldest part that was not read was written.
+    unread_since: Option<SystemTime>,
 }
 
 /// Whether a part holds what its name says.
@@ -288,6 +338,7 @@ mod tests {
         Cache {
             folder: Some(folder.to_owned()),
             quota_bytes,
+            seen: Arc::default(),
         }
     }
 
@@ -350,6 +401,38 @@ mod tests {
         assert!(broken.exists());
         cache.tidy(&CancellationToken::new()).unwrap();
         assert!(!broken.exists());
+    }
+
+    #[test]
+    fn a_check_that_was_cut_short_goes_on_where_it_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = cache(folder.path(), 1 << 40);
+        let read = part(folder.path(), &[1; 100], 60);
+        let unread = part(folder.path(), &[2; 100], 30);
+        let parts = parts(folder.path()).unwrap();
+        let until = parts.iter().map(|part| part.written).max().unwrap();
+        // What a check leaves that was cut short between the two.
+        let mark = File::create(folder.path().join(CHECKED)).unwrap();
+        mark.set_modified(until).unwrap();
+        for path in [&read, &unread] {
+            let written = fs::metadata(path).unwrap().modified().unwrap();
+            fs::write(path, [9; 50]).unwrap();
+            File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_modified(written)
+                .unwrap();
+        }
+        let stopped = CancellationToken::new();
+        stopped.cancel();
+        cache.tidy(&stopped).unwrap();
+        let marked = fs::metadata(folder.path().join(CHECKED)).unwrap().modified().unwrap();
+        assert_eq!(marked, until);
+        cache.tidy(&CancellationToken::new()).unwrap();
+        assert!(read.exists() && !unread.exists());
+        assert_eq!(cache.progress(), Progress { checked: 50, of: 50 });
+        assert_eq!(cache.bytes(), 50);
     }
 
     #[test]

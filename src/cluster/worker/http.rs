@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 use super::lease::Leases;
 use super::servers::{Servers, Shown};
 use super::{NoServer, Spec};
-use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, WorkerStatus};
+use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::Secret;
 use crate::proxy::token;
 
 /// Pause between two looks whether a lease is over.
 const TICK: Duration = Duration::from_millis(250);
+/// What the cache has is counted so often: a load fills it.
+const COUNT: Duration = Duration::from_secs(30);
 /// How long answers that are under way have at the end.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -73,6 +75,16 @@ impl Agent {
         }
     }
 
+    /// Counts what the cache has, so that no answer has to wait for the disk.
+    async fn count_cache(&self) {
+        let mut tick = tokio::time::interval(COUNT);
+        loop {
+            tick.tick().await;
+            let cache = self.spec.cache.clone();
+            let _ = tokio::task::spawn_blocking(move || cache.count()).await;
+        }
+    }
+
     async fn shut_down(&self) {
         let ended = self.rule().1.shut_down();
         if let Some(ended) = ended {
@@ -97,6 +109,7 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationT
     let serving = tokio::spawn(serving);
     tokio::select! {
         () = agent.expire() => {}
+        () = agent.count_cache() => {}
         () = stop.cancelled() => {}
     }
     agent.shut_down().await;
@@ -124,17 +137,13 @@ async fn status(State(agent): State<Arc<Agent>>) -> Response {
         }
         leases.holder().cloned()
     };
-    let cache = agent.spec.cache.clone();
-    let cache_bytes = tokio::task::spawn_blocking(move || cache.bytes())
-        .await
-        .unwrap_or_default();
     Json(WorkerStatus {
         name: agent.spec.name.clone(),
         build: agent.spec.build.clone(),
         protocol: agent.shown.protocol(),
         endpoints: agent.shown.endpoints(),
         lease,
-        cache_bytes,
+        cache_bytes: agent.spec.cache.bytes(),
         cache_quota_bytes: agent.spec.cache.quota_bytes(),
         last_lines: agent.shown.last_lines(),
     })
@@ -175,7 +184,11 @@ async fn lease(State(agent): State<Arc<Agent>>, body: Bytes) -> Response {
         }
         Err(NoServer::Ended) => superseded(&agent),
         Err(error) => {
-            tracing::error!("{error}");
+            if matches!(error, NoServer::Checking(_)) {
+                tracing::info!("{error}");
+            } else {
+                tracing::error!("{error}");
+            }
             refusal(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
         }
     }
@@ -199,7 +212,8 @@ impl Drop for Tentative<'_> {
 async fn renew(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Response {
     let renewed = agent.rule().0.renew(Instant::now(), &id);
     if renewed {
-        StatusCode::NO_CONTENT.into_response()
+        let endpoints = agent.shown.endpoints();
+        Json(Renewal { endpoints }).into_response()
     } else {
         over()
     }

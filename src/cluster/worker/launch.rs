@@ -5,10 +5,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use crate::config::{Gpu, GpuBackend, Secret, Worker};
-use crate::supervise::command::Launch;
-
-/// llama.cpp's way to several AMD GPUs in one process that neither hang nor crash.
-const HIP_ENVIRONMENT: [(&str, &str); 2] = [("HSA_ENABLE_SDMA", "0"), ("GPU_MAX_HW_QUEUES", "1")];
+use crate::supervise::command::{self, Launch};
 
 /// The config does not say which of a host's GPUs a server gets.
 #[derive(Debug, thiserror::Error)]
@@ -40,10 +37,8 @@ pub fn rpc_server(
         args.push("--cache".into());
         env.push(("LLAMA_CACHE".into(), Secret::new(folder.to_string_lossy())));
     }
-    if worker.backend == Some(GpuBackend::Hip) && worker.gpus.len() > 1 {
-        let known_good = HIP_ENVIRONMENT.iter();
-        env.extend(known_good.map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
-    }
+    let known_good = command::gpu_environment(worker.backend, worker.gpus.len()).iter();
+    env.extend(known_good.map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
     // Of two values of one name the later one is taken.
     env.extend(
         worker
@@ -68,29 +63,13 @@ fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, Unclear> {
     if all_in_one && gpus.iter().all(|gpu| gpu.device.is_none()) {
         return Ok(None);
     }
-    let names: Option<Vec<String>> = gpus.iter().map(|gpu| device(worker, gpu)).collect();
+    let names: Option<Vec<String>> = gpus.iter().map(|gpu| worker.device_name(gpu)).collect();
     match names {
         Some(names) => Ok(Some(names.join(","))),
         None => Err(Unclear {
             worker: worker.name().to_owned(),
         }),
     }
-}
-
-/// llama.cpp's name of a GPU: given, else by its place in the list.
-fn device(worker: &Worker, gpu: &Gpu) -> Option<String> {
-    if gpu.device.is_some() {
-        return gpu.device.clone();
-    }
-    let index = worker.gpus.iter().position(|other| std::ptr::eq(other, gpu))?;
-    let prefix = match worker.backend? {
-        GpuBackend::Hip => "ROCm",
-        GpuBackend::Cuda => "CUDA",
-        GpuBackend::Vulkan => "Vulkan",
-        GpuBackend::Metal => "MTL",
-        GpuBackend::Cpu => return Some("CPU".to_owned()),
-    };
-    Some(format!("{prefix}{index}"))
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 //!
 //! With an agent, no `ggml-rpc-server` runs until a coordinator leases the worker; each lease gets fresh ones, and they
 //! end with it. So whatever happens to a coordinator, its memory is free again soon, and nobody ever connects to a server
-//! that has another client. Without an agent the servers simply run, and start again when they die.
+//! that has another client. A server that dies stays dead until the next lease: a fresh one would look well and hold
+//! nothing. Without an agent the servers simply run, and start again when they die; then they keep no model parts on disk,
+//! since nobody would check the part that a server wrote as it died.
 //!
 //! | file | what it does |
 //! | --- | --- |
@@ -28,7 +30,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{join_all, select_all};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::rpc_probe::ProbeError;
@@ -39,7 +40,7 @@ use crate::supervise::preflight::{self, Unfit};
 use crate::supervise::service::{GaveUp, Service};
 pub use own_entry::{NotFound, own_entry};
 
-/// A lease is over when it was not renewed for so long. Coordinators renew it every 2 seconds.
+/// A lease is over when it was not renewed for so long. Coordinators renew it every second.
 const EXPIRY: Duration = Duration::from_secs(10);
 
 /// How long a server may take until it listens. A GPU driver that wakes up takes seconds.
@@ -96,9 +97,21 @@ pub enum NoServer {
     /// It listens and does not answer.
     #[error(transparent)]
     Mute(#[from] ProbeError),
+    /// It may not use its cache yet.
+    #[error(
+        "the worker still checks the model parts on its disk ({:.1} of {:.1} GiB); ask again in a while",
+        gib(.0.checked),
+        gib(.0.of)
+    )]
+    Checking(cache::Progress),
     /// We were told to end it meanwhile.
     #[error("the ggml-rpc-server was ended before it listened, since the lease is over or the worker stops")]
     Ended,
+}
+
+/// For people.
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 /// What a worker runs.
@@ -127,7 +140,11 @@ pub async fn run(
 ) -> Result<(), WorkerError> {
     let token = worker.agent_token()?;
     let program = preflight::program(&binaries.rpc_server)?;
-    let cache = cache::Cache::of(worker);
+    let cache = if worker.has_agent() {
+        cache::Cache::of(worker)
+    } else {
+        cache::Cache::none()
+    };
     let mut endpoints = Vec::new();
     for (port, gpus) in worker.rpc_endpoints() {
         let launch = launch::rpc_server(&program, worker, address, port, &gpus, cache.folder())?;
@@ -148,7 +165,10 @@ pub async fn run(
             0 => "agent_port is 0",
             _ => "it has no token: give it an agent_token_file to get one",
         };
-        tracing::warn!("worker {} runs without an agent ({how})", spec.name);
+        tracing::warn!(
+            "worker {} runs without an agent ({how}); it keeps no model parts on disk, and its server takes whoever comes",
+            spec.name
+        );
         without_agent(spec, &stop).await
     }
 }
@@ -166,7 +186,7 @@ async fn build(rpc_server: &std::path::Path, binaries: &Binaries) -> String {
 }
 
 async fn with_agent(spec: Spec, port: u16, token: Option<Secret>, stop: CancellationToken) -> Result<(), WorkerError> {
-    let listener = listen(spec.host, port).await?;
+    let listener = preflight::listen(&spec.host.to_string(), port).await?;
     let servers = servers::Servers::new(Arc::new(spec));
     match servers.first_look(&stop).await {
         Err(NoServer::Ended) => return Ok(()),
@@ -184,31 +204,9 @@ async fn with_agent(spec: Spec, port: u16, token: Option<Secret>, stop: Cancella
     Ok(())
 }
 
-async fn listen(host: Ipv4Addr, port: u16) -> Result<TcpListener, Unfit> {
-    TcpListener::bind((host, port))
-        .await
-        .map_err(|source| match source.kind() {
-            std::io::ErrorKind::AddrInUse => Unfit::PortInUse {
-                host: host.to_string(),
-                port,
-            },
-            _ => Unfit::CannotListen {
-                host: host.to_string(),
-                port,
-                source,
-            },
-        })
-}
-
 async fn without_agent(spec: Spec, stop: &CancellationToken) -> Result<(), WorkerError> {
-    let Spec { endpoints, cache, .. } = spec;
-    let stopped = stop.clone();
-    let tidied = tokio::task::spawn_blocking(move || cache.tidy(&stopped)).await;
-    if let Ok(Err(error)) = tidied {
-        tracing::warn!("{error}");
-    }
+    let endpoints = spec.endpoints.into_iter();
     let mut services: Vec<Service> = endpoints
-        .into_iter()
         .map(|endpoint| Service::start(Role::Rpc, endpoint.launch, stop))
         .collect();
     // The first one that is given up ends them all: a host that serves half of its GPUs is no help to a plan.

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::cache::Cache;
 use super::survey::{self, Look};
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE, Spec};
 use crate::cluster::agent::{DeviceStatus, Endpoint, EndpointState};
@@ -21,12 +22,15 @@ use crate::supervise::{preflight, sockets};
 
 /// What is free on an idle worker may be known for so long: others use its GPUs too.
 const FRESH: Duration = Duration::from_secs(30);
+/// A lease waits so long for the cache to be tidy. Whoever wants one asks again, and sees meanwhile how far it has come.
+const TIDY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The servers of this host.
 #[derive(Debug)]
 pub struct Servers {
     spec: Arc<Spec>,
     shown: Shown,
+    tidying: Arc<Tidying>,
     job: Option<Job>,
 }
 
@@ -36,6 +40,15 @@ struct Job {
     stop: CancellationToken,
     ended: CancellationToken,
     task: JoinHandle<()>,
+}
+
+/// Tidies the cache. What was begun goes on even if nobody waits for it any more, so that a check of a big cache ends some
+/// day. Only jobs begin it, and a job that starts servers waits for its end.
+#[derive(Debug)]
+struct Tidying {
+    cache: Cache,
+    stop: CancellationToken,
+    running: tokio::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What can be seen of the servers, whatever goes on.
@@ -74,6 +87,7 @@ impl Servers {
         };
         Self {
             shown: Shown(Arc::new(Mutex::new(view))),
+            tidying: Arc::new(Tidying::new(spec.cache.clone())),
             spec,
             job: None,
         }
@@ -96,8 +110,8 @@ impl Servers {
     /// [`Self::start`] or [`Self::end`].
     pub fn start(&mut self) -> oneshot::Receiver<Result<(), NoServer>> {
         let (told, listening) = oneshot::channel();
-        let (spec, shown) = (Arc::clone(&self.spec), self.shown());
-        self.next(move |stop| async move { serve(&spec, &shown, &stop, told).await });
+        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
+        self.next(move |stop| async move { serve(&spec, &shown, &tidying, &stop, told).await });
         listening
     }
 
@@ -123,6 +137,7 @@ impl Servers {
 
     /// Ends what goes on; the answer is cancelled when that is done.
     pub fn shut_down(&mut self) -> Option<CancellationToken> {
+        self.tidying.stop.cancel();
         self.job.as_ref().map(|job| {
             job.stop.cancel();
             job.ended.clone()
@@ -132,10 +147,13 @@ impl Servers {
     fn look_again(&mut self) {
         // A look that fails is not repeated at once either.
         self.shown.view().looked = Some(Instant::now());
-        let (spec, shown) = (Arc::clone(&self.spec), self.shown());
+        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
         self.next(move |stop| async move {
             // What the servers wrote is read while nobody waits for it.
-            tidy(&spec, &stop).await;
+            tokio::select! {
+                () = tidying.done() => {}
+                () = stop.cancelled() => return,
+            }
             if let Err(error) = look(&spec, &shown, &stop).await
                 && !matches!(error, NoServer::Ended)
             {
@@ -173,8 +191,21 @@ impl Drop for Servers {
 }
 
 /// One set of servers, from its start to its end.
-async fn serve(spec: &Spec, shown: &Shown, stop: &CancellationToken, told: oneshot::Sender<Result<(), NoServer>>) {
-    tidy(spec, stop).await;
+async fn serve(
+    spec: &Spec,
+    shown: &Shown,
+    tidying: &Tidying,
+    stop: &CancellationToken,
+    told: oneshot::Sender<Result<(), NoServer>>,
+) {
+    let tidied = tokio::select! {
+        tidied = timeout(TIDY_PATIENCE, tidying.done()) => tidied.map_err(|_| NoServer::Checking(tidying.cache.progress())),
+        () = stop.cancelled() => Err(NoServer::Ended),
+    };
+    if let Err(not_yet) = tidied {
+        let _ = told.send(Err(not_yet));
+        return;
+    }
     let mut services = Vec::new();
     let started = tokio::select! {
         started = bring_up(spec, shown, stop, &mut services) => started,
@@ -199,8 +230,9 @@ async fn bring_up(
     for endpoint in &spec.endpoints {
         preflight::port_free(&spec.host.to_string(), endpoint.port)?;
     }
+    // One that dies takes its part of the model with it, and a fresh one in its place would look well and hold nothing.
     for endpoint in &spec.endpoints {
-        services.push(Service::start(Role::Rpc, endpoint.launch.clone(), stop));
+        services.push(Service::start_once(Role::Rpc, endpoint.launch.clone(), stop));
     }
     shown.started(services);
     for (number, (endpoint, service)) in spec.endpoints.iter().zip(services.iter()).enumerate() {
@@ -231,10 +263,28 @@ async fn listens(endpoint: &EndpointSpec, service: &Service) -> Result<(), NoSer
     }
 }
 
-async fn tidy(spec: &Spec, stop: &CancellationToken) {
-    let (cache, stop) = (spec.cache.clone(), stop.clone());
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(move || cache.tidy(&stop)).await {
-        tracing::warn!("{error}");
+impl Tidying {
+    fn new(cache: Cache) -> Self {
+        Self {
+            cache,
+            stop: CancellationToken::new(),
+            running: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Waits until the cache is tidy.
+    async fn done(&self) {
+        let mut running = self.running.lock().await;
+        let task = running.get_or_insert_with(|| {
+            let (cache, stop) = (self.cache.clone(), self.stop.clone());
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = cache.tidy(&stop) {
+                    tracing::warn!("{error}");
+                }
+            })
+        });
+        let _ = task.await;
+        *running = None;
     }
 }
 
@@ -329,5 +379,32 @@ impl EndpointView {
             State::Waiting { .. } | State::GaveUp { .. } => EndpointState::Failed,
             State::Stopped => EndpointState::Idle,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Worker;
+
+    #[tokio::test]
+    async fn a_check_of_the_cache_goes_on_when_nobody_waits_for_it_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("rpc")).unwrap();
+        let broken = folder.path().join("rpc/0123456789abcdef");
+        std::fs::File::create(&broken).unwrap().set_len(64 << 20).unwrap();
+        let worker = Worker {
+            cache_dir: Some(folder.path().to_owned()),
+            ..Worker::at("127.0.0.1")
+        };
+        let tidying = Tidying::new(Cache::of(&worker));
+        for _ in 0..3 {
+            assert!(timeout(Duration::from_millis(5), tidying.done()).await.is_err());
+        }
+        assert_eq!(tidying.cache.progress().of, 64 << 20);
+        let begun = tidying.running.lock().await.as_ref().map(JoinHandle::id);
+        assert!(begun.is_some());
+        tidying.done().await;
+        assert!(!broken.exists());
     }
 }

@@ -77,23 +77,10 @@ fn devices(told: &Told, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
     exact.collect()
 }
 
-/// The devices by a server's first lines: `  CUDA0: NVIDIA GeForce RTX 4070 (16000 MiB, 15000 MiB free)`.
+/// The devices by a server's first lines.
 fn named(lines: &[String]) -> Vec<DeviceStatus> {
     let listed = lines.iter().skip_while(|line| line.trim() != "Devices:").skip(1);
-    listed.map_while(|line| device(line)).collect()
-}
-
-fn device(line: &str) -> Option<DeviceStatus> {
-    let (device, memory) = line.trim().strip_suffix(" MiB free)")?.rsplit_once(" (")?;
-    let (name, description) = device.split_once(": ")?;
-    let (total, free) = memory.split_once(" MiB, ")?;
-    let bytes = |mebibytes: &str| mebibytes.parse::<u64>().ok()?.checked_mul(1 << 20);
-    Some(DeviceStatus {
-        name: name.to_owned(),
-        description: description.trim().to_owned(),
-        total_bytes: bytes(total)?,
-        free_bytes: bytes(free)?,
-    })
+    listed.map_while(|line| DeviceStatus::parse(line)).collect()
 }
 
 #[cfg(test)]
