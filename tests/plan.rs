@@ -52,7 +52,8 @@ fn yaml(model: &Path, keys: &str, workers: &str) -> String {
 /// A worker without an agent.
 fn worker(port: u16, gib: f64) -> String {
     format!(
-        "{{ host: 127.0.0.1, agent_port: 0, backend: cpu, gpus: [ {{ name: cpu, vram_gb: {gib}, rpc_port: {port} }} ] }}"
+        "{{ name: w{port}, host: 127.0.0.1, agent_port: 0, backend: cpu, \
+         gpus: [ {{ name: cpu, vram_gb: {gib}, rpc_port: {port} }} ] }}"
     )
 }
 
@@ -169,7 +170,7 @@ fn the_plan_for_people_names_devices_layers_and_the_command() {
         "RPC1",
         "and output",
         "It fits",
-        "note: worker 127.0.0.1 has no agent; its `vram_gb` is taken as free memory",
+        "note: worker w50052 has no agent; its `vram_gb` is taken as free memory",
         "--rpc 127.0.0.1:50052,127.0.0.1:50053 --device RPC0,RPC1 --split-mode layer --tensor-split ",
         "-ngl 999 --fit off",
     ] {
