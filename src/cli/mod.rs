@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Loaded;
+use crate::observe::journal;
 use crate::observe::log::{self, Format};
 use crate::supervise::parent_bound;
 use exit::{Exit, Failure};
@@ -79,7 +80,7 @@ enum Command {
     /// The OpenAI-compatible endpoint: start, stop, status.
     #[command(subcommand)]
     Proxy(ProxyCommand),
-    /// Run this host's part in the foreground, as systemd does.
+    /// Run this host's part in the foreground, as systemd does; a unit of Type=notify is told how it goes.
     #[command(after_help = "Example: tightwad -c cluster.yaml run target")]
     Run {
         /// What to run.
@@ -252,6 +253,11 @@ fn exec_child(child: &ExecChild) -> ExitCode {
 }
 
 fn report(failure: &Failure) -> ExitCode {
-    eprintln!("error: {failure}");
+    let sentence = format!("error: {failure}");
+    if journal::is_stderr() {
+        eprint!("{}", journal::lines(tracing::Level::ERROR, &sentence));
+    } else {
+        eprintln!("{sentence}");
+    }
     failure.exit.into()
 }
