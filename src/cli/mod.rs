@@ -80,7 +80,7 @@ enum Command {
     /// The OpenAI-compatible endpoint: start, stop, status.
     #[command(subcommand)]
     Proxy(ProxyCommand),
-    /// Run this host's part in the foreground, as systemd does; a unit of Type=notify is told how it goes.
+    /// Run this host's part in the foreground, as systemd does.
     #[command(after_help = "Example: tightwad -c cluster.yaml run target")]
     Run {
         /// What to run.

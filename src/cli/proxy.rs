@@ -161,3 +161,43 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(url: &str, healthy: bool) -> engine::ServerStatus {
+        engine::ServerStatus {
+            url: url.to_owned(),
+            model: Some("qwen3-32b".to_owned()),
+            healthy,
+            problem: (!healthy).then(|| "connection refused".to_owned()),
+        }
+    }
+
+    #[test]
+    fn what_a_proxy_waits_for_comes_before_what_it_serves() {
+        let draft = |healthy| engine::DraftStatus {
+            server: server("http://draft", healthy),
+            outlook: None,
+        };
+        let of = |target, drafts: &[bool], reason: Option<&str>| {
+            sentence(&engine::Status {
+                target: server("http://target", target),
+                drafts: drafts.iter().copied().map(draft).collect(),
+                reason: reason.map(str::to_owned),
+                ..engine::Status::default()
+            })
+        };
+        assert_eq!(
+            of(false, &[false], None),
+            "waits for the target at http://target: connection refused"
+        );
+        assert_eq!(
+            of(true, &[true, false], None),
+            "serves qwen3-32b; waits for the draft at http://draft: connection refused"
+        );
+        assert_eq!(of(true, &[], Some("no draft")), "serves qwen3-32b undrafted: no draft");
+        assert_eq!(of(true, &[true], None), "serves qwen3-32b with drafts");
+    }
+}

@@ -1,13 +1,12 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::llama_server::{Program, answer_of, llama_cpp, model};
-use super::wait::eventually;
 
 /// What every secret of the cluster is.
 const SECRET: &str = "known to all of its hosts";
@@ -41,11 +40,17 @@ impl Cluster {
             let own = format!("workers.{name}.");
             cluster.run(&path, &["worker", name], &[&own]);
         }
+        // A proxy that is given no target takes that of the file.
+        let behind = if cluster.config["target"].is_object() {
+            "target."
+        } else {
+            "coordinator."
+        };
         for (role, keys) in [
             ("coordinator", ["coordinator.", "workers."].as_slice()),
             ("target", &["target."]),
             ("draft", &["draft."]),
-            ("proxy", &["proxy.", "target.", "draft."]),
+            ("proxy", &["proxy.", behind, "draft."]),
         ] {
             if cluster.config[role].is_object() {
                 cluster.run(&path, &[role], keys);
@@ -98,20 +103,24 @@ impl Cluster {
     /// Waits until a section's status shows something, while all roles run.
     pub async fn shows(&mut self, section: &str, what: &str, within: Duration, is_so: impl Fn(&Value) -> bool) {
         let url = format!("{}/v1/tightwad/status", self.url(section));
-        let shown = eventually(within, || async {
+        let give_up = Instant::now() + within;
+        loop {
             let request = reqwest::Client::new().get(&url).bearer_auth(SECRET).send();
             let status: Value = match request.await {
                 Ok(answer) => answer.json().await.unwrap_or_default(),
                 Err(error) => json!(error.to_string()),
             };
-            if is_so(&status) { Ok(()) } else { Err(status) }
-        });
-        let shown = shown.await;
-        for (role, program) in &mut self.roles {
-            assert!(program.is_alive(), "{role} has ended:\n{}", program.log());
-        }
-        if let Err(status) = shown {
-            panic!("the {section} does not show {what}: {status:#}");
+            if is_so(&status) {
+                return;
+            }
+            for (role, program) in &mut self.roles {
+                assert!(program.is_alive(), "{role} has ended:\n{}", program.log());
+            }
+            assert!(
+                Instant::now() < give_up,
+                "the {section} does not show {what}: {status:#}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }

@@ -64,10 +64,8 @@ impl NotifySocket {
                 }
             }
         });
-        match heard.await {
-            Ok(line) => line,
-            Err(_) => panic!("{what} was not told, but {:?}", self.heard),
-        }
+        let heard = heard.await;
+        heard.unwrap_or_else(|_| panic!("{what} was not told, but {:?}", self.heard))
     }
 
     pub async fn hears_ready(&mut self) {
