@@ -22,11 +22,11 @@ async fn the_roles_of_a_rendered_cluster_file_answer_with_drafts_and_from_the_po
             status["verification"] == "attached" && status["drafts"][0]["healthy"] == true && status["reason"].is_null()
         })
         .await;
-    let body = json!({ "prompt": "let größe = numbers[42].unwrap();", "max_tokens": 64, "temperature": 0, "ignore_eos": true });
+    let body = json!({ "prompt": "let größe = numbers[42].unwrap();", "max_tokens": 256, "temperature": 0, "ignore_eos": true });
     let (status, drafted) = cluster.post("proxy", "/v1/completions", &body).await;
     assert_eq!(
         (status, &drafted["usage"]["completion_tokens"]),
-        (200, &json!(64)),
+        (200, &json!(256)),
         "{drafted}"
     );
     cluster
@@ -43,7 +43,7 @@ async fn the_roles_of_a_rendered_cluster_file_answer_with_drafts_and_from_the_po
     let (status, pooled) = cluster.post("coordinator", "/v1/completions", &body).await;
     assert_eq!(
         (status, &pooled["usage"]["completion_tokens"]),
-        (200, &json!(64)),
+        (200, &json!(256)),
         "{pooled}"
     );
     let (_, pool) = cluster.get("coordinator", "/v1/tightwad/status").await;
