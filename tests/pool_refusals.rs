@@ -164,8 +164,8 @@ async fn a_missing_model_and_a_taken_port_end_the_program_with_a_number_and_a_se
 
 #[tokio::test]
 async fn leases_are_renewed_while_another_worker_still_starts_its_servers() {
-    let quick = fake_agent("unknown", [50_052], 1 << 20).await;
-    let slow_status = status("unknown", [50_053], 1 << 20);
+    let quick = fake_agent("unknown", [50_052], PLENTY).await;
+    let slow_status = status("unknown", [50_053], PLENTY);
     let slow = FakeUpstream::start(move |seen| match (seen.method.as_str(), seen.target.as_str()) {
         ("GET", "/v1/worker") => answer("200 OK", &slow_status),
         ("POST", "/v1/worker/lease") => [vec![wait(5000)], granted()].concat(),

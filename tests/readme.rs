@@ -63,13 +63,13 @@ fn every_command_is_in_the_readme_and_every_command_there_exists() {
                     .map(|part| format!("tightwad proxy {part}")),
             ),
             "run" => existing.extend(
-                ["target", "draft", "proxy", "worker", "coordinator"].map(|part| format!("tightwad run {part}")),
+                ["target", "draft", "proxy", "coordinator", "worker"].map(|part| format!("tightwad run {part}")),
             ),
             _ => drop(existing.insert(format!("tightwad {command}"))),
         }
     }
     assert!(
-        help(&["run"]).contains("[possible values: target, draft, proxy, worker, coordinator]"),
+        help(&["run"]).contains("[possible values: target, draft, proxy, coordinator, worker]"),
         "{}",
         help(&["run"])
     );

@@ -9,12 +9,10 @@ use super::coordinator;
 use super::exit::{Exit, Failure};
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings};
+use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::config::{Config, Coordinator, Model};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
-
-const MIB: f64 = (1u64 << 20) as f64;
 
 /// What `tightwad plan` is asked.
 #[derive(Debug, clap::Args)]
@@ -46,11 +44,7 @@ struct Planned {
 /// Refuses a model whose file is broken, or that cannot fit into the pool, as far as that can be told before anything runs.
 pub async fn refuse_misfit(config: &Config, coordinator: &Coordinator, named: (&str, &Model)) -> Result<(), Failure> {
     let Planned { plan, .. } = planned(config, coordinator, named.1).await?;
-    if plan.fits {
-        Ok(())
-    } else {
-        Err(Failure::new(Exit::DoesNotFit, shortage(named.0, &plan)))
-    }
+    if plan.fits { Ok(()) } else { Err(misfit(named.0, &plan)) }
 }
 
 async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
@@ -123,11 +117,7 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     } else {
         print!("{}", table(name, &plan, &notes, &launch));
     }
-    if plan.fits {
-        Ok(())
-    } else {
-        Err(Failure::new(Exit::DoesNotFit, shortage(name, &plan)))
-    }
+    if plan.fits { Ok(()) } else { Err(misfit(name, &plan)) }
 }
 
 /// Refuses a model that the pool could not hold if all of its memory were free. While agents do not answer nobody
@@ -148,22 +138,16 @@ pub async fn could_ever_fit(
         device.free_bytes = device.total_bytes;
     }
     match plan::plan(&file, &devices, &settings) {
-        Ok(plan) if !plan.fits && all_known => Err(Failure::new(Exit::DoesNotFit, shortage(name, &plan))),
+        Ok(plan) if !plan.fits && all_known => Err(misfit(name, &plan)),
         Err(PlanError::NoDevices) if !all_known => Ok(()),
         Err(error) => Err(error.into()),
         Ok(_) => Ok(()),
     }
 }
 
-/// Why it does not fit and what to do, in a sentence.
-fn shortage(name: &str, plan: &Plan) -> String {
-    let ways: Vec<String> = plan.suggestions.iter().map(ToString::to_string).collect();
-    let ways = if ways.is_empty() {
-        "lend more GPUs, or take a smaller model".to_owned()
-    } else {
-        ways.join(", or ")
-    };
-    format!("{name} does not fit into the pool; it would with {ways}")
+fn misfit(name: &str, plan: &Plan) -> Failure {
+    let message = format!("{name} does not fit into the pool: {}", plan.shortage());
+    Failure::new(Exit::DoesNotFit, message)
 }
 
 /// The plan for people.
@@ -255,7 +239,7 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
         placement.argument.clone().unwrap_or_else(|| "-".into()),
         device.host.clone(),
         format!("{} {}", device.name, device.label),
-        layers(placement, plan.layers),
+        plan.layers_of(placement),
         amount(placement.weights_bytes),
         amount(placement.kv_bytes),
         amount(placement.compute_bytes),
@@ -266,37 +250,6 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
             amount(placement.left_bytes.unsigned_abs())
         },
     ]
-}
-
-/// `0-31`, `32`, `32-63 and output`, `output`, `none`.
-fn layers(placement: &Placement, all: u32) -> String {
-    let first = placement.first_layer;
-    let end = first + placement.layers;
-    let has_output = placement.layers > 0 && end == all;
-    let repeating = placement.layers - u32::from(has_output);
-    let range = match repeating {
-        0 if has_output => return "output".to_owned(),
-        0 => return "none".to_owned(),
-        1 => first.to_string(),
-        _ => format!("{first}-{}", first + repeating - 1),
-    };
-    if has_output {
-        format!("{range} and output")
-    } else {
-        range
-    }
-}
-
-/// Bytes as people read them.
-pub fn amount(bytes: u64) -> String {
-    let mib = bytes as f64 / MIB;
-    if mib >= 1024.0 {
-        format!("{:.2} GiB", mib / 1024.0)
-    } else if mib >= 100.0 {
-        format!("{mib:.0} MiB")
-    } else {
-        format!("{mib:.1} MiB")
-    }
 }
 
 /// The value of a variable, unless it is a key.

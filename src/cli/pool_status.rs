@@ -11,10 +11,10 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
-use super::plan::amount;
 use super::{signals, status};
 use crate::cluster::agent::{EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
+use crate::cluster::plan::amount;
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
 
 pub const EXAMPLES: &str = "\

@@ -267,6 +267,8 @@ pub struct Plan {
     pub placements: Vec<Placement>,
     /// What the coordinator's own memory holds.
     pub host: HostShare,
+    /// Bytes of its free memory that each device must keep.
+    pub margin_bytes: u64,
     /// Whether every device keeps its margin.
     pub fits: bool,
     /// What would make it fit, the nearest of each kind. Each was planned, and fits.
@@ -317,6 +319,19 @@ pub enum Suggestion {
     WorkerGb(u64),
 }
 
+/// Bytes as people read them.
+#[must_use]
+pub fn amount(bytes: u64) -> String {
+    let mib = bytes as f64 / f64::from(1 << 20);
+    if mib >= 1024.0 {
+        format!("{:.2} GiB", mib / 1024.0)
+    } else if mib >= 100.0 {
+        format!("{mib:.0} MiB")
+    } else {
+        format!("{mib:.1} MiB")
+    }
+}
+
 impl fmt::Display for Suggestion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -329,6 +344,44 @@ impl fmt::Display for Suggestion {
 }
 
 impl Plan {
+    /// The layers of one of its devices in words: `0-31`, `32`, `32-63 and output`, `output`, `none`.
+    #[must_use]
+    pub fn layers_of(&self, placement: &Placement) -> String {
+        let first = placement.first_layer;
+        let has_output = placement.layers > 0 && first + placement.layers == self.layers;
+        let repeating = placement.layers - u32::from(has_output);
+        let range = match repeating {
+            0 if has_output => return "output".to_owned(),
+            0 => return "none".to_owned(),
+            1 => first.to_string(),
+            _ => format!("{first}-{}", first + repeating - 1),
+        };
+        if has_output {
+            format!("{range} and output")
+        } else {
+            range
+        }
+    }
+
+    /// Of a plan that does not fit, the fullest device and what would help: `CUDA0 of gaming-pc lacks 3.2 GiB; …`.
+    #[must_use]
+    pub fn shortage(&self) -> String {
+        let ways: Vec<String> = self.suggestions.iter().map(ToString::to_string).collect();
+        let ways = if ways.is_empty() {
+            "lend more GPUs, or take a smaller model".to_owned()
+        } else {
+            format!("it would with {}", ways.join(", or "))
+        };
+        let used = self.placements.iter().filter(|placement| placement.layers > 0);
+        let Some(fullest) = used.min_by_key(|placement| placement.left_bytes) else {
+            return ways;
+        };
+        let margin = i64::try_from(self.margin_bytes).unwrap_or(i64::MAX);
+        let lacking = margin.saturating_sub(fullest.left_bytes).unsigned_abs();
+        let Device { name, host, .. } = &fullest.device;
+        format!("{name} of {host} lacks {}; {ways}", amount(lacking))
+    }
+
     /// The devices that get layers, as llama-server's command line names them.
     #[must_use]
     pub fn pool(&self) -> Pool {
@@ -445,6 +498,7 @@ fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan,
         file_bytes: model.bytes,
         layers: u32::try_from(needs.len()).unwrap_or(u32::MAX),
         settings: want.clone(),
+        margin_bytes: want.margin_bytes,
         fits: placements
             .iter()
             .all(|placement| placement.layers == 0 || placement.left_bytes >= margin),

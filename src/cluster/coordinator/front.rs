@@ -17,7 +17,7 @@ use super::own;
 use super::pool::{Granted, Life, Pool, Ticket};
 use super::problem::Problem;
 use super::stream::Events;
-use crate::cluster::swap::{Name, Refused};
+use crate::cluster::swap::Name;
 use crate::config::Secret;
 use crate::proxy::admission;
 use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY};
@@ -123,7 +123,7 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
                 let answer = prepared.send(Granted::uncounted(life)).await;
                 conclude(&front.pool, dialect, answer)
             }
-            None => Problem::refused(not_ready(&front.pool), &front.pool).response(dialect),
+            None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect),
         };
     }
     let (model, streamed) = asked.map_or((None, false), |asked| (asked.model, asked.streamed));
@@ -147,14 +147,6 @@ async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
         .admitted()
         .await
         .map_err(|refused| Problem::refused(refused, &pool))
-}
-
-fn not_ready(pool: &Pool) -> Refused {
-    let now = pool.report().now;
-    Refused::NotReady {
-        model: now.model,
-        why: now.problem,
-    }
 }
 
 impl Prepared {

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::front::Front;
-use super::pool::{Life, Pool, Report};
+use super::pool::{Life, Pool};
 use super::problem::Problem;
 use crate::cluster::swap::{self, Refused};
 use crate::proxy::paths::Dialect;
@@ -37,14 +37,7 @@ pub(super) async fn health(State(front): State<Arc<Front>>) -> Response {
     if report.life.is_some() {
         return Json(json!({ "status": "ok" })).into_response();
     }
-    Problem::refused(not_ready(&report), &front.pool).response(Dialect::OpenAi)
-}
-
-fn not_ready(report: &Report) -> Refused {
-    Refused::NotReady {
-        model: report.now.model.clone(),
-        why: report.now.problem.clone(),
-    }
+    Problem::refused(front.pool.not_ready(), &front.pool).response(Dialect::OpenAi)
 }
 
 /// `GET /v1/tightwad/status`

@@ -73,6 +73,15 @@ impl Pool {
         self.report.borrow().clone()
     }
 
+    /// Why nobody is answered now.
+    pub(super) fn not_ready(&self) -> Refused {
+        let now = self.report().now;
+        Refused::NotReady {
+            model: now.model,
+            why: now.problem,
+        }
+    }
+
     /// How it is, and how that changes.
     pub(super) fn reports(&self) -> watch::Receiver<Report> {
         self.report.clone()

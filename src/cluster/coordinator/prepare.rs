@@ -86,19 +86,15 @@ impl Planner {
         if plan.fits {
             return Ok(plan);
         }
-        let ways: Vec<String> = plan.suggestions.iter().map(ToString::to_string).collect();
-        let ways = match &ways[..] {
-            [] => "see `tightwad plan`".to_owned(),
-            ways => format!("it would with {}", ways.join(", or ")),
-        };
+        let shortage = plan.shortage();
         for device in &mut devices {
             device.free_bytes = device.total_bytes;
         }
         if plan::plan(&file, &devices, &want).is_ok_and(|plan| plan.fits) {
-            let why = format!("it does not fit into what is free in the pool: {ways}");
+            let why = format!("it does not fit into what is free in the pool: {shortage}");
             return Err(Unready::Yet(why));
         }
-        Err(Unready::Ever(format!("it does not fit into the pool: {ways}")))
+        Err(Unready::Ever(format!("it does not fit into the pool: {shortage}")))
     }
 
     async fn devices(&self, moment: Moment<'_>) -> Result<Vec<Device>, Unready> {
@@ -157,9 +153,8 @@ impl Planner {
         let url = reqwest::Url::parse(&url).map_err(|error| ever(&error))?;
         let devices = plan.placements.iter().filter(|placement| placement.layers > 0);
         let devices = devices.map(|placement| {
-            let last = placement.first_layer + placement.layers - 1;
             let (host, label) = (&placement.device.host, &placement.device.label);
-            format!("{host} {label}: layers {}-{last}", placement.first_layer)
+            format!("{host} {label}: layers {}", plan.layers_of(placement))
         });
         let own = plan.placements.iter().map(|placement| &placement.device);
         let own = own.filter(|device| device.endpoint.is_none());

@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,8 @@ const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 const MOST_THREADS: usize = 8;
 /// Free space below which parts are likely to be cut off.
 const SCARCE: u64 = 1024 * 1024 * 1024;
+/// A file that is written after a moment may bear an earlier time, by so much: the clocks of file systems are coarse.
+const GRAIN: Duration = Duration::from_secs(2);
 
 /// The cache of a worker.
 #[derive(Debug, Clone)]
@@ -145,11 +147,10 @@ impl Cache {
             source,
         };
         fs::create_dir_all(folder.join(PARTS)).map_err(fail)?;
-        let began = SystemTime::now();
+        let began = SystemTime::now() - GRAIN;
         let mark = folder.join(CHECKED);
         let since = fs::metadata(&mark).and_then(|mark| mark.modified()).ok();
         let all = parts(folder).map_err(fail)?;
-        // A clock has its grain: what was written with the mark may have been written after it.
         let (mut new, old): (Vec<Part>, Vec<Part>) = all
             .into_iter()
             .partition(|part| since.is_none_or(|since| part.written >= since));
@@ -313,7 +314,6 @@ fn is_whole(path: &Path) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
 
     use super::*;
 
