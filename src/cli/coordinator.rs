@@ -1,5 +1,6 @@
 //! The coordinator of the config, as the commands that start, stop, swap and ask it see it.
 
+use std::fmt;
 use std::time::Duration;
 
 use reqwest::{RequestBuilder, StatusCode};
@@ -147,6 +148,16 @@ impl Step {
     }
 }
 
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.doing)?;
+        if let Some(progress) = self.progress {
+            write!(f, ", {:.0}%", (progress * 100.0).floor())?;
+        }
+        f.write_str(&self.detail)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -165,6 +176,7 @@ mod tests {
                 detail: ", about 9 s left".to_owned(),
             }
         );
+        assert_eq!(Step::of(&loading).to_string(), "loading `big`, 40%, about 9 s left");
         assert_eq!(
             doing(json!({ "state": "ready", "model": "big", "checking": "other" })),
             "checking `other`"

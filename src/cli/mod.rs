@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Loaded;
+use crate::observe::journal;
 use crate::observe::log::{self, Format};
 use crate::supervise::parent_bound;
 use exit::{Exit, Failure};
@@ -252,6 +253,11 @@ fn exec_child(child: &ExecChild) -> ExitCode {
 }
 
 fn report(failure: &Failure) -> ExitCode {
-    eprintln!("error: {failure}");
+    let sentence = format!("error: {failure}");
+    if journal::is_stderr() {
+        eprint!("{}", journal::lines(tracing::Level::ERROR, &sentence));
+    } else {
+        eprintln!("{sentence}");
+    }
     failure.exit.into()
 }

@@ -161,7 +161,12 @@ fn folder(variables: &[&str]) -> io::Result<PathBuf> {
     variables
         .iter()
         .find_map(|variable| absolute(variable))
-        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        // That of a system user may be `/`.
+        .or_else(|| {
+            absolute("HOME")
+                .filter(|home| home.parent().is_some())
+                .map(|home| home.join(".local/state"))
+        })
         .map(|base| base.join("tightwad"))
-        .ok_or_else(|| io::Error::other("HOME is not set"))
+        .ok_or_else(|| io::Error::other(format!("this user has no home; set {}", variables.join(" or "))))
 }

@@ -1,5 +1,6 @@
 //! `tightwad proxy …`: start, stop, status.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,18 +9,20 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
 use super::pid_file::{self, Stopped};
-use super::{signals, status};
+use super::status;
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
+use crate::supervise::notify::Notifier;
 use crate::supervise::preflight;
 
 /// How long `proxy stop` waits: longer than the proxy lets running answers go on.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
+/// Pause between two looks at what systemd is told.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// `tightwad run proxy`, `tightwad proxy start`.
-pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
+pub async fn run(loaded: &Loaded, notifier: &Notifier, stop: CancellationToken) -> Result<(), Failure> {
     loaded.check_listener("proxy")?;
     let proxy = resolved(&loaded.config)?;
     let what = format!("proxy on port {}", proxy.port);
@@ -31,7 +34,39 @@ pub async fn run(loaded: &Loaded) -> Result<(), Failure> {
         "the proxy serves at {}/v1",
         config::local_url(&address.ip().to_string(), address.port())
     );
-    serve_on(listener, &proxy, engine, stop).await
+    tokio::select! {
+        biased;
+        served = serve_on(listener, &proxy, Arc::clone(&engine), stop) => served,
+        never = tell(notifier, &engine) => match never {},
+    }
+}
+
+/// Tells that it serves, which it does whatever is behind it, and what it waits for.
+async fn tell(notifier: &Notifier, engine: &Engine) -> Infallible {
+    loop {
+        notifier.status(&sentence(&engine.status()));
+        notifier.ready();
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// How a proxy is, in a line.
+fn sentence(status: &engine::Status) -> String {
+    let waits = |what: &str, server: &engine::ServerStatus| {
+        let problem = server.problem.as_ref().map(|problem| format!(": {problem}"));
+        format!("waits for the {what} at {}{}", server.url, problem.unwrap_or_default())
+    };
+    let target = &status.target;
+    if !target.healthy {
+        return waits("target", target);
+    }
+    let serves = format!("serves {}", target.model.as_deref().unwrap_or(&target.url));
+    let down = status.drafts.iter().find(|draft| !draft.server.healthy);
+    match (down, &status.reason) {
+        (Some(draft), _) => format!("{serves}; {}", waits("draft", &draft.server)),
+        (None, Some(reason)) => format!("{serves} undrafted: {reason}"),
+        (None, None) => format!("{serves} with drafts"),
+    }
 }
 
 /// Begins to watch the proxy's servers.
@@ -100,7 +135,7 @@ pub fn stop(config: &Config) -> Result<(), Failure> {
         Stopped::NotRunning => Err(Failure::new(
             Exit::NotRunning,
             format!(
-                "no proxy of this user runs on port {}; one that systemd runs is stopped with systemctl",
+                "no proxy of this user runs on port {}; one that systemd runs is stopped with `systemctl stop tightwad-proxy`",
                 proxy.port
             ),
         )),
@@ -125,4 +160,44 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
         print!("{}", status::table(&url, &answer));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(url: &str, healthy: bool) -> engine::ServerStatus {
+        engine::ServerStatus {
+            url: url.to_owned(),
+            model: Some("qwen3-32b".to_owned()),
+            healthy,
+            problem: (!healthy).then(|| "connection refused".to_owned()),
+        }
+    }
+
+    #[test]
+    fn what_a_proxy_waits_for_comes_before_what_it_serves() {
+        let draft = |healthy| engine::DraftStatus {
+            server: server("http://draft", healthy),
+            outlook: None,
+        };
+        let of = |target, drafts: &[bool], reason: Option<&str>| {
+            sentence(&engine::Status {
+                target: server("http://target", target),
+                drafts: drafts.iter().copied().map(draft).collect(),
+                reason: reason.map(str::to_owned),
+                ..engine::Status::default()
+            })
+        };
+        assert_eq!(
+            of(false, &[false], None),
+            "waits for the target at http://target: connection refused"
+        );
+        assert_eq!(
+            of(true, &[true, false], None),
+            "serves qwen3-32b; waits for the draft at http://draft: connection refused"
+        );
+        assert_eq!(of(true, &[], Some("no draft")), "serves qwen3-32b undrafted: no draft");
+        assert_eq!(of(true, &[true], None), "serves qwen3-32b with drafts");
+    }
 }

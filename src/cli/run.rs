@@ -1,11 +1,15 @@
 //! `tightwad run …`: this host's part, in the foreground.
 
+use tokio_util::sync::CancellationToken;
+
+use super::coordinator::Step;
 use super::exit::{Exit, Failure};
 use super::{coordinator, pid_file, plan, proxy, signals};
 use crate::cluster;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server};
 use crate::supervise::command::Role;
+use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
 
@@ -24,7 +28,7 @@ pub enum Part {
     Worker,
 }
 
-/// Runs it until Ctrl-C or SIGTERM.
+/// Runs it until Ctrl-C or SIGTERM, and tells systemd how it goes.
 /// `name` says which worker, or the coordinator's first model.
 pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
@@ -33,17 +37,31 @@ pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), 
             format!("`run` takes the name of a worker or of a coordinator's model, and nothing else: `{name}`");
         return Err(Failure::new(Exit::Usage, message));
     }
-    match part {
-        Part::Target => server(config, Role::Target, config.target.as_ref()).await,
-        Part::Draft => server(config, Role::Draft, config.draft.as_ref()).await,
-        Part::Proxy => proxy::run(loaded).await,
-        Part::Worker => worker(config, name).await,
-        Part::Coordinator => coordinator(loaded, name).await,
+    let notifier = Notifier::default();
+    notifier.watch();
+    let stop = signals::stop_token_after({
+        let notifier = notifier.clone();
+        move || notifier.stopping()
+    })?;
+    let ended = match part {
+        Part::Target => server(config, Role::Target, config.target.as_ref(), &notifier, &stop).await,
+        Part::Draft => server(config, Role::Draft, config.draft.as_ref(), &notifier, &stop).await,
+        Part::Proxy => proxy::run(loaded, &notifier, stop).await,
+        Part::Worker => worker(config, name, &notifier, stop).await,
+        Part::Coordinator => coordinator(loaded, name, &notifier, stop).await,
+    };
+    if let Err(failure) = &ended {
+        notifier.status(&failure.message);
     }
+    ended
 }
 
-async fn coordinator(loaded: &Loaded, model: Option<&str>) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
+async fn coordinator(
+    loaded: &Loaded,
+    model: Option<&str>,
+    notifier: &Notifier,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
     loaded.check_listener("coordinator")?;
     let config = &loaded.config;
     let section = coordinator::section(config)?;
@@ -53,23 +71,52 @@ async fn coordinator(loaded: &Loaded, model: Option<&str>) -> Result<(), Failure
     let what = format!("coordinator on port {}", section.port);
     let _claim = pid_file::claim(&coordinator::pid_name(section), &what, "tightwad stop")?;
     let listener = proxy::listen_at(&section.host, section.port).await?;
-    plan::could_ever_fit(config, section, first).await?;
+    notifier.status(&format!("checking `{}`", first.0));
+    // It may ask a GPU that wakes up.
+    match stop
+        .run_until_cancelled(plan::could_ever_fit(config, section, first))
+        .await
+    {
+        Some(could) => could?,
+        None => return Ok(()),
+    }
     let address = listener.local_addr()?;
     tracing::info!(
         "the coordinator serves at {}/v1",
         config::local_url(&address.ip().to_string(), address.port())
     );
-    Ok(cluster::coordinator::serve(listener, config.clone(), model, stop).await?)
+    let tell = {
+        let notifier = notifier.clone();
+        move |status: &serde_json::Value| {
+            notifier.status(&Step::of(status).to_string());
+            // Whoever comes before its model is loaded waits, or is told how far that is.
+            notifier.ready();
+        }
+    };
+    Ok(cluster::coordinator::serve(listener, config.clone(), model, tell, stop).await?)
 }
 
-async fn worker(config: &Config, name: Option<&str>) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
-    let (entry, address) = own_entry(config, name).await.map_err(WorkerError::from)?;
-    Ok(cluster::worker::run(entry, address, &config.binaries, stop).await?)
+async fn worker(
+    config: &Config,
+    name: Option<&str>,
+    notifier: &Notifier,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
+    // Whose addresses are names may have to wait for them.
+    let Some(own) = stop.run_until_cancelled(own_entry(config, name)).await else {
+        return Ok(());
+    };
+    let (entry, address) = own.map_err(WorkerError::from)?;
+    Ok(cluster::worker::run(entry, address, &config.binaries, notifier, stop).await?)
 }
 
-async fn server(config: &Config, role: Role, server: Option<&Server>) -> Result<(), Failure> {
-    let stop = signals::stop_token()?;
+async fn server(
+    config: &Config,
+    role: Role,
+    server: Option<&Server>,
+    notifier: &Notifier,
+    stop: &CancellationToken,
+) -> Result<(), Failure> {
     let server = server.ok_or_else(|| {
         Failure::new(
             Exit::Config,
@@ -82,9 +129,22 @@ async fn server(config: &Config, role: Role, server: Option<&Server>) -> Result<
         .as_ref()
         .map(|proxy| proxy.max_draft_tokens)
         .unwrap_or_default();
-    let launch = preflight::llama_server(role, &config.binaries, server, model, drafts).await?;
-    let mut service = Service::start(role, launch, &stop);
-    let ended = service.ended().await;
+    let words = Words {
+        starting: format!("loading {}", model.0),
+        serving: format!("{} serves", model.0),
+    };
+    notifier.status(&words.starting);
+    let prepared = preflight::llama_server(role, &config.binaries, server, model, drafts);
+    // It may ask a GPU that wakes up.
+    let Some(launch) = stop.run_until_cancelled(prepared).await else {
+        return Ok(());
+    };
+    let mut service = Service::start(role, launch?, stop);
+    let state = service.state();
+    let ended = tokio::select! {
+        ended = service.ended() => ended,
+        never = notifier.follow(&words, vec![state]) => match never {},
+    };
     service.stop().await;
     Ok(ended?)
 }

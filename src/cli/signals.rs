@@ -9,6 +9,11 @@ use super::exit::Exit;
 
 /// A token that Ctrl-C or SIGTERM cancels. The second one ends the process at once; its children die with it.
 pub fn stop_token() -> io::Result<CancellationToken> {
+    stop_token_after(|| {})
+}
+
+/// As [`stop_token`]; does `this` before it is cancelled.
+pub fn stop_token_after(this: impl FnOnce() + Send + 'static) -> io::Result<CancellationToken> {
     let stop = CancellationToken::new();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -16,6 +21,7 @@ pub fn stop_token() -> io::Result<CancellationToken> {
     tokio::spawn(async move {
         either(&mut interrupt, &mut terminate).await;
         tracing::info!("stopping");
+        this();
         token.cancel();
         either(&mut interrupt, &mut terminate).await;
         std::process::exit(Exit::Interrupted as i32);

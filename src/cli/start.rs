@@ -19,7 +19,7 @@ use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
 use crate::config::{Config, Coordinator, Loaded};
 use crate::observe::log::Format;
-use crate::supervise::preflight;
+use crate::supervise::{notify, preflight};
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -323,6 +323,8 @@ impl Background {
             .stdout(written.try_clone()?)
             .stderr(written)
             .kill_on_drop(false);
+        // Whoever is told of this command is not to be told of what it leaves behind.
+        notify::hide_from(&mut command);
         let child = command
             .spawn()
             .map_err(|error| Failure::other("start the coordinator", error))?;

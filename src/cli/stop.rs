@@ -54,7 +54,7 @@ pub async fn stop(config: &Config) -> Result<(), Failure> {
         }
         Stopped::NotRunning => {
             let hint = if before.is_ok() {
-                "; the one that answers there is stopped where it was started: with Ctrl-C or systemctl"
+                "; the one that answers there is stopped where it was started: with Ctrl-C or `systemctl stop tightwad-coordinator`"
             } else {
                 ""
             };

@@ -7,6 +7,8 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::supervise::notify;
+
 /// Printing a version takes milliseconds; a GPU driver that wakes up takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -14,6 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub async fn build(llama_server: &Path) -> Option<String> {
     let mut command = Command::new(llama_server);
     command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
+    notify::hide_from(&mut command);
     let output = timeout(PATIENCE, command.output()).await.ok()?.ok()?;
     parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
 }

@@ -18,7 +18,7 @@ use super::agent_client::{AgentClient, AgentError};
 use super::plan::{Device, KnownFrom};
 use super::rpc_probe::Told;
 use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
-use crate::supervise::command;
+use crate::supervise::{command, notify};
 
 /// An agent answers from memory.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
@@ -319,6 +319,7 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
+    notify::hide_from(&mut command);
     let output = timeout(LIST_PATIENCE, command.output())
         .await
         .map_err(|_| "no answer within 30 s".to_owned())?

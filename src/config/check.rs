@@ -137,7 +137,10 @@ fn absent_files(config: &Config) -> Vec<Finding> {
     }
     named.sort();
     named.dedup();
-    let absent = named.into_iter().filter(|(_, file)| !file.exists());
+    // Where this user may not look, there is nothing to say.
+    let absent = named
+        .into_iter()
+        .filter(|(_, file)| matches!(file.try_exists(), Ok(false)));
     absent
         .map(|(path, file)| Finding::new(key_path(path), format!("{} is not on this host", file.display())))
         .collect()

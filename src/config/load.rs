@@ -8,7 +8,7 @@ use figment::value::{Dict, Empty, Value};
 use super::environment::Environment;
 use super::error::{ConfigError, Problem};
 use super::origin::{Finding, KeyPath, Origin, Origins};
-use super::{Config, decode, validate, yaml};
+use super::{Config, credentials, decode, validate, yaml};
 
 /// A configuration, where it came from, and what is odd about it.
 #[derive(Debug, Clone)]
@@ -65,12 +65,13 @@ pub fn load_in(explicit: Option<&Path>, environment: &Environment) -> Result<Loa
         problems.sort_by_key(|problem| problem.line);
         ConfigError::Invalid(problems)
     };
-    let config = decode::decode(root, &origins).map_err(located)?;
+    let mut config = decode::decode(root, &origins).map_err(located)?;
     let findings = validate::problems(&config);
     if !findings.is_empty() {
         return Err(located(findings));
     }
     let warnings = validate::warnings(&config);
+    credentials::take(&mut config, environment);
     Ok(Loaded {
         config,
         path: origins.file.clone(),

@@ -11,9 +11,11 @@
 //! | `decode` | values into the types below |
 //! | `validate` | what the types cannot say |
 //! | `resolve`, `secret` | what the sections mean together; tokens from files |
+//! | `credentials` | the files that systemd hands over in place of those |
 //! | `error`, `origin` | the sentences, and where they point |
 
 mod check;
+mod credentials;
 mod decode;
 mod environment;
 mod error;

@@ -4,10 +4,12 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
+use super::journal::{self, JournalFormat};
+
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
-    /// One readable line per event, in colours on a terminal.
+    /// One readable line per event, in colours on a terminal; in systemd's journal without time, with a priority.
     #[default]
     Text,
     /// One JSON object per line.
@@ -42,6 +44,7 @@ pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     match format {
+        Format::Text if journal::is_stderr() => log.with_ansi(false).event_format(JournalFormat::new()).try_init(),
         Format::Text => log.with_ansi(is_coloured()).with_target(false).try_init(),
         Format::Json => log.json().flatten_event(true).with_current_span(false).try_init(),
     }

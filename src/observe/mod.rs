@@ -1,5 +1,6 @@
 //! What can be seen from outside: the log, the metrics, the most recent requests.
 
+pub mod journal;
 pub mod log;
 pub mod metrics;
 pub mod recent;

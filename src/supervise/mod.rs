@@ -9,11 +9,13 @@
 //! | [`death`] | why a child died (pure) |
 //! | [`restart`] | when to start again, when to give up (pure) |
 //! | [`service`] | keeps one server running |
+//! | [`notify`] | what systemd, which supervises us, is told |
 //! | [`sockets`] | who listens and who is connected, without touching a port |
 
 pub mod child;
 pub mod command;
 pub mod death;
+pub mod notify;
 pub mod parent_bound;
 pub mod preflight;
 pub mod restart;

@@ -14,6 +14,8 @@ use std::sync::{LazyLock, mpsc};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
+use super::notify;
+
 /// Name of the hidden subcommand that ends in [`become_program`].
 pub const SUBCOMMAND: &str = "exec-child";
 
@@ -46,6 +48,7 @@ pub fn command(program: &OsString, args: &[OsString]) -> tokio::process::Command
         .arg("--parent")
         .arg(std::process::id().to_string());
     command.arg("--").arg(program).args(args);
+    notify::hide_from(&mut command);
     command
 }
 

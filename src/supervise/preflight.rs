@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use super::command::{self, EXTERNAL_DRAFT_OPTION, Launch, Role};
+use super::notify;
 use crate::config::{Binaries, MaxDraftTokens, Model, Server};
 
 /// A file that opens like this is a model.
@@ -183,6 +184,7 @@ async fn takes_external_drafts(llama_server: &Path) -> bool {
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
+    notify::hide_from(&mut command);
     match tokio::time::timeout(HELP_PATIENCE, command.output()).await {
         Ok(Ok(help)) => String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION),
         _ => false,

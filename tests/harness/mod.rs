@@ -5,6 +5,7 @@
 // a test that cannot go on is to say so
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
 
+pub mod cluster;
 pub mod drafter;
 pub mod fake_agent;
 pub mod fake_drafter;
@@ -13,6 +14,7 @@ pub mod fake_scoring;
 pub mod fake_upstream;
 pub mod gguf;
 pub mod llama_server;
+pub mod notify_socket;
 pub mod pool;
 pub mod proxy;
 pub mod random_model;

@@ -60,11 +60,13 @@ pub enum CoordinatorError {
 }
 
 /// Serves on `listener` until `stop`; then finishes running answers, within `drain_seconds`, ends the server and returns
-/// the workers. `model` is the one to begin with, else the config's default.
+/// the workers. `model` is the one to begin with, else the config's default. `tell` is called with the status of
+/// `/v1/tightwad/status` as soon as requests are taken, and whenever it changes.
 pub async fn serve(
     listener: TcpListener,
     config: Config,
     model: Option<&str>,
+    tell: impl Fn(&serde_json::Value),
     stop: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator.clone().ok_or(CoordinatorError::NoSection)?;
@@ -85,17 +87,35 @@ pub async fn serve(
         config.binaries.llama_server.clone(),
     )?;
     let drain = Duration::from_secs(coordinator.drain_seconds) + LINGER;
-    let (tell, told) = mpsc::unbounded_channel();
+    let (messages, told) = mpsc::unbounded_channel();
     let (config, coordinator) = (Arc::new(config), Arc::new(coordinator));
-    let (driver, reports) = Driver::new(config, coordinator, workers, swap, (tell.clone(), told));
+    let (driver, reports) = Driver::new(config, coordinator, workers, swap, (messages.clone(), told));
+    let pool = Pool::new(messages, reports);
     let front = Front {
-        pool: Pool::new(tell, reports),
+        pool: pool.clone(),
         models: names,
         api_key,
     };
     let serving = serve_router(listener, front::router(front), drain, stop.clone());
-    tokio::join!(driver.run(stop), serving);
+    let served = async { tokio::join!(driver.run(stop), serving) };
+    tokio::select! {
+        biased;
+        _ = served => {}
+        () = tell_all(&pool, tell) => {}
+    }
     Ok(())
+}
+
+/// Tells the status again and again, for ever.
+async fn tell_all(pool: &Pool, tell: impl Fn(&serde_json::Value)) {
+    let mut reports = pool.reports();
+    loop {
+        reports.mark_unchanged();
+        tell(&own::status_of(pool));
+        if reports.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
 }
 
 /// Higher than any epoch of a process before this one: leases take longer than a millisecond.

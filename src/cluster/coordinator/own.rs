@@ -45,7 +45,8 @@ pub(super) async fn status(State(front): State<Arc<Front>>) -> Json<Value> {
     Json(status_of(&front.pool))
 }
 
-fn status_of(pool: &Pool) -> Value {
+/// What it answers.
+pub(super) fn status_of(pool: &Pool) -> Value {
     let report = pool.report();
     let mut status = serde_json::to_value(&report).unwrap_or_default();
     if let Some(status) = status.as_object_mut() {

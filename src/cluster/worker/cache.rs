@@ -83,7 +83,9 @@ impl Cache {
                     .filter(|value| !value.is_empty())
                     .map(PathBuf::from)
             };
-            let caches = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+            // The home of a system user may be `/`.
+            let home = || set("HOME").filter(|home| home.parent().is_some());
+            let caches = set("XDG_CACHE_HOME").or_else(|| home().map(|home| home.join(".cache")));
             // Two workers of one host must not tidy each other's.
             let port = worker.rpc_endpoints().into_keys().next().unwrap_or_default();
             caches.map(|caches| caches.join(format!("tightwad/worker-{port}")))

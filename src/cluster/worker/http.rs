@@ -20,6 +20,7 @@ use super::{NoServer, Spec};
 use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::Secret;
 use crate::proxy::token;
+use crate::supervise::notify::Notifier;
 
 /// Pause between two looks whether a lease is over.
 const TICK: Duration = Duration::from_millis(250);
@@ -58,8 +59,8 @@ impl Agent {
         self.rule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends leases that nobody renews.
-    async fn expire(&self) {
+    /// Ends leases that nobody renews, and tells who has one.
+    async fn expire(&self, notifier: &Notifier) {
         let mut tick = tokio::time::interval(TICK);
         loop {
             tick.tick().await;
@@ -72,6 +73,10 @@ impl Agent {
                 );
                 servers.end();
             }
+            notifier.status(&match leases.holder() {
+                Some(Holder { holder, .. }) => format!("leased by {holder}"),
+                None => "waits for a coordinator".to_owned(),
+            });
         }
     }
 
@@ -94,7 +99,7 @@ impl Agent {
 }
 
 /// Answers until `stop`, and then ends the servers.
-pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationToken) {
+pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier, stop: CancellationToken) {
     let router = Router::new()
         .route("/v1/worker", get(status))
         .route("/v1/worker/lease", post(lease))
@@ -107,8 +112,9 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationT
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let serving = tokio::spawn(serving);
+    notifier.ready();
     tokio::select! {
-        () = agent.expire() => {}
+        () = agent.expire(notifier) => {}
         () = agent.count_cache() => {}
         () = stop.cancelled() => {}
     }

@@ -36,6 +36,7 @@ use super::rpc_probe::ProbeError;
 use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
+use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight::{self, Unfit};
 use crate::supervise::service::{GaveUp, Service};
 pub use own_entry::{NotFound, own_entry};
@@ -131,11 +132,12 @@ struct EndpointSpec {
     launch: Launch,
 }
 
-/// Runs this host's part until `stop`. `address` is that of `worker.host`.
+/// Runs this host's part until `stop`, and tells how it goes. `address` is that of `worker.host`.
 pub async fn run(
     worker: &Worker,
     address: Ipv4Addr,
     binaries: &Binaries,
+    notifier: &Notifier,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
     let token = worker.agent_token()?;
@@ -145,21 +147,31 @@ pub async fn run(
     } else {
         cache::Cache::none()
     };
+    if worker.has_agent() && worker.cache_gb > 0.0 && cache.folder().is_none() {
+        tracing::warn!(
+            "worker {} keeps no model parts on disk, since its user has no home; set `cache_dir`, or XDG_CACHE_HOME",
+            worker.name()
+        );
+    }
     let mut endpoints = Vec::new();
     for (port, gpus) in worker.rpc_endpoints() {
         let launch = launch::rpc_server(&program, worker, address, port, &gpus, cache.folder())?;
         preflight::port_free(&address.to_string(), port)?;
         endpoints.push(EndpointSpec { port, launch });
     }
+    notifier.status("looking at its devices");
+    let Some(build) = stop.run_until_cancelled(build(&program, binaries)).await else {
+        return Ok(());
+    };
     let spec = Spec {
         name: worker.name().to_owned(),
         host: address,
-        build: build(&program, binaries).await,
+        build,
         endpoints,
         cache,
     };
     if worker.has_agent() {
-        with_agent(spec, worker.agent_port, token, stop).await
+        with_agent(spec, worker.agent_port, token, notifier, stop).await
     } else {
         let how = match worker.agent_port {
             0 => "agent_port is 0",
@@ -169,7 +181,7 @@ pub async fn run(
             "worker {} runs without an agent ({how}); it keeps no model parts on disk, and its server takes whoever comes",
             spec.name
         );
-        without_agent(spec, &stop).await
+        without_agent(spec, notifier, &stop).await
     }
 }
 
@@ -185,7 +197,13 @@ async fn build(rpc_server: &std::path::Path, binaries: &Binaries) -> String {
     "unknown".to_owned()
 }
 
-async fn with_agent(spec: Spec, port: u16, token: Option<Secret>, stop: CancellationToken) -> Result<(), WorkerError> {
+async fn with_agent(
+    spec: Spec,
+    port: u16,
+    token: Option<Secret>,
+    notifier: &Notifier,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
     let listener = preflight::listen(&spec.host.to_string(), port).await?;
     let servers = servers::Servers::new(Arc::new(spec));
     match servers.first_look(&stop).await {
@@ -200,17 +218,26 @@ async fn with_agent(spec: Spec, port: u16, token: Option<Secret>, stop: Cancella
             .local_addr()
             .map_or_else(|_| port.to_string(), |address| address.to_string())
     );
-    http::serve(listener, agent, stop).await;
+    http::serve(listener, agent, notifier, stop).await;
     Ok(())
 }
 
-async fn without_agent(spec: Spec, stop: &CancellationToken) -> Result<(), WorkerError> {
+async fn without_agent(spec: Spec, notifier: &Notifier, stop: &CancellationToken) -> Result<(), WorkerError> {
+    let name = format!("the ggml-rpc-server of worker {}", spec.name);
+    let words = Words {
+        starting: format!("starting {name}"),
+        serving: format!("{name} listens"),
+    };
     let endpoints = spec.endpoints.into_iter();
     let mut services: Vec<Service> = endpoints
         .map(|endpoint| Service::start(Role::Rpc, endpoint.launch, stop))
         .collect();
+    let states = services.iter().map(Service::state).collect();
     // The first one that is given up ends them all: a host that serves half of its GPUs is no help to a plan.
-    let (ended, ..) = select_all(services.iter_mut().map(|service| Box::pin(service.ended()))).await;
+    let (ended, ..) = tokio::select! {
+        ended = select_all(services.iter_mut().map(|service| Box::pin(service.ended()))) => ended,
+        never = notifier.follow(&words, states) => match never {},
+    };
     join_all(services.into_iter().map(Service::stop)).await;
     Ok(ended?)
 }
