@@ -40,11 +40,13 @@ let
   ) testFiles;
 
   # Evaluates the whole system of every host of the template, and builds no more of it than the cluster file.
-  templateHosts =
-    ((import ./template/flake.nix).outputs {
-      inherit (self.inputs) nixpkgs;
-      tightwad = self;
-    }).nixosConfigurations;
+  template = (import ./template/flake.nix).outputs {
+    inherit (self.inputs) nixpkgs;
+    tightwad = self;
+  };
+  templateHosts = lib.filterAttrs (
+    _: host: host.pkgs.stdenv.hostPlatform.system == system
+  ) template.nixosConfigurations;
   evaluated =
     name: host:
     pkgs.runCommand "template-${name}"

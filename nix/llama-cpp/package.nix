@@ -73,6 +73,8 @@ in
         )
       );
 
+    # What nixpkgs does here is for programs that this build names otherwise.
+    postInstall = "";
     # Backends are loaded from the folder of the program, so the programs that Tightwad starts have to lie beside them.
     doInstallCheck = true;
     installCheckPhase = ''

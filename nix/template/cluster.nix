@@ -37,7 +37,6 @@
     api_key_file = "/run/secrets/tightwad-draft";
   };
   coordinator = {
-    model = "llama-3.3-70b";
     api_key_file = "/run/secrets/tightwad-pool";
     gpus = [
       {
@@ -71,6 +70,7 @@
     "llama-3.3-70b" = {
       path = "/models/Llama-3.3-70B-Instruct-Q4_K_M.gguf";
       ctx_size = 16384;
+      default = true;
     };
     qwen3-32b.path = "/models/Qwen3-32B-Q4_K_M.gguf";
     "qwen3-0.6b".path = "/models/Qwen3-0.6B-Q8_0.gguf";
