@@ -1,4 +1,4 @@
-{ pkgs, ... }:
+{ self, pkgs }:
 let
   inherit (pkgs) lib;
   inherit (pkgs.stdenv.hostPlatform) isx86_64 system;
@@ -15,6 +15,7 @@ in
   default = tightwad;
   llama-cpp-cpu = llama-cpp pkgs { };
   llama-cpp-vulkan = llama-cpp pkgs { vulkanSupport = true; };
+  options-doc = import ./options-doc.nix { inherit self pkgs; };
   tiny-models = pkgs.callPackage ./tiny-models.nix { };
 }
 // lib.optionalAttrs isx86_64 {
