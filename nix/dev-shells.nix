@@ -21,6 +21,7 @@ let
         pkgs.rust-analyzer
         pkgs.rustc
         pkgs.rustfmt
+        pkgs.util-linux
         (pkgs.python3.withPackages (python: [
           python.gguf
           python.numpy
