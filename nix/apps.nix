@@ -1,0 +1,52 @@
+{ self, pkgs }:
+let
+  inherit (pkgs) lib;
+  packages = self.packages.${pkgs.stdenv.hostPlatform.system};
+
+  app = description: program: {
+    type = "app";
+    program = lib.getExe program;
+    meta = { inherit description; };
+  };
+
+  # The package knows no llama.cpp, so that a host with a GPU does not get one for the CPU too. Here there is one, after the
+  # user's own.
+  tightwadWithLlamaCpp = pkgs.writeShellApplication {
+    name = "tightwad";
+    text = ''
+      export PATH="$PATH:${lib.makeBinPath [ packages.llama-cpp-cpu ]}"
+      exec ${lib.getExe packages.tightwad} "$@"
+    '';
+  };
+
+  tightwadDemo = pkgs.writeShellApplication {
+    name = "tightwad-demo";
+    runtimeInputs = [
+      pkgs.bash
+      pkgs.coreutils
+      pkgs.gnused
+      (pkgs.python3.withPackages (python: [
+        python.gguf
+        python.numpy
+      ]))
+    ];
+    text = ''
+      export TIGHTWAD_BIN=${lib.getExe packages.tightwad}
+      export TIGHTWAD_LLAMA_CPP=${packages.llama-cpp-cpu}
+      exec bash ${
+        lib.fileset.toSource {
+          root = ../.;
+          fileset = lib.fileset.unions [
+            ../scripts
+            ../tests/models
+          ];
+        }
+      }/scripts/demo "$@"
+    '';
+  };
+in
+rec {
+  default = tightwad;
+  tightwad = app "The command tightwad, with a llama.cpp for the CPU" tightwadWithLlamaCpp;
+  demo = app "What drafting gains on this machine; needs no GPU, no model and no configuration" tightwadDemo;
+}

@@ -1,0 +1,24 @@
+# An RTX 4070 Ti Super: lends it to the coordinator.
+{
+  networking.hostName = "gaming-pc";
+
+  services.tightwad = {
+    cluster = import ./cluster.nix;
+    openFirewall = true;
+  };
+
+  # The driver. It is unfree, and so is CUDA.
+  nixpkgs.config.allowUnfree = true;
+  hardware.graphics.enable = true;
+  hardware.nvidia.open = true;
+  services.xserver.videoDrivers = [ "nvidia" ];
+
+  # In place of the rest: the hardware-configuration.nix of this machine, and your own settings.
+  nixpkgs.hostPlatform = "x86_64-linux";
+  boot.loader.systemd-boot.enable = true;
+  fileSystems."/" = {
+    device = "/dev/disk/by-label/nixos";
+    fsType = "ext4";
+  };
+  system.stateVersion = "26.05";
+}
