@@ -43,14 +43,11 @@ let
     ]) cluster.hosts
   );
 
-  alone =
-    map
-      (
-        role:
-        refuse (lib.length (topology.hostsOf role) > 1) [ "cluster" "hosts" ]
-          "${listed (topology.hostsOf role)} have the role `${role}`; the section ${role} describes one machine, so give it to one of them"
-      )
-      (lib.remove "worker" topology.roles);
+  alone = map (
+    role:
+    refuse (lib.length (topology.hostsOf role) > 1) [ "cluster" "hosts" ]
+      "${listed (topology.hostsOf role)} have the role `${role}`; the section ${role} describes one machine, so give it to one of them"
+  ) (lib.remove "worker" topology.roles);
 
   sectioned = map (
     role:
@@ -92,18 +89,16 @@ let
   own = lib.head topology.ownWorkers;
   ownWorker = lib.optionals cfg.worker.enable (
     [
-      (refuse (topology.ownWorkers == [ ])
-        [ "cluster" "workers" ]
+      (refuse (topology.ownWorkers == [ ]) [ "cluster" "workers" ]
         "no entry is this machine (${cfg.host}), which has the role `worker`; add one with `name = \"${cfg.host}\"`, or set services.tightwad.worker.name"
       )
-      (refuse (lib.length topology.ownWorkers > 1)
-        [ "worker" "name" ]
-        "several entries of services.tightwad.cluster.workers are this machine; say which one it is"
-      )
+      (refuse (lib.length topology.ownWorkers > 1) [
+        "worker"
+        "name"
+      ] "several entries of services.tightwad.cluster.workers are this machine; say which one it is")
     ]
     ++ lib.optionals (topology.ownWorkers != [ ] && own.host != null) [
-      (refuse
-        (own.agent_port != 0 && cfg.worker.agentTokenFile == null && !topology.isLoopback own.host)
+      (refuse (own.agent_port != 0 && cfg.worker.agentTokenFile == null && !topology.isLoopback own.host)
         [ "worker" "agentTokenFile" ]
         "missing; the agent listens on ${own.host} and needs a token (here or in agent_token_file of services.tightwad.cluster.workers), or `agent_port = 0` for a worker without an agent"
       )
@@ -134,9 +129,7 @@ let
               && !section.allow_unauthenticated
             )
             path
-            "missing; the ${role} listens on ${
-              section.host or ""
-            } and needs a token, or services.tightwad.cluster.${role}.allow_unauthenticated = true if everybody who reaches this address may use it"
+            "missing; the ${role} listens on ${section.host or ""} and needs a token, or services.tightwad.cluster.${role}.allow_unauthenticated = true if everybody who reaches this address may use it"
         )
       )
       [
@@ -191,16 +184,14 @@ let
 
   # Each port of this machine with the option that sets it.
   listeners =
-    map
-      (role: {
-        path = [
-          "cluster"
-          role
-          "port"
-        ];
-        inherit (cluster.${role}) port;
-      })
-      (lib.filter (role: role != "worker" && cluster.${role} != null) enabled)
+    map (role: {
+      path = [
+        "cluster"
+        role
+        "port"
+      ];
+      inherit (cluster.${role}) port;
+    }) (lib.filter (role: role != "worker" && cluster.${role} != null) enabled)
     ++ lib.optionals (cfg.worker.enable && topology.ownWorkers != [ ]) (
       map (port: {
         path = [

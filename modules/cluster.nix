@@ -42,7 +42,8 @@ let
   # Units get secrets from these paths at start; in the store everybody could read them.
   secretFile =
     description: example:
-    optional types.externalPath example "${description} Outside of the Nix store: a file that sops-nix, agenix or you put there. Default: none.";
+    optional types.externalPath example
+      "${description} Outside of the Nix store: a file that sops-nix, agenix or you put there. Default: none.";
 
   backend = enum [
     "hip"
@@ -63,18 +64,26 @@ let
       example = 16;
       description = "Its memory in GiB.";
     };
-    device = optional str "CUDA0" "What llama.cpp calls it. Left out: the host's GPUs in llama.cpp's order.";
+    device =
+      optional str "CUDA0"
+        "What llama.cpp calls it. Left out: the host's GPUs in llama.cpp's order.";
   };
   workerGpu = gpu // {
-    rpc_port = key port 50052 "Port of the `ggml-rpc-server` that serves it; GPUs with the same port share one.";
+    rpc_port =
+      key port 50052
+        "Port of the `ggml-rpc-server` that serves it; GPUs with the same port share one.";
   };
 
   # What `target`, `draft` and `coordinator` have in common.
   server = {
-    slots = key types.ints.positive 4 "Requests served at once, each with the model's whole `ctx_size`.";
+    slots =
+      key types.ints.positive 4
+        "Requests served at once, each with the model's whole `ctx_size`.";
     threads = optional types.ints.positive 8 "CPU threads. Left out: llama-server's choice.";
     api_key_file = secretFile "File that holds the key which clients of this server must send." "/run/secrets/tightwad-key";
-    extra_args = key (listOf str) [ ] "More arguments of llama-server; they win over those that Tightwad gives.";
+    extra_args =
+      key (listOf str) [ ]
+        "More arguments of llama-server; they win over those that Tightwad gives.";
     env =
       key (attrsOf str) { }
         "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
@@ -85,10 +94,10 @@ let
       server
       // {
         host = optional str "192.168.1.50" defaultHost;
-        port =
-          key port 8080
-            "Port to listen on. Roles of one machine need ports of their own.";
-        model = optional str "qwen3-0.6b" "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
+        port = key port 8080 "Port to listen on. Roles of one machine need ports of their own.";
+        model =
+          optional str "qwen3-0.6b"
+            "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
       }
     );
   besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role.";
@@ -99,7 +108,9 @@ let
       example = "http://192.168.1.50:11434";
       description = "Base URL, without `/v1`.";
     };
-    model_name = optional str "qwen3:8b" "What the model is called there; needed where a server holds several. Left out: the server's only model.";
+    model_name =
+      optional str "qwen3:8b"
+        "What the model is called there; needed where a server holds several. Left out: the server's only model.";
     backend = key (enum [
       "llamacpp"
       "ollama"
@@ -111,7 +122,9 @@ let
   };
 
   proxy = freeform {
-    host = optional str "192.168.1.10" "Address to listen on; any but a loopback address needs a token. Left out: the address of the host with the role `proxy`, else 127.0.0.1.";
+    host =
+      optional str "192.168.1.10"
+        "Address to listen on; any but a loopback address needs a token. Left out: the address of the host with the role `proxy`, else 127.0.0.1.";
     port = key port 8088 "Port to listen on.";
     draft = mkOption {
       type = nullOr (either (listOf upstream) upstream);
@@ -130,32 +143,58 @@ let
       description = "The server whose answers these are. Left out: the section `target`, else `coordinator`.";
     };
     auth_token_file = secretFile "File that holds the token which clients send as `Authorization: Bearer …`." "/run/secrets/tightwad-token";
-    allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a token.";
+    allow_unauthenticated =
+      key bool false
+        "Whether to listen on a non-loopback address without a token.";
   };
 
   coordinator = freeform (
     server
     // {
-      host = optional str "192.168.1.10" "${besideProxy} Any but a loopback address needs a key.";
+      host =
+        optional str "192.168.1.10"
+          "${besideProxy} A pool beside a section `target` is no target of the proxy's. Any but a loopback address needs a key.";
       port = key port 8080 "Port to listen on.";
-      backend = optional backend "hip" "What drives its own GPUs. Left out: follows from `gpu` of its host.";
+      backend =
+        optional backend "hip"
+          "What drives its own GPUs. Left out: follows from `gpu` of its host.";
       gpus = key (listOf (freeform gpu)) [ ] "Its own GPUs.";
-      swap_on_request = key bool false "Whether to load the model that a request names, in place of the one that runs.";
-      drain_seconds = key types.ints.unsigned 30 "Seconds that running answers have to finish before a swap, or the end of the unit, ends them.";
+      swap_on_request =
+        key bool false
+          "Whether to load the model that a request names, in place of the one that runs.";
+      drain_seconds =
+        key types.ints.unsigned 30
+          "Seconds that running answers have to finish before a swap, or the end of the unit, ends them.";
       allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     }
   );
 
   worker = freeform {
-    name = optional (types.strMatching "[A-Za-z0-9._-]+") "gaming-pc" "What people call it; a name of `hosts` gives it that host's address. Left out: its `host`.";
-    host = optional str "192.168.1.100" "IPv4 address, or name of one, that the coordinator reaches it by and that it listens on. Left out: the address of the host called `name`.";
-    backend = optional backend "cuda" "What its GPUs are driven by. Left out: follows from `gpu` of the host with its address.";
-    gpus = key (listOf (freeform workerGpu)) [ ] "Its GPUs. Without any its server listens on port 50052.";
-    agent_port = key port 50051 "Port of its agent, by which the coordinator knows how it is; 0: it has none, and `ggml-rpc-server` is run by hand.";
+    name =
+      optional (types.strMatching "[A-Za-z0-9._-]+") "gaming-pc"
+        "What people call it; a name of `hosts` gives it that host's address. Left out: its `host`.";
+    host =
+      optional str "192.168.1.100"
+        "IPv4 address, or name of one, that the coordinator reaches it by and that it listens on. Left out: the address of the host called `name`.";
+    backend =
+      optional backend "cuda"
+        "What its GPUs are driven by. Left out: follows from `gpu` of the host with its address.";
+    gpus = key (listOf (
+      freeform workerGpu
+    )) [ ] "Its GPUs. Without any its server listens on port 50052.";
+    agent_port =
+      key port 50051
+        "Port of its agent, by which the coordinator knows how it is; 0: it has none, and `ggml-rpc-server` is run by hand.";
     agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
-    cache_dir = optional types.externalPath "/var/cache/tightwad-parts" "Folder for the model parts that it keeps, below `/var/cache`. Left out: `/var/cache/tightwad-worker`.";
-    extra_args = key (listOf str) [ ] "More arguments of ggml-rpc-server; they win over those that Tightwad gives.";
-    env = key (attrsOf str) { } "More environment variables of ggml-rpc-server. No place for secrets: everybody can read the store.";
+    cache_dir =
+      optional types.externalPath "/var/cache/tightwad-parts"
+        "Folder for the model parts that it keeps, below `/var/cache`. Left out: `/var/cache/tightwad-worker`.";
+    extra_args =
+      key (listOf str) [ ]
+        "More arguments of ggml-rpc-server; they win over those that Tightwad gives.";
+    env =
+      key (attrsOf str) { }
+        "More environment variables of ggml-rpc-server. No place for secrets: everybody can read the store.";
   };
 
   model = freeform {
@@ -250,7 +289,9 @@ in
         target = section (llamaServer "target" besideProxy) "A llama-server that holds the big model alone.";
         draft = section (llamaServer "draft" besideProxy) "A llama-server that holds the small model.";
         coordinator = section coordinator "A llama-server that spreads one model over the workers' GPUs and its own.";
-        workers = key (listOf worker) [ ] "The hosts that lend their GPUs to the coordinator. RPC has no password: keep it on a private network.";
+        workers =
+          key (listOf worker) [ ]
+            "The hosts that lend their GPUs to the coordinator. RPC has no password: keep it on a private network.";
         models = key (attrsOf model) { } "What can be run, by name.";
         binaries = mkOption {
           type = nullOr (freeform { });

@@ -23,18 +23,19 @@ let
       ports = topology.rpcPorts own ++ lib.optional (own.agent_port != 0) own.agent_port;
       from = topology.peersOf "coordinator";
     }
-    ++ map
-      (role: {
-        inherit role;
-        ports = [ settings.${role}.port ];
-        from = topology.peersOf "proxy";
-      })
-      (
-        lib.filter reachable [
-          "target"
-          "draft"
-        ]
-      );
+    ++
+      map
+        (role: {
+          inherit role;
+          ports = [ settings.${role}.port ];
+          from = topology.peersOf "proxy";
+        })
+        (
+          lib.filter reachable [
+            "target"
+            "draft"
+          ]
+        );
   rules = lib.concatMap (rule: map (from: rule // { inherit from; }) rule.from) restricted;
   isIPv6 = lib.hasInfix ":";
 

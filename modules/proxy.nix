@@ -18,8 +18,7 @@ let
     else if lib.isList cluster.proxy.draft then
       lib.listToAttrs (
         lib.imap0 (
-          number: draft:
-          lib.nameValuePair "proxy.draft.${toString number}.api_key_file" draft.api_key_file
+          number: draft: lib.nameValuePair "proxy.draft.${toString number}.api_key_file" draft.api_key_file
         ) cluster.proxy.draft
       )
     else

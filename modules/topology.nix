@@ -32,15 +32,17 @@ rec {
     ];
 
   # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
+  # A pool beside a target is not what the proxy asks, and so an endpoint of its own.
   listenAddress =
     role:
     let
       proxies = hostsOf "proxy";
       own = hostsOf role;
+      behindProxy = role != "proxy" && (role == "coordinator" -> cluster.target == null);
     in
     if own == [ ] then
       null
-    else if role != "proxy" && proxies == own then
+    else if behindProxy && proxies == own then
       "127.0.0.1"
     else
       lib.head (addressesOf role);
@@ -78,8 +80,7 @@ rec {
   ) cluster.workers;
   workerName = worker: if worker.name != null then worker.name else worker.host;
   rpcPorts =
-    worker:
-    if worker.gpus == [ ] then [ 50052 ] else lib.unique (map (gpu: gpu.rpc_port) worker.gpus);
+    worker: if worker.gpus == [ ] then [ 50052 ] else lib.unique (map (gpu: gpu.rpc_port) worker.gpus);
 
   # The entries of this machine: as `worker.name` says, else the one with its name, else those with its address.
   isOwnWorker =
