@@ -12,8 +12,14 @@ let
   inherit (lib) optional;
   enabled = lib.filter (role: cfg.${role}.enable) topology.roles;
   listed = lib.concatStringsSep ", ";
-  # As the option is written: services.tightwad.cluster.hosts.my-host, …."my.host"
-  option = path: "services.tightwad.${lib.showOption path}";
+  # As the option is written, but for the places in lists, which the binary numbers in the same way:
+  # services.tightwad.cluster.hosts."my.host".address, services.tightwad.cluster.workers.0.host
+  option =
+    path:
+    lib.concatStringsSep "." (
+      [ "services.tightwad" ]
+      ++ map (name: if builtins.match "[0-9]+" name == null then lib.showOption [ name ] else name) path
+    );
 
   refuse = when: path: reason: {
     assertion = !when;
@@ -27,6 +33,11 @@ let
   known = refuse (cluster.hosts != { } && topology.here == null) [ "host" ] (
     "`${cfg.host}` is not in services.tightwad.cluster.hosts (${listed (lib.attrNames cluster.hosts)}); add it there, "
     + "or say here which of them this machine is"
+  );
+
+  # Which programs run follows from the one, what the file says of them from the other.
+  gpu = refuse (topology.here != null && cfg.gpu != topology.here.gpu) [ "gpu" ] (
+    "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
   addresses = lib.concatLists (
@@ -293,6 +304,7 @@ in
   config.assertions = lib.mkIf cfg.enable (
     [
       known
+      gpu
       cuda
     ]
     ++ addresses

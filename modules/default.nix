@@ -63,7 +63,8 @@ in
       example = "cuda";
       description = ''
         What drives this machine's GPUs: `cuda` (NVIDIA), `rocm` (AMD), `vulkan` (any) or `none` (the CPU computes).
-        It chooses the build of llama.cpp and the devices that the units may open.
+        It chooses the build of llama.cpp and the devices that the units may open. To be set only on a machine that
+        `cluster.hosts` does not name.
       '';
     };
 

@@ -33,6 +33,7 @@ in
   AmbientCapabilities = "";
   CapabilityBoundingSet = "";
   LockPersonality = true;
+  # The drivers compile kernels for the GPU, not code for the CPU.
   MemoryDenyWriteExecute = true;
   NoNewPrivileges = true;
   PrivateMounts = true;

@@ -76,11 +76,9 @@ in
       RestartSec = 2;
       RestartSteps = 6;
       RestartMaxDelaySec = 60;
-      # A wrong command line (2) or file (3) stays wrong until the next switch.
-      RestartPreventExitStatus = [
-        2
-        3
-      ];
+      # A wrong command line stays wrong until the next switch. A wrong file (3) was refused when it was built: what is left
+      # of that is an address that the machine does not have yet, of a VPN for example.
+      RestartPreventExitStatus = 2;
       # Its first process ends the others in the right order.
       KillMode = "mixed";
       # It starts a server anew that was killed for memory, and says so.

@@ -98,7 +98,7 @@ let
     };
     worker-without-address = {
       fault = cluster { workers = [ { name = "three"; } ]; };
-      option = "services.tightwad.cluster.workers.\"1\".host: missing";
+      option = "services.tightwad.cluster.workers.1.host: missing";
     };
     worker-of-two-names = {
       fault = cluster { workers = [ { name = "one"; } ]; };
@@ -110,7 +110,7 @@ let
     };
     rpc-on-all-interfaces = {
       fault = worker { host = "0.0.0.0"; };
-      option = "services.tightwad.cluster.workers.\"0\".host: 0.0.0.0";
+      option = "services.tightwad.cluster.workers.0.host: 0.0.0.0";
     };
     rpc-on-all-interfaces-by-arguments = {
       fault = worker {
@@ -119,7 +119,7 @@ let
           "0.0.0.0"
         ];
       };
-      option = "services.tightwad.cluster.workers.\"0\".extra_args: must not";
+      option = "services.tightwad.cluster.workers.0.extra_args: must not";
     };
     host-on-all-interfaces = {
       fault = cluster { hosts.two.address = lib.mkForce "0.0.0.0"; };
@@ -133,8 +133,12 @@ let
       fault = cluster { proxy.port = 50051; };
       option = "services.tightwad.cluster.workers.agent_port: 50051";
     };
+    gpu-of-two-minds = {
+      fault.services.tightwad.gpu = "vulkan";
+      option = "services.tightwad.gpu: \"vulkan\" is not what";
+    };
     cuda-without-unfree = {
-      fault.services.tightwad.gpu = "cuda";
+      fault = cluster { hosts.one.gpu = "cuda"; };
       option = "services.tightwad.gpu: \"cuda\" needs";
     };
     proxy-without-token = {
@@ -158,11 +162,11 @@ let
           }
         ];
       };
-      option = "services.tightwad.cluster.proxy.draft.\"0\".api_key: a secret";
+      option = "services.tightwad.cluster.proxy.draft.0.api_key: a secret";
     };
     token-of-a-worker-as-a-value = {
       fault = worker { agent_token = "hush"; };
-      option = "services.tightwad.cluster.workers.\"0\".agent_token: a secret";
+      option = "services.tightwad.cluster.workers.0.agent_token: a secret";
     };
     key-among-the-arguments = {
       fault = cluster {
