@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Runs the units of the VM tests' machines on this one, for where no VM can run: each from its own rendered cluster file and
-its own ExecStart, with the credentials that its unit loads and no other secret. Each says READY, and the endpoints answer.
+"""Runs every role of the template's four hosts on this machine, for where no VM can run: each from the cluster file and the
+ExecStart of its host, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
+answer. Addresses become loopback ones, GPUs the CPU, and the models those of tests/models; the rest is as it is rendered.
 
-usage: roles.py NIX FLAKE TIGHTWAD LLAMA_CPP [arguments of nix]   (with the evaluation harness, whose YAML is JSON)
+usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: the evaluation harness's, whose YAML is JSON)
 """
 
 import json
-import os
 import pathlib
 import secrets
 import shlex
@@ -16,39 +16,55 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 
 PATIENCE = 120  # seconds
-# Endpoint of each test, with the path of its key.
-TESTS = {
-    "pool": ("http://127.0.77.1:8080", "/var/lib/secrets/pool"),
-    "speculation": ("http://127.0.77.3:8088", "/var/lib/secrets/proxy"),
-}
-NODES = """nodes: builtins.mapAttrs (_: node: let config = node.config or node; in {
-  file = config.services.tightwad.configFile.unchecked.text;
-  units = builtins.mapAttrs (_: unit: unit.serviceConfig) (builtins.removeAttrs config.systemd.services
-    (builtins.filter (name: builtins.match "tightwad-.*" name == null) (builtins.attrNames config.systemd.services)));
-}) nodes"""
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+HOSTS = """builtins.mapAttrs (_: host: {
+  file = host.config.services.tightwad.configFile.unchecked.text;
+  units = builtins.mapAttrs (_: unit: unit.serviceConfig) (removeAttrs host.config.systemd.services
+    (builtins.filter (name: builtins.match "tightwad-.*" name == null)
+      (builtins.attrNames host.config.systemd.services)));
+})"""
 
 
-def here(text, models):
-    """Maps the machines' addresses to loopback, and the store's models to those of the repository."""
-    config = json.loads(text.replace("192.168.1.", "127.0.77.").replace("127.0.0.1", "127.0.77.9"))
-    for model in config["models"].values():
-        name = pathlib.Path(model["path"]).name.split("-tightwad-slow")
-        model["path"] = str(models / (name[0] if len(name) == 1 else "tightwad-tiny-target-q8_0.gguf"))
-    return json.dumps(config)
+def hosts(nix, nixpkgs):
+    """The hosts of the template, with their files and units."""
+    inputs = {"tightwad": f"git+file://{REPOSITORY}", "nixpkgs": f"path:{nixpkgs}", "tightwad/nixpkgs": f"path:{nixpkgs}"}
+    command = [nix, "eval", "--json", "--no-write-lock-file", f"path:{REPOSITORY}/nix/template#nixosConfigurations"]
+    for name, source in inputs.items():
+        command += ["--override-input", name, source]
+    evaluated = subprocess.run([*command, "--apply", HOSTS], capture_output=True)
+    if evaluated.returncode != 0:
+        sys.exit(f"roles: the template does not evaluate:\n{evaluated.stderr.decode()}")
+    return json.loads(evaluated.stdout)
+
+
+def here(text):
+    """What of a host's file has to be different on this machine."""
+    config = json.loads(text.replace("127.0.0.1", "127.0.77.1").replace("192.168.1.", "127.0.77."))
+    small = config["draft"]["model"]
+    for name, model in config["models"].items():
+        file = "tightwad-tiny-draft-f16.gguf" if name == small else "tightwad-tiny-target-q8_0.gguf"
+        model |= {"path": str(REPOSITORY / "tests/models" / file), "ctx_size": 1024}
+    config["coordinator"] |= {"backend": "cpu", "gpus": []}
+    for worker in config["workers"]:
+        worker |= {"backend": "cpu", "gpus": [{"name": "CPU", "vram_gb": 1}]}
+    for section in ["coordinator", "target", "draft"]:
+        config[section] |= {"slots": 1, "threads": 1}
+    return config
 
 
 class Unit:
-    def __init__(self, work, name, service, text, keys, tightwad, llama_cpp):
-        self.name, self.folder = name, work / name
+    def __init__(self, folder, service, config, keys, tightwad, llama_cpp):
+        self.name, self.folder = folder.name, folder
         (self.folder / "credentials").mkdir(parents=True)
         for credential in service.get("LoadCredential", []):
             key, path = credential.split(":", 1)
             (self.folder / "credentials" / key).write_text(keys.setdefault(path, secrets.token_hex(16)))
         file = self.folder / "cluster.yaml"
-        file.write_text(text)
+        file.write_text(json.dumps(config))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.folder / "notify"))
         _, _, _, *arguments = shlex.split(service["ExecStart"])
@@ -99,32 +115,30 @@ def ask(url, key):
 
 
 def main():
-    nix, flake, tightwad, llama_cpp, *arguments = sys.argv[1:]
-    models = pathlib.Path(__file__).resolve().parents[2] / "tests/models"
-    for test, (url, key) in TESTS.items():
-        nodes = f"{flake}#checks.x86_64-linux.{test}.nodes"
-        evaluated = subprocess.run([nix, "eval", "--json", nodes, "--apply", NODES, *arguments], capture_output=True)
-        if evaluated.returncode != 0:
-            sys.exit(f"roles: {test}: {evaluated.stderr.decode()}")
-        with tempfile.TemporaryDirectory() as work:
-            keys, units = {}, []
-            try:
-                for node in json.loads(evaluated.stdout).values():
-                    for name, service in node["units"].items():
-                        text = here(node["file"], models)
-                        units.append(Unit(pathlib.Path(work), name, service, text, keys, tightwad, llama_cpp))
-                for unit in units:
-                    unit.ready()
-                text = ask(url, keys[key])
-                assert text.strip(), f"{test} answers nothing"
-                print(f"roles: {test}: {', '.join(unit.name for unit in units)} are ready and answer {text!r}")
-            except Exception:
-                for unit in units:
-                    print(f"--- {unit.name}\n{(unit.folder / 'log').read_text()}", file=sys.stderr)
-                raise
-            finally:
-                ends = {unit.name: unit.stop() for unit in units}
-            assert not any(ends.values()), f"{test}: {ends}"
+    nix, nixpkgs, tightwad, llama_cpp = sys.argv[1:]
+    keys, units = {}, []
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            for host in hosts(nix, nixpkgs).values():
+                config = here(host["file"])
+                for name, service in host["units"].items():
+                    units.append(Unit(pathlib.Path(work) / name, service, config, keys, tightwad, llama_cpp))
+            for unit in units:
+                unit.ready()
+                print(f"roles: {unit.name} is ready")
+            for section, key in [("coordinator", "api_key_file"), ("proxy", "auth_token_file")]:
+                listener = config[section]
+                text = ask(f"http://{listener['host']}:{listener['port']}", keys[listener[key]])
+                assert text.strip(), f"the {section} answers nothing"
+                print(f"roles: the {section} answers {text!r}")
+        except Exception:
+            for unit in units:
+                print(f"--- {unit.name}\n{(unit.folder / 'log').read_text()}", file=sys.stderr)
+            raise
+        finally:
+            ends = {unit.name: unit.stop() for unit in units}
+        assert len(units) == 5, f"not every role of the template is run: {list(ends)}"
+        assert not any(ends.values()), f"a unit does not end well: {ends}"
 
 
 if __name__ == "__main__":
