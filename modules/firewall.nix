@@ -4,6 +4,7 @@ let
   cfg = config.services.tightwad;
   topology = import ./topology.nix { inherit lib cfg; };
   inherit (cfg) settings;
+  inherit (lib) optional;
   enabled = role: cfg.${role}.enable && settings ? ${role};
   reachable = role: enabled role && !topology.isLoopback (settings.${role}.host or "127.0.0.1");
   own = lib.head topology.ownWorkers;
@@ -20,7 +21,7 @@ let
   restricted =
     lib.optional (cfg.worker.enable && topology.ownWorkers != [ ]) {
       role = "worker";
-      ports = topology.rpcPorts own ++ lib.optional (own.agent_port != 0) own.agent_port;
+      ports = topology.rpcPorts own ++ optional (own.agent_port != 0) own.agent_port;
       from = topology.peersOf "coordinator";
     }
     ++
@@ -39,32 +40,32 @@ let
   rules = lib.concatMap (rule: map (from: rule // { inherit from; }) rule.from) restricted;
   isIPv6 = lib.hasInfix ":";
 
+  words = list: lib.concatStringsSep " " (lib.concatLists list);
   inputRule =
     {
       role,
       ports,
       from,
     }:
-    lib.concatStringsSep " " [
-      (lib.optionalString (cfg.interface != null) ''iifname "${cfg.interface}"'')
-      "${if isIPv6 from then "ip6" else "ip"} saddr ${from}"
-      "tcp dport { ${lib.concatMapStringsSep ", " toString ports} }"
-      ''accept comment "tightwad ${role}"''
+    words [
+      (optional (cfg.interface != null) ''iifname "${cfg.interface}"'')
+      [
+        "${if isIPv6 from then "ip6" else "ip"} saddr ${from}"
+        "tcp dport { ${lib.concatMapStringsSep ", " toString ports} }"
+        ''accept comment "tightwad ${role}"''
+      ]
     ];
   command =
     verb:
-    {
-      ports,
-      from,
-      ...
-    }:
-    lib.concatStringsSep " " [
-      (if isIPv6 from then "ip6tables" else "iptables")
-      "-${verb} nixos-fw"
-      (lib.optionalString (cfg.interface != null) "-i ${lib.escapeShellArg cfg.interface}")
-      "-s ${lib.escapeShellArg from} -p tcp"
-      "-m multiport --dports ${lib.concatMapStringsSep "," toString ports}"
-      "-j nixos-fw-accept"
+    { ports, from, ... }:
+    words [
+      [ "${if isIPv6 from then "ip6tables" else "iptables"} -${verb} nixos-fw" ]
+      (optional (cfg.interface != null) "-i ${lib.escapeShellArg cfg.interface}")
+      [
+        "-s ${lib.escapeShellArg from}"
+        "-p tcp -m multiport --dports ${lib.concatMapStringsSep "," toString ports}"
+        "-j nixos-fw-accept"
+      ]
     ];
   lines = lib.concatMapStrings (line: line + "\n");
 in
