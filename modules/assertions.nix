@@ -40,19 +40,17 @@ let
     "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
-  addresses = lib.concatLists (
-    lib.mapAttrsToList (name: host: [
-      (refuse (topology.isWildcard host.address)
-        [
-          "cluster"
-          "hosts"
-          name
-          "address"
-        ]
-        "${host.address} is every address and none that others can reach; give the host's own on the private network"
-      )
-    ]) cluster.hosts
-  );
+  addresses = lib.mapAttrsToList (
+    name: host:
+    refuse (topology.isWildcard host.address)
+      [
+        "cluster"
+        "hosts"
+        name
+        "address"
+      ]
+      "${host.address} is every address and none that others can reach; give the host's own on the private network"
+  ) cluster.hosts;
 
   alone = map (
     role:
@@ -299,8 +297,18 @@ let
         "`${host.address}` is a name, and services.tightwad.openFirewall makes rules of addresses; give its IP address, or open the ports yourself"
     ) cluster.hosts
   );
+  needsDriver =
+    lib.elem cfg.gpu [
+      "cuda"
+      "vulkan"
+    ]
+    && lib.any (role: role != "proxy") enabled;
 in
 {
+  config.warnings = lib.optional (cfg.enable && needsDriver && !config.hardware.graphics.enable) (
+    "${option [ "gpu" ]}: \"${cfg.gpu}\" needs the driver in /run/opengl-driver, which hardware.graphics.enable puts there, "
+    + "and that is off; without it llama.cpp finds no GPU"
+  );
   config.assertions = lib.mkIf cfg.enable (
     [
       known

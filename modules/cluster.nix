@@ -184,7 +184,7 @@ let
     )) [ ] "Its GPUs. Without any its server listens on port 50052.";
     agent_port =
       key port 50051
-        "Port of its agent, by which the coordinator knows how it is; 0: it has none, and `ggml-rpc-server` is run by hand.";
+        "Port of its agent, by which the coordinator knows how it is; 0: it has none, and its `ggml-rpc-server` simply runs, as where somebody starts it by hand.";
     agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
     cache_dir =
       optional types.externalPath "/var/cache/tightwad-parts"
