@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The planted faults of refusals.nix whose messages Nix throws: each names its option.
 # usage: refusals.sh NIX FLAKE [arguments of nix]
-# With TIGHTWAD=path of the binary also the key that only it refuses, where YAML is plain text (the evaluation harness).
+# With TIGHTWAD=path of the binary also the key that only it refuses, with a stand-in for nixpkgs whose YAML is plain text.
 set -euo pipefail
 
 nix=$1 checks=$2#checks.x86_64-linux.refusals

@@ -3,7 +3,7 @@
 ExecStart of its host, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
 answer. Addresses become loopback ones, GPUs the CPU, and the models those of tests/models; the rest is as it is rendered.
 
-usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: the evaluation harness's, whose YAML is JSON)
+usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: a stand-in whose YAML is plain JSON text)
 """
 
 import json
