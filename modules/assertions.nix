@@ -1,0 +1,329 @@
+# What evaluation can tell before a host is switched. Each message begins with the option to change.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.tightwad;
+  topology = import ./topology.nix { inherit lib cfg; };
+  inherit (cfg) cluster settings;
+  inherit (lib) optional;
+  enabled = lib.filter (role: cfg.${role}.enable) topology.roles;
+  listed = lib.concatStringsSep ", ";
+  # As the option is written, but for the places in lists, which the binary numbers in the same way:
+  # services.tightwad.cluster.hosts."my.host".address, services.tightwad.cluster.workers.0.host
+  option =
+    path:
+    lib.concatStringsSep "." (
+      [ "services.tightwad" ]
+      ++ map (name: if builtins.match "[0-9]+" name == null then lib.showOption [ name ] else name) path
+    );
+
+  refuse = when: path: reason: {
+    assertion = !when;
+    message = "${option path}: ${reason}";
+  };
+  # The sections of `cluster`, by role.
+  sections = lib.filterAttrs (_: section: section != null) (
+    lib.getAttrs [ "proxy" "target" "draft" "coordinator" ] cluster
+  );
+
+  known = refuse (cluster.hosts != { } && topology.here == null) [ "host" ] (
+    "`${cfg.host}` is not in services.tightwad.cluster.hosts (${listed (lib.attrNames cluster.hosts)}); add it there, "
+    + "or say here which of them this machine is"
+  );
+
+  # Which programs run follows from the one, what the file says of them from the other.
+  gpu = refuse (topology.here != null && cfg.gpu != topology.here.gpu) [ "gpu" ] (
+    "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
+  );
+
+  addresses = lib.mapAttrsToList (
+    name: host:
+    refuse (topology.isWildcard host.address)
+      [
+        "cluster"
+        "hosts"
+        name
+        "address"
+      ]
+      "${host.address} is every address and none that others can reach; give the host's own on the private network"
+  ) cluster.hosts;
+
+  alone = map (
+    role:
+    refuse (lib.length (topology.hostsOf role) > 1) [ "cluster" "hosts" ]
+      "${listed (topology.hostsOf role)} have the role `${role}`; the section ${role} describes one machine, so give it to one of them"
+  ) (lib.remove "worker" topology.roles);
+
+  sectioned = map (
+    role:
+    refuse (cfg.${role}.enable && cluster.${role} == null) [ "cluster" role ] (
+      "missing, and this machine has the role `${role}`; describe it there, or take the role from "
+      + "services.tightwad.cluster.hosts.${cfg.host}.roles"
+    )
+  ) (lib.remove "worker" topology.roles);
+
+  # Workers, by their place in the list.
+  workers = lib.concatLists (
+    lib.imap0 (
+      number: worker:
+      let
+        at = key: [
+          "cluster"
+          "workers"
+          (toString number)
+          key
+        ];
+        listens = lib.any (
+          argument: argument == "--host" || argument == "-H" || lib.hasPrefix "--host=" argument
+        ) worker.extra_args;
+      in
+      [
+        (refuse (worker.host == null) (at "host") (
+          "missing; give the worker an address here, or a `name` that services.tightwad.cluster.hosts has"
+          + lib.optionalString (worker.name != null) " (`${worker.name}` is not one)"
+        ))
+        (refuse (worker.host != null && topology.isWildcard worker.host) (at "host")
+          "${toString worker.host} would offer RPC, which has no password, on all interfaces; give the host's address on the private network"
+        )
+        (refuse listens (at "extra_args")
+          "must not say where RPC listens: it has no password, and belongs to the worker's `host` only"
+        )
+      ]
+    ) topology.workers
+  );
+  own = lib.head topology.ownWorkers;
+  ownWorker = lib.optionals cfg.worker.enable (
+    [
+      (refuse (topology.ownWorkers == [ ]) [ "cluster" "workers" ]
+        "no entry is this machine (${cfg.host}), which has the role `worker`; add one with `name = \"${cfg.host}\"`, or set services.tightwad.worker.name"
+      )
+      (refuse (lib.length topology.ownWorkers > 1) [
+        "worker"
+        "name"
+      ] "several entries of services.tightwad.cluster.workers are this machine; say which one it is")
+    ]
+    ++ lib.optionals (topology.ownWorkers != [ ] && own.host != null) [
+      (refuse (own.agent_port != 0 && cfg.worker.agentTokenFile == null && !topology.isLoopback own.host)
+        [ "worker" "agentTokenFile" ]
+        "missing; the agent listens on ${own.host} and needs a token (here or in agent_token_file of services.tightwad.cluster.workers), or `agent_port = 0` for a worker without an agent"
+      )
+      (refuse (own.cache_dir != null && !lib.hasPrefix "/var/cache/" own.cache_dir)
+        [ "cluster" "workers" "cache_dir" ]
+        "${toString own.cache_dir} is not below /var/cache, where systemd makes folders for the unit's user; mount the disk there"
+      )
+    ]
+  );
+
+  # A listener for more than this machine needs a token.
+  tokens =
+    lib.concatMap
+      (
+        { role, file }:
+        let
+          section = settings.${role};
+          path = [
+            role
+            file
+          ];
+        in
+        optional (lib.elem role enabled && settings ? ${role}) (
+          refuse
+            (
+              !topology.isLoopback (section.host or "127.0.0.1")
+              && cfg.${role}.${file} == null
+              && !section.allow_unauthenticated
+            )
+            path
+            "missing; the ${role} listens on ${section.host or ""} and needs a token, or services.tightwad.cluster.${role}.allow_unauthenticated = true if everybody who reaches this address may use it"
+        )
+      )
+      [
+        {
+          role = "proxy";
+          file = "authTokenFile";
+        }
+        {
+          role = "coordinator";
+          file = "apiKeyFile";
+        }
+      ];
+
+  # Secrets as values would be readable in the store.
+  inline =
+    path: section: key:
+    refuse (section.${key} or null != null) (path ++ [ key ]) (
+      "a secret in the configuration can be read by everybody in the Nix store; write it into a file and name that in ${
+        option (path ++ [ "${key}_file" ])
+      }"
+    );
+  upstreams =
+    let
+      draft = cluster.proxy.draft or null;
+      at = number: [
+        "cluster"
+        "proxy"
+        "draft"
+        (toString number)
+      ];
+      drafts =
+        if lib.isList draft then
+          lib.imap0 (number: draft: inline (at number) draft "api_key") draft
+        else
+          [ (inline [ "cluster" "proxy" "draft" ] draft "api_key") ];
+    in
+    drafts ++ [ (inline [ "cluster" "proxy" "target" ] (cluster.proxy.target or null) "api_key") ];
+  secrets =
+    upstreams
+    ++ lib.concatLists (
+      lib.mapAttrsToList (role: section: [
+        (inline [ "cluster" role ] section (if role == "proxy" then "auth_token" else "api_key"))
+        (refuse (lib.any (lib.hasPrefix "--api-key") (section.extra_args or [ ]))
+          [ "cluster" role "extra_args" ]
+          "must not hold `--api-key`: everybody can read the store and the process list; use services.tightwad.${role}.apiKeyFile"
+        )
+      ]) sections
+    )
+    ++ lib.imap0 (
+      number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
+    ) cluster.workers;
+
+  # Each port of this machine with the option that sets it.
+  listeners =
+    map (role: {
+      path = [
+        "cluster"
+        role
+        "port"
+      ];
+      inherit (cluster.${role}) port;
+    }) (lib.filter (role: role != "worker" && cluster.${role} != null) enabled)
+    ++ lib.optionals (cfg.worker.enable && topology.ownWorkers != [ ]) (
+      map (port: {
+        path = [
+          "cluster"
+          "workers"
+          "gpus"
+          "rpc_port"
+        ];
+        inherit port;
+      }) (topology.rpcPorts own)
+      ++ optional (own.agent_port != 0) {
+        path = [
+          "cluster"
+          "workers"
+          "agent_port"
+        ];
+        port = own.agent_port;
+      }
+    );
+  ports = lib.imap0 (
+    number: listener:
+    let
+      other = lib.findFirst (other: other.port == listener.port) null (lib.take number listeners);
+    in
+    refuse (other != null && listener.port != 0) listener.path
+      "${toString listener.port} is the port of ${option other.path} on this machine (${cfg.host}) already; give another port"
+  ) listeners;
+
+  # Folders that the units do not see.
+  hidden = [
+    "/home/"
+    "/root/"
+    "/run/user/"
+    "/tmp/"
+    "/var/tmp/"
+  ];
+  models =
+    let
+      readers = lib.filter (role: lib.elem role enabled) [
+        "coordinator"
+        "target"
+        "draft"
+      ];
+      read = lib.foldl' (all: role: all // topology.modelsOf role) { } readers;
+    in
+    lib.mapAttrsToList (
+      name: model:
+      refuse (lib.any (folder: lib.hasPrefix folder model.path) hidden)
+        [
+          "cluster"
+          "models"
+          name
+          "path"
+        ]
+        "the units cannot see ${model.path}: /home, /root, /run/user and temporary folders are hidden from them; move it to a folder such as /models"
+    ) read
+    ++ [
+      (refuse (cfg.modelGroup != null && !(config.users.groups ? ${toString cfg.modelGroup}))
+        [ "modelGroup" ]
+        "there is no group `${toString cfg.modelGroup}`; add users.groups.${toString cfg.modelGroup} = { }"
+      )
+    ];
+
+  # The host's NVIDIA driver is unfree.
+  allowsUnfree =
+    let
+      inherit (pkgs) config;
+      allows = config.allowUnfreePredicate or (_: false);
+      package = name: license: {
+        inherit name;
+        pname = name;
+        version = "";
+        meta.license = license;
+      };
+    in
+    config.allowUnfree or false
+    || (config.allowUnfreePackages or [ ]) != [ ]
+    || allows (package "nvidia-x11" lib.licenses.unfreeRedistributable)
+    || allows (package "cuda_cudart" (lib.licenses.unfree // { shortName = "CUDA EULA"; }));
+  cuda =
+    refuse (cfg.gpu == "cuda" && !allowsUnfree) [ "gpu" ]
+      "\"cuda\" needs NVIDIA's driver, which is unfree; set nixpkgs.config.allowUnfree = true, or allow it in nixpkgs.config.allowUnfreePredicate";
+
+  firewall = lib.optionals cfg.openFirewall (
+    lib.mapAttrsToList (
+      name: host:
+      refuse (builtins.match "[0-9.]+|[0-9a-fA-F:]+" host.address == null)
+        [
+          "cluster"
+          "hosts"
+          name
+          "address"
+        ]
+        "`${host.address}` is a name, and services.tightwad.openFirewall makes rules of addresses; give its IP address, or open the ports yourself"
+    ) cluster.hosts
+  );
+  needsDriver =
+    lib.elem cfg.gpu [
+      "cuda"
+      "vulkan"
+    ]
+    && lib.any (role: role != "proxy") enabled;
+in
+{
+  config.warnings = lib.optional (cfg.enable && needsDriver && !config.hardware.graphics.enable) (
+    "${option [ "gpu" ]}: \"${cfg.gpu}\" needs the driver in /run/opengl-driver, which hardware.graphics.enable puts there, "
+    + "and that is off; without it llama.cpp finds no GPU"
+  );
+  config.assertions = lib.mkIf cfg.enable (
+    [
+      known
+      gpu
+      cuda
+    ]
+    ++ addresses
+    ++ alone
+    ++ sectioned
+    ++ workers
+    ++ ownWorker
+    ++ tokens
+    ++ secrets
+    ++ ports
+    ++ models
+    ++ firewall
+  );
+}

@@ -1,0 +1,1 @@
+import ./llama-server.nix "draft" "that guesses tokens"

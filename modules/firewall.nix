@@ -1,0 +1,89 @@
+# Opens the ports of this machine's roles, and no further than their clients need it.
+{ config, lib, ... }:
+let
+  cfg = config.services.tightwad;
+  topology = import ./topology.nix { inherit lib cfg; };
+  inherit (cfg) settings;
+  inherit (lib) optional;
+  enabled = role: cfg.${role}.enable && settings ? ${role};
+  reachable = role: enabled role && !topology.isLoopback (settings.${role}.host or "127.0.0.1");
+  own = lib.head topology.ownWorkers;
+
+  # Ports for everybody on the interface: clients may be anywhere there.
+  open = map (role: settings.${role}.port) (
+    lib.filter reachable [
+      "proxy"
+      "coordinator"
+    ]
+  );
+
+  # Ports for the machines that have a role.
+  restricted =
+    lib.optional (cfg.worker.enable && topology.ownWorkers != [ ]) {
+      role = "worker";
+      ports = topology.rpcPorts own ++ optional (own.agent_port != 0) own.agent_port;
+      from = topology.peersOf "coordinator";
+    }
+    ++
+      map
+        (role: {
+          inherit role;
+          ports = [ settings.${role}.port ];
+          from = topology.peersOf "proxy";
+        })
+        (
+          lib.filter reachable [
+            "target"
+            "draft"
+          ]
+        );
+  rules = lib.concatMap (rule: map (from: rule // { inherit from; }) rule.from) restricted;
+  isIPv6 = lib.hasInfix ":";
+
+  words = list: lib.concatStringsSep " " (lib.concatLists list);
+  inputRule =
+    {
+      role,
+      ports,
+      from,
+    }:
+    words [
+      (optional (cfg.interface != null) ''iifname "${cfg.interface}"'')
+      [
+        "${if isIPv6 from then "ip6" else "ip"} saddr ${from}"
+        "tcp dport { ${lib.concatMapStringsSep ", " toString ports} }"
+        ''accept comment "tightwad ${role}"''
+      ]
+    ];
+  command =
+    verb:
+    { ports, from, ... }:
+    words [
+      [ "${if isIPv6 from then "ip6tables" else "iptables"} -${verb} nixos-fw" ]
+      (optional (cfg.interface != null) "-i ${lib.escapeShellArg cfg.interface}")
+      [
+        "-s ${lib.escapeShellArg from}"
+        "-p tcp -m multiport --dports ${lib.concatMapStringsSep "," toString ports}"
+        "-j nixos-fw-accept"
+      ]
+    ];
+  lines = lib.concatMapStrings (line: line + "\n");
+in
+{
+  config = lib.mkIf (cfg.enable && cfg.openFirewall) {
+    networking.firewall = lib.mkMerge [
+      (
+        if cfg.interface == null then
+          { allowedTCPPorts = open; }
+        else
+          { interfaces.${cfg.interface}.allowedTCPPorts = open; }
+      )
+      (lib.mkIf config.networking.nftables.enable { extraInputRules = lines (map inputRule rules); })
+      # NixOS refuses these together with nftables.
+      (lib.mkIf (!config.networking.nftables.enable) {
+        extraCommands = lines (map (command "A") rules);
+        extraStopCommands = lines (map (rule: "${command "D" rule} 2>/dev/null || true") rules);
+      })
+    ];
+  };
+}

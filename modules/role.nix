@@ -1,0 +1,103 @@
+# Makes the unit of a role out of what the role needs.
+{
+  config,
+  lib,
+  utils,
+}:
+let
+  cfg = config.services.tightwad;
+in
+role:
+{
+  # What it does, in the journal and in `systemctl status`.
+  description,
+  # What stands behind `tightwad run <role>`.
+  arguments ? [ ],
+  # Whether it starts llama.cpp's programs.
+  computes ? true,
+  # The model files that it reads.
+  models ? [ ],
+  # Paths of secrets by the names under which the binary asks for them; null: there is none.
+  credentials ? { },
+  # Directives of this role alone.
+  serviceConfig ? { },
+}:
+let
+  name = "tightwad-${role}";
+  escaped = lib.replaceStrings [ "%" ] [ "%%" ];
+  secrets = lib.filterAttrs (_: path: path != null) credentials;
+  hardening = import ./hardening.nix {
+    inherit lib computes;
+    inherit (cfg) gpu;
+  };
+  groups =
+    (hardening.SupplementaryGroups or [ ])
+    ++ lib.optional (models != [ ] && cfg.modelGroup != null) cfg.modelGroup;
+in
+{
+  inherit description;
+  wantedBy = [ "multi-user.target" ];
+  # It listens on an address of this machine, which has to be there.
+  wants = [ "network-online.target" ];
+  after = [ "network-online.target" ];
+  unitConfig = lib.optionalAttrs (models != [ ]) { RequiresMountsFor = map escaped models; };
+  # What is missing may come back: a mount, a driver, a secret. It is tried again for ever, more and more seldom.
+  startLimitIntervalSec = 0;
+
+  path = lib.optional computes cfg.llamaCpp.package;
+  enableDefaultPath = false;
+  environment = {
+    # CUDA's and ROCm's caches of compiled kernels go below HOME.
+    HOME = "/var/cache/${name}";
+    XDG_CACHE_HOME = "/var/cache/${name}";
+    XDG_RUNTIME_DIR = "/run/${name}";
+    XDG_STATE_HOME = "/var/lib/${name}";
+  };
+
+  serviceConfig =
+    hardening
+    // {
+      ExecStart = utils.escapeSystemdExecArgs (
+        [
+          (lib.getExe cfg.package)
+          "-c"
+          # The store path and not the file in /etc: a change of the cluster restarts the unit.
+          cfg.configFile
+          "run"
+          role
+        ]
+        ++ arguments
+      );
+      Type = "notify";
+      NotifyAccess = "main";
+      WatchdogSec = 60;
+
+      Restart = "on-failure";
+      RestartSec = 2;
+      RestartSteps = 6;
+      RestartMaxDelaySec = 60;
+      # A wrong command line stays wrong until the next switch. A wrong file (3) was refused when it was built: what is left
+      # of that is an address that the machine does not have yet, of a VPN for example.
+      RestartPreventExitStatus = 2;
+      # Its first process ends the others in the right order.
+      KillMode = "mixed";
+      # It starts a server anew that was killed for memory, and says so.
+      OOMPolicy = "continue";
+
+      StateDirectory = name;
+      CacheDirectory = name;
+      RuntimeDirectory = name;
+      StateDirectoryMode = "0700";
+      CacheDirectoryMode = "0700";
+      RuntimeDirectoryMode = "0700";
+    }
+    // lib.optionalAttrs (secrets != { }) {
+      LoadCredential = lib.mapAttrsToList (name: path: "${name}:${escaped path}") secrets;
+    }
+    // lib.optionalAttrs (groups != [ ]) { SupplementaryGroups = groups; }
+    // lib.optionalAttrs computes {
+      # For `--mlock` among a section's extra_args.
+      LimitMEMLOCK = "infinity";
+    }
+    // serviceConfig;
+}

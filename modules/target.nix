@@ -1,0 +1,1 @@
+import ./llama-server.nix "target" "with the big model"

@@ -1,0 +1,113 @@
+# What follows from `cluster.hosts`: where each role runs, by which address it is reached, and which worker this machine is.
+{ lib, cfg }:
+let
+  inherit (cfg) cluster;
+  having = role: lib.filterAttrs (_: entry: lib.elem role entry.roles) cluster.hosts;
+in
+rec {
+  roles = [
+    "worker"
+    "coordinator"
+    "target"
+    "draft"
+    "proxy"
+  ];
+
+  # This machine's entry; null where the cluster has none.
+  here = cluster.hosts.${cfg.host} or null;
+  isHere = role: here != null && lib.elem role here.roles;
+
+  # The names and the addresses of the hosts that have a role.
+  hostsOf = role: lib.attrNames (having role);
+  addressesOf = role: lib.mapAttrsToList (_: entry: entry.address) (having role);
+  # Their addresses, as another machine sees them: this one reaches itself without its firewall.
+  peersOf = role: lib.unique (lib.remove (here.address or null) (addressesOf role));
+
+  isLoopback = address: address == "localhost" || address == "::1" || lib.hasPrefix "127." address;
+  isWildcard =
+    address:
+    lib.elem address [
+      "0.0.0.0"
+      "::"
+    ];
+
+  # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
+  # A pool beside a target is not what the proxy asks, and so an endpoint of its own.
+  listenAddress =
+    role:
+    let
+      proxies = hostsOf "proxy";
+      own = hostsOf role;
+      behindProxy = role != "proxy" && (role == "coordinator" -> cluster.target == null);
+    in
+    if own == [ ] then
+      null
+    else if behindProxy && proxies == own then
+      "127.0.0.1"
+    else
+      lib.head (addressesOf role);
+
+  # llama.cpp's name of what drives a host's GPUs.
+  backendOf =
+    host:
+    {
+      cuda = "cuda";
+      rocm = "hip";
+      vulkan = "vulkan";
+      none = "cpu";
+    }
+    .${host.gpu};
+
+  # `cluster.workers` with the hosts' addresses and GPUs.
+  workers = map (
+    worker:
+    let
+      named = cluster.hosts.${toString worker.name} or null;
+      host = if worker.host != null then worker.host else named.address or null;
+      at = lib.findFirst (entry: entry.address == host) null (lib.attrValues cluster.hosts);
+    in
+    worker
+    // {
+      inherit host;
+      backend =
+        if worker.backend != null then
+          worker.backend
+        else if at != null then
+          backendOf at
+        else
+          null;
+    }
+  ) cluster.workers;
+  workerName = worker: if worker.name != null then worker.name else worker.host;
+  rpcPorts =
+    worker: if worker.gpus == [ ] then [ 50052 ] else lib.unique (map (gpu: gpu.rpc_port) worker.gpus);
+
+  # The entries of this machine: as `worker.name` says, else the one with its name, else those with its address.
+  isOwnWorker =
+    let
+      byName = worker: workerName worker == cfg.host;
+    in
+    if cfg.worker.name != null then
+      worker: workerName worker == cfg.worker.name
+    else if lib.any byName workers then
+      byName
+    else
+      worker: here != null && worker.host == here.address;
+  ownWorkers = lib.filter isOwnWorker workers;
+
+  # The models that a role of this machine reads.
+  modelsOf =
+    role:
+    let
+      wanted = cluster.${role}.model or null;
+      default = lib.filterAttrs (_: model: model.default) cluster.models;
+    in
+    if role == "coordinator" then
+      cluster.models
+    else if wanted != null then
+      lib.filterAttrs (name: _: name == wanted) cluster.models
+    else if default != { } then
+      default
+    else
+      cluster.models;
+}

@@ -1,0 +1,53 @@
+# docs/options.md: every option of the NixOS module, from the module itself.
+{ self, pkgs }:
+let
+  inherit (pkgs) lib;
+  inherit
+    (lib.evalModules {
+      modules = [
+        self.nixosModules.default
+        {
+          # The rest of NixOS, of which no option is asked for.
+          _module.check = false;
+          _module.args = {
+            inherit pkgs;
+            utils = { };
+          };
+        }
+      ];
+    })
+    options
+    ;
+  documented = lib.filter (option: option.visible && !option.internal) (
+    lib.optionAttrSetToDocList options.services.tightwad
+  );
+
+  # A value as Nix code; what is more than a line stands in a block of its own.
+  value =
+    title: shown:
+    if shown._type == "literalMD" then
+      "${title}: ${shown.text}\n"
+    else if lib.hasInfix "\n" shown.text then
+      "${title}:\n\n```nix\n${shown.text}\n```\n"
+    else
+      "${title}: `${shown.text}`\n";
+  entry =
+    option:
+    lib.concatStringsSep "\n" (
+      [
+        "## `${option.name}`\n"
+        "${lib.trim option.description}\n"
+        "Type: ${option.type}\n"
+      ]
+      # Null is what an option is that is left out; its description says what happens then.
+      ++ lib.optional (option ? default && option.default.text != "null") (value "Default" option.default)
+      ++ lib.optional (option ? example) (value "Example" option.example)
+    );
+in
+pkgs.writeText "options.md" ''
+  # The options of the NixOS module
+
+  Made from `modules/` by `nix build .#options-doc`. Keys of the cluster file that are not listed here can be set under
+  `services.tightwad.cluster` all the same; `configs/reference.yaml` explains every one.
+
+  ${lib.concatMapStringsSep "\n" entry documented}''

@@ -1,0 +1,300 @@
+# Planted faults: evaluation refuses each, and a message names the option to change. `nix flake check` sees that every one is
+# refused, and reads the messages of assertions. Those that Nix itself throws it cannot read: refusals.sh does.
+{ self, pkgs }:
+let
+  inherit (pkgs) lib;
+  inherit (self.inputs.nixpkgs.lib) nixosSystem;
+
+  # What this machine would be switched to, or the reason why not.
+  evaluate =
+    fault:
+    let
+      host = nixosSystem {
+        modules = [
+          self.nixosModules.default
+          {
+            nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
+            networking.hostName = "one";
+            services.tightwad.cluster = sound;
+          }
+          fault
+        ];
+      };
+      inherit (host.config) services systemd assertions;
+      failed = lib.filter (
+        entry: !entry.assertion && lib.hasPrefix "services.tightwad" entry.message
+      ) assertions;
+    in
+    {
+      messages = map (entry: entry.message) failed;
+      # Everything that the module makes.
+      made = builtins.deepSeq [
+        failed
+        services.tightwad.settings
+        (lib.mapAttrs (_: unit: unit.serviceConfig) (
+          lib.filterAttrs (name: _: lib.hasPrefix "tightwad" name) systemd.services
+        ))
+        host.config.networking.firewall.extraCommands
+      ] services.tightwad.configFile;
+    };
+
+  # A cluster without fault, of which this machine runs all.
+  sound = {
+    hosts.one = {
+      address = "10.0.0.1";
+      roles = [
+        "worker"
+        "coordinator"
+        "proxy"
+      ];
+    };
+    hosts.two = {
+      address = "10.0.0.2";
+      roles = [ "draft" ];
+    };
+    proxy.auth_token_file = "/run/secrets/proxy";
+    coordinator = { };
+    draft = {
+      port = 8081;
+      model = "small";
+      api_key_file = "/run/secrets/draft";
+    };
+    workers = [
+      {
+        name = "one";
+        agent_token_file = "/run/secrets/worker";
+      }
+    ];
+    models = {
+      big = {
+        path = "/models/big.gguf";
+        default = true;
+      };
+      small.path = "/models/small.gguf";
+    };
+  };
+  cluster = changes: { services.tightwad.cluster = changes; };
+  worker = changes: cluster { workers = lib.mkForce [ ({ name = "one"; } // changes) ]; };
+
+  # The faults with what their messages have to begin with, or, of those that Nix throws, to hold.
+  asserted = {
+    host-not-in-the-cluster = {
+      fault = {
+        networking.hostName = lib.mkForce "three";
+      };
+      option = "services.tightwad.host: `three`";
+    };
+    role-without-its-section = {
+      fault.services.tightwad.target.enable = true;
+      option = "services.tightwad.cluster.target: missing";
+    };
+    role-of-two-hosts = {
+      fault = cluster { hosts.two.roles = [ "proxy" ]; };
+      option = "services.tightwad.cluster.hosts: one, two have the role `proxy`";
+    };
+    worker-without-its-entry = {
+      fault = cluster { workers = lib.mkForce [ ]; };
+      option = "services.tightwad.cluster.workers: no entry is this machine";
+    };
+    worker-without-address = {
+      fault = cluster { workers = [ { name = "three"; } ]; };
+      option = "services.tightwad.cluster.workers.1.host: missing";
+    };
+    worker-of-two-names = {
+      fault = cluster { workers = [ { name = "one"; } ]; };
+      option = "services.tightwad.worker.name: several entries";
+    };
+    worker-without-token = {
+      fault = worker { };
+      option = "services.tightwad.worker.agentTokenFile: missing";
+    };
+    rpc-on-all-interfaces = {
+      fault = worker { host = "0.0.0.0"; };
+      option = "services.tightwad.cluster.workers.0.host: 0.0.0.0";
+    };
+    rpc-on-all-interfaces-by-arguments = {
+      fault = worker {
+        extra_args = [
+          "--host"
+          "0.0.0.0"
+        ];
+      };
+      option = "services.tightwad.cluster.workers.0.extra_args: must not";
+    };
+    host-on-all-interfaces = {
+      fault = cluster { hosts.two.address = lib.mkForce "0.0.0.0"; };
+      option = "services.tightwad.cluster.hosts.two.address: 0.0.0.0";
+    };
+    port-used-twice = {
+      fault = cluster { proxy.port = 8080; };
+      option = "services.tightwad.cluster.proxy.port: 8080";
+    };
+    port-of-an-agent-used-twice = {
+      fault = cluster { proxy.port = 50051; };
+      option = "services.tightwad.cluster.workers.agent_port: 50051";
+    };
+    gpu-of-two-minds = {
+      fault.services.tightwad.gpu = "vulkan";
+      option = "services.tightwad.gpu: \"vulkan\" is not what";
+    };
+    cuda-without-unfree = {
+      fault = cluster { hosts.one.gpu = "cuda"; };
+      option = "services.tightwad.gpu: \"cuda\" needs";
+    };
+    proxy-without-token = {
+      fault = cluster { proxy.auth_token_file = lib.mkForce null; };
+      option = "services.tightwad.proxy.authTokenFile: missing";
+    };
+    coordinator-without-key = {
+      fault = cluster { coordinator.host = "10.0.0.1"; };
+      option = "services.tightwad.coordinator.apiKeyFile: missing";
+    };
+    token-as-a-value = {
+      fault = cluster { proxy.auth_token = "hush"; };
+      option = "services.tightwad.cluster.proxy.auth_token: a secret";
+    };
+    key-of-a-draft-as-a-value = {
+      fault = cluster {
+        proxy.draft = [
+          {
+            url = "http://10.0.0.9:8080";
+            api_key = "hush";
+          }
+        ];
+      };
+      option = "services.tightwad.cluster.proxy.draft.0.api_key: a secret";
+    };
+    token-of-a-worker-as-a-value = {
+      fault = worker { agent_token = "hush"; };
+      option = "services.tightwad.cluster.workers.0.agent_token: a secret";
+    };
+    key-among-the-arguments = {
+      fault = cluster {
+        draft.extra_args = [
+          "--api-key"
+          "hush"
+        ];
+      };
+      option = "services.tightwad.cluster.draft.extra_args: must not";
+    };
+    model-in-a-home = {
+      fault = cluster { models.big.path = lib.mkForce "/home/me/big.gguf"; };
+      option = "services.tightwad.cluster.models.big.path: the units cannot see";
+    };
+    cache-in-no-cache-folder = {
+      fault = worker {
+        agent_token_file = "/run/secrets/worker";
+        cache_dir = "/big/cache";
+      };
+      option = "services.tightwad.cluster.workers.cache_dir: /big/cache";
+    };
+    unknown-group = {
+      fault.services.tightwad.modelGroup = "models";
+      option = "services.tightwad.modelGroup: there is no group";
+    };
+    firewall-rule-of-a-name = {
+      fault = {
+        services.tightwad.openFirewall = true;
+        services.tightwad.cluster.hosts.two.address = lib.mkForce "two.example";
+      };
+      option = "services.tightwad.cluster.hosts.two.address: `two.example`";
+    };
+  };
+  thrown = {
+    misspelt-option = {
+      fault.services.tightwad.openFirewal = true;
+      option = "services.tightwad.openFirewal";
+    };
+    misspelt-section = {
+      fault = cluster { wokers = [ ]; };
+      option = "services.tightwad.cluster.wokers";
+    };
+    unknown-role = {
+      fault = cluster { hosts.two.roles = [ "drafter" ]; };
+      option = "services.tightwad.cluster.hosts.two.roles";
+    };
+    unknown-gpu = {
+      fault.services.tightwad.gpu = "nvidia";
+      option = "services.tightwad.gpu";
+    };
+    wrong-type = {
+      fault = cluster { proxy.port = "eighty"; };
+      option = "services.tightwad.cluster.proxy.port";
+    };
+    host-without-address = {
+      fault = cluster { hosts.three.roles = [ ]; };
+      option = "services.tightwad.cluster.hosts.three.address";
+    };
+    secret-in-the-store = {
+      fault.services.tightwad.proxy.authTokenFile = "${pkgs.writeText "token" "hush"}";
+      option = "services.tightwad.proxy.authTokenFile";
+    };
+    secret-beside-the-configuration = {
+      fault.services.tightwad.proxy.authTokenFile = ./refusals.nix;
+      option = "services.tightwad.proxy.authTokenFile";
+    };
+    secret-in-the-cluster-file = {
+      fault = worker { agent_token_file = "${pkgs.writeText "token" "hush"}"; };
+      option = "agent_token_file";
+    };
+    model-that-would-be-copied-to-the-store = {
+      fault = cluster { models.big.path = lib.mkForce ./refusals.nix; };
+      option = "services.tightwad.cluster.models.big.path";
+    };
+  };
+
+  # Only the binary knows every key: it refuses these when the file is built.
+  unknownKey =
+    (evaluate (cluster {
+      proxy.max_draft_tokenz = 8;
+    })).made;
+
+  without = evaluate { };
+  wrongly =
+    lib.optional (without.messages != [ ]) "without a fault: ${toString without.messages}"
+    ++ lib.concatLists (
+      lib.mapAttrsToList (
+        name:
+        { fault, option }:
+        let
+          inherit (evaluate fault) messages;
+        in
+        lib.optional (
+          !lib.any (lib.hasPrefix option) messages
+        ) "${name}: no message begins with `${option}`; there are: ${lib.concatStringsSep " | " messages}"
+      ) asserted
+    )
+    ++ lib.concatLists (
+      lib.mapAttrsToList (
+        name:
+        { fault, ... }:
+        let
+          inherit (builtins.tryEval (evaluate fault).made) success;
+        in
+        lib.optional success "${name}: not refused"
+      ) thrown
+    );
+in
+lib.throwIf (wrongly != [ ]) (lib.concatStringsSep "\n" wrongly) (
+  pkgs.runCommand "refusals"
+    {
+      nativeBuildInputs = [ self.packages.${pkgs.stdenv.hostPlatform.system}.tightwad ];
+      unknownKey = unknownKey.unchecked;
+      sound = without.made;
+      passthru = {
+        # For refusals.sh.
+        thrown = lib.mapAttrs (_: { fault, ... }: (evaluate fault).made.drvPath) thrown;
+        options = lib.mapAttrs (_: { option, ... }: option) thrown;
+        unknownKey = unknownKey.unchecked;
+      };
+    }
+    ''
+      test -s $sound
+      if tightwad -c $unknownKey check-config 2>log; then
+        echo "an unknown key passes check-config" >&2
+        exit 1
+      fi
+      grep -F proxy.max_draft_tokenz log
+      touch $out
+    ''
+)

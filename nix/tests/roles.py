@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Runs every role of the template's four hosts on this machine, for where no VM can run: each from the cluster file and the
+ExecStart of its host, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
+answer. Addresses become loopback ones, GPUs the CPU, and the models those of tests/models; the rest is as it is rendered.
+
+usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: a stand-in whose YAML is plain JSON text)
+"""
+
+import json
+import pathlib
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+PATIENCE = 120  # seconds
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+HOSTS = """builtins.mapAttrs (_: host: {
+  file = host.config.services.tightwad.configFile.unchecked.text;
+  units = builtins.mapAttrs (_: unit: unit.serviceConfig) (removeAttrs host.config.systemd.services
+    (builtins.filter (name: builtins.match "tightwad-.*" name == null)
+      (builtins.attrNames host.config.systemd.services)));
+})"""
+
+
+def hosts(nix, nixpkgs):
+    """The hosts of the template, with their files and units."""
+    inputs = {"tightwad": f"git+file://{REPOSITORY}", "nixpkgs": f"path:{nixpkgs}", "tightwad/nixpkgs": f"path:{nixpkgs}"}
+    command = [nix, "eval", "--json", "--no-write-lock-file", f"path:{REPOSITORY}/nix/template#nixosConfigurations"]
+    for name, source in inputs.items():
+        command += ["--override-input", name, source]
+    evaluated = subprocess.run([*command, "--apply", HOSTS], capture_output=True)
+    if evaluated.returncode != 0:
+        sys.exit(f"roles: the template does not evaluate:\n{evaluated.stderr.decode()}")
+    return json.loads(evaluated.stdout)
+
+
+def here(text):
+    """What of a host's file has to be different on this machine."""
+    config = json.loads(text.replace("127.0.0.1", "127.0.77.1").replace("192.168.1.", "127.0.77."))
+    small = config["draft"]["model"]
+    for name, model in config["models"].items():
+        file = "tightwad-tiny-draft-f16.gguf" if name == small else "tightwad-tiny-target-q8_0.gguf"
+        model |= {"path": str(REPOSITORY / "tests/models" / file), "ctx_size": 1024}
+    config["coordinator"] |= {"backend": "cpu", "gpus": []}
+    for worker in config["workers"]:
+        worker |= {"backend": "cpu", "gpus": [{"name": "CPU", "vram_gb": 1}]}
+    for section in ["coordinator", "target", "draft"]:
+        config[section] |= {"slots": 1, "threads": 1}
+    return config
+
+
+class Unit:
+    def __init__(self, folder, service, config, keys, tightwad, llama_cpp):
+        self.name, self.folder = folder.name, folder
+        (self.folder / "credentials").mkdir(parents=True)
+        for credential in service.get("LoadCredential", []):
+            key, path = credential.split(":", 1)
+            (self.folder / "credentials" / key).write_text(keys.setdefault(path, secrets.token_hex(16)))
+        file = self.folder / "cluster.yaml"
+        file.write_text(json.dumps(config))
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.folder / "notify"))
+        _, _, _, *arguments = shlex.split(service["ExecStart"])
+        self.log = open(self.folder / "log", "w")
+        state = {f"XDG_{kind}": str(self.folder / kind) for kind in ["STATE_HOME", "CACHE_HOME", "RUNTIME_DIR"]}
+        self.process = subprocess.Popen(
+            [tightwad, "-c", file, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            env={
+                "PATH": f"{llama_cpp}/bin",
+                "HOME": str(self.folder),
+                "CREDENTIALS_DIRECTORY": str(self.folder / "credentials"),
+                "NOTIFY_SOCKET": str(self.folder / "notify"),
+                **state,
+            },
+        )
+
+    def ready(self):
+        self.socket.settimeout(PATIENCE)
+        told = []
+        while "READY=1" not in told:
+            told = self.socket.recv(4096).decode().splitlines()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return "no end within 40 s"
+
+
+def ask(url, key):
+    body = json.dumps({"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}).encode()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return json.load(answer)["choices"][0]["text"]
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.2)
+
+
+def main():
+    nix, nixpkgs, tightwad, llama_cpp = sys.argv[1:]
+    keys, units = {}, []
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            for host in hosts(nix, nixpkgs).values():
+                config = here(host["file"])
+                for name, service in host["units"].items():
+                    units.append(Unit(pathlib.Path(work) / name, service, config, keys, tightwad, llama_cpp))
+            for unit in units:
+                unit.ready()
+                print(f"roles: {unit.name} is ready")
+            for section, key in [("coordinator", "api_key_file"), ("proxy", "auth_token_file")]:
+                listener = config[section]
+                text = ask(f"http://{listener['host']}:{listener['port']}", keys[listener[key]])
+                assert text.strip(), f"the {section} answers nothing"
+                print(f"roles: the {section} answers {text!r}")
+        except Exception:
+            for unit in units:
+                print(f"--- {unit.name}\n{(unit.folder / 'log').read_text()}", file=sys.stderr)
+            raise
+        finally:
+            ends = {unit.name: unit.stop() for unit in units}
+        assert len(units) == 5, f"not every role of the template is run: {list(ends)}"
+        assert not any(ends.values()), f"a unit does not end well: {ends}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+# What follows from `cluster.hosts` on each machine: its units and their secrets, the addresses and backends of the cluster
+# file, the rules of the firewall.
+{ self, pkgs }:
+let
+  inherit (pkgs) lib;
+  cluster = {
+    hosts = {
+      server = {
+        address = "10.0.0.1";
+        roles = [
+          "coordinator"
+          "proxy"
+        ];
+        gpu = "rocm";
+      };
+      gaming-pc = {
+        address = "10.0.0.2";
+        roles = [ "worker" ];
+        gpu = "vulkan";
+      };
+      mini-pc = {
+        address = "10.0.0.3";
+        roles = [ "draft" ];
+      };
+    };
+    proxy.auth_token_file = "/run/secrets/proxy";
+    coordinator.api_key_file = "/run/secrets/pool";
+    draft = {
+      port = 8081;
+      model = "small";
+      api_key_file = "/run/secrets/draft";
+    };
+    workers = [
+      {
+        name = "gaming-pc";
+        agent_token_file = "/run/secrets/worker";
+        gpus = [
+          {
+            name = "first";
+            vram_gb = 16;
+          }
+          {
+            name = "second";
+            vram_gb = 8;
+            rpc_port = 50060;
+          }
+        ];
+      }
+      # Not one of the hosts: Windows, for example.
+      {
+        name = "guest";
+        host = "10.0.0.9";
+        backend = "cuda";
+        agent_port = 0;
+      }
+    ];
+    models = {
+      big = {
+        path = "/models/big.gguf";
+        default = true;
+      };
+      small.path = "/models/small.gguf";
+    };
+  };
+  machine =
+    hostName: more:
+    let
+      inherit
+        (self.inputs.nixpkgs.lib.nixosSystem {
+          modules = [
+            self.nixosModules.default
+            {
+              nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
+              networking = { inherit hostName; };
+              services.tightwad = {
+                inherit cluster;
+                # No system lacks it.
+                llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
+              };
+            }
+            more
+          ];
+        })
+        config
+        ;
+      units = lib.filterAttrs (name: _: lib.hasPrefix "tightwad-" name) config.systemd.services;
+    in
+    {
+      inherit (config.services.tightwad) settings;
+      inherit (config.networking) firewall;
+      units = lib.attrNames units;
+      secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) units;
+      reads = lib.mapAttrs (_: unit: unit.unitConfig.RequiresMountsFor or [ ]) units;
+    };
+  open = {
+    services.tightwad = {
+      openFirewall = true;
+      interface = "wg0";
+    };
+  };
+  server = machine "server" open;
+  gaming-pc = machine "gaming-pc" open;
+  mini-pc = machine "mini-pc" (lib.recursiveUpdate open { networking.nftables.enable = true; });
+  closed = machine "gaming-pc" { };
+  withOwnPath = machine "server" {
+    services.tightwad.draft.apiKeyFile = "/etc/keys/draft";
+  };
+  withTarget = machine "server" {
+    services.tightwad.cluster.target.port = 8082;
+  };
+  withoutProxy = machine "server" {
+    services.tightwad.cluster.hosts.server.roles = lib.mkForce [ "coordinator" ];
+  };
+
+  expectations = {
+    "the coordinator listens on loopback, where only the proxy beside it asks it" = [
+      server.settings.coordinator.host
+      "127.0.0.1"
+    ];
+    "a coordinator beside a target is an endpoint of its own" = [
+      withTarget.settings.coordinator.host
+      "10.0.0.1"
+    ];
+    "and so is one without a proxy" = [
+      withoutProxy.settings.coordinator.host
+      "10.0.0.1"
+    ];
+    "the proxy and a draft on another machine listen on their machines' addresses" = [
+      (map (role: server.settings.${role}.host) [
+        "proxy"
+        "draft"
+      ])
+      [
+        "10.0.0.1"
+        "10.0.0.3"
+      ]
+    ];
+    "a worker has the address and the backend of its host, or its own" = [
+      (map (worker: [
+        worker.host
+        worker.backend
+      ]) server.settings.workers)
+      [
+        [
+          "10.0.0.2"
+          "vulkan"
+        ]
+        [
+          "10.0.0.9"
+          "cuda"
+        ]
+      ]
+    ];
+    "the coordinator's backend is that of its host" = [
+      server.settings.coordinator.backend
+      "hip"
+    ];
+    "the file is the same everywhere" = [
+      [
+        gaming-pc.settings
+        mini-pc.settings
+      ]
+      [
+        server.settings
+        server.settings
+      ]
+    ];
+    "but for the path of a secret" = [
+      (lib.recursiveUpdate withOwnPath.settings { draft.api_key_file = "/run/secrets/draft"; })
+      server.settings
+    ];
+    "each machine runs its roles" = [
+      (map (machine: machine.units) [
+        server
+        gaming-pc
+        mini-pc
+      ])
+      [
+        [
+          "tightwad-coordinator"
+          "tightwad-proxy"
+        ]
+        [ "tightwad-worker" ]
+        [ "tightwad-draft" ]
+      ]
+    ];
+    "a unit has the secrets of its role and no other" = [
+      (server.secrets // gaming-pc.secrets // mini-pc.secrets)
+      {
+        tightwad-coordinator = [
+          "coordinator.api_key_file:/run/secrets/pool"
+          "workers.gaming-pc.agent_token_file:/run/secrets/worker"
+        ];
+        tightwad-proxy = [
+          "coordinator.api_key_file:/run/secrets/pool"
+          "draft.api_key_file:/run/secrets/draft"
+          "proxy.auth_token_file:/run/secrets/proxy"
+        ];
+        tightwad-worker = [ "workers.gaming-pc.agent_token_file:/run/secrets/worker" ];
+        tightwad-draft = [ "draft.api_key_file:/run/secrets/draft" ];
+      }
+    ];
+    "from where this machine has it" = [
+      (lib.elem "draft.api_key_file:/etc/keys/draft" withOwnPath.secrets.tightwad-proxy)
+      true
+    ];
+    "a unit waits for the mounts of the models that it reads" = [
+      (server.reads // gaming-pc.reads // mini-pc.reads)
+      {
+        tightwad-coordinator = [
+          "/models/big.gguf"
+          "/models/small.gguf"
+        ];
+        tightwad-proxy = [ ];
+        tightwad-worker = [ ];
+        tightwad-draft = [ "/models/small.gguf" ];
+      }
+    ];
+    "clients reach the proxy on the interface, and not the coordinator on loopback" = [
+      server.firewall.interfaces.wg0.allowedTCPPorts
+      [ 8088 ]
+    ];
+    "a worker's ports are open to the coordinator only" = [
+      gaming-pc.firewall.extraCommands
+      "iptables -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp -m multiport --dports 50052,50060,50051 -j nixos-fw-accept\n"
+    ];
+    "a draft's port is open to the proxy only, with nftables too" = [
+      mini-pc.firewall.extraInputRules
+      "iifname \"wg0\" ip saddr 10.0.0.1 tcp dport { 8081 } accept comment \"tightwad draft\"\n"
+    ];
+    "nothing is open by itself" = [
+      [
+        closed.firewall.extraCommands
+        closed.firewall.extraInputRules
+        closed.firewall.interfaces
+      ]
+      [
+        ""
+        ""
+        { }
+      ]
+    ];
+  };
+  unmet = lib.filterAttrs (_: pair: lib.head pair != lib.last pair) expectations;
+  shown = lib.mapAttrsToList (
+    name: pair: "${name}: ${builtins.toJSON (lib.head pair)} is not ${builtins.toJSON (lib.last pair)}"
+  ) unmet;
+in
+lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
+  pkgs.runCommand "topology" { } "touch $out"
+)
