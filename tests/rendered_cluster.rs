@@ -15,7 +15,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 #[tokio::test]
 async fn the_roles_of_a_rendered_cluster_file_answer_with_drafts_and_from_the_pool() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.yaml");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.json");
     let mut cluster = Cluster::start(&file);
     cluster
         .shows("proxy", "that it drafts", SOON, |status| {

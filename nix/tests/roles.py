@@ -21,6 +21,8 @@ import urllib.request
 
 PATIENCE = 120  # seconds
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# For a test of the same where there is no Nix.
+RENDERED = REPOSITORY / "tests/rendered/cluster.json"
 HOSTS = """builtins.mapAttrs (_: host: {
   file = host.config.services.tightwad.configFile.unchecked.text;
   units = builtins.mapAttrs (_: unit: unit.serviceConfig) (removeAttrs host.config.systemd.services
@@ -120,6 +122,9 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         try:
             for host in hosts(nix, nixpkgs).values():
+                assert json.loads(host["file"]) == json.loads(RENDERED.read_text()), (
+                    f"{RENDERED} is not what the template renders; it should be:\n{host['file']}"
+                )
                 config = here(host["file"])
                 for name, service in host["units"].items():
                     units.append(Unit(pathlib.Path(work) / name, service, config, keys, tightwad, llama_cpp))
