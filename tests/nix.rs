@@ -176,3 +176,40 @@ fn the_flake_has_one_input_and_it_is_pinned() {
     assert_eq!(locked("rev").len(), 40);
     assert!(locked("narHash").starts_with("sha256-"));
 }
+
+/// The README's blocks of this language.
+fn blocks<'a>(readme: &'a str, language: &str) -> Vec<&'a str> {
+    let blocks = readme.split(language).skip(1);
+    blocks.map(|rest| rest.split("```").next().unwrap()).collect()
+}
+
+#[test]
+fn the_hosts_of_the_readme_are_those_of_the_template() {
+    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+    let template: String = fs::read_dir(repository().join("nix/template"))
+        .unwrap()
+        .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap())
+        .collect();
+    let blocks = blocks(&readme, "```nix\n");
+    let of_template = blocks.iter().filter(|block| template.contains(**block)).count();
+    assert_eq!(
+        of_template,
+        2,
+        "the hosts, and what a host says:\n{}",
+        blocks.join("---\n")
+    );
+}
+
+#[test]
+fn every_option_of_the_readme_exists() {
+    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+    let options = fs::read_to_string(repository().join("docs/options.md")).unwrap();
+    let named: BTreeSet<&str> = readme
+        .split(|character: char| character.is_whitespace() || "`();,".contains(character))
+        .filter(|word| word.starts_with("services.tightwad."))
+        .collect();
+    assert!(named.len() >= 3, "{named:?}");
+    for name in named {
+        assert!(options.contains(&format!("## `{name}`\n")), "there is no option {name}");
+    }
+}
