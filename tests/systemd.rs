@@ -353,7 +353,7 @@ fn a_standard_error_that_is_not_the_journals_gets_lines_for_people() {
 
 #[test]
 fn a_config_is_right_where_neither_its_models_nor_its_secrets_are() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.yaml");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.json");
     let output = Command::new(env!("CARGO_BIN_EXE_tightwad"))
         .arg("-c")
         .arg(file)
