@@ -536,35 +536,24 @@ fn a_token_loopback_or_consent_opens_the_proxy() {
 }
 
 #[test]
-fn an_open_coordinator_parses_but_may_not_listen_and_each_section_answers_for_itself() {
-    let open = "models: { a: { path: a } }\nproxy: {}\ncoordinator:\n  host: 0.0.0.0\n";
-    let loaded = Place::with_file(open).load().unwrap();
-    assert!(loaded.check_listener("proxy").is_ok());
-    let refusal = loaded.check_listener("coordinator").unwrap_err().to_string();
-    for way_out in [
-        ":4: coordinator.host: refusing to listen on 0.0.0.0",
-        "coordinator.api_key_file",
-        "coordinator.allow_unauthenticated: true",
-    ] {
-        assert!(refusal.contains(way_out), "{refusal}");
+fn an_open_llama_server_parses_but_may_not_listen_and_each_section_answers_for_itself() {
+    for section in ["coordinator", "target", "draft"] {
+        let open = format!("models: {{ a: {{ path: a }} }}\nproxy: {{}}\n{section}:\n  host: 0.0.0.0\n");
+        let loaded = Place::with_file(&open).load().unwrap();
+        assert!(loaded.check_listener("proxy").is_ok());
+        let refusal = loaded.check_listener(section).unwrap_err().to_string();
+        for way_out in [
+            format!(":4: {section}.host: refusing to listen on 0.0.0.0"),
+            format!("{section}.api_key_file"),
+            format!("{section}.allow_unauthenticated: true"),
+        ] {
+            assert!(refusal.contains(&way_out), "{refusal}");
+        }
+        for key in ["api_key: x", "api_key_file: x", "allow_unauthenticated: true"] {
+            let place = Place::with_file(&format!("{open}  {key}\n"));
+            assert!(place.load().unwrap().check_listeners().is_ok(), "{section}: {key}");
+        }
     }
-    for key in ["api_key: x", "api_key_file: x", "allow_unauthenticated: true"] {
-        let place = Place::with_file(&format!("{open}  {key}\n"));
-        assert!(place.load().unwrap().check_listeners().is_ok(), "{key}");
-    }
-}
-
-#[test]
-fn an_open_llama_server_is_a_warning() {
-    let place = Place::with_file("models: { a: { path: a } }\ntarget: { host: 0.0.0.0 }\n");
-    let warnings = place.load().unwrap().warnings;
-    assert_eq!(warnings.len(), 1);
-    assert!(
-        place
-            .short(&warnings[0])
-            .starts_with("tightwad.yaml:2: target.host: everybody"),
-        "{warnings:?}"
-    );
 }
 
 #[test]
@@ -757,6 +746,7 @@ fn everything() -> Config {
         threads: Some(1),
         api_key: Some(Secret::new("k")),
         api_key_file: Some("f".into()),
+        allow_unauthenticated: false,
         extra_args: Vec::new(),
         env: [].into(),
     };

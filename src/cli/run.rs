@@ -44,8 +44,8 @@ pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), 
         move || notifier.stopping()
     })?;
     let ended = match part {
-        Part::Target => server(config, Role::Target, config.target.as_ref(), &notifier, &stop).await,
-        Part::Draft => server(config, Role::Draft, config.draft.as_ref(), &notifier, &stop).await,
+        Part::Target => server(loaded, Role::Target, config.target.as_ref(), &notifier, &stop).await,
+        Part::Draft => server(loaded, Role::Draft, config.draft.as_ref(), &notifier, &stop).await,
         Part::Proxy => proxy::run(loaded, &notifier, stop).await,
         Part::Worker => worker(config, name, &notifier, stop).await,
         Part::Coordinator => coordinator(loaded, name, &notifier, stop).await,
@@ -111,18 +111,20 @@ async fn worker(
 }
 
 async fn server(
-    config: &Config,
+    loaded: &Loaded,
     role: Role,
     server: Option<&Server>,
     notifier: &Notifier,
     stop: &CancellationToken,
 ) -> Result<(), Failure> {
+    let config = &loaded.config;
     let server = server.ok_or_else(|| {
         Failure::new(
             Exit::Config,
             format!("the config has no section `{role}`; add one, with `model` and `port`"),
         )
     })?;
+    loaded.check_listener(role.as_str())?;
     let model = config.model_for(server.model.as_deref())?;
     let drafts = config
         .proxy

@@ -420,6 +420,7 @@ impl Plan {
             threads: coordinator.threads,
             api_key: coordinator.api_key.clone(),
             api_key_file: coordinator.api_key_file.clone(),
+            allow_unauthenticated: coordinator.allow_unauthenticated,
             extra_args: coordinator.extra_args.clone(),
             env,
         };

@@ -28,7 +28,7 @@ impl Loaded {
         self.refuse_open(|_| true)
     }
 
-    /// The same for one section, `proxy` or `coordinator`, which is about to listen.
+    /// The same for one section, which is about to listen.
     pub fn check_listener(&self, section: &str) -> Result<(), ConfigError> {
         self.refuse_open(|open| open == section)
     }

@@ -206,6 +206,8 @@ pub struct Server {
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
+    /// Listen on a non-loopback address without a key.
+    pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
     pub extra_args: Vec<String>,
     /// More environment variables.
@@ -222,6 +224,7 @@ impl Default for Server {
             threads: None,
             api_key: None,
             api_key_file: None,
+            allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: BTreeMap::new(),
         }

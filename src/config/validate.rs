@@ -43,17 +43,6 @@ pub(super) fn problems(config: &Config) -> Vec<Finding> {
 /// What is allowed and yet likely unwanted.
 pub(super) fn warnings(config: &Config) -> Vec<Finding> {
     let mut check = Check::default();
-    for (name, host, has_key) in keyed_listeners(config) {
-        if !is_loopback(host) && !has_key {
-            check.found(
-                &[name, "host"],
-                format!(
-                    "everybody who reaches {host} may use this llama-server; give it an api_key_file, or keep the \
-                     port behind a firewall"
-                ),
-            );
-        }
-    }
     if rpc_endpoints(config).len() > 2 {
         check.found(
             &["workers"],
@@ -76,8 +65,14 @@ pub(super) fn open_listeners(config: &Config) -> impl Iterator<Item = (&'static 
         let closed = has_key || coordinator.allow_unauthenticated;
         ("coordinator", "api_key", "key", coordinator.host.as_str(), closed)
     });
+    let servers = config.servers().map(|(name, server)| {
+        let has_key = server.api_key.is_some() || server.api_key_file.is_some();
+        let closed = has_key || server.allow_unauthenticated;
+        (name, "api_key", "key", server.host.as_str(), closed)
+    });
     let open = proxy
         .chain(coordinator)
+        .chain(servers)
         .filter(|(.., host, closed)| !closed && !is_loopback(host));
     open.map(|(section, key, what, host, _)| {
         let finding = Finding::new(
@@ -92,7 +87,7 @@ pub(super) fn open_listeners(config: &Config) -> impl Iterator<Item = (&'static 
 }
 
 impl Config {
-    /// Refuses a proxy or a coordinator that would listen on a non-loopback address without a token. Parsing does not: only
+    /// Refuses a part that would listen on a non-loopback address without a token. Parsing does not: only
     /// who is about to listen has to be refused.
     pub fn check_listeners(&self) -> Result<(), ConfigError> {
         let findings = open_listeners(self).map(|(_, finding)| finding.into_problem());
@@ -108,13 +103,6 @@ impl Config {
 }
 
 /// Name, host and whether it has a key, of each llama-server.
-fn keyed_listeners(config: &Config) -> impl Iterator<Item = (&'static str, &str, bool)> {
-    config.servers().map(|(name, server)| {
-        let has_key = server.api_key.is_some() || server.api_key_file.is_some();
-        (name, server.host.as_str(), has_key)
-    })
-}
-
 /// The first place of each `host:port` that a worker serves, with the worker's number.
 fn rpc_endpoints(config: &Config) -> BTreeMap<(&str, u16), usize> {
     let mut endpoints = BTreeMap::new();
