@@ -3,23 +3,19 @@
 { self, pkgs }:
 let
   inherit (pkgs) lib;
-  inherit (self.inputs.nixpkgs.lib) nixosSystem;
+  machine = import ../host.nix { inherit self pkgs; };
 
   # What this machine would be switched to, or the reason why not.
   evaluate =
     fault:
     let
-      host = nixosSystem {
-        modules = [
-          self.nixosModules.default
-          {
-            nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
-            networking.hostName = "one";
-            services.tightwad.cluster = sound;
-          }
-          fault
-        ];
-      };
+      host = machine [
+        {
+          networking.hostName = "one";
+          services.tightwad.cluster = sound;
+        }
+        fault
+      ];
       inherit (host.config) services systemd assertions;
       failed = lib.filter (
         entry: !entry.assertion && lib.hasPrefix "services.tightwad" entry.message

@@ -3,6 +3,7 @@
 { self, pkgs }:
 let
   inherit (pkgs) lib;
+  host = import ../host.nix { inherit self pkgs; };
   cluster = {
     hosts = {
       server = {
@@ -66,21 +67,17 @@ let
     hostName: more:
     let
       inherit
-        (self.inputs.nixpkgs.lib.nixosSystem {
-          modules = [
-            self.nixosModules.default
-            {
-              nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
-              networking = { inherit hostName; };
-              services.tightwad = {
-                inherit cluster;
-                # No system lacks it.
-                llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
-              };
-            }
-            more
-          ];
-        })
+        (host [
+          {
+            networking = { inherit hostName; };
+            services.tightwad = {
+              inherit cluster;
+              # No system lacks it.
+              llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
+            };
+          }
+          more
+        ])
         config
         ;
       units = lib.filterAttrs (name: _: lib.hasPrefix "tightwad-" name) config.systemd.services;
