@@ -285,7 +285,12 @@ let
       "\"cuda\" needs NVIDIA's driver, which is unfree; set nixpkgs.config.allowUnfree = true, or allow it in nixpkgs.config.allowUnfreePredicate";
 
   firewall = lib.optionals cfg.openFirewall (
-    lib.mapAttrsToList (
+    [
+      (refuse ((config.networking.firewall.backend or null) == "firewalld") [ "openFirewall" ]
+        "NixOS gives firewalld no rules for the address of one host; set networking.firewall.backend to \"nftables\" or \"iptables\", or leave this off and open the ports in firewalld yourself"
+      )
+    ]
+    ++ lib.mapAttrsToList (
       name: host:
       refuse (builtins.match "[0-9.]+|[0-9a-fA-F:]+" host.address == null)
         [

@@ -195,6 +195,13 @@ let
       };
       option = "services.tightwad.cluster.hosts.two.address: `two.example`";
     };
+    firewall-without-rules-of-addresses = {
+      fault = {
+        services.tightwad.openFirewall = true;
+        networking.firewall.backend = "firewalld";
+      };
+      option = "services.tightwad.openFirewall: NixOS gives firewalld";
+    };
   };
   thrown = {
     misspelt-option = {

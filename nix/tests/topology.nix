@@ -98,6 +98,12 @@ let
   server = machine "server" open;
   gaming-pc = machine "gaming-pc" open;
   mini-pc = machine "mini-pc" (lib.recursiveUpdate open { networking.nftables.enable = true; });
+  otherwise = machine "gaming-pc" (
+    lib.recursiveUpdate open {
+      networking.nftables.enable = true;
+      networking.firewall.backend = "iptables";
+    }
+  );
   closed = machine "gaming-pc" { };
   withOwnPath = machine "server" {
     services.tightwad.draft.apiKeyFile = "/etc/keys/draft";
@@ -224,6 +230,10 @@ let
     "a draft's port is open to the proxy only, with nftables too" = [
       mini-pc.firewall.extraInputRules
       "iifname \"wg0\" ip saddr 10.0.0.1 tcp dport { 8081 } accept comment \"tightwad draft\"\n"
+    ];
+    "the backend of the firewall is what NixOS says, and not a service that happens to run" = [
+      otherwise.firewall
+      gaming-pc.firewall
     ];
     "nothing is open by itself" = [
       [
