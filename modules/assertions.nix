@@ -217,94 +217,82 @@ let
     ) cluster.workers;
 
   # What llama.cpp's programs are given beside the keys of the file must not be a secret, and not move a listener: the firewall
-  # and the other hosts know it by the keys of the file.
+  # and the other hosts know it by those keys.
   programs =
     let
-      listeners = [
-        "--host"
-        "--port"
-      ];
-      servers = lib.mapAttrsToList (role: given: {
-        path = [
-          "cluster"
-          role
-        ];
-        inherit given listeners;
-        keys = "`host` and `port` of services.tightwad.cluster.${role}";
-        file = "services.tightwad.${role}.apiKeyFile";
-      }) (removeAttrs sections [ "proxy" ]);
-      models = lib.mapAttrsToList (name: given: {
-        path = [
-          "cluster"
-          "models"
-          name
-        ];
-        inherit given listeners;
-        keys = "`host` and `port` of the section that runs the model";
-        file = "`apiKeyFile` of the role that runs the model";
-      }) cluster.models;
-      workers = lib.imap0 (number: given: {
-        path = [
-          "cluster"
-          "workers"
-          (toString number)
-        ];
-        inherit given;
-        listeners = listeners ++ [
-          "-H"
-          "-p"
-        ];
-        keys = "the worker's `host` and the `rpc_port` of its GPUs (RPC has no password)";
-        file = "services.tightwad.worker.agentTokenFile";
-      }) cluster.workers;
       program =
         {
           path,
           given,
-          listeners,
-          keys,
+          listening,
+          # Where such a thing belongs.
+          listener,
           file,
         }:
         let
-          # Without the value in `--flag=value`.
+          at = place: [ "cluster" ] ++ path ++ place;
+          # Without the value of `--flag=value`.
           flags = map (argument: lib.head (lib.splitString "=" argument)) (
             lib.filter lib.isString (lib.toList (given.extra_args or [ ]))
           );
-          secret = lib.filter (
-            flag:
-            lib.any (prefix: lib.hasPrefix prefix flag) [
-              "--api-key"
-              "--hf-token"
-              "-hft"
-            ]
-          ) flags;
-          moved = lib.filter (flag: lib.elem flag listeners) flags;
+          secret = lib.filter (flag: builtins.match "(--api-key|--hf-token|-hft).*" flag != null) flags;
+          moving = lib.filter (flag: lib.elem flag listening) flags;
           variables = lib.filter (name: builtins.match ".*(API_KEY|TOKEN)" name != null) (
             lib.attrNames (given.env or { })
           );
         in
         [
-          (refuse (secret != [ ]) (path ++ [ "extra_args" ])
-            "must not hold `${lib.head secret}`: everybody can read the store and the process list; a key belongs to the file that ${file} names"
+          (refuse (secret != [ ]) (at [ "extra_args" ])
+            "must not hold `${lib.head secret}`: everybody can read the store and the process list; its own key belongs to the file that ${file} names"
           )
-          (refuse (moved != [ ]) (
-            path ++ [ "extra_args" ]
-          ) "must not hold `${lib.head moved}`: where it listens is known by ${keys}; set it there")
+          (refuse (moving != [ ]) (at [
+            "extra_args"
+          ]) "must not hold `${lib.head moving}`: ${listener} say where it listens; change them")
         ]
         ++ map (
           name:
           refuse true
-            (
-              path
-              ++ [
-                "env"
-                name
-              ]
-            )
-            "a secret in the configuration can be read by everybody in the Nix store; a key belongs to the file that ${file} names"
+            (at [
+              "env"
+              name
+            ])
+            "a secret in the configuration can be read by everybody in the Nix store; its own key belongs to the file that ${file} names"
         ) variables;
+      listening = [
+        "--host"
+        "--port"
+      ];
     in
-    lib.concatMap program (servers ++ models ++ workers);
+    lib.concatMap program (
+      lib.mapAttrsToList (role: given: {
+        path = [ role ];
+        inherit given listening;
+        listener = "`host` and `port` of services.tightwad.cluster.${role}";
+        file = "services.tightwad.${role}.apiKeyFile";
+      }) (removeAttrs sections [ "proxy" ])
+      ++ lib.mapAttrsToList (name: given: {
+        path = [
+          "models"
+          name
+        ];
+        inherit given listening;
+        listener = "`host` and `port` of the section that runs the model";
+        file = "`apiKeyFile` of the role that runs the model";
+      }) cluster.models
+      ++ lib.imap0 (number: given: {
+        path = [
+          "workers"
+          (toString number)
+        ];
+        inherit given;
+        listening = listening ++ [
+          "-H"
+          "-p"
+        ];
+        listener = "the worker's `host` and its GPUs' `rpc_port`";
+        file = "services.tightwad.worker.agentTokenFile";
+      }) cluster.workers
+    );
 
   # Each port of this machine with the option that sets it.
   listeners =
