@@ -77,9 +77,6 @@ let
           (toString number)
           key
         ];
-        listens = lib.any (
-          argument: argument == "--host" || argument == "-H" || lib.hasPrefix "--host=" argument
-        ) worker.extra_args;
       in
       [
         (refuse (worker.host == null) (at "host") (
@@ -88,9 +85,6 @@ let
         ))
         (refuse (worker.host != null && topology.isWildcard worker.host) (at "host")
           "${toString worker.host} would offer RPC, which has no password, on all interfaces; give the host's address on the private network"
-        )
-        (refuse listens (at "extra_args")
-          "must not say where RPC listens: it has no password, and belongs to the worker's `host` only"
         )
       ]
     ) topology.workers
@@ -111,9 +105,9 @@ let
         [ "worker" "agentTokenFile" ]
         "missing; the agent listens on ${own.host} and needs a token (here or in agent_token_file of services.tightwad.cluster.workers), or `agent_port = 0` for a worker without an agent"
       )
-      (refuse (own.cache_dir != null && !lib.hasPrefix "/var/cache/" own.cache_dir)
+      (refuse (own.cache_dir != null && builtins.match "/var/cache/[^[:space:]]+" own.cache_dir == null)
         [ "cluster" "workers" "cache_dir" ]
-        "${toString own.cache_dir} is not below /var/cache, where systemd makes folders for the unit's user; mount the disk there"
+        "${toString own.cache_dir} is not a folder without spaces below /var/cache, where systemd makes folders for the unit's user; mount the disk there"
       )
     ]
   );
@@ -122,7 +116,11 @@ let
   tokens =
     lib.concatMap
       (
-        { role, file }:
+        {
+          role,
+          file,
+          secret,
+        }:
         let
           section = settings.${role};
           path = [
@@ -138,19 +136,30 @@ let
               && !section.allow_unauthenticated
             )
             path
-            "missing; the ${role} listens on ${section.host or ""} and needs a token, or services.tightwad.cluster.${role}.allow_unauthenticated = true if everybody who reaches this address may use it"
+            "missing; the ${role} listens on ${section.host or ""} and needs a ${secret}, or services.tightwad.cluster.${role}.allow_unauthenticated = true if everybody who reaches this address may use it"
         )
       )
-      [
-        {
-          role = "proxy";
-          file = "authTokenFile";
-        }
-        {
-          role = "coordinator";
-          file = "apiKeyFile";
-        }
-      ];
+      (
+        [
+          {
+            role = "proxy";
+            file = "authTokenFile";
+            secret = "token";
+          }
+        ]
+        ++
+          map
+            (role: {
+              inherit role;
+              file = "apiKeyFile";
+              secret = "key";
+            })
+            [
+              "coordinator"
+              "target"
+              "draft"
+            ]
+      );
 
   # Secrets as values would be readable in the store.
   inline =
@@ -160,36 +169,130 @@ let
         option (path ++ [ "${key}_file" ])
       }"
     );
+  # The servers that the proxy asks and that are no sections of their own.
   upstreams =
     let
       draft = cluster.proxy.draft or null;
-      at = number: [
-        "cluster"
-        "proxy"
-        "draft"
-        (toString number)
-      ];
+      at = place: given: {
+        path = [
+          "cluster"
+          "proxy"
+        ]
+        ++ place;
+        inherit given;
+      };
       drafts =
         if lib.isList draft then
-          lib.imap0 (number: draft: inline (at number) draft "api_key") draft
+          lib.imap0 (
+            number:
+            at [
+              "draft"
+              (toString number)
+            ]
+          ) draft
         else
-          [ (inline [ "cluster" "proxy" "draft" ] draft "api_key") ];
+          [ (at [ "draft" ] draft) ];
     in
-    drafts ++ [ (inline [ "cluster" "proxy" "target" ] (cluster.proxy.target or null) "api_key") ];
+    lib.filter (upstream: upstream.given != null) (
+      [ (at [ "target" ] (cluster.proxy.target or null)) ] ++ drafts
+    );
   secrets =
-    upstreams
-    ++ lib.concatLists (
-      lib.mapAttrsToList (role: section: [
-        (inline [ "cluster" role ] section (if role == "proxy" then "auth_token" else "api_key"))
-        (refuse (lib.any (lib.hasPrefix "--api-key") (section.extra_args or [ ]))
-          [ "cluster" role "extra_args" ]
-          "must not hold `--api-key`: everybody can read the store and the process list; use services.tightwad.${role}.apiKeyFile"
+    lib.concatMap (
+      { path, given }:
+      [
+        (inline path given "api_key")
+        (refuse (builtins.match ".*://[^/]*@.*" given.url != null) (path ++ [ "url" ])
+          "must not hold a user or a password, which everybody could read in the Nix store; write the key into a file and name that in ${
+            option (path ++ [ "api_key_file" ])
+          }"
         )
-      ]) sections
-    )
+      ]
+    ) upstreams
+    ++ lib.mapAttrsToList (
+      role: section:
+      inline [ "cluster" role ] section (if role == "proxy" then "auth_token" else "api_key")
+    ) sections
     ++ lib.imap0 (
       number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
     ) cluster.workers;
+
+  # What llama.cpp's programs are given beside the keys of the file must not be a secret, and not move a listener: the firewall
+  # and the other hosts know it by those keys.
+  programs =
+    let
+      program =
+        {
+          path,
+          given,
+          listening,
+          # Where such a thing belongs.
+          listener,
+          file,
+        }:
+        let
+          at = place: [ "cluster" ] ++ path ++ place;
+          # Without the value of `--flag=value`.
+          flags = map (argument: lib.head (lib.splitString "=" argument)) (
+            lib.filter lib.isString (lib.toList (given.extra_args or [ ]))
+          );
+          secret = lib.filter (flag: builtins.match "(--api-key|--hf-token|-hft).*" flag != null) flags;
+          moving = lib.filter (flag: lib.elem flag listening) flags;
+          variables = lib.filter (name: builtins.match ".*(API_KEY|TOKEN)" name != null) (
+            lib.attrNames (given.env or { })
+          );
+        in
+        [
+          (refuse (secret != [ ]) (at [ "extra_args" ])
+            "must not hold `${lib.head secret}`: everybody can read the store and the process list; its own key belongs to the file that ${file} names"
+          )
+          (refuse (moving != [ ]) (at [
+            "extra_args"
+          ]) "must not hold `${lib.head moving}`: ${listener} say where it listens; change them")
+        ]
+        ++ map (
+          name:
+          refuse true
+            (at [
+              "env"
+              name
+            ])
+            "a secret in the configuration can be read by everybody in the Nix store; its own key belongs to the file that ${file} names"
+        ) variables;
+      listening = [
+        "--host"
+        "--port"
+      ];
+    in
+    lib.concatMap program (
+      lib.mapAttrsToList (role: given: {
+        path = [ role ];
+        inherit given listening;
+        listener = "`host` and `port` of services.tightwad.cluster.${role}";
+        file = "services.tightwad.${role}.apiKeyFile";
+      }) (removeAttrs sections [ "proxy" ])
+      ++ lib.mapAttrsToList (name: given: {
+        path = [
+          "models"
+          name
+        ];
+        inherit given listening;
+        listener = "`host` and `port` of the section that runs the model";
+        file = "`apiKeyFile` of the role that runs the model";
+      }) cluster.models
+      ++ lib.imap0 (number: given: {
+        path = [
+          "workers"
+          (toString number)
+        ];
+        inherit given;
+        listening = listening ++ [
+          "-H"
+          "-p"
+        ];
+        listener = "the worker's `host` and its GPUs' `rpc_port`";
+        file = "services.tightwad.worker.agentTokenFile";
+      }) cluster.workers
+    );
 
   # Each port of this machine with the option that sets it.
   listeners =
@@ -277,15 +380,22 @@ let
       };
     in
     config.allowUnfree or false
-    || (config.allowUnfreePackages or [ ]) != [ ]
+    || lib.any (name: lib.hasPrefix "nvidia" name || lib.hasPrefix "cuda" name) (
+      config.allowUnfreePackages or [ ]
+    )
     || allows (package "nvidia-x11" lib.licenses.unfreeRedistributable)
     || allows (package "cuda_cudart" (lib.licenses.unfree // { shortName = "CUDA EULA"; }));
   cuda =
     refuse (cfg.gpu == "cuda" && !allowsUnfree) [ "gpu" ]
-      "\"cuda\" needs NVIDIA's driver, which is unfree; set nixpkgs.config.allowUnfree = true, or allow it in nixpkgs.config.allowUnfreePredicate";
+      "\"cuda\" needs NVIDIA's driver, which is unfree; set nixpkgs.config.allowUnfree = true, or allow it in nixpkgs.config.allowUnfreePackages or allowUnfreePredicate";
 
   firewall = lib.optionals cfg.openFirewall (
-    lib.mapAttrsToList (
+    [
+      (refuse ((config.networking.firewall.backend or null) == "firewalld") [ "openFirewall" ]
+        "NixOS gives firewalld no rules for the address of one host; set networking.firewall.backend to \"nftables\" or \"iptables\", or leave this off and open the ports in firewalld yourself"
+      )
+    ]
+    ++ lib.mapAttrsToList (
       name: host:
       refuse (builtins.match "[0-9.]+|[0-9a-fA-F:]+" host.address == null)
         [
@@ -322,6 +432,7 @@ in
     ++ ownWorker
     ++ tokens
     ++ secrets
+    ++ programs
     ++ ports
     ++ models
     ++ firewall

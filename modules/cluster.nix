@@ -81,9 +81,10 @@ let
         "Requests served at once, each with the model's whole `ctx_size`.";
     threads = optional types.ints.positive 8 "CPU threads. Left out: llama-server's choice.";
     api_key_file = secretFile "File that holds the key which clients of this server must send." "/run/secrets/tightwad-key";
+    allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of llama-server; they win over those that Tightwad gives.";
+        "More arguments of llama-server; they win over those that Tightwad gives. Not where it listens (`host`, `port`), and no secrets: everybody can read the store.";
     env =
       key (attrsOf str) { }
         "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
@@ -100,7 +101,7 @@ let
             "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
       }
     );
-  besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role.";
+  besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role. Any but a loopback address needs a key.";
 
   upstream = freeform {
     url = mkOption {
@@ -153,7 +154,7 @@ let
     // {
       host =
         optional str "192.168.1.10"
-          "${besideProxy} A pool beside a section `target` is no target of the proxy's. Any but a loopback address needs a key.";
+          "${besideProxy} A pool beside a section `target` is no target of the proxy's.";
       port = key port 8080 "Port to listen on.";
       backend =
         optional backend "hip"
@@ -165,7 +166,6 @@ let
       drain_seconds =
         key types.ints.unsigned 30
           "Seconds that running answers have to finish before a swap, or the end of the unit, ends them.";
-      allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     }
   );
 
@@ -191,7 +191,7 @@ let
         "Folder for the model parts that it keeps, below `/var/cache`. Left out: `/var/cache/tightwad-worker`.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of ggml-rpc-server; they win over those that Tightwad gives.";
+        "More arguments of ggml-rpc-server; they win over those that Tightwad gives. Not where it listens (`host`, `gpus.*.rpc_port`).";
     env =
       key (attrsOf str) { }
         "More environment variables of ggml-rpc-server. No place for secrets: everybody can read the store.";
@@ -200,10 +200,11 @@ let
   model = freeform {
     path = mkOption {
       # A Nix path would be copied to the store, as large as it is.
-      type = types.strMatching "/.+";
+      # Systemd would take one with a space for two.
+      type = types.strMatching "/[^[:space:]]+";
       example = "/models/Qwen3-32B-Q4_K_M.gguf";
       description = ''
-        The GGUF file; of a split model the first part. Only the hosts that run the model need it; their units wait for its
+        The GGUF file; of a split model the first part. A path without spaces. Only the hosts that run the model need it; their units wait for its
         mount, and cannot see `/home`, `/root`, `/tmp` and `/var/tmp`.
       '';
     };

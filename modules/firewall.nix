@@ -8,6 +8,10 @@ let
   enabled = role: cfg.${role}.enable && settings ? ${role};
   reachable = role: enabled role && !topology.isLoopback (settings.${role}.host or "127.0.0.1");
   own = lib.head topology.ownWorkers;
+  # An older NixOS has no such option.
+  backend =
+    config.networking.firewall.backend
+      or (if config.networking.nftables.enable then "nftables" else "iptables");
 
   # Ports for everybody on the interface: clients may be anywhere there.
   open = map (role: settings.${role}.port) (
@@ -78,9 +82,9 @@ in
         else
           { interfaces.${cfg.interface}.allowedTCPPorts = open; }
       )
-      (lib.mkIf config.networking.nftables.enable { extraInputRules = lines (map inputRule rules); })
-      # NixOS refuses these together with nftables.
-      (lib.mkIf (!config.networking.nftables.enable) {
+      (lib.mkIf (backend == "nftables") { extraInputRules = lines (map inputRule rules); })
+      # NixOS refuses these with another backend.
+      (lib.mkIf (backend == "iptables") {
         extraCommands = lines (map (command "A") rules);
         extraStopCommands = lines (map (rule: "${command "D" rule} 2>/dev/null || true") rules);
       })

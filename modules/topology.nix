@@ -24,12 +24,8 @@ rec {
   peersOf = role: lib.unique (lib.remove (here.address or null) (addressesOf role));
 
   isLoopback = address: address == "localhost" || address == "::1" || lib.hasPrefix "127." address;
-  isWildcard =
-    address:
-    lib.elem address [
-      "0.0.0.0"
-      "::"
-    ];
+  # However it is spelt: 0.0.0.0, 0, ::, [::], ::0.
+  isWildcard = address: builtins.match "[][0.:]+" address != null;
 
   # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
   # A pool beside a target is not what the proxy asks, and so an endpoint of its own.

@@ -2,22 +2,7 @@
 { self, pkgs }:
 let
   inherit (pkgs) lib;
-  inherit
-    (lib.evalModules {
-      modules = [
-        self.nixosModules.default
-        {
-          # The rest of NixOS, of which no option is asked for.
-          _module.check = false;
-          _module.args = {
-            inherit pkgs;
-            utils = { };
-          };
-        }
-      ];
-    })
-    options
-    ;
+  inherit (import ./host.nix { inherit self pkgs; } [ ]) options;
   documented = lib.filter (option: option.visible && !option.internal) (
     lib.optionAttrSetToDocList options.services.tightwad
   );

@@ -27,8 +27,9 @@
     };
   };
 
-  # The files of keys are read at the start of the units. Put them there by sops-nix or agenix, or by hand; each machine needs
-  # those of its roles: `openssl rand -hex 32`.
+  # The files of keys are read at the start of the units; each machine needs those of its roles, made by `openssl rand -hex 32`.
+  # These are the paths that sops-nix gives them. agenix gives /run/agenix/NAME. By hand, put them into a folder that outlives a
+  # reboot, which /run does not: /var/lib/secrets, for example, with `umask 077`.
   proxy.auth_token_file = "/run/secrets/tightwad-proxy";
   target.model = "qwen3-32b";
   draft = {

@@ -1,3 +1,4 @@
+# In a git checkout, Nix sees no file that git does not know: `git add` these first.
 {
   description = "A Tightwad cluster of four NixOS hosts";
 
@@ -6,6 +7,7 @@
     # With its own nixpkgs every host has the llama.cpp that was tested. For `gpu = "vulkan"` let it follow yours, because the
     # driver of the host and llama.cpp then have to be of one C library:
     # tightwad.inputs.nixpkgs.follows = "nixpkgs";
+    # Replace OWNER by the account whose repository this is.
     tightwad.url = "github:OWNER/tightwad";
   };
 

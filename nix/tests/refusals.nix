@@ -3,23 +3,19 @@
 { self, pkgs }:
 let
   inherit (pkgs) lib;
-  inherit (self.inputs.nixpkgs.lib) nixosSystem;
+  machine = import ../host.nix { inherit self pkgs; };
 
   # What this machine would be switched to, or the reason why not.
   evaluate =
     fault:
     let
-      host = nixosSystem {
-        modules = [
-          self.nixosModules.default
-          {
-            nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
-            networking.hostName = "one";
-            services.tightwad.cluster = sound;
-          }
-          fault
-        ];
-      };
+      host = machine [
+        {
+          networking.hostName = "one";
+          services.tightwad.cluster = sound;
+        }
+        fault
+      ];
       inherit (host.config) services systemd assertions;
       failed = lib.filter (
         entry: !entry.assertion && lib.hasPrefix "services.tightwad" entry.message
@@ -76,6 +72,39 @@ let
   cluster = changes: { services.tightwad.cluster = changes; };
   worker = changes: cluster { workers = lib.mkForce [ ({ name = "one"; } // changes) ]; };
 
+  draftWithoutKey = more: {
+    networking.hostName = lib.mkForce "two";
+    services.tightwad.cluster.draft = {
+      api_key_file = lib.mkForce null;
+    }
+    // more;
+  };
+  # A machine for CUDA that allows these unfree packages.
+  allowing = allowUnfreePackages: {
+    _module.args.pkgs = pkgs // {
+      config = pkgs.config // {
+        inherit allowUnfreePackages;
+      };
+    };
+    services.tightwad.cluster.hosts.one.gpu = "cuda";
+  };
+
+  # Near to a fault, and none.
+  accepted = {
+    "a draft that everybody may use" = draftWithoutKey { allow_unauthenticated = true; };
+    "CUDA with NVIDIA's driver allowed" = allowing [ "nvidia-x11" ];
+    "firewalld, and its ports opened by hand" = {
+      networking.firewall.backend = "firewalld";
+    };
+    "arguments and variables of other names" = cluster {
+      draft.extra_args = [
+        "--host-memory"
+        "-p"
+      ];
+      draft.env.LLAMA_ARG_IMAGE_MAX_TOKENS = "1024";
+      proxy.target.url = "http://10.0.0.9:8080/@me";
+    };
+  };
   # The faults with what their messages have to begin with, or, of those that Nix throws, to hold.
   asserted = {
     host-not-in-the-cluster = {
@@ -112,6 +141,14 @@ let
       fault = worker { host = "0.0.0.0"; };
       option = "services.tightwad.cluster.workers.0.host: 0.0.0.0";
     };
+    rpc-on-all-interfaces-in-short = {
+      fault = worker { host = "0"; };
+      option = "services.tightwad.cluster.workers.0.host: 0 would";
+    };
+    rpc-on-all-interfaces-of-ipv6 = {
+      fault = worker { host = "[::]"; };
+      option = "services.tightwad.cluster.workers.0.host: [::] would";
+    };
     rpc-on-all-interfaces-by-arguments = {
       fault = worker {
         extra_args = [
@@ -119,7 +156,29 @@ let
           "0.0.0.0"
         ];
       };
-      option = "services.tightwad.cluster.workers.0.extra_args: must not";
+      option = "services.tightwad.cluster.workers.0.extra_args: must not hold `--host`";
+    };
+    rpc-on-another-port-by-arguments = {
+      fault = worker {
+        extra_args = [
+          "-p"
+          "50099"
+        ];
+      };
+      option = "services.tightwad.cluster.workers.0.extra_args: must not hold `-p`";
+    };
+    draft-elsewhere-by-arguments = {
+      fault = cluster { draft.extra_args = [ "--host=0.0.0.0" ]; };
+      option = "services.tightwad.cluster.draft.extra_args: must not hold `--host`";
+    };
+    model-elsewhere-by-arguments = {
+      fault = cluster {
+        models.small.extra_args = [
+          "--port"
+          "9000"
+        ];
+      };
+      option = "services.tightwad.cluster.models.small.extra_args: must not hold `--port`";
     };
     host-on-all-interfaces = {
       fault = cluster { hosts.two.address = lib.mkForce "0.0.0.0"; };
@@ -141,6 +200,10 @@ let
       fault = cluster { hosts.one.gpu = "cuda"; };
       option = "services.tightwad.gpu: \"cuda\" needs";
     };
+    cuda-with-another-unfree-package = {
+      fault = allowing [ "steam" ];
+      option = "services.tightwad.gpu: \"cuda\" needs";
+    };
     proxy-without-token = {
       fault = cluster { proxy.auth_token_file = lib.mkForce null; };
       option = "services.tightwad.proxy.authTokenFile: missing";
@@ -148,6 +211,20 @@ let
     coordinator-without-key = {
       fault = cluster { coordinator.host = "10.0.0.1"; };
       option = "services.tightwad.coordinator.apiKeyFile: missing";
+    };
+    draft-without-key = {
+      fault = draftWithoutKey { };
+      option = "services.tightwad.draft.apiKeyFile: missing";
+    };
+    target-without-key = {
+      fault = cluster {
+        hosts.one.roles = [ "target" ];
+        target = {
+          host = "10.0.0.1";
+          port = 8082;
+        };
+      };
+      option = "services.tightwad.target.apiKeyFile: missing";
     };
     token-as-a-value = {
       fault = cluster { proxy.auth_token = "hush"; };
@@ -175,7 +252,36 @@ let
           "hush"
         ];
       };
-      option = "services.tightwad.cluster.draft.extra_args: must not";
+      option = "services.tightwad.cluster.draft.extra_args: must not hold `--api-key`";
+    };
+    token-among-the-arguments-of-a-model = {
+      fault = cluster {
+        models.big.extra_args = [
+          "-hft"
+          "hush"
+        ];
+      };
+      option = "services.tightwad.cluster.models.big.extra_args: must not hold `-hft`";
+    };
+    token-among-the-arguments-of-a-worker = {
+      fault = worker { extra_args = [ "--hf-token=hush" ]; };
+      option = "services.tightwad.cluster.workers.0.extra_args: must not hold `--hf-token`: everybody";
+    };
+    key-among-the-variables = {
+      fault = cluster { coordinator.env.LLAMA_API_KEY = "hush"; };
+      option = "services.tightwad.cluster.coordinator.env.LLAMA_API_KEY: a secret";
+    };
+    token-among-the-variables-of-a-worker = {
+      fault = worker { env.HF_TOKEN = "hush"; };
+      option = "services.tightwad.cluster.workers.0.env.HF_TOKEN: a secret";
+    };
+    password-in-the-address-of-the-target = {
+      fault = cluster { proxy.target.url = "http://me:hush@10.0.0.9:8080"; };
+      option = "services.tightwad.cluster.proxy.target.url: must not";
+    };
+    password-in-the-address-of-a-draft = {
+      fault = cluster { proxy.draft = [ { url = "http://me:hush@10.0.0.9:8080"; } ]; };
+      option = "services.tightwad.cluster.proxy.draft.0.url: must not";
     };
     model-in-a-home = {
       fault = cluster { models.big.path = lib.mkForce "/home/me/big.gguf"; };
@@ -198,6 +304,13 @@ let
         services.tightwad.cluster.hosts.two.address = lib.mkForce "two.example";
       };
       option = "services.tightwad.cluster.hosts.two.address: `two.example`";
+    };
+    firewall-without-rules-of-addresses = {
+      fault = {
+        services.tightwad.openFirewall = true;
+        networking.firewall.backend = "firewalld";
+      };
+      option = "services.tightwad.openFirewall: NixOS gives firewalld";
     };
   };
   thrown = {
@@ -237,6 +350,10 @@ let
       fault = worker { agent_token_file = "${pkgs.writeText "token" "hush"}"; };
       option = "agent_token_file";
     };
+    model-with-a-space-in-its-path = {
+      fault = cluster { models.big.path = lib.mkForce "/models/big one.gguf"; };
+      option = "services.tightwad.cluster.models.big.path";
+    };
     model-that-would-be-copied-to-the-store = {
       fault = cluster { models.big.path = lib.mkForce ./refusals.nix; };
       option = "services.tightwad.cluster.models.big.path";
@@ -249,9 +366,13 @@ let
       proxy.max_draft_tokenz = 8;
     })).made;
 
-  without = evaluate { };
+  sane = lib.mapAttrs (_: evaluate) ({ "no fault" = { }; } // accepted);
   wrongly =
-    lib.optional (without.messages != [ ]) "without a fault: ${toString without.messages}"
+    lib.concatLists (
+      lib.mapAttrsToList (
+        name: { messages, ... }: map (message: "${name}: refused: ${message}") messages
+      ) sane
+    )
     ++ lib.concatLists (
       lib.mapAttrsToList (
         name:
@@ -280,7 +401,7 @@ lib.throwIf (wrongly != [ ]) (lib.concatStringsSep "\n" wrongly) (
     {
       nativeBuildInputs = [ self.packages.${pkgs.stdenv.hostPlatform.system}.tightwad ];
       unknownKey = unknownKey.unchecked;
-      sound = without.made;
+      sound = sane."no fault".made;
       passthru = {
         # For refusals.sh.
         thrown = lib.mapAttrs (_: { fault, ... }: (evaluate fault).made.drvPath) thrown;

@@ -143,10 +143,15 @@ pkgs.testers.runNixOSTest {
             machine.succeed("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ >/tmp/processes 2>/dev/null || true")
             machine.succeed("grep -qa tightwad /tmp/processes")
             for name in names:
-                pattern = f"-qaFf /var/lib/secrets/{name}"
-                machine.succeed(f"grep {pattern} /var/lib/secrets/{name}")
-                machine.fail(f"grep {pattern} /tmp/processes")
-                machine.fail(f"grep -R {pattern} /etc/systemd/system /etc/tightwad")
-                machine.fail(f"grep {pattern} /nix/store/*-cluster.yaml")
+                search = f"grep -alFf /var/lib/secrets/{name}"
+                machine.succeed(f"{search} /var/lib/secrets/{name}")
+                for places in [
+                    "/tmp/processes",
+                    "$(readlink -f /etc/tightwad/cluster.yaml)",
+                    "/etc/systemd/system/tightwad-*.service",
+                ]:
+                    status, found = machine.execute(f"{search} {places}")
+                    # 0: it is there; 2: a place is missing, or cannot be read.
+                    assert status == 1, f"{machine.name}: {name} in {places}: grep ends with {status}: {found}"
   '';
 }

@@ -3,6 +3,7 @@
 { self, pkgs }:
 let
   inherit (pkgs) lib;
+  host = import ../host.nix { inherit self pkgs; };
   cluster = {
     hosts = {
       server = {
@@ -66,21 +67,17 @@ let
     hostName: more:
     let
       inherit
-        (self.inputs.nixpkgs.lib.nixosSystem {
-          modules = [
-            self.nixosModules.default
-            {
-              nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
-              networking = { inherit hostName; };
-              services.tightwad = {
-                inherit cluster;
-                # No system lacks it.
-                llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
-              };
-            }
-            more
-          ];
-        })
+        (host [
+          {
+            networking = { inherit hostName; };
+            services.tightwad = {
+              inherit cluster;
+              # No system lacks it.
+              llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
+            };
+          }
+          more
+        ])
         config
         ;
       units = lib.filterAttrs (name: _: lib.hasPrefix "tightwad-" name) config.systemd.services;
@@ -101,6 +98,12 @@ let
   server = machine "server" open;
   gaming-pc = machine "gaming-pc" open;
   mini-pc = machine "mini-pc" (lib.recursiveUpdate open { networking.nftables.enable = true; });
+  otherwise = machine "gaming-pc" (
+    lib.recursiveUpdate open {
+      networking.nftables.enable = true;
+      networking.firewall.backend = "iptables";
+    }
+  );
   closed = machine "gaming-pc" { };
   withOwnPath = machine "server" {
     services.tightwad.draft.apiKeyFile = "/etc/keys/draft";
@@ -227,6 +230,10 @@ let
     "a draft's port is open to the proxy only, with nftables too" = [
       mini-pc.firewall.extraInputRules
       "iifname \"wg0\" ip saddr 10.0.0.1 tcp dport { 8081 } accept comment \"tightwad draft\"\n"
+    ];
+    "the backend of the firewall is what NixOS says, and not a service that happens to run" = [
+      otherwise.firewall
+      gaming-pc.firewall
     ];
     "nothing is open by itself" = [
       [
