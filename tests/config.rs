@@ -538,7 +538,9 @@ fn a_token_loopback_or_consent_opens_the_proxy() {
 #[test]
 fn an_open_llama_server_parses_but_may_not_listen_and_each_section_answers_for_itself() {
     for section in ["coordinator", "target", "draft"] {
-        let open = format!("models: {{ a: {{ path: a }} }}\nproxy: {{}}\n{section}:\n  host: 0.0.0.0\n");
+        let open = format!(
+            "models: {{ a: {{ path: a }} }}\nproxy: {{ target: {{ url: 'http://a' }} }}\n{section}:\n  host: 0.0.0.0\n"
+        );
         let loaded = Place::with_file(&open).load().unwrap();
         assert!(loaded.check_listener("proxy").is_ok());
         let refusal = loaded.check_listener(section).unwrap_err().to_string();

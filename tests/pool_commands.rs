@@ -240,13 +240,13 @@ async fn a_worker_that_is_away_is_named_and_the_start_is_given_up_after_a_while(
         ..Setup::default()
     })
     .await;
-    signal(host.pool.workers[1].as_ref().unwrap().pid(), Signal::KILL);
-    host.pool.workers[1] = None;
+    let port = host.pool.kill_worker(1);
     let refused = host.tightwad(&["start"]).await.with(6);
     assert!(refused.stderr.contains("worker two does not answer"), "{refused:?}");
     assert!(refused.stderr.contains("its log is"), "{refused:?}");
     assert!(host.is_silent().await, "nothing is left");
 
+    drop(port);
     host.pool.start_worker(1);
     let up = eventually(Duration::from_secs(10), || async {
         if host.pool.agent_answers(1).await {

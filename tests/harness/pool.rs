@@ -5,6 +5,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::net::TcpSocket;
 
 use super::llama_server::{Program, answer_of, free_port, llama_cpp, model};
 use super::wait::eventually;
@@ -202,6 +203,19 @@ impl Pool {
         if let Err(problem) = ready.await {
             panic!("the pool is not ready: {problem}");
         }
+    }
+
+    /// Kills a worker. Until the answer is dropped nobody else gets the port of its agent, and nobody listens there.
+    pub fn kill_worker(&mut self, index: usize) -> TcpSocket {
+        let worker = self.workers[index].take().expect("it runs");
+        signal(worker.pid(), Signal::KILL);
+        drop(worker);
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_reuseaddr(true).expect("a port that was just in use");
+        socket
+            .bind(([127, 0, 0, 1], self.agents[index]).into())
+            .expect("its port");
+        socket
     }
 
     /// Whether a worker's agent answers.
