@@ -3,6 +3,7 @@
 //! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
 //! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
+mod activity;
 mod attach;
 mod calibrate;
 mod crowd;
@@ -25,6 +26,7 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Load, Outlook, Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
+use activity::Activity;
 use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
@@ -65,6 +67,7 @@ struct Shared {
     /// Of each drafter.
     slots: Vec<Slots>,
     crowd: Crowd,
+    activity: Activity,
     pace: Mutex<Pace>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
@@ -120,6 +123,7 @@ impl Engine {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
             crowd: Crowd::default(),
+            activity: Activity::default(),
             pace: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
