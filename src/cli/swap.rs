@@ -16,8 +16,8 @@ use crate::upstream::chat::{refused, unreachable};
 pub const EXAMPLES: &str = "\
 Example: tightwad swap qwen3-72b --json | jq -c .state
 Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
-coordinator's host 4 if its file is missing or broken, 9 if it does not fit), 1 a later command asked for another one,
-130 Ctrl-C, after which the swap goes on.";
+coordinator's host 4 if its file is missing, 9 if it does not fit, 11 if its file is broken), 1 a later command asked for another one,
+130 Ctrl-C, which takes it back unless the new model has begun to load.";
 
 /// It answers that from memory.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -46,7 +46,7 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
         tokio::select! {
             outcome = swapping => outcome,
             () = stop.cancelled() => {
-                let message = "interrupted; the swap goes on: see `tightwad status`";
+                let message = "interrupted; the old model stays, unless the new one has begun to load: see `tightwad status`";
                 Err(Failure::new(Exit::Interrupted, message))
             }
         }
@@ -66,8 +66,8 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
             }
             // The coordinator tells the reason in words only. Its own host can see two of them.
             if (is_loopback(&section.host) || is_wildcard(&section.host))
-                && let Err(seen) = plan::refuse_misfit(config, section, named).await
-                && matches!(seen.exit, Exit::File | Exit::DoesNotFit)
+                && let Err(seen) = plan::check(config, section, named).await
+                && matches!(seen.exit, Exit::File | Exit::BrokenModel | Exit::DoesNotFit)
             {
                 failure.exit = seen.exit;
             }

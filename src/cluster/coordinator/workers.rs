@@ -36,8 +36,6 @@ const LOST_AFTER: Duration = Duration::from_secs(4);
 const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for a worker without an agent.
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
-/// The build of a program that does not tell it.
-const UNKNOWN_BUILD: &str = "unknown";
 
 /// One worker.
 #[derive(Debug, Clone)]
@@ -160,7 +158,7 @@ impl Workers {
             let worker = member.name.clone();
             return Err(AgentError::Held { worker, holder }.to_string());
         }
-        sight.build = Some(status.build).filter(|build| build != UNKNOWN_BUILD);
+        sight.build = Some(status.build).filter(|build| build != build::UNKNOWN);
         sight.protocol = status.protocol;
         Ok(sight)
     }
@@ -470,9 +468,7 @@ fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
     let difference = |sight: &Sight| {
         let name = &sight.name;
         match (&sight.build, &sight.protocol) {
-            (Some(build), _) => (build != own).then(|| {
-                format!("worker {name} runs llama.cpp {build}, this coordinator {own}: install the same build on both")
-            }),
+            (Some(build), _) => build::difference(name, build, own),
             (None, Some(protocol)) => {
                 let (major, minor) = ours?;
                 let theirs = version(protocol)?;
