@@ -73,7 +73,7 @@ async fn becomes_ready(coordinator: &Program, within: Duration) {
 /// A measurement: each trip between the coordinator and one of the two workers takes 5 ms, and what drafts is beside the
 /// coordinator. Where the kernel has no netem a relay holds the bytes back.
 ///
-/// `cargo test --release --test pool_network -- --ignored --nocapture`
+/// `cargo test --test pool_network -- --ignored --nocapture`
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement; it needs a machine that does nothing else"]
 async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {
