@@ -288,6 +288,19 @@ async fn ctrl_c_while_the_model_loads_leaves_nothing_running() {
 }
 
 #[tokio::test]
+async fn a_swap_does_not_wait_for_ever_for_a_coordinator_that_hangs() {
+    let host = Host::new(Setup::default()).await;
+    let pid = host.tightwad(&["start", "--json"]).await.with(0).json()["pid"].clone();
+    let coordinator = u32::try_from(pid.as_u64().unwrap()).unwrap();
+    signal(coordinator, Signal::STOP);
+    let swap = host.tightwad(&["swap", "other"]).await;
+    let status = host.tightwad(&["status"]).await;
+    signal(coordinator, Signal::CONT);
+    assert!(swap.with(6).stderr.contains("seems to hang"));
+    status.with(6);
+}
+
+#[tokio::test]
 async fn the_status_is_there_at_once_whatever_is_down() {
     // Takes connections and never says a word.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();

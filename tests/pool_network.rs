@@ -168,6 +168,7 @@ async fn a_worker_whose_cable_is_pulled_is_named_and_used_again_once_it_is_back(
                 status["state"] != "ready" && problem.contains("worker far"),
                 "{status:#}"
             );
+            assert_eq!(status["devices"], json!([]), "no model is on them");
         }
         host.plug();
         becomes_ready(&coordinator, Duration::from_secs(15)).await;
