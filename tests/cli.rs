@@ -302,14 +302,14 @@ fn a_missing_model_exits_4_and_names_the_file() {
 }
 
 #[test]
-fn a_model_that_is_no_gguf_exits_4() {
+fn a_model_that_is_no_gguf_exits_11() {
     let user = User::new();
     fs::write(user.path("page.gguf"), "<html>404</html>").unwrap();
     user.config(&format!(
         "target: {{}}\nmodels: {{ big: {{ path: page.gguf }} }}\nbinaries: {{ llama_server: {} }}\n",
         fake_llama_server().display()
     ));
-    user.run(&["run", "target"]).fails(4, &["page.gguf", "GGUF"]);
+    user.run(&["run", "target"]).fails(11, &["page.gguf", "GGUF"]);
 }
 
 #[test]

@@ -204,16 +204,16 @@ fn a_model_that_does_not_fit_exits_9_with_what_would_make_it_fit() {
 }
 
 #[test]
-fn missing_and_broken_models_exit_4_and_are_named() {
+fn missing_and_broken_models_are_named_and_have_exit_codes_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
     let truncated: PathBuf = folder.path().join("truncated.gguf");
     std::fs::write(&truncated, &std::fs::read(target()).unwrap()[..1_000_000]).unwrap();
-    for (model, says) in [
-        (Path::new("/no/such.gguf"), "does not exist"),
-        (&truncated, "is truncated"),
+    for (model, code, says) in [
+        (Path::new("/no/such.gguf"), 4, "does not exist"),
+        (&truncated, 11, "is truncated"),
     ] {
         let output = Pool::new(&yaml(model, "", "[]")).plan(&[]);
-        assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
         let sentence = stderr(&output);
         assert!(
             sentence.contains(says) && sentence.contains(model.to_str().unwrap()),

@@ -173,9 +173,13 @@ async fn while_a_command_swaps_every_request_is_answered_by_the_model_it_named_o
             }
         }
     });
+    let starts = async || pool.status().await["starts"].as_u64().unwrap();
+    let before = starts().await;
     let swap = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        pool.swap("other").await
+        let (lines, same) = tokio::join!(pool.swap("other"), pool.swap("other"));
+        assert_eq!(same.last().unwrap()["done"], true, "{same:?}");
+        lines
     };
     let all = futures_util::future::join(futures_util::future::join_all(asks), swap);
     let (asked, lines) = tokio::time::timeout(Duration::from_secs(30), all)
@@ -186,6 +190,7 @@ async fn while_a_command_swaps_every_request_is_answered_by_the_model_it_named_o
         asked.iter().all(|asked| *asked > 1),
         "nobody asked before and after: {asked:?}"
     );
+    assert_eq!(starts().await, before + 1, "equal commands share one load");
 }
 
 #[tokio::test]
@@ -244,6 +249,28 @@ async fn a_swap_to_a_missing_or_broken_file_leaves_the_old_model_serving() {
     let form = reqwest::Client::new().post(format!("{}/v1/tightwad/swap", pool.url()));
     let form = form.header("content-type", "text/plain").body(r#"{"model":"other"}"#);
     assert_eq!(answer_of(form).await.0, 415);
+}
+
+#[tokio::test]
+async fn a_model_that_passes_its_check_and_dies_as_it_loads_gives_way_to_the_one_before() {
+    let models = json!({ "doomed": { "path": target(), "extra_args": ["--no-such-option"] } });
+    let pool = Pool::ready(Setup {
+        models,
+        ..Setup::default()
+    })
+    .await;
+    let lines = pool.swap("doomed").await;
+    let error = lines.last().unwrap()["error"].clone();
+    assert_eq!(error["code"], "model_failed", "{lines:?}");
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains("--no-such-option") && message.contains("extra_args"),
+        "{message}"
+    );
+    pool.becomes_ready(Duration::from_secs(15)).await;
+    assert_eq!(pool.complete("big").await.0, 200);
+    let failed = &pool.status().await["last_failure"];
+    assert_eq!(failed["model"], "doomed", "{failed}");
 }
 
 #[tokio::test]

@@ -4,20 +4,17 @@
 
 mod harness;
 
-use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use harness::fake_upstream::{FakeUpstream, json as answer};
 use harness::gguf::slow_target;
-use harness::llama_server::{LlamaServer, Program, answer_of, free_port, llama_cpp, model};
+use harness::llama_server::{LlamaServer, answer_of, model};
 use harness::pool::{Pool, Setup};
 use harness::proxy::Proxy;
 use harness::wait::eventually;
 use serde_json::{Value, json};
-use tightwad::bench::Relay;
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -120,79 +117,4 @@ async fn a_target_that_was_never_seen_down_is_measured_again_when_its_model_is_a
     assert_eq!(measured(1).await, Ok(()), "the same model is measured once");
     model.store(2, Ordering::SeqCst);
     assert_eq!(measured(2).await, Ok(()));
-}
-
-/// A measurement: one of two workers is 5 ms away, and what drafts is beside the coordinator.
-///
-/// `cargo nextest run --test pool_proxy --run-ignored only far_worker --no-capture`
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement; it needs a machine that does nothing else"]
-async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {
-    const ROUND_TRIP: Duration = Duration::from_millis(10);
-    let ports = [free_port(), free_port()];
-    let rpc_server = llama_cpp().join("bin/ggml-rpc-server");
-    let _servers = ports.map(|port| {
-        let port = port.to_string();
-        Program::start(
-            &rpc_server,
-            &["-H", "127.0.0.1", "-p", &port, "--device", "CPU", "-t", "1"],
-        )
-    });
-    let far = Relay::start(&format!("http://127.0.0.1:{}", ports[1]), ROUND_TRIP)
-        .await
-        .unwrap();
-    let far_port: u16 = far.url().rsplit(':').next().unwrap().parse().unwrap();
-    let worker = |name: &str, port: u16| {
-        json!({
-            "name": name, "host": "127.0.0.1", "backend": "cpu", "agent_port": 0,
-            "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
-        })
-    };
-    let port = free_port();
-    let config = json!({
-        "coordinator": { "port": port, "backend": "cpu", "slots": 2, "threads": 1 },
-        "workers": [worker("near", ports[0]), worker("far", far_port)],
-        "models": { "big": { "path": slow_target(), "ctx_size": 2048, "default": true } },
-        "binaries": { "llama_server": llama_cpp().join("bin/llama-server"), "rpc_server": rpc_server },
-    });
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let file = folder.path().join("tightwad.yaml");
-    std::fs::write(&file, config.to_string()).unwrap();
-    let tightwad = Path::new(env!("CARGO_BIN_EXE_tightwad"));
-    let coordinator = Program::start(tightwad, &["-c", file.to_str().unwrap(), "run", "coordinator"]);
-    let url = format!("http://127.0.0.1:{port}");
-    let ready = eventually(Duration::from_secs(60), || async {
-        let answer = reqwest::get(format!("{url}/health")).await;
-        answer
-            .is_ok_and(|answer| answer.status().is_success())
-            .then_some(())
-            .ok_or(())
-    });
-    assert!(ready.await.is_ok(), "{}", coordinator.log());
-    let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
-
-    let servers = ["bench", "--target", &url, "--draft", draft.url()];
-    let options = ["--kinds", "code,list", "--max-tokens", "60", "--rounds", "1", "--json"];
-    let output = tokio::process::Command::new(tightwad)
-        .args(servers)
-        .args(options)
-        .env_remove("TIGHTWAD_CONFIG")
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let mut speed_up = 0.0;
-    for group in report["kinds"].as_array().unwrap().iter().chain([&report["total"]]) {
-        for mode in group["modes"].as_array().unwrap() {
-            println!(
-                "{} {}: {} tokens/s, {} tokens per step, × {}",
-                group["kind"], mode["mode"], mode["tokens_per_second"], mode["tokens_per_step"], mode["speed_up"]
-            );
-            speed_up = mode["speed_up"].as_f64().unwrap_or(speed_up);
-        }
-    }
-    assert!(report["equal"] == true && speed_up >= 2.0, "{report:#}");
 }

@@ -27,6 +27,16 @@ struct Coordinator {
 
 impl Coordinator {
     fn start<'a>(port: u16, model: &Path, agents: impl IntoIterator<Item = &'a FakeUpstream>) -> Self {
+        Self::command(&["run", "coordinator"], port, model, agents)
+    }
+
+    /// Another command of its host.
+    fn command<'a>(
+        command: &[&str],
+        port: u16,
+        model: &Path,
+        agents: impl IntoIterator<Item = &'a FakeUpstream>,
+    ) -> Self {
         let worker = |(number, agent): (usize, &FakeUpstream)| {
             let gpu = json!({ "name": "CPU", "vram_gb": 1, "rpc_port": 50_052 + number });
             let name = ["far", "farther"][number];
@@ -41,7 +51,7 @@ impl Coordinator {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let file = folder.path().join("tightwad.yaml");
         std::fs::write(&file, config.to_string()).unwrap();
-        let args = ["-c", file.to_str().unwrap(), "run", "coordinator"];
+        let args = [&["-c", file.to_str().unwrap()], command].concat();
         Self {
             program: Program::start(Path::new(env!("CARGO_BIN_EXE_tightwad")), &args),
             url: format!("http://127.0.0.1:{port}"),
@@ -106,6 +116,23 @@ async fn a_worker_with_another_build_is_refused_and_both_builds_are_named() {
 }
 
 #[tokio::test]
+async fn whoever_starts_or_plans_a_pool_is_told_at_once_of_a_worker_with_another_build() {
+    let agent = fake_agent("b1", [50_052], PLENTY).await;
+    for (command, code) in [("start", 10), ("plan", 0)] {
+        let ended = Coordinator::command(&[command], free_port(), &target(), [&agent])
+            .ended()
+            .await;
+        assert_eq!(ended.0, Some(code), "{}", ended.1);
+        for words in [
+            "worker far runs llama.cpp b1, this coordinator b",
+            "install the same build",
+        ] {
+            assert!(ended.1.contains(words), "{}", ended.1);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_model_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let agent = fake_agent("unknown", [50_052], 1 << 20).await;
     let ended = Coordinator::start(free_port(), &target(), [&agent]).ended().await;
@@ -136,7 +163,7 @@ async fn a_truncated_model_ends_the_program_and_is_named() {
     std::fs::write(broken.path(), &whole[..whole.len() / 2]).unwrap();
     let agent = fake_agent("unknown", [50_052], PLENTY).await;
     let ended = Coordinator::start(free_port(), broken.path(), [&agent]).ended().await;
-    assert_eq!(ended.0, Some(4), "{}", ended.1);
+    assert_eq!(ended.0, Some(11), "{}", ended.1);
     let name = broken.path().to_str().unwrap();
     for words in [name, "is truncated", "download it again"] {
         assert!(ended.1.contains(words), "{}", ended.1);

@@ -25,7 +25,7 @@ pub enum Exit {
     Usage = 2,
     /// The config is wrong.
     Config = 3,
-    /// A file is missing or of the wrong kind: a model, a program, a key.
+    /// A file is missing or cannot be read: a model, a program, a key, prompts.
     File = 4,
     /// A port is in use.
     PortInUse = 5,
@@ -37,6 +37,10 @@ pub enum Exit {
     ChildGaveUp = 8,
     /// The model does not fit into the pool.
     DoesNotFit = 9,
+    /// A worker runs another build of llama.cpp.
+    OtherBuild = 10,
+    /// A model file is there, and broken or of a kind that nobody knows.
+    BrokenModel = 11,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
 }
@@ -75,7 +79,8 @@ impl Failure {
 impl From<Unfit> for Failure {
     fn from(unfit: Unfit) -> Self {
         let exit = match unfit {
-            Unfit::NoProgram(_) | Unfit::NoFile { .. } | Unfit::Unreadable { .. } | Unfit::NotGguf(_) => Exit::File,
+            Unfit::NoProgram(_) | Unfit::NoFile { .. } | Unfit::Unreadable { .. } => Exit::File,
+            Unfit::NotGguf(_) => Exit::BrokenModel,
             Unfit::PortInUse { .. } => Exit::PortInUse,
             Unfit::CannotListen { .. } => Exit::Config,
         };
@@ -164,7 +169,13 @@ impl From<OwnDraftError> for Failure {
 
 impl From<ModelFileError> for Failure {
     fn from(error: ModelFileError) -> Self {
-        Self::new(Exit::File, error.to_string())
+        let exit = match error {
+            ModelFileError::Missing(_) | ModelFileError::MissingPart { .. } | ModelFileError::Unreadable { .. } => {
+                Exit::File
+            }
+            _ => Exit::BrokenModel,
+        };
+        Self::new(exit, error.to_string())
     }
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::coordinator;
 use super::exit::{Exit, Failure};
+use crate::cluster::build;
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings, amount};
@@ -39,11 +40,17 @@ struct Answer<'a> {
 struct Planned {
     plan: Plan,
     notes: Vec<String>,
+    /// Workers of another build.
+    others: Vec<String>,
 }
 
-/// Refuses a model whose file is broken, or that cannot fit into the pool, as far as that can be told before anything runs.
-pub async fn refuse_misfit(config: &Config, coordinator: &Coordinator, named: (&str, &Model)) -> Result<(), Failure> {
-    let Planned { plan, .. } = planned(config, coordinator, named.1).await?;
+/// Refuses a model whose file is broken, or that cannot fit into the pool, and workers of another build, as far as that can
+/// be told before anything runs.
+pub async fn check(config: &Config, coordinator: &Coordinator, named: (&str, &Model)) -> Result<(), Failure> {
+    let Planned { plan, others, .. } = planned(config, coordinator, named.1).await?;
+    if !others.is_empty() {
+        return Err(Failure::new(Exit::OtherBuild, others.join("; ")));
+    }
     if plan.fits { Ok(()) } else { Err(misfit(named.0, &plan)) }
 }
 
@@ -53,7 +60,12 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
     let found = devices::find(config, coordinator, &Probed::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
-    let Found { devices, mut notes, .. } = found;
+    let Found {
+        devices,
+        mut notes,
+        builds,
+        ..
+    } = found;
 
     let drafts = config
         .proxy
@@ -68,6 +80,12 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
             None
         }
     };
+    let own = build::build(llama_server).await;
+    let differences = builds
+        .iter()
+        .map(|(worker, theirs)| build::difference(worker, theirs, own.as_deref()?));
+    let others: Vec<String> = differences.flatten().collect();
+    notes.extend(others.iter().cloned());
     let placing = plan::placing_options(model, coordinator);
     if !placing.is_empty() {
         notes.push(format!(
@@ -86,14 +104,14 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
         ));
     }
     let plan = plan::plan(&file, &devices, &settings)?;
-    Ok(Planned { plan, notes })
+    Ok(Planned { plan, notes, others })
 }
 
 /// Plans a model over the pool and shows it.
 pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     let coordinator = coordinator::section(config)?;
     let (name, model) = config.model_for(options.model.as_deref())?;
-    let Planned { plan, notes } = planned(config, coordinator, model).await?;
+    let Planned { plan, notes, .. } = planned(config, coordinator, model).await?;
     let launch = plan.launch(
         &config.binaries.llama_server,
         coordinator,

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
 use super::{signals, status};
-use crate::cluster::agent::{EndpointState, WorkerStatus};
+use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
 use crate::cluster::plan::amount;
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
@@ -198,14 +198,8 @@ impl SeenWorker {
     /// What is wrong with it, as far as can be told.
     fn problem(&self) -> Option<String> {
         let agent = self.agent.as_ref()?;
-        let failed = agent.status.iter().flat_map(|status| &status.endpoints);
-        let failed = failed
-            .filter(|endpoint| endpoint.state == EndpointState::Failed)
-            .map(|endpoint| format!("its ggml-rpc-server on port {} does not work", endpoint.port));
-        agent
-            .problem
-            .clone()
-            .or_else(|| failed.reduce(|all, one| format!("{all}; {one}")))
+        let failed = || Endpoint::problem(&agent.status.as_ref()?.endpoints);
+        agent.problem.clone().or_else(failed)
     }
 }
 

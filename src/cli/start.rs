@@ -25,8 +25,9 @@ pub const EXAMPLES: &str = "\
 Examples:
   tightwad start                 the model marked `default`
   tightwad start -m qwen3-72b    another one
-Exit codes: 0 it serves, 3 config, 4 file missing or broken, 5 port in use or another model runs, 6 a worker is not to be
-had (after `wait_seconds`), 8 the server died too often, 9 the model does not fit, 130 Ctrl-C, which stops what it started.";
+Exit codes: 0 it serves, 3 config, 4 file missing, 5 port in use or another model runs, 6 a worker is not to be
+had (after `wait_seconds`), 8 the server died too often, 9 the model does not fit, 10 a worker has another build of llama.cpp,
+11 the model file is broken, 130 Ctrl-C, which stops what it started.";
 
 /// Pause between two looks at the coordinator.
 const LOOK: Duration = Duration::from_millis(100);
@@ -179,7 +180,7 @@ async fn bring_up(
     listen(section).await?;
     steps.show(&format!("checking `{}`", named.0), None, "");
     tokio::select! {
-        fits = plan::refuse_misfit(config, section, named) => fits?,
+        fits = plan::check(config, section, named) => fits?,
         () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "interrupted; nothing was started").into()),
     }
     let mut background = Background::start(file, format, section, named.0)?;
@@ -292,6 +293,8 @@ fn ended(status: ExitStatus) -> Failure {
         Some(3) => Exit::Config,
         Some(4) => Exit::File,
         Some(5) => Exit::PortInUse,
+        Some(11) => Exit::BrokenModel,
+        Some(9) => Exit::DoesNotFit,
         _ => Exit::ChildGaveUp,
     };
     Failure::new(exit, format!("the coordinator ended at once ({status})"))

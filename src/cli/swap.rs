@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
@@ -16,11 +17,14 @@ use crate::upstream::chat::{refused, unreachable};
 pub const EXAMPLES: &str = "\
 Example: tightwad swap qwen3-72b --json | jq -c .state
 Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
-coordinator's host 4 if its file is missing or broken, 9 if it does not fit), 1 a later command asked for another one,
-130 Ctrl-C, after which the swap goes on.";
+coordinator's host 4 if its file is missing, 9 if it does not fit, 11 if its file is broken), 1 a later command asked for another one,
+130 Ctrl-C, which takes it back unless the new model has begun to load.";
 
 /// It answers that from memory.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A coordinator tells a step every two seconds, whatever goes on. One that is silent for so long hangs.
+const SILENCE: Duration = Duration::from_secs(7);
 
 /// What `tightwad swap` is asked.
 #[derive(Debug, clap::Args)]
@@ -46,7 +50,7 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
         tokio::select! {
             outcome = swapping => outcome,
             () = stop.cancelled() => {
-                let message = "interrupted; the swap goes on: see `tightwad status`";
+                let message = "interrupted; the old model stays, unless the new one has begun to load: see `tightwad status`";
                 Err(Failure::new(Exit::Interrupted, message))
             }
         }
@@ -66,8 +70,8 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
             }
             // The coordinator tells the reason in words only. Its own host can see two of them.
             if (is_loopback(&section.host) || is_wildcard(&section.host))
-                && let Err(seen) = plan::refuse_misfit(config, section, named).await
-                && matches!(seen.exit, Exit::File | Exit::DoesNotFit)
+                && let Err(seen) = plan::check(config, section, named).await
+                && matches!(seen.exit, Exit::File | Exit::BrokenModel | Exit::DoesNotFit)
             {
                 failure.exit = seen.exit;
             }
@@ -79,7 +83,14 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
 
 async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> Result<(), Failure> {
     let request = client.post("/v1/tightwad/swap", &json!({ "model": model }));
-    let answer = request.send().await.map_err(|error| client.silent(&error))?;
+    let hangs = |_| {
+        let (url, seconds) = (client.url(), SILENCE.as_secs());
+        let message =
+            format!("the coordinator at {url} has said nothing for {seconds} s and seems to hang; restart it");
+        Failure::new(Exit::Unreachable, message)
+    };
+    let answer = timeout(SILENCE, request.send()).await.map_err(hangs)?;
+    let answer = answer.map_err(|error| client.silent(&error))?;
     if answer.status() == reqwest::StatusCode::NOT_FOUND {
         let message = format!(
             "the coordinator at {} has no model `{model}`: it was started before that was in the config; start it anew",
@@ -92,7 +103,7 @@ async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> 
     }
     let mut bytes = answer.bytes_stream();
     let mut lines = Vec::new();
-    while let Some(more) = bytes.next().await {
+    while let Some(more) = timeout(SILENCE, bytes.next()).await.map_err(hangs)? {
         lines.extend_from_slice(&more.map_err(|error| unreachable(client.url(), &error))?);
         while let Some(end) = lines.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = lines.drain(..=end).collect();

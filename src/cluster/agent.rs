@@ -64,6 +64,16 @@ pub enum EndpointState {
     Failed,
 }
 
+impl Endpoint {
+    /// What is wrong with these of a worker, if anything is.
+    #[must_use]
+    pub fn problem(all: &[Self]) -> Option<String> {
+        let failed = all.iter().filter(|endpoint| endpoint.state == EndpointState::Failed);
+        let failed = failed.map(|endpoint| format!("its ggml-rpc-server on port {} does not work", endpoint.port));
+        failed.reduce(|all, one| format!("{all}; {one}"))
+    }
+}
+
 /// One device of a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStatus {

@@ -11,6 +11,16 @@ use crate::supervise::notify;
 
 /// Printing a version takes milliseconds; a GPU driver that wakes up takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What an agent says of a build that is not known.
+pub const UNKNOWN: &str = "unknown";
+
+/// What is wrong between a worker and a coordinator with these builds, if anything is.
+#[must_use]
+pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
+    (theirs != own).then(|| {
+        format!("worker {worker} runs llama.cpp {theirs}, this coordinator {own}: install the same build on both")
+    })
+}
 
 /// The build that `llama-server --version` tells, `b11434`; `None` where it tells none.
 pub async fn build(llama_server: &Path) -> Option<String> {

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::agent::{DeviceStatus, WorkerStatus};
 use super::agent_client::{AgentClient, AgentError};
+use super::build;
 use super::plan::{Device, KnownFrom};
 use super::rpc_probe::Told;
 use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
@@ -37,6 +38,8 @@ pub struct Found {
     pub notes: Vec<String>,
     /// Workers whose agent does not answer.
     pub silent: Vec<String>,
+    /// The build of llama.cpp that each worker's agent tells, by the worker's name.
+    pub builds: BTreeMap<String, String>,
 }
 
 /// What servers that are run by hand have told, by their `host:port`: see [`super::rpc_probe`] for who may ask them.
@@ -70,6 +73,7 @@ pub async fn find(config: &Config, coordinator: &Coordinator, probed: &Probed) -
         found.devices.extend(part.devices);
         found.notes.extend(part.notes);
         found.silent.extend(part.silent);
+        found.builds.extend(part.builds);
     }
     Ok(found)
 }
@@ -95,6 +99,9 @@ async fn of_worker(worker: &Worker, probed: &Probed) -> Result<Found, Miscounted
     let why = match ask(worker).await {
         Ok(status) => {
             found.devices = told(worker, &status);
+            if status.build != build::UNKNOWN {
+                found.builds.insert(worker.name().to_owned(), status.build);
+            }
             if !found.devices.is_empty() {
                 return Ok(found);
             }

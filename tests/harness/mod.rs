@@ -14,6 +14,7 @@ pub mod fake_scoring;
 pub mod fake_upstream;
 pub mod gguf;
 pub mod llama_server;
+pub mod network;
 pub mod notify_socket;
 pub mod pool;
 pub mod proxy;

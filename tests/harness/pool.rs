@@ -9,6 +9,7 @@ use tokio::net::TcpSocket;
 
 use super::llama_server::{Program, answer_of, free_port, llama_cpp, model};
 use super::wait::eventually;
+use super::worker::children;
 
 /// Two CPU workers and a coordinator on this machine, as processes.
 pub struct Pool {
@@ -234,16 +235,7 @@ impl Pool {
     /// The `ggml-rpc-server` of a worker.
     pub fn rpc_server(&self, index: usize) -> u32 {
         let worker = self.workers[index].as_ref().expect("a worker").pid();
-        let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).expect("its threads");
-        let children = tasks.flat_map(|task| {
-            let children = std::fs::read_to_string(task.expect("a thread").path().join("children"));
-            children
-                .unwrap_or_default()
-                .split_whitespace()
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        });
-        children.last().expect("a child").parse().expect("a pid")
+        children(worker).pop().expect("a child")
     }
 }
 

@@ -365,6 +365,7 @@ impl Driver {
             if gone {
                 report.pid = None;
                 report.load = Load::default();
+                report.devices.clear();
             }
             report.pid = pid.or(report.pid);
             report.now = now;

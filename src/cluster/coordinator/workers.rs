@@ -36,8 +36,6 @@ const LOST_AFTER: Duration = Duration::from_secs(4);
 const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for a worker without an agent.
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
-/// The build of a program that does not tell it.
-const UNKNOWN_BUILD: &str = "unknown";
 
 /// One worker.
 #[derive(Debug, Clone)]
@@ -160,7 +158,7 @@ impl Workers {
             let worker = member.name.clone();
             return Err(AgentError::Held { worker, holder }.to_string());
         }
-        sight.build = Some(status.build).filter(|build| build != UNKNOWN_BUILD);
+        sight.build = Some(status.build).filter(|build| build != build::UNKNOWN);
         sight.protocol = status.protocol;
         Ok(sight)
     }
@@ -229,7 +227,7 @@ impl Workers {
         let looks = self.members.iter().map(|member| async move {
             let wrong = match &member.agent {
                 Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
-                    Ok(Ok(status)) => failed_endpoint(&status.endpoints),
+                    Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
                     Ok(Err(error)) => Some(error.to_string()),
                     Err(_) => Some("its agent does not answer".to_owned()),
                 },
@@ -308,7 +306,7 @@ impl Member {
         match timeout(BEAT_PATIENCE, agent.status()).await {
             Ok(Ok(status)) => {
                 report.up = Some(true);
-                report.problem = failed_endpoint(&status.endpoints);
+                report.problem = Endpoint::problem(&status.endpoints);
                 report.build = Some(status.build);
                 report.leased_by = status.lease.map(|lease| lease.holder);
             }
@@ -443,7 +441,7 @@ async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedS
 }
 
 async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentError> {
-    Ok(failed_endpoint(&agent.renew(id).await?.endpoints))
+    Ok(Endpoint::problem(&agent.renew(id).await?.endpoints))
 }
 
 /// What is known of a worker's llama.cpp.
@@ -470,9 +468,7 @@ fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
     let difference = |sight: &Sight| {
         let name = &sight.name;
         match (&sight.build, &sight.protocol) {
-            (Some(build), _) => (build != own).then(|| {
-                format!("worker {name} runs llama.cpp {build}, this coordinator {own}: install the same build on both")
-            }),
+            (Some(build), _) => build::difference(name, build, own),
             (None, Some(protocol)) => {
                 let (major, minor) = ours?;
                 let theirs = version(protocol)?;
@@ -493,14 +489,6 @@ fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
 fn version(protocol: &str) -> Option<(u32, u32)> {
     let mut parts = protocol.split('.');
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
-/// What is wrong with a worker's servers, if anything is.
-fn failed_endpoint(endpoints: &[Endpoint]) -> Option<String> {
-    let failed = endpoints
-        .iter()
-        .find(|endpoint| endpoint.state == EndpointState::Failed)?;
-    Some(format!("its ggml-rpc-server on port {} does not work", failed.port))
 }
 
 /// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.

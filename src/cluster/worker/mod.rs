@@ -194,7 +194,7 @@ async fn build(rpc_server: &std::path::Path, binaries: &Binaries) -> String {
             return build;
         }
     }
-    "unknown".to_owned()
+    super::build::UNKNOWN.to_owned()
 }
 
 async fn with_agent(

@@ -1,0 +1,178 @@
+//! A pool over a network: one of its two workers is another host, in a network namespace of its own.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use harness::gguf::slow_target;
+use harness::llama_server::{LlamaServer, Program, answer_of, llama_cpp, model};
+use harness::network::{FarHost, is_own};
+use harness::wait::eventually;
+use serde_json::{Value, json};
+use tightwad::bench::Relay;
+
+/// In a network of its own a test need not ask which ports are free.
+const POOL: &str = "http://127.0.0.1:8080";
+const RPC: u16 = 50_052;
+const TIGHTWAD: &str = env!("CARGO_BIN_EXE_tightwad");
+
+/// The cluster file of two workers, of which the far one is `far`.
+struct Cluster {
+    file: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Cluster {
+    fn new(far: (&str, u16), agents: bool) -> Self {
+        let worker = |name: &str, (host, port): (&str, u16)| {
+            json!({
+                "name": name, "host": host, "backend": "cpu", "agent_port": if agents { 50_051 } else { 0 }, "cache_gb": 0,
+                "agent_token": "secret", "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
+                "extra_args": ["-t", "1"],
+            })
+        };
+        let config = json!({
+            "coordinator": { "port": 8080, "backend": "cpu", "slots": 2, "threads": 1 },
+            "workers": [worker("near", ("127.0.0.1", RPC)), worker("far", far)],
+            "models": { "big": { "path": slow_target(), "ctx_size": 2048, "default": true } },
+            "binaries": {
+                "llama_server": llama_cpp().join("bin/llama-server"), "rpc_server": llama_cpp().join("bin/ggml-rpc-server"),
+            },
+        });
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let file = folder.path().join("tightwad.yaml");
+        std::fs::write(&file, config.to_string()).unwrap();
+        Self { file, _folder: folder }
+    }
+
+    fn args<'a>(&'a self, args: &[&'a str]) -> Vec<&'a str> {
+        [&["-c", self.file.to_str().unwrap()], args].concat()
+    }
+
+    fn run(&self, part: &[&str]) -> Program {
+        Program::start(Path::new(TIGHTWAD), &self.args(&[&["run"], part].concat()))
+    }
+}
+
+async fn becomes_ready(coordinator: &Program, within: Duration) {
+    let ready = eventually(within, || async {
+        let answer = reqwest::get(format!("{POOL}/health")).await;
+        answer
+            .is_ok_and(|answer| answer.status().is_success())
+            .then_some(())
+            .ok_or(())
+    });
+    assert!(ready.await.is_ok(), "{}", coordinator.log());
+}
+
+/// A measurement: each trip between the coordinator and one of the two workers takes 5 ms, and what drafts is beside the
+/// coordinator. Where the kernel has no netem a relay holds the bytes back.
+///
+/// `cargo test --test pool_network -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement; it needs a machine that does nothing else"]
+async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {
+    const TRIP: Duration = Duration::from_millis(5);
+    if !is_own("drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast") {
+        return;
+    }
+    let host = FarHost::new().await;
+    let rpc_server = llama_cpp().join("bin/ggml-rpc-server");
+    let serve = |at: &'static str| ["-H", at, "-p", "50052", "--device", "CPU", "-t", "1"];
+    let _near = Program::start(&rpc_server, &serve("127.0.0.1"));
+    let _far = host.start(&rpc_server, &serve(FarHost::ADDRESS));
+    let mut relay = None;
+    if let Err(why) = host.delay(TRIP) {
+        println!("a relay delays the bytes, since the network cannot: {why}");
+        let url = format!("http://{}:{RPC}", FarHost::ADDRESS);
+        relay = Some(Relay::start(&url, 2 * TRIP).await.unwrap());
+    }
+    let far = relay
+        .as_ref()
+        .map(|relay| relay.url().rsplit(':').next().unwrap().parse().unwrap());
+    let cluster = Cluster::new(far.map_or((FarHost::ADDRESS, RPC), |port| ("127.0.0.1", port)), false);
+    let coordinator = cluster.run(&["coordinator"]);
+    becomes_ready(&coordinator, Duration::from_secs(60)).await;
+    let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
+
+    let servers = ["bench", "--target", POOL, "--draft", draft.url()];
+    let options = ["--kinds", "code,list", "--max-tokens", "60", "--rounds", "1", "--json"];
+    let output = tokio::process::Command::new(TIGHTWAD)
+        .args(servers)
+        .args(options)
+        .env_remove("TIGHTWAD_CONFIG")
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut speed_up = 0.0;
+    for group in report["kinds"].as_array().unwrap().iter().chain([&report["total"]]) {
+        for mode in group["modes"].as_array().unwrap() {
+            println!(
+                "{} {}: {} tokens/s, {} tokens per step, × {}",
+                group["kind"], mode["mode"], mode["tokens_per_second"], mode["tokens_per_step"], mode["speed_up"]
+            );
+            speed_up = mode["speed_up"].as_f64().unwrap_or(speed_up);
+        }
+    }
+    assert!(report["equal"] == true && speed_up >= 2.0, "{report:#}");
+}
+
+#[tokio::test]
+async fn a_worker_whose_cable_is_pulled_is_named_and_used_again_once_it_is_back() {
+    if !is_own("a_worker_whose_cable_is_pulled_is_named_and_used_again_once_it_is_back") {
+        return;
+    }
+    let host = FarHost::new().await;
+    let cluster = Cluster::new((FarHost::ADDRESS, RPC), true);
+    let _near = cluster.run(&["worker", "near"]);
+    let _far = host.start(Path::new(TIGHTWAD), &cluster.args(&["run", "worker", "far"]));
+    let coordinator = cluster.run(&["coordinator"]);
+    becomes_ready(&coordinator, Duration::from_secs(30)).await;
+    let client = reqwest::Client::new();
+    let completion = |tokens: u32, stream: bool| {
+        let body = json!({
+            "prompt": "Once upon a time", "max_tokens": tokens, "temperature": 0, "ignore_eos": true, "stream": stream,
+        });
+        client.post(format!("{POOL}/v1/completions")).json(&body)
+    };
+    let expected = answer_of(completion(20, false)).await.1["choices"][0]["text"].clone();
+    // Of a cable that is out for longer than a lease lasts, the server ends meanwhile.
+    for looks in [4, 1] {
+        let mut stream = completion(1900, true).send().await.unwrap().bytes_stream();
+        let mut text = String::from_utf8_lossy(&stream.next().await.unwrap().unwrap()).into_owned();
+        host.unplug();
+        let since = Instant::now();
+        while let Some(bytes) = stream.next().await {
+            text.push_str(&String::from_utf8_lossy(&bytes.unwrap()));
+        }
+        assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+        let last = text.lines().rfind(|line| line.starts_with("data: ")).unwrap();
+        assert!(last.contains("worker_lost") && last.contains("worker far"), "{last}");
+
+        for _ in 0..looks {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let asked = Instant::now();
+            let status = answer_of(client.get(format!("{POOL}/v1/tightwad/status"))).await.1;
+            assert!(asked.elapsed() < Duration::from_millis(200), "{:?}", asked.elapsed());
+            let problem = status["problem"].as_str().unwrap_or_default();
+            assert!(
+                status["state"] != "ready" && problem.contains("worker far"),
+                "{status:#}"
+            );
+            assert_eq!(status["devices"], json!([]), "no model is on them");
+        }
+        host.plug();
+        becomes_ready(&coordinator, Duration::from_secs(15)).await;
+        let (status, answer) = answer_of(completion(20, false)).await;
+        assert_eq!((status, &answer["choices"][0]["text"]), (200, &expected), "{answer}");
+    }
+}
