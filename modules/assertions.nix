@@ -107,7 +107,7 @@ let
       )
       (refuse (own.cache_dir != null && builtins.match "/var/cache/[^[:space:]]+" own.cache_dir == null)
         [ "cluster" "workers" "cache_dir" ]
-        "${toString own.cache_dir} is not a folder without spaces below /var/cache, where systemd makes folders for the unit's user; mount the disk there"
+        "${toString own.cache_dir} is not a folder without spaces below /var/cache, where systemd makes folders for the unit's user; take one there, and mount a disk for it below /var/cache/private"
       )
     ]
   );

@@ -188,7 +188,7 @@ let
     agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
     cache_dir =
       optional types.externalPath "/var/cache/tightwad-parts"
-        "Folder for the model parts that it keeps, below `/var/cache`. Left out: `/var/cache/tightwad-worker`.";
+        "Folder for the model parts that it keeps, below `/var/cache`. A disk for it is mounted below `/var/cache/private`, at `/var/cache/private/tightwad-parts` for example: systemd keeps the folders of units with users of their own there. Left out: `/var/cache/tightwad-worker`.";
     extra_args =
       key (listOf str) [ ]
         "More arguments of ggml-rpc-server; they win over those that Tightwad gives. Not where it listens (`host`, `gpus.*.rpc_port`).";

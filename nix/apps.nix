@@ -24,6 +24,7 @@ let
     runtimeInputs = [
       pkgs.bash
       pkgs.coreutils
+      pkgs.gnugrep
       pkgs.gnused
       (pkgs.python3.withPackages (python: [
         python.gguf

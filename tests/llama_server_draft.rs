@@ -738,10 +738,7 @@ async fn a_server_that_stops_lets_its_drafters_go() {
             }
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let stop = std::process::Command::new("kill")
-            .arg(server.pid().to_string())
-            .status();
-        assert!(stop.expect("kill").success());
+        server.signal(rustix::process::Signal::TERM);
         // far ahead: nothing but the end answers it
         let call = json!({ "key": key, "pos": pos + 1000, "wait": true });
         let _ = reqwest::Client::new()

@@ -80,7 +80,7 @@ in
     installCheckPhase = ''
       runHook preInstallCheck
       test -x $out/bin/ggml-rpc-server
-      $out/bin/llama-server --version 2>&1 | grep --fixed-strings ${source.version}
+      $out/bin/llama-server --version 2>&1 | grep --fixed-strings "build ${source.version}"
       $out/bin/llama-server --help | grep --fixed-strings -e --spec-draft-external-max
       runHook postInstallCheck
     '';

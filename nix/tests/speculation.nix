@@ -126,7 +126,7 @@ pkgs.testers.runNixOSTest {
         assert json.loads(answer)["choices"][0]["message"]["content"].strip(), answer
         refused = stranger.succeed(f"curl --silent --output /dev/null --write-out '%{{http_code}}' -d '{body}' {url}")
         assert refused == "401", refused
-        draft.succeed("ss --listening --tcp --numeric | grep -q 192.168.1.1:8081")
+        draft.succeed("ss --listening --tcp --numeric | grep 192.168.1.1:8081")
         stranger.fail("timeout 5 bash -c '</dev/tcp/192.168.1.1/8081'")
         stranger.fail("timeout 5 bash -c '</dev/tcp/192.168.1.3/8080'")
 
