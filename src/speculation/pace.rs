@@ -616,7 +616,7 @@ struct Supply {
 }
 
 /// Drafters that slow down the target by less are taken to be on a device of their own.
-const SHARED: f64 = 1.05;
+const SHARED: f64 = 1.1;
 
 impl Supply {
     /// Whether it can be better not to draft during steps. Who rests before it is known how long it takes will not show it.
@@ -733,7 +733,7 @@ impl Policy for Pace {
         let drafter = self.drafter(drafter);
         let far = far(n_max);
         let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.way) {
-            Some(Way::Waits { n, rests: true }) if target_waits => n,
+            Some(Way::Waits { rests: true, .. }) if target_waits => n_max,
             Some(Way::Waits { rests: true, .. }) => 0,
             Some(_) => far,
             None if cycle.is_none() => far,
@@ -804,7 +804,8 @@ impl Policy for Pace {
                     chance: drafter.usual.of(USUAL),
                     begun: growing.begun,
                     silent_us: micros(growing.silent),
-                    lengths: draft.len()..enough,
+                    // Who rests as soon as the target goes on may do better than usual once.
+                    lengths: draft.len()..if rests { moment.n_max } else { enough },
                     rests,
                 };
                 market.weigh_growth(&growth, (reach, expected), moment.busy_us, &mut choice);
