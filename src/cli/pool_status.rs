@@ -359,9 +359,14 @@ fn of_worker(told: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
         line("", &format!("port {}: {state}", endpoint.port));
         for device in &endpoint.devices {
             let (free, total) = (amount(device.free_bytes), amount(device.total_bytes));
+            // A server that is in use tells nobody what is left.
+            let when = match endpoint.state {
+                EndpointState::Connected => " before the pool took it",
+                _ => "",
+            };
             line(
                 "",
-                &format!("  {} {}: {free} of {total} free", device.name, device.description),
+                &format!("  {} {}: {free} of {total} free{when}", device.name, device.description),
             );
         }
     }

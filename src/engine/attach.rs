@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
-use futures_util::stream::BoxStream;
+use futures_util::stream::{BoxStream, Fuse};
 use tokio::sync::watch as channel;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
 use super::activity::Work;
 use super::crowd::Member;
-use super::draft_server::{DraftServer, TextDrafter};
+use super::draft_server::DraftServer;
 use super::slots::Lease;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
@@ -132,12 +132,7 @@ impl Drafter {
         if self.spoken.as_ref().is_some_and(|(spoken, _)| *spoken == language) {
             return;
         }
-        let server = match (&language, &self.server.text) {
-            (Language::Text { bos }, Some(text)) => {
-                DraftServer::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
-            }
-            _ => DraftServer::Tokens(self.server.client.clone()),
-        };
+        let server = DraftServer::new(&self.server, &language, target);
         self.spoken = Some((language, server));
     }
 
@@ -189,7 +184,7 @@ enum Drafted {
 
 struct Stream {
     id: u64,
-    pieces: BoxStream<'static, Piece>,
+    pieces: Fuse<BoxStream<'static, Piece>>,
     /// Pieces that are not handled yet.
     come: Vec<Piece>,
     started: Instant,
@@ -526,7 +521,7 @@ impl Attached {
                 };
                 it.stream = Some(Stream {
                     id,
-                    pieces: server.draft(prefix, n, lease.index()),
+                    pieces: server.draft(prefix, n, lease.index()).fuse(),
                     come: Vec::new(),
                     started: Instant::now(),
                     last_token: None,

@@ -133,7 +133,7 @@ impl Engine {
         });
         let calibration = target
             .as_ref()
-            .map(|server| calibrate::run(shared.clone(), server.client.clone()));
+            .map(|server| calibrate::run(shared.clone(), server.client.clone(), drafts.clone()));
         let trying = rounds.clone().map(|target| {
             let drafts = drafts.iter().map(|server| server.client.clone()).collect();
             RoundsTarget::watch(target, shared.clone(), drafts)

@@ -309,6 +309,8 @@ const LARGEST_BATCH: usize = 256;
 const FIRST_GUESS: usize = 8;
 /// Microseconds by which things may come later than expected.
 const SLACK_US: f64 = 500.0;
+/// ... and those that much depends on: a share of a plain step.
+const LENIENT: f64 = 0.25;
 
 impl Pace {
     /// Takes in a step of the target.
@@ -795,7 +797,13 @@ impl Policy for Pace {
             return choice;
         }
         if let Way::Waits { n: enough, .. } = way {
-            choice.hold_us = whole(2.0 * micros(moment.round_trip) + SLACK_US);
+            // A drafter that rests has nothing for a target that goes on.
+            let slack_us = if rests {
+                SLACK_US.max(LENIENT * market.plain_us)
+            } else {
+                SLACK_US
+            };
+            choice.hold_us = whole(2.0 * micros(moment.round_trip) + slack_us);
             if let Some(growing) = moment.growing
                 && let Some(drafter) = self.drafters.get(growing.drafter)
             {
