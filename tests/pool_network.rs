@@ -16,9 +16,10 @@ use harness::wait::eventually;
 use serde_json::{Value, json};
 use tightwad::bench::Relay;
 
-/// In a network of its own a test need not ask which ports are free.
+/// In a network of its own a test need not ask which ports are free, below those that connections take for themselves.
 const POOL: &str = "http://127.0.0.1:8080";
-const RPC: u16 = 50_052;
+const AGENT: u16 = 15_051;
+const RPC: u16 = 15_052;
 const TIGHTWAD: &str = env!("CARGO_BIN_EXE_tightwad");
 
 /// The cluster file of two workers, of which the far one is `far`.
@@ -31,7 +32,7 @@ impl Cluster {
     fn new(far: (&str, u16), agents: bool) -> Self {
         let worker = |name: &str, (host, port): (&str, u16)| {
             json!({
-                "name": name, "host": host, "backend": "cpu", "agent_port": if agents { 50_051 } else { 0 }, "cache_gb": 0,
+                "name": name, "host": host, "backend": "cpu", "agent_port": if agents { AGENT } else { 0 }, "cache_gb": 0,
                 "agent_token": "secret", "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
                 "extra_args": ["-t", "1"],
             })
@@ -83,7 +84,8 @@ async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {
     }
     let host = FarHost::new().await;
     let rpc_server = llama_cpp().join("bin/ggml-rpc-server");
-    let serve = |at: &'static str| ["-H", at, "-p", "50052", "--device", "CPU", "-t", "1"];
+    let port = RPC.to_string();
+    let serve = |at| ["-H", at, "-p", &port, "--device", "CPU", "-t", "1"];
     let _near = Program::start(&rpc_server, &serve("127.0.0.1"));
     let _far = host.start(&rpc_server, &serve(FarHost::ADDRESS));
     let mut relay = None;
