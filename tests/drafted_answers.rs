@@ -430,15 +430,11 @@ async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
 
 #[tokio::test]
 async fn an_answer_has_as_many_tokens_as_it_may_wherever_that_cuts_a_draft() {
-    // Both models say much the same to this, at length.
-    const PROMPT: &str = "Write a Python class Stack.";
     let stage = stage().await;
-    // What short answers are drafted for is what was learnt from longer ones.
-    stage.same_and_drafted(CHAT, &with(chat(PROMPT, 120), greedy())).await;
     let mut accepted = 0;
     for max_tokens in [1, 2, 3, 5, 9, 15, 24, 33, 43] {
         for stream in [false, true] {
-            let body = with(chat(PROMPT, max_tokens), greedy());
+            let body = with(chat("Explain recursion.", max_tokens), greedy());
             let body = with(body, json!({ "stream": stream }));
             let (answer, record) = stage.same(CHAT, &body).await;
             assert_eq!(record.generated, u64::from(max_tokens), "{record:?}");
@@ -452,8 +448,7 @@ async fn an_answer_has_as_many_tokens_as_it_may_wherever_that_cuts_a_draft() {
             }
         }
     }
-    let drafts = &stage.proxy.status().await["drafts"];
-    assert!(accepted > 10, "{accepted} drafted tokens in all; {drafts}");
+    assert!(accepted > 10, "{accepted} drafted tokens in all");
 }
 
 #[tokio::test]
@@ -484,8 +479,7 @@ async fn four_clients_at_once_each_get_their_own_answer() {
             accepted += record.accepted;
         }
     }
-    let drafts = &stage.proxy.status().await["drafts"];
-    assert!(accepted > 10, "{accepted} drafted tokens in all; {drafts}");
+    assert!(accepted > 10, "{accepted} drafted tokens in all");
 }
 
 // What the drafter does
@@ -808,10 +802,6 @@ async fn a_client_that_vanishes_frees_the_drafter_though_the_target_says_nothing
     let (target, real) = tokio::join!(start_target(), start_draft("tightwad-tiny-draft-f16.gguf"));
     let draft = FakeDrafter::hangs(&real).await;
     let proxy = Proxy::drafting(target.url(), &draft.url()).await;
-    let measured = eventually(Duration::from_secs(10), || async {
-        (draft.asked() > 0 && draft.unended() == 0).then_some(()).ok_or(())
-    });
-    measured.await.expect("the drafter is tried, and left alone");
     let mut client = Streaming::begin(&proxy, "/completion", &with(long(true), json!({ "n_predict": 450 }))).await;
     client.read(5).await;
     // Stopped while a stream of the drafter is open: nobody but the client can end it for some seconds.

@@ -136,13 +136,8 @@ fn outlook(known: &Value) -> Option<String> {
     } else {
         "; it does not make the target faster now, so it is only tried now and then"
     };
-    let turns = if known["drafter_rests"] == true {
-        ", in turns with the target, whose device it shares"
-    } else {
-        ""
-    };
     Some(format!(
-        "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{turns}{pays}",
+        "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{pays}",
         100.0 * known["agreement"].as_f64()?,
         milliseconds("first_token_ms"),
         milliseconds("token_ms"),

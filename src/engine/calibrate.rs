@@ -1,22 +1,16 @@
-//! Measures what a step of the target costs by the number of draft tokens that it verifies, and how fast drafters are while
-//! the target does nothing, as soon as they are up.
+//! Measures what a step of the target costs by the number of draft tokens that it verifies, as soon as it is up.
 //!
 //! On some machines a batch of two costs as much as two steps and one of eight less than one of seven, so nothing can be
-//! inferred from a few sizes seen in passing. Nor from a drafter that works beside a target on the same device what it would
-//! do undisturbed. The tokens are of no use here; only the time counts.
+//! inferred from a few sizes seen in passing. The tokens offered here are of no use; only the time counts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use tokio::time::timeout;
-
-use super::draft_server::DraftServer;
-use super::watch::{Server, Sight};
+use super::watch::Sight;
 use super::{Shared, Verification};
 use crate::speculation::{Pace, Token};
-use crate::upstream::{DraftCall, DraftPiece, DraftState, LlamaServer, UpstreamError};
+use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
 const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
@@ -31,22 +25,10 @@ const CALLS: usize = 3;
 /// How long a step may wait for its draft.
 const HOLD_US: u64 = 200_000;
 
-/// What a drafter is to continue, and by how many tokens.
-const TEXT: (&str, usize) = ("Once upon a time there was a small", 8);
-/// How often; the first time its prompt has to be read.
-const DRAFTS: usize = 3;
-/// A drafter that takes longer is left to show in passing what it can do.
-const DRAFT_BOUND: Duration = Duration::from_secs(2);
-
-/// Measures the target whenever it comes up, and whenever its model is another one, and each drafter that can be used.
-pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer, drafts: Vec<Server>) {
+/// Measures the target whenever it comes up, and whenever its model is another one.
+pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
     let mut sight = shared.sight.subscribe();
     let attached = |sight: &Sight| sight.verification == Verification::Attached;
-    let usable = |sight: &Sight| {
-        (0..drafts.len())
-            .map(|n| sight.language(n).cloned())
-            .collect::<Vec<_>>()
-    };
     let mut before = None;
     loop {
         let Ok(seen) = sight.wait_for(attached).await.map(|sight| sight.clone()) else {
@@ -60,66 +42,11 @@ pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer, drafts: Vec<Se
             tracing::debug!("the target could not be measured: {error}");
         }
         let changed = |sight: &Sight| !attached(sight) || sight.model != seen.model;
-        let mut measured = vec![None; drafts.len()];
-        loop {
-            let now = sight.borrow().clone();
-            if changed(&now) {
-                break;
-            }
-            for (number, language) in usable(&now).into_iter().enumerate() {
-                let Some(language) = language.filter(|language| measured[number].as_ref() != Some(language)) else {
-                    continue;
-                };
-                let drafter = DraftServer::new(&drafts[number], &language, &target);
-                let measuring = timeout(DRAFT_BOUND, measure_drafter(&shared, &target, number, &drafter));
-                if let Ok(Err(error)) = measuring.await {
-                    tracing::debug!(
-                        "the drafter {} could not be measured: {error}",
-                        drafts[number].config.url
-                    );
-                }
-                measured[number] = Some(language);
-            }
-            let as_now = usable(&now);
-            if sight
-                .wait_for(|sight| changed(sight) || usable(sight) != as_now)
-                .await
-                .is_err()
-            {
-                return;
-            }
+        if sight.wait_for(changed).await.is_err() {
+            return;
         }
         before = Some(seen.model);
     }
-}
-
-async fn measure_drafter(
-    shared: &Shared,
-    target: &LlamaServer,
-    number: usize,
-    drafter: &DraftServer,
-) -> Result<(), UpstreamError> {
-    let (text, n) = TEXT;
-    let prefix = target.tokenize_prompt(text).await?;
-    let Some(lease) = shared.slots[number].lease(&prefix) else {
-        return Ok(());
-    };
-    for round in 0..DRAFTS {
-        let mut pieces = drafter.draft(prefix.clone(), n, lease.index());
-        let began = Instant::now();
-        let mut last = None;
-        while let Some(piece) = pieces.next().await {
-            let DraftPiece::Tokens(tokens) = piece? else { break };
-            let now = Instant::now();
-            let mut pace = shared.pace();
-            match last.replace(now) {
-                _ if round == 0 => {}
-                None => pace.record_first_token(number, now - began, true),
-                Some(last) => pace.record_tokens(number, tokens.len(), now - last, true),
-            }
-        }
-    }
-    Ok(())
 }
 
 async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {

@@ -3,7 +3,6 @@
 //! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
 //! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
-mod activity;
 mod attach;
 mod calibrate;
 mod crowd;
@@ -26,7 +25,6 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Load, Outlook, Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
-use activity::Activity;
 use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
@@ -67,7 +65,6 @@ struct Shared {
     /// Of each drafter.
     slots: Vec<Slots>,
     crowd: Crowd,
-    activity: Activity,
     pace: Mutex<Pace>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
@@ -123,7 +120,6 @@ impl Engine {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
             crowd: Crowd::default(),
-            activity: Activity::default(),
             pace: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
@@ -133,7 +129,7 @@ impl Engine {
         });
         let calibration = target
             .as_ref()
-            .map(|server| calibrate::run(shared.clone(), server.client.clone(), drafts.clone()));
+            .map(|server| calibrate::run(shared.clone(), server.client.clone()));
         let trying = rounds.clone().map(|target| {
             let drafts = drafts.iter().map(|server| server.client.clone()).collect();
             RoundsTarget::watch(target, shared.clone(), drafts)

@@ -257,7 +257,7 @@ impl Drafting {
                 }
                 Err(_) => {
                     if found.is_empty() {
-                        self.shared.pace().record_silence(number, begun.elapsed(), true);
+                        self.shared.pace().record_silence(number, begun.elapsed());
                         drafter.tired_until = Some(Instant::now() + BACK_OFF);
                     }
                     break;
@@ -265,9 +265,9 @@ impl Drafting {
             };
             let (now, n_piece) = (Instant::now(), piece.len());
             if found.is_empty() {
-                self.shared.pace().record_first_token(number, now - begun, true);
+                self.shared.pace().record_first_token(number, now - begun);
             } else {
-                self.shared.pace().record_tokens(number, n_piece, now - last, true);
+                self.shared.pace().record_tokens(number, n_piece, now - last);
             }
             last = now;
             let known = piece.into_iter().take_while(|(token, _)| language.knows(*token));

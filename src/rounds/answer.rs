@@ -336,7 +336,7 @@ impl Run {
                 duration,
                 since_last,
                 batch: 1 + judged,
-                beside_drafts: 0.0,
+                beside_draft: false,
             });
         }
     }

@@ -11,7 +11,6 @@ mod retokenise;
 mod session;
 #[cfg(test)]
 mod simulator;
-mod step_cost;
 
 pub use lookup::{Lookup, Proposal};
 pub use pace::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};
