@@ -73,7 +73,7 @@ struct Tensor {
 /// where the processor waits for the weights; quantised, two tokens take more than twice as long as one, and not to draft
 /// is right. The weights of the blocks are zero, so they change nothing, and take no room on a disk.
 pub fn slow_target() -> PathBuf {
-    deep_target(20)
+    deep_target(60)
 }
 
 /// As [`slow_target`], with this many blocks more.
