@@ -34,7 +34,7 @@ fn printed(output: &Output, code: i32) -> Value {
 /// A target that takes drafts, and a draft.
 async fn pair() -> (LlamaServer, LlamaServer) {
     let drafts = ["--spec-draft-external-max", "16", "--metrics", "-np", "2", "-c", "4096"];
-    let target = LlamaServer::start(&slow_target(), &drafts).await;
+    let target = LlamaServer::far_target(&drafts).await;
     let draft = LlamaServer::start(&model("tightwad-tiny-draft-f16.gguf"), &["-np", "2", "-c", "4096"]).await;
     (target, draft)
 }
@@ -113,11 +113,7 @@ async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bench_sends_what_the_prompts_predict_when_asked_to() {
-    let target = LlamaServer::start(
-        &slow_target(),
-        &["--spec-draft-external-max", "16", "--metrics", "-np", "2"],
-    )
-    .await;
+    let target = LlamaServer::far_target(&["--spec-draft-external-max", "16", "--metrics", "-np", "2"]).await;
     let question = "Write a short story about a fox.";
     let ask = json!({ "messages": [{ "role": "user", "content": question }], "max_tokens": 80, "temperature": 0 });
     let answer = target.post("/v1/chat/completions", &ask).await;
@@ -247,7 +243,7 @@ async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_without_a_draft_verifies_nothing_and_says_so() {
-    let target = LlamaServer::start(&slow_target(), &["-np", "1"]).await;
+    let target = LlamaServer::far_target(&["-np", "1"]).await;
     let output = tightwad(&["verify", "--target", target.url(), "--count", "1", "--max-tokens", "8"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use harness::fake_drafter::FakeDrafter;
-use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, essence, free_port, model, target};
 use harness::proxy::{Proxy, Record};
 use harness::request::with;
@@ -86,7 +85,7 @@ impl Stage {
 }
 
 async fn start_target() -> LlamaServer {
-    LlamaServer::start(&slow_target(), &TARGET).await
+    LlamaServer::far_target(&TARGET).await
 }
 
 async fn start_draft(name: &str) -> LlamaServer {
@@ -748,8 +747,8 @@ async fn a_drafter_that_dies_in_mid_answer_is_not_missed_and_drafts_again_when_i
 async fn ten_clients_that_vanish_in_mid_stream_leave_both_servers_idle_within_a_second() {
     let slots = ["-np", "10", "-c", "5120", "--threads-http", "40", "--metrics"];
     let args = [&TARGET[..], &slots].concat();
-    let (slow, name) = (slow_target(), model("tightwad-tiny-draft-f16.gguf"));
-    let (target, draft) = tokio::join!(LlamaServer::start(&slow, &args), LlamaServer::start(&name, &slots));
+    let name = model("tightwad-tiny-draft-f16.gguf");
+    let (target, draft) = tokio::join!(LlamaServer::far_target(&args), LlamaServer::start(&name, &slots));
     let proxy = Proxy::drafting(target.url(), draft.url()).await;
 
     let begin = |i: usize| {
@@ -869,7 +868,7 @@ async fn a_target_that_cannot_verify_is_passed_through_and_the_status_says_why()
 #[tokio::test]
 async fn a_target_that_comes_late_or_dies_is_drafted_for_when_it_is_there() {
     let draft = start_draft("tightwad-tiny-draft-f16.gguf").await;
-    let (port, name) = (free_port(), slow_target());
+    let port = free_port();
     let url = format!("http://127.0.0.1:{port}");
     let proxy = Proxy::start(&url, Some(draft.url())).await;
     let body = with(chat("Explain recursion.", 60), greedy());
@@ -881,7 +880,7 @@ async fn a_target_that_comes_late_or_dies_is_drafted_for_when_it_is_there() {
     let message: Value = refused.json().await.expect("JSON");
     assert_eq!(message["error"]["code"], "target_unreachable", "{message}");
 
-    let target = LlamaServer::start_at(port, &name, &TARGET).await;
+    let target = LlamaServer::far_target_at(port, &TARGET).await;
     is_drafted_again(&target, &draft, &proxy, Duration::from_secs(5)).await;
 
     let mut streaming = Streaming::begin(&proxy, "/completion", &long(true)).await;
@@ -895,6 +894,6 @@ async fn a_target_that_comes_late_or_dies_is_drafted_for_when_it_is_there() {
     let (_, request) = proxy.request(CHAT, &body);
     assert_eq!(request.send().await.expect("an answer").status(), 503);
 
-    let target = LlamaServer::start_at(port, &name, &TARGET).await;
+    let target = LlamaServer::far_target_at(port, &TARGET).await;
     is_drafted_again(&target, &draft, &proxy, Duration::from_secs(5)).await;
 }

@@ -6,7 +6,6 @@ mod harness;
 
 use std::time::Duration;
 
-use harness::gguf::slow_target;
 use harness::llama_server::LlamaServer;
 use harness::proxy::{Proxy, Record};
 use serde_json::{Value, json};
@@ -23,7 +22,7 @@ const TARGET: [&str; 8] = [
 ];
 
 async fn stage() -> (LlamaServer, Proxy) {
-    let target = LlamaServer::start(&slow_target(), &TARGET).await;
+    let target = LlamaServer::far_target(&TARGET).await;
     let proxy = Proxy::start(target.url(), None).await;
     proxy
         .shows("that drafts can be verified", Duration::from_secs(20), |status| {

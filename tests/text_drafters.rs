@@ -11,7 +11,6 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use harness::fake_ollama::{self, FakeOllama, MODEL, piece};
 use harness::fake_upstream::{Act, FakeUpstream, chunk, json as whole, stream_head};
-use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, model};
 use harness::proxy::{Proxy, Record};
 use harness::request::with;
@@ -40,7 +39,7 @@ const PROMPTS: [&str; 3] = [
 ];
 
 async fn start_target() -> LlamaServer {
-    LlamaServer::start(&slow_target(), &TARGET).await
+    LlamaServer::far_target(&TARGET).await
 }
 
 async fn start_draft(name: &str) -> LlamaServer {
