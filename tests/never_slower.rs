@@ -24,6 +24,8 @@ use tightwad::upstream::chat::{Answer, Message, Wishes};
 const BLOCKS: u32 = 240;
 const TARGET: [&str; 4] = ["--spec-draft-external-max", "8", "-np", "1"];
 const DRAFT: [&str; 2] = ["-np", "1"];
+/// Servers with these share a core.
+const ONE_CORE: [&str; 6] = ["-t", "1", "--cpu-mask", "1", "--cpu-strict", "1"];
 /// What the models answer at length.
 const PROMPTS: [&str; 5] = [
     "Explain recursion.",
@@ -97,7 +99,11 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
-        let target = LlamaServer::start(&deep_target(BLOCKS), &TARGET).await;
+        Self::with(&TARGET).await
+    }
+
+    async fn with(args: &[&str]) -> Self {
+        let target = LlamaServer::start(&deep_target(BLOCKS), args).await;
         let alone = server(target.url());
         ask(&alone, PROMPTS[0]).await;
         let mut pace = Pace::default();
@@ -221,6 +227,17 @@ async fn a_drafter_ten_times_slower_than_the_target_costs_nothing() {
     let name = format!("right, a token each {} ms", pause.as_millis());
     stage.costs_nothing(&name, &draft.url()).await;
     assert!(draft.asked() > 0);
+}
+
+/// Right, and as much work as the target itself: whatever it drafts is taken from the target.
+#[tokio::test]
+#[ignore = "a measurement of some minutes"]
+async fn a_drafter_as_slow_as_the_target_on_the_same_core_costs_nothing() {
+    let stage = Stage::with(&[&TARGET[..], &ONE_CORE].concat()).await;
+    let draft = LlamaServer::start(&deep_target(BLOCKS), &[&DRAFT[..], &ONE_CORE].concat()).await;
+    stage
+        .costs_nothing("as slow as the target, on its core", draft.url())
+        .await;
 }
 
 /// To compare with: text that comes again is drafted beside every drafter.

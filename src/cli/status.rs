@@ -118,10 +118,12 @@ pub fn table(url: &str, status: &Value) -> String {
         &format!("{}{reason}", status["verification"].as_str().unwrap_or("unknown")),
     );
     let counts = Counts::of(status);
-    line(
-        "drafting",
-        &counts.describe().unwrap_or_else(|| "nothing drafted yet".to_owned()),
-    );
+    let nothing = if status["measuring"] == true {
+        "nothing drafted yet; how fast the servers are is being measured"
+    } else {
+        "nothing drafted yet"
+    };
+    line("drafting", &counts.describe().unwrap_or_else(|| nothing.to_owned()));
     if let Some(agreement) = agreement(&status["agreement"]) {
         line("agreement", &agreement);
     }
@@ -136,8 +138,13 @@ fn outlook(known: &Value) -> Option<String> {
     } else {
         "; it does not make the target faster now, so it is only tried now and then"
     };
+    let turns = if known["drafter_rests"] == true {
+        ", in turns with the target, whose device it shares"
+    } else {
+        ""
+    };
     Some(format!(
-        "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{pays}",
+        "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{turns}{pays}",
         100.0 * known["agreement"].as_f64()?,
         milliseconds("first_token_ms"),
         milliseconds("token_ms"),

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
-use futures_util::stream::{BoxStream, ReadyChunks};
+use futures_util::stream::{BoxStream, Fuse};
 use tokio::sync::watch as channel;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
+use super::activity::{Activity, Work};
 use super::crowd::Member;
-use super::draft_server::{DraftServer, TextDrafter};
+use super::draft_server::DraftServer;
 use super::slots::Lease;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
@@ -24,7 +26,7 @@ use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServe
 const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses after a failure: of the drafter from the first to the last, doubling; of the target always the first.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// Most pieces of the drafter's stream that are taken at once, so that a burst becomes one offer.
+/// Most pieces of the drafter's stream that are taken at once.
 const PIECES: usize = 64;
 
 /// What a drafting session works with.
@@ -56,6 +58,7 @@ pub(super) async fn run(
         answered: DraftAnswer::none(),
         began: Instant::now(),
         stepped: Instant::now(),
+        worked: shared.activity.iter().map(Activity::total).collect(),
         member: shared.crowd.join(),
         finished: false,
         counts,
@@ -72,6 +75,7 @@ pub(super) async fn run(
 }
 
 type Answer = Result<DraftAnswer, UpstreamError>;
+type Piece = Result<DraftPiece, UpstreamError>;
 
 struct Attached {
     shared: Arc<Shared>,
@@ -91,6 +95,8 @@ struct Attached {
     began: Instant,
     /// When the target's last step was heard of.
     stepped: Instant,
+    /// How long each drafter had been at work then.
+    worked: Vec<Duration>,
     member: Member,
     finished: bool,
 }
@@ -126,12 +132,7 @@ impl Drafter {
         if self.spoken.as_ref().is_some_and(|(spoken, _)| *spoken == language) {
             return;
         }
-        let server = match (&language, &self.server.text) {
-            (Language::Text { bos }, Some(text)) => {
-                DraftServer::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
-            }
-            _ => DraftServer::Tokens(self.server.client.clone()),
-        };
+        let server = DraftServer::new(&self.server, &language, target);
         self.spoken = Some((language, server));
     }
 
@@ -146,6 +147,7 @@ impl Drafter {
             && let Some(until) = stream.rests_until
         {
             sleep_until(until).await;
+            stream.catch_up().await;
             stream.rests_until = None;
         }
         let silent_at = self
@@ -153,9 +155,7 @@ impl Drafter {
             .as_ref()
             .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
         tokio::select! {
-            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(|stream| stream.pieces.next())) => {
-                Drafted::Pieces(pieces.unwrap_or_default())
-            }
+            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(Stream::next)) => Drafted::Pieces(pieces),
             () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => Drafted::Silence,
             () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => Drafted::Rested,
             else => std::future::pending().await,
@@ -175,7 +175,7 @@ enum Happened {
 
 /// What a drafter did.
 enum Drafted {
-    Pieces(Vec<Result<DraftPiece, UpstreamError>>),
+    Pieces(Vec<Piece>),
     /// Its stream was silent for too long.
     Silence,
     /// It may be tried again.
@@ -184,15 +184,38 @@ enum Drafted {
 
 struct Stream {
     id: u64,
-    pieces: ReadyChunks<BoxStream<'static, Result<DraftPiece, UpstreamError>>>,
+    pieces: Fuse<BoxStream<'static, Piece>>,
+    /// Pieces that are not handled yet.
+    come: Vec<Piece>,
     started: Instant,
     /// When the last token came.
     last_token: Option<Instant>,
     /// When it is looked at again.
     rests_until: Option<Instant>,
+    _work: Work,
 }
 
 impl Stream {
+    /// Takes in what has come. A connection is a task of its own, which hands over its next event when one was taken.
+    async fn catch_up(&mut self) {
+        let mut before = usize::MAX;
+        while before != self.come.len() && self.come.len() < PIECES {
+            before = self.come.len();
+            while let Some(Some(piece)) = self.pieces.next().now_or_never() {
+                self.come.push(piece);
+            }
+            yield_now().await;
+        }
+    }
+
+    /// What has come, as soon as something has. It loses nothing when it is dropped.
+    async fn next(&mut self) -> Vec<Piece> {
+        if self.come.is_empty() {
+            self.come.extend(self.pieces.next().await);
+        }
+        std::mem::take(&mut self.come)
+    }
+
     fn silent(&self) -> Duration {
         self.last_token.unwrap_or(self.started).elapsed()
     }
@@ -298,16 +321,25 @@ impl Attached {
         );
         if answer.n_steps > old.n_steps {
             let since_last = std::mem::replace(&mut self.stepped, Instant::now()).elapsed();
+            let duration = Duration::from_micros(answer.step_us);
+            let clocks = self.worked.iter_mut().zip(&self.shared.activity);
+            let beside_drafts: Vec<f64> = clocks
+                .map(|(before, clock)| {
+                    let worked = clock.total();
+                    let at_work = worked.saturating_sub(std::mem::replace(before, worked));
+                    beside(duration, since_last, at_work)
+                })
+                .collect();
             // The first step is the prompt's; of steps that went by unseen it is not known what they verified.
             if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
-                self.shared.pace().record_step(&Step {
+                let step = Step {
                     drafted: answer.step_n,
                     accepted: answer.step_accepted,
-                    duration: Duration::from_micros(answer.step_us),
+                    duration,
                     since_last,
                     batch: answer.step_batch,
-                    beside_draft: self.drafters.iter().any(|drafter| drafter.stream.is_some()),
-                });
+                };
+                self.shared.pace().record_step(&step, &beside_drafts);
             }
             self.member.steps(1 + answer.step_n);
         }
@@ -334,7 +366,7 @@ impl Attached {
         };
     }
 
-    fn drafted(&mut self, number: usize, pieces: Vec<Result<DraftPiece, UpstreamError>>) {
+    fn drafted(&mut self, number: usize, pieces: Vec<Piece>) {
         let drafter = &mut self.drafters[number];
         let Some(id) = drafter.stream.as_ref().map(|stream| stream.id) else {
             return;
@@ -356,11 +388,12 @@ impl Attached {
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
             let silent = stream.silent();
             let first = stream.last_token.replace(Instant::now()).is_none();
+            let waits = self.session.target_waits(self.began.elapsed());
             let mut pace = self.shared.pace();
             if first {
-                pace.record_first_token(number, silent);
+                pace.record_first_token(number, silent, waits);
             } else {
-                pace.record_tokens(number, tokens.len(), silent);
+                pace.record_tokens(number, tokens.len(), silent, waits);
             }
             drop(pace);
             drafter.back_off = BACK_OFF.0;
@@ -395,7 +428,8 @@ impl Attached {
         let drafter = &mut self.drafters[number];
         tracing::debug!("the drafter {} failed: {why}", drafter.server.client.url());
         if let Some(stream) = drafter.stream.take() {
-            self.shared.pace().record_silence(number, stream.silent());
+            let waits = self.session.target_waits(self.began.elapsed());
+            self.shared.pace().record_silence(number, stream.silent(), waits);
         }
         drafter.retry_at = Some(Instant::now() + drafter.back_off);
         drafter.back_off = (2 * drafter.back_off).min(BACK_OFF.1);
@@ -489,17 +523,20 @@ impl Attached {
                 };
                 it.stream = Some(Stream {
                     id,
-                    pieces: server.draft(prefix, n, lease.index()).ready_chunks(PIECES),
+                    pieces: server.draft(prefix, n, lease.index()).fuse(),
+                    come: Vec::new(),
                     started: Instant::now(),
                     last_token: None,
                     rests_until: None,
+                    _work: self.shared.activity[drafter].begin(),
                 });
             }
             Action::StopDraft { drafter } => {
                 if let Some(stream) = self.drafters[drafter].stream.take()
                     && stream.last_token.is_none()
                 {
-                    self.shared.pace().record_silence(drafter, stream.silent());
+                    let waits = self.session.target_waits(self.began.elapsed());
+                    self.shared.pace().record_silence(drafter, stream.silent(), waits);
                 }
             }
             Action::Finish => self.finished = true,
@@ -547,6 +584,14 @@ impl Attached {
     }
 }
 
+/// The share of a pass during which a drafter was at work, if it was for so long since the pass before. What it did while the
+/// target waited is no part of it.
+fn beside(pass: Duration, since_last: Duration, at_work: Duration) -> f64 {
+    let waited = since_last.saturating_sub(pass);
+    let share = at_work.saturating_sub(waited).as_secs_f64() / pass.as_secs_f64();
+    if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 }
+}
+
 /// How many of `verified` the client had predicted: of the first `accepted`, and of the rest.
 fn predicted(verified: &[Class], accepted: usize) -> (u64, u64) {
     let (accepted, rejected) = verified.split_at(accepted.min(verified.len()));
@@ -561,6 +606,23 @@ fn whole(count: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_drafters_do_while_the_target_waits_is_not_beside_its_pass() {
+        let share = |at_work| {
+            beside(
+                Duration::from_millis(40),
+                Duration::from_millis(60),
+                Duration::from_millis(at_work),
+            )
+        };
+        let shares = [0, 20, 40, 60, 90].map(share);
+        assert_eq!(
+            shares.map(|share| format!("{share:.2}")),
+            ["0.00", "0.00", "0.50", "1.00", "1.00"]
+        );
+        assert!(beside(Duration::ZERO, Duration::ZERO, Duration::ZERO) < 0.1);
+    }
 
     #[test]
     fn only_tokens_of_the_prediction_are_counted_as_such() {

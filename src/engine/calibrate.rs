@@ -1,16 +1,22 @@
-//! Measures what a step of the target costs by the number of draft tokens that it verifies, as soon as it is up.
+//! Measures, as soon as they are up, what a step of the target costs by the number of draft tokens that it verifies, how fast
+//! drafters are while the target does nothing, and how much longer its steps take while they are at work.
 //!
 //! On some machines a batch of two costs as much as two steps and one of eight less than one of seven, so nothing can be
-//! inferred from a few sizes seen in passing. The tokens offered here are of no use; only the time counts.
+//! inferred from a few sizes seen in passing. Nor from a drafter that works beside a target on the same device what it would
+//! do undisturbed. The tokens are of no use here; only the time counts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::watch::Sight;
+use futures_util::StreamExt;
+use tokio::time::{sleep, timeout};
+
+use super::draft_server::DraftServer;
+use super::watch::{Language, Server, Sight};
 use super::{Shared, Verification};
 use crate::speculation::{Pace, Token};
-use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
+use crate::upstream::{DraftCall, DraftPiece, DraftState, LlamaServer, Props, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
 const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
@@ -25,28 +31,149 @@ const CALLS: usize = 3;
 /// How long a step may wait for its draft.
 const HOLD_US: u64 = 200_000;
 
-/// Measures the target whenever it comes up, and whenever its model is another one.
-pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer) {
+/// What a drafter is to continue, and by how many tokens.
+const TEXT: (&str, usize) = ("Once upon a time there was a small", 8);
+/// How often; the first time its prompt has to be read.
+const DRAFTS: usize = 3;
+/// A drafter that takes longer is left to show in passing what it can do.
+const DRAFT_BOUND: Duration = Duration::from_secs(2);
+
+/// How often the target takes steps without the drafter and beside it, and how many each time.
+const TURNS: usize = 4;
+const STEPS: usize = 2;
+/// Tokens that the drafter makes meanwhile, at most.
+const BESIDE: usize = 64;
+/// A stream that is over sooner is none to measure by.
+const SHORT: Duration = Duration::from_millis(5);
+/// While a completion runs a drafter is not measured. This is how often it is looked whether one does.
+const BUSY: Duration = Duration::from_millis(100);
+
+/// What was measured, as it was seen then.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Measured {
+    /// Of a target that is there, what it tells of itself.
+    target: Option<Target>,
+    /// Of each drafter that can be used how it is talked to.
+    drafters: Vec<Option<Language>>,
+}
+
+/// A target; it may tell nothing of itself.
+#[derive(Debug, Clone, PartialEq)]
+struct Target(Option<Props>);
+
+impl Measured {
+    /// All that there is to measure.
+    pub(super) fn all(sight: &Sight) -> Self {
+        if sight.verification != Verification::Attached {
+            return Self::default();
+        }
+        Self {
+            target: Some(Target(sight.model.clone())),
+            drafters: sight.drafts.iter().map(|draft| draft.language.clone()).collect(),
+        }
+    }
+}
+
+/// Measures the target whenever it comes up, and whenever its model is another one, and each drafter that can be used.
+pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer, drafts: Vec<Server>) {
     let mut sight = shared.sight.subscribe();
-    let attached = |sight: &Sight| sight.verification == Verification::Attached;
-    let mut before = None;
+    let mut model = None;
     loop {
-        let Ok(seen) = sight.wait_for(attached).await.map(|sight| sight.clone()) else {
+        let measured = shared.measured().clone();
+        let seen = sight.wait_for(|seen| Measured::all(seen) != measured).await;
+        let Ok((all, n_max)) = seen.map(|seen| (Measured::all(&seen), shared.cap.min(seen.n_max))) else {
             return;
         };
-        if before.as_ref().is_some_and(|before| *before != seen.model) {
-            // How well drafters guess it was another model's matter too.
-            *shared.pace() = Pace::default();
+        if all.target != measured.target {
+            if all.target.is_some() {
+                if model.as_ref().is_some_and(|before| *before != all.target) {
+                    // How well drafters guess it was another model's matter too.
+                    *shared.pace() = Pace::default();
+                }
+                model = Some(all.target.clone());
+                if let Err(error) = measure(&shared, &target, n_max).await {
+                    tracing::debug!("the target could not be measured: {error}");
+                }
+            }
+            *shared.measured() = Measured {
+                target: all.target,
+                drafters: vec![None; all.drafters.len()],
+            };
+            continue;
         }
-        if let Err(error) = measure(&shared, &target, shared.cap.min(seen.n_max)).await {
-            tracing::debug!("the target could not be measured: {error}");
+        let new = |(number, language): &(usize, Option<Language>)| measured.drafters[*number] != *language;
+        let Some((number, language)) = all.drafters.into_iter().enumerate().find(new) else {
+            continue;
+        };
+        if let Some(language) = &language {
+            if shared.crowd.is_there() {
+                sleep(BUSY).await;
+                continue;
+            }
+            let drafter = DraftServer::new(&drafts[number], language, &target);
+            if let Err(error) = measure_drafter(&shared, &target, number, &drafter).await {
+                let url = &drafts[number].config.url;
+                tracing::debug!("the drafter {url} could not be measured: {error}");
+            }
         }
-        let changed = |sight: &Sight| !attached(sight) || sight.model != seen.model;
-        if sight.wait_for(changed).await.is_err() {
-            return;
-        }
-        before = Some(seen.model);
+        shared.measured().drafters[number] = language;
     }
+}
+
+/// How fast a drafter is while the target does nothing, and then what it costs the target.
+async fn measure_drafter(
+    shared: &Shared,
+    target: &LlamaServer,
+    number: usize,
+    drafter: &DraftServer,
+) -> Result<(), UpstreamError> {
+    let prefix = target.tokenize_prompt(TEXT.0).await?;
+    let Some(lease) = shared.slots[number].lease(&prefix) else {
+        return Ok(());
+    };
+    let draft = |n| drafter.draft(prefix.clone(), n, lease.index());
+    let undisturbed = async {
+        for round in 0..DRAFTS {
+            let mut pieces = draft(TEXT.1);
+            let began = Instant::now();
+            let mut last = None;
+            while let Some(piece) = pieces.next().await {
+                let DraftPiece::Tokens(tokens) = piece? else { break };
+                let now = Instant::now();
+                let mut pace = shared.pace();
+                match last.replace(now) {
+                    _ if round == 0 => {}
+                    None => pace.record_first_token(number, now - began, true),
+                    Some(last) => pace.record_tokens(number, tokens.len(), now - last, true),
+                }
+            }
+        }
+        Ok(())
+    };
+    match timeout(DRAFT_BOUND, undisturbed).await {
+        Ok(measured) => measured?,
+        // It would hardly show beside the target either.
+        Err(_) => return Ok(()),
+    }
+    let key = super::new_key();
+    let completion = target.begin_endless(&key, 16 * TURNS * STEPS);
+    let drafting = || async {
+        loop {
+            let (mut pieces, began) = (draft(BESIDE), Instant::now());
+            while let Some(DraftPiece::Tokens(_)) = pieces.next().await.transpose()? {}
+            if began.elapsed() < SHORT {
+                // Who has so little to say slows nobody down, and is not to be asked as fast as it answers.
+                return Ok(());
+            }
+        }
+    };
+    let (completion, slowdown) = tokio::join!(completion, slowdown(Stepper::new(target, &key), drafting));
+    completion.map(drop)?;
+    if let Some(factor) = slowdown? {
+        tracing::debug!("steps of the target take {factor:.2} times as long beside the drafter");
+        shared.pace().calibrate_slowdown(number, factor);
+    }
+    Ok(())
 }
 
 async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
@@ -54,7 +181,7 @@ async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<
     let key = super::new_key();
     // The completion is dropped, and so ended, when the measuring is over. Useless tokens are seldom accepted, but may be.
     let completion = target.begin_endless(&key, 16 * ROUNDS * SIZES.len());
-    let (completion, costs) = tokio::join!(completion, step_costs(target, &key, n_max));
+    let (completion, costs) = tokio::join!(completion, step_costs(Stepper::new(target, &key), n_max));
     completion.map(drop)?;
     let costs = costs?;
     if costs.contains_key(&0) {
@@ -87,41 +214,110 @@ async fn measure_way(shared: &Shared, target: &LlamaServer) -> Result<(), Upstre
     Ok(())
 }
 
-async fn step_costs(target: &LlamaServer, key: &str, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
+async fn step_costs(mut stepper: Stepper<'_>, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
     let began = Instant::now();
     let mut costs = BTreeMap::<usize, Duration>::new();
     let mut sizes = (0..ROUNDS).flat_map(|_| SIZES).filter(|size| *size <= n_max);
     let mut settled = false;
-    let (mut pos, mut n_steps, mut last): (usize, u64, Token) = (0, 0, 0);
     while began.elapsed() < BOUND {
         let Some(size) = (if settled { sizes.next() } else { Some(0) }) else {
             break;
         };
-        let tokens = vec![last; if n_steps > 0 { size } else { 0 }];
-        let call = DraftCall {
-            key,
-            pos,
-            tokens: &tokens,
-            n_min: tokens.len(),
-            hold_us: HOLD_US,
-            wait: true,
+        let Some((n, cost)) = stepper.step(size).await? else {
+            break;
         };
-        let answer = target.offer(&call).await?;
-        pos += answer.tokens.len();
-        last = answer.tokens.last().copied().unwrap_or(last);
-        match answer.state {
-            DraftState::Unknown | DraftState::Waiting => continue,
-            DraftState::Done | DraftState::Refused => break,
-            DraftState::Running => {}
-        }
-        // The first step is the prompt's.
-        if answer.n_steps == n_steps + 1 && answer.n_steps > 1 {
-            let cost = Duration::from_micros(answer.step_us);
-            let known = costs.entry(answer.step_n).or_insert(Duration::MAX);
-            settled |= *known < Duration::MAX && cost.as_secs_f64() > SETTLED * known.as_secs_f64();
-            *known = cost.min(*known);
-        }
-        n_steps = answer.n_steps;
+        let known = costs.entry(n).or_insert(Duration::MAX);
+        settled |= *known < Duration::MAX && cost.as_secs_f64() > SETTLED * known.as_secs_f64();
+        *known = cost.min(*known);
     }
     Ok(costs)
+}
+
+/// How many times as long a step takes beside a drafter as without; `None` where that was not to be seen.
+async fn slowdown<D>(mut stepper: Stepper<'_>, drafting: impl Fn() -> D) -> Result<Option<f64>, UpstreamError>
+where
+    D: Future<Output = Result<(), UpstreamError>>,
+{
+    let began = Instant::now();
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    while alone.len() < TURNS * STEPS && began.elapsed() < BOUND {
+        if !stepper.plain(&mut alone).await? {
+            break;
+        }
+        tokio::select! {
+            ended = drafting() => return ended.map(|()| None),
+            more = stepper.plain(&mut beside) => if !more? { break },
+        }
+    }
+    Ok(median(&mut beside)
+        .zip(median(&mut alone))
+        .map(|(beside, alone)| beside.as_secs_f64() / alone.as_secs_f64()))
+}
+
+fn median(times: &mut [Duration]) -> Option<Duration> {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied()
+}
+
+/// A completion whose steps are timed one by one.
+struct Stepper<'a> {
+    target: &'a LlamaServer,
+    key: &'a str,
+    pos: usize,
+    n_steps: u64,
+    last: Token,
+}
+
+impl<'a> Stepper<'a> {
+    fn new(target: &'a LlamaServer, key: &'a str) -> Self {
+        Self {
+            target,
+            key,
+            pos: 0,
+            n_steps: 0,
+            last: 0,
+        }
+    }
+
+    /// The next step that is seen, which is to verify `size` draft tokens: how many it did verify, and how long it took.
+    /// `None`: the completion has ended.
+    async fn step(&mut self, size: usize) -> Result<Option<(usize, Duration)>, UpstreamError> {
+        loop {
+            let tokens = vec![self.last; if self.n_steps > 0 { size } else { 0 }];
+            let call = DraftCall {
+                key: self.key,
+                pos: self.pos,
+                tokens: &tokens,
+                n_min: tokens.len(),
+                hold_us: HOLD_US,
+                wait: true,
+            };
+            let answer = self.target.offer(&call).await?;
+            self.pos += answer.tokens.len();
+            self.last = answer.tokens.last().copied().unwrap_or(self.last);
+            match answer.state {
+                DraftState::Unknown | DraftState::Waiting => continue,
+                DraftState::Done | DraftState::Refused => return Ok(None),
+                DraftState::Running => {}
+            }
+            let before = std::mem::replace(&mut self.n_steps, answer.n_steps);
+            // The first step is the prompt's, and whose pass others share is no measure.
+            if answer.n_steps == before + 1 && answer.n_steps > 1 && answer.step_batch == 1 + answer.step_n {
+                return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
+            }
+        }
+    }
+
+    /// Times some plain steps after one that may have begun in other circumstances; false: the completion has ended.
+    async fn plain(&mut self, times: &mut Vec<Duration>) -> Result<bool, UpstreamError> {
+        for i in 0..=STEPS {
+            let Some((_, time)) = self.step(0).await? else {
+                return Ok(false);
+            };
+            if i > 0 {
+                times.push(time);
+            }
+        }
+        Ok(true)
+    }
 }

@@ -26,6 +26,12 @@ impl Crowd {
         }
     }
 
+    /// Whether a completion runs.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.lock().others > 0
+    }
+
     fn lock(&self) -> MutexGuard<'_, Load> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -76,5 +82,8 @@ mod tests {
         assert_eq!(three.others(), Load { others: 2, tokens: 8 });
         drop(two);
         assert_eq!(one.others(), Load::default());
+        assert!(crowd.is_there());
+        drop(one);
+        assert!(!crowd.is_there());
     }
 }

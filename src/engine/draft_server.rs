@@ -6,6 +6,7 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, ReadyChunks};
 use tokio::sync::Mutex;
 
+use super::watch::{Language, Server};
 use crate::speculation::{Retokeniser, Token};
 use crate::upstream::{
     DraftPiece, DraftStream, LlamaServer, StreamEnd, TextPiece, TextServer, TextStream, UpstreamError,
@@ -28,6 +29,17 @@ pub enum DraftServer {
 }
 
 impl DraftServer {
+    /// That drafter, talked to in this language for one completion of the target.
+    #[must_use]
+    pub fn new(server: &Server, language: &Language, target: &LlamaServer) -> Self {
+        match (language, &server.text) {
+            (Language::Text { bos }, Some(text)) => {
+                Self::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
+            }
+            _ => Self::Tokens(server.client.clone()),
+        }
+    }
+
     /// Continues `prefix` greedily by at most `n` tokens of the target. `slot` of a llama-server keeps the prompt.
     #[must_use]
     pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {

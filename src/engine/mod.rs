@@ -3,6 +3,7 @@
 //! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
 //! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
+mod activity;
 mod attach;
 mod calibrate;
 mod crowd;
@@ -25,6 +26,8 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Load, Outlook, Pace, Policy};
 use crate::upstream::{LlamaServer, TextServer};
+use activity::Activity;
+use calibrate::Measured;
 use crowd::Crowd;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
@@ -65,7 +68,10 @@ struct Shared {
     /// Of each drafter.
     slots: Vec<Slots>,
     crowd: Crowd,
+    /// Of each drafter.
+    activity: Vec<Activity>,
     pace: Mutex<Pace>,
+    measured: Mutex<Measured>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
     cap: usize,
@@ -74,6 +80,10 @@ struct Shared {
 impl Shared {
     fn pace(&self) -> MutexGuard<'_, Pace> {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn measured(&self) -> MutexGuard<'_, Measured> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn totals(&self) -> MutexGuard<'_, Counts> {
@@ -120,7 +130,9 @@ impl Engine {
             sight: channel::Sender::new(watcher.first_sight()),
             slots,
             crowd: Crowd::default(),
+            activity: drafts.iter().map(|_| Activity::default()).collect(),
             pace: Mutex::default(),
+            measured: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
                 MaxDraftTokens::Auto => usize::MAX,
@@ -129,7 +141,7 @@ impl Engine {
         });
         let calibration = target
             .as_ref()
-            .map(|server| calibrate::run(shared.clone(), server.client.clone()));
+            .map(|server| calibrate::run(shared.clone(), server.client.clone(), drafts.clone()));
         let trying = rounds.clone().map(|target| {
             let drafts = drafts.iter().map(|server| server.client.clone()).collect();
             RoundsTarget::watch(target, shared.clone(), drafts)
@@ -183,6 +195,7 @@ impl Engine {
     #[must_use]
     pub fn status(&self) -> Status {
         let sight = self.shared.sight.borrow().clone();
+        let measuring = *self.shared.measured() != Measured::all(&sight);
         let (mut verification, mut reason) = (sight.verification, sight.reason);
         let in_rounds = self.rounds.as_ref().filter(|_| verification.is_in_rounds());
         if let Some(rounds) = in_rounds {
@@ -209,6 +222,7 @@ impl Engine {
             target: sight.target,
             verification,
             reason,
+            measuring,
             step_ms: pace.step_costs(),
             round_trip_ms: pace.round_trip().as_secs_f64() * 1e3,
             counts: *self.shared.totals(),
@@ -361,6 +375,8 @@ pub struct Status {
     pub verification: Verification,
     /// Why there is no verification, and what would change that; one sentence.
     pub reason: Option<String>,
+    /// Whether the target or a drafter has come up and is still to be measured.
+    pub measuring: bool,
     /// Milliseconds of a step of the target by the number of draft tokens that it verifies.
     pub step_ms: BTreeMap<usize, f64>,
     /// Milliseconds from asking the target to its answer.

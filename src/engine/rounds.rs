@@ -257,7 +257,7 @@ impl Drafting {
                 }
                 Err(_) => {
                     if found.is_empty() {
-                        self.shared.pace().record_silence(number, begun.elapsed());
+                        self.shared.pace().record_silence(number, begun.elapsed(), true);
                         drafter.tired_until = Some(Instant::now() + BACK_OFF);
                     }
                     break;
@@ -265,9 +265,9 @@ impl Drafting {
             };
             let (now, n_piece) = (Instant::now(), piece.len());
             if found.is_empty() {
-                self.shared.pace().record_first_token(number, now - begun);
+                self.shared.pace().record_first_token(number, now - begun, true);
             } else {
-                self.shared.pace().record_tokens(number, n_piece, now - last);
+                self.shared.pace().record_tokens(number, n_piece, now - last, true);
             }
             last = now;
             let known = piece.into_iter().take_while(|(token, _)| language.knows(*token));

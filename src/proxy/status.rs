@@ -57,6 +57,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         target,
         verification,
         reason,
+        measuring,
         step_ms,
         round_trip_ms,
         counts,
@@ -68,6 +69,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         target,
         verification,
         reason,
+        measuring,
         step_ms,
         round_trip_ms,
         counts: Sums::from(counts),
@@ -86,6 +88,7 @@ pub(super) struct Status {
     target: engine::ServerStatus,
     verification: engine::Verification,
     reason: Option<String>,
+    measuring: bool,
     /// By the number of draft tokens.
     step_ms: BTreeMap<usize, f64>,
     round_trip_ms: f64,

@@ -330,14 +330,14 @@ impl Run {
     fn learn(&self, judged: usize, accepted: usize, steps: usize, duration: Duration, since_last: Duration) {
         let mut pace = self.drafting.pace();
         for _ in 0..steps {
-            pace.record_step(&Step {
+            let step = Step {
                 drafted: judged,
                 accepted,
                 duration,
                 since_last,
                 batch: 1 + judged,
-                beside_draft: false,
-            });
+            };
+            pace.record_step(&step, &[]);
         }
     }
 

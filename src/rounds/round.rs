@@ -212,8 +212,9 @@ impl Rounds {
                 return self.ask(tokens, classes, n, 1);
             }
         }
-        let asked =
-            |drafter: &&usize| most > 0 && policy.asks(**drafter, most, Load::default(), std::time::Duration::ZERO);
+        let asked = |drafter: &&usize| {
+            most > 0 && policy.reach(**drafter, true, most, Load::default(), std::time::Duration::ZERO) > 0
+        };
         if let Some(drafter) = moment.drafters.iter().find(asked) {
             return Action::Draft {
                 drafter: *drafter,

@@ -11,6 +11,8 @@ mod retokenise;
 mod session;
 #[cfg(test)]
 mod simulator;
+mod slowdown;
+mod step_cost;
 
 pub use lookup::{Lookup, Proposal};
 pub use pace::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};

@@ -9,19 +9,22 @@
 //! would yield in that time anyway (fractional programming, Dinkelbach 1967). The best `k` is offered. The threshold form
 //! of such rules is optimal (`SpecDec++`, arXiv 2405.19715, section 3).
 //!
-//! Whether the target should wait for drafts at all follows from two cycles (renewal-reward theorem), each from one
+//! Whether the target should wait for drafts at all follows from three cycles (renewal-reward theorem), each from one
 //! contradicted draft to the next. With a usual chance `a` a draft of `n` is followed by another one without a pause with
 //! the chance `p = a^(n+1)`: all of it is accepted, and the token that the target adds is the next of the draft. So
 //! `1 / (1 - p)` steps of `E(n)` tokens and the time `T(n)` come in a row, and then
 //!
 //! - a target that waits stands still until the next draft is there: for `A = round trip + first token + (n - 1) token`;
 //! - a target that does not takes plain steps meanwhile: `j` of them until the draft is `n` tokens ahead of it, which it
-//!   survives with the chance `a^j`; one that does not begins anew, after `(1 - a^j) / (1 - a)` steps on average.
+//!   survives with the chance `a^j`; one that does not begins anew, after `(1 - a^j) / (1 - a)` steps on average;
+//! - where both are on one device each takes longer while the other is at work. So they may take turns: the target waits, and
+//!   the drafter rests while its draft is verified. Nothing comes in a row then: `E(n)` tokens in the time `A + T(n)`.
 //!
-//! The better of the two, over all `n`, against a plain step says whether a drafter pays. One that does not is asked again
-//! now and then, less and less often, and its drafts are only compared with what the target says, which costs the target
-//! nothing. Where waiting pays, waiting for a draft to grow to `m` tokens is worth `E(m) - r (T(m) + w)`, where `w` is how
-//! long its last token comes after the target is done with the step that it is in.
+//! By how much they slow each other down is measured (`slowdown.rs`); on two machines the third cycle is never the best.
+//! The best of them, over all `n`, against a plain step with no drafter at work says whether a drafter pays. One that does
+//! not is asked again now and then, less and less often, for a few tokens that are only compared with what the target says,
+//! which costs the target next to nothing. Where waiting pays, waiting for a draft to grow to `m` tokens is worth
+//! `E(m) - r (T(m) + w)`, where `w` is how long its last token comes after the target is done with the step that it is in.
 //!
 //! Other completions in the same pass make it longer for all of them: `T` is taken beyond their tokens, and `r` is what
 //! all of them yield; the cycles are those of a crowd that does the same. A pass waits for all of them at once, so with `m`
@@ -36,7 +39,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::session::Policy;
+use super::session::{Policy, far};
+use super::slowdown::{Pass, Slowdown};
+use super::step_cost::StepCost;
 use super::{micros, whole};
 
 /// What is known of a draft token before the target sees it.
@@ -137,8 +142,6 @@ pub struct Step {
     pub since_last: Duration,
     /// Tokens that the pass brought forward, of all completions and prompts.
     pub batch: usize,
-    /// Whether a drafter was at work at the same time, perhaps on the same machine.
-    pub beside_draft: bool,
 }
 
 /// What other completions do at the same time.
@@ -168,6 +171,8 @@ pub struct Circumstances {
     pub n_max: usize,
     /// Whether the draft grows.
     pub growing: Option<Growing>,
+    /// The drafter that does not work now, and can after the step.
+    pub rests: Option<usize>,
     /// How long the target will go on with the step that it is in, in microseconds; 0: it waits for us.
     pub busy_us: f64,
     /// From asking the target to its answer.
@@ -185,6 +190,8 @@ pub struct Choice {
     pub wait_us: u64,
     /// How long the target should wait after that step for the word of what comes next, in microseconds.
     pub hold_us: u64,
+    /// Whether the drafter should rest during that step, which it would slow down.
+    pub rests: bool,
     /// What the step is worth, in tokens; only differences mean something.
     pub worth: f64,
 }
@@ -192,10 +199,10 @@ pub struct Choice {
 /// What is known of a target and its drafters.
 #[derive(Debug, Clone)]
 pub struct Pace {
+    /// With no drafter at work.
     step: StepCost,
-    /// Microseconds of a plain step with nothing beside it. Beside a drafter on the same machine it takes longer, which
-    /// the other costs hold.
-    alone_us: Average,
+    /// The last step of the target.
+    last: Option<Pass>,
     copies: [Rate; MATCHED.len()],
     predicted: [Rate; MATCHED.len()],
     drafters: Vec<Drafter>,
@@ -213,7 +220,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             step: StepCost::default(),
-            alone_us: Average::default(),
+            last: None,
             copies: Default::default(),
             predicted: Default::default(),
             drafters: Vec::new(),
@@ -235,11 +242,15 @@ pub struct Outlook {
     pub first_token_ms: Option<f64>,
     /// Milliseconds per further token.
     pub token_ms: Option<f64>,
+    /// A step of the target takes so many times longer while a drafter is at work: above 1 they share a device.
+    pub slowdown: f64,
     /// Speed over that of plain steps with no drafter at work, as the formula of the cycles has it for that agreement and
     /// one completion at a time.
     pub expected_speed_up: Option<f64>,
     /// Whether the target waits for its drafts at that.
     pub target_waits: bool,
+    /// Whether it rests while the target is in a step.
+    pub drafter_rests: bool,
     /// Whether it is asked for drafts now; if not it is only tried now and then.
     pub pays: bool,
 }
@@ -254,10 +265,12 @@ struct Drafter {
     /// Of all its tokens that were ever compared with the target's: how many, and how many were the same.
     compared: u32,
     agreed: u32,
-    /// Microseconds from the start of a stream to its first token.
-    first_us: Average,
-    /// Microseconds per further token.
-    token_us: Average,
+    /// While the target waits.
+    undisturbed: Timing,
+    /// While the target is in a step, perhaps on the same device.
+    beside_step: Timing,
+    /// How much it slows the target down.
+    slowdown: Slowdown,
     /// Steps of the target since it was asked last, and after how many it is asked again although it does not pay.
     idle: u32,
     patience: u32,
@@ -270,37 +283,50 @@ impl Default for Drafter {
             usual: Rate::default(),
             compared: 0,
             agreed: 0,
-            first_us: Average::default(),
-            token_us: Average::default(),
+            undisturbed: Timing::default(),
+            beside_step: Timing::default(),
+            slowdown: Slowdown::default(),
             idle: 0,
             patience: PATIENCE.0,
         }
     }
 }
 
+/// How long a drafter takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Timing {
+    /// Microseconds from the start of a stream to its first token.
+    first_us: Average,
+    /// Microseconds per further token.
+    token_us: Average,
+}
+
 /// Steps until a drafter that does not pay is asked again: at first, and at most; it doubles in between.
 const PATIENCE: (u32, u32) = (16, 512);
+/// Tokens that a drafter that does not pay is asked for, to compare them.
+const TRIED: usize = 8;
 /// Steps until the costs of steps are doubted if they keep drafts from being verified: at first, and at most; it doubles.
 const TRUST: (u32, u32) = (64, 1024);
 /// Tokens that a draft should yield on average for the costs to be doubted.
 const DOUBTED: f64 = 2.0;
 /// Passes over more tokens process a prompt.
 const LARGEST_BATCH: usize = 256;
+/// After so many times its duration a step has little to do with the one before.
+const PAUSE: u32 = 4;
 /// Where nothing was measured, drafts are this long.
 const FIRST_GUESS: usize = 8;
 /// Microseconds by which things may come later than expected.
 const SLACK_US: f64 = 500.0;
+/// ... and those that much depends on: a share of a plain step.
+const LENIENT: f64 = 0.25;
 
 impl Pace {
-    /// Takes in a step of the target.
-    pub fn record_step(&mut self, step: &Step) {
+    /// Takes in a step of the target, and for what share of it, 0 to 1, each drafter was at work.
+    pub fn record_step(&mut self, step: &Step, beside: &[f64]) {
         // A token costs the same whoever brings it.
         let others = step.batch.max(1 + step.drafted) - 1;
         if others < LARGEST_BATCH {
-            self.step.record(others, micros(step.duration));
-        }
-        if others == 0 && !step.beside_draft {
-            self.alone_us.record(micros(step.duration));
+            self.record_pass(others, step, beside);
         }
         // A pause of the client or of the machine is no cost of the step.
         let since_last = micros(step.since_last).min(4.0 * micros(step.duration));
@@ -318,15 +344,58 @@ impl Pace {
         }
     }
 
+    fn record_pass(&mut self, others: usize, step: &Step, beside: &[f64]) {
+        let us = micros(step.duration);
+        let expected_us = self.step.measured_us(others);
+        // A pause in between, and it is another time.
+        let soon = step.since_last < PAUSE * step.duration;
+        let before = self.last.take().filter(|_| soon);
+        let pass = expected_us.map(|expected_us| Pass {
+            deviation: us / expected_us,
+            beside: beside.to_vec(),
+        });
+        let Some(pass) = pass else {
+            let slowed: f64 = (0..beside.len())
+                .map(|drafter| self.slowed(drafter, beside[drafter]))
+                .product();
+            return self.step.record(others, us / slowed);
+        };
+        for drafter in 0..beside.len() {
+            self.drafter(drafter).slowdown.record(drafter, before.as_ref(), &pass);
+        }
+        let slowed: f64 = (0..beside.len())
+            .map(|drafter| self.slowed(drafter, beside[drafter]))
+            .product();
+        if slowed <= 1.0 || pass.is_alone() {
+            self.step.record(others, us);
+        } else {
+            let _ = self.step.record_scale(others, us / slowed);
+        }
+        self.last = Some(pass);
+    }
+
+    /// How many times longer a step takes while this drafter is at work for that share of it.
+    fn slowed(&self, drafter: usize, beside: f64) -> f64 {
+        self.drafters.get(drafter).map_or(1.0, |it| it.slowdown.of(beside))
+    }
+
+    /// ... and while all are at work as much as lately.
+    fn slowed_now(&self) -> f64 {
+        self.drafters.iter().map(|it| it.slowdown.now()).product()
+    }
+
     /// Replaces what is known of the cost of steps by measurements: draft tokens and duration.
     pub fn calibrate(&mut self, costs: impl IntoIterator<Item = (usize, Duration)>) {
         self.step = StepCost::default();
+        self.last = None;
         for (n, duration) in costs {
             self.step.record(n, micros(duration));
-            if n == 0 {
-                self.alone_us = Average(Some(micros(duration)));
-            }
         }
+    }
+
+    /// Takes in that steps beside this drafter were measured to take so many times longer than without.
+    pub fn calibrate_slowdown(&mut self, drafter: usize, factor: f64) {
+        self.drafter(drafter).slowdown.measured(factor);
     }
 
     /// Takes in how long the target took to answer a call.
@@ -340,33 +409,41 @@ impl Pace {
         Duration::from_secs_f64(self.round_trip_us.get().unwrap_or_default() / 1e6)
     }
 
-    /// Takes in how long a stream of a drafter took to its first token.
-    pub fn record_first_token(&mut self, drafter: usize, latency: Duration) {
-        self.drafter(drafter).first_us.record(micros(latency));
+    /// Takes in how long a stream of a drafter took to its first token, and whether the target waited meanwhile.
+    pub fn record_first_token(&mut self, drafter: usize, latency: Duration, target_waits: bool) {
+        let timing = self.drafter(drafter).timing_mut(target_waits);
+        timing.first_us.record(micros(latency));
     }
 
     /// Takes in that a stream was given up before its first token: it would have taken at least this long.
-    pub fn record_silence(&mut self, drafter: usize, silent: Duration) {
-        let first_us = &mut self.drafter(drafter).first_us;
+    pub fn record_silence(&mut self, drafter: usize, silent: Duration, target_waits: bool) {
+        let first_us = &mut self.drafter(drafter).timing_mut(target_waits).first_us;
         if first_us.get().is_none_or(|usual| micros(silent) > usual) {
             first_us.record(micros(silent));
         }
     }
 
-    /// Takes in the time between tokens of one stream.
-    pub fn record_tokens(&mut self, drafter: usize, n: usize, duration: Duration) {
+    /// Takes in the time between tokens of one stream, and whether the target waited meanwhile.
+    pub fn record_tokens(&mut self, drafter: usize, n: usize, duration: Duration, target_waits: bool) {
         if n > 0 {
-            self.drafter(drafter).token_us.record(micros(duration) / n as f64);
+            let timing = self.drafter(drafter).timing_mut(target_waits);
+            timing.token_us.record(micros(duration) / n as f64);
         }
     }
 
     /// Whether this drafter makes the target faster.
     #[must_use]
     pub fn pays(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
-        let Some(market) = self.market(load) else { return true };
+        let cycle = self.cycle(drafter, n_max, load, round_trip);
+        cycle.is_none_or(|cycle| cycle.speed_up() > 1.0)
+    }
+
+    /// The best way to use a drafter; `None` while nothing is known of the target.
+    fn cycle(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> Option<Cycle> {
+        let market = self.market(load)?;
         let unknown = Drafter::default();
         let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
-        market.cycle(drafter.supply(round_trip), n_max).speed_up() > 1.0
+        Some(market.cycle(drafter.supply(round_trip), n_max))
     }
 
     /// What is known of a drafter on the whole; `None` before anything is.
@@ -377,16 +454,21 @@ impl Pace {
         let agreement = (drafter.compared > 0).then(|| f64::from(drafter.agreed) / f64::from(drafter.compared));
         let usual = drafter.supply(self.round_trip());
         let cycle = agreement.map(|chance| market.cycle(Supply { chance, ..usual }, n_max));
-        let speed_up = |cycle: Cycle| match self.alone_us.get() {
-            Some(alone_us) => cycle.rate * alone_us,
-            None => cycle.speed_up(),
+        let way = cycle.map(|cycle| cycle.way);
+        let timing = if matches!(way, Some(Way::Waits { .. })) {
+            [drafter.undisturbed, drafter.beside_step]
+        } else {
+            [drafter.beside_step, drafter.undisturbed]
         };
+        let ms = |us: fn(&Timing) -> Average| timing.iter().find_map(|timing| us(timing).get()).map(|us| us / 1e3);
         Some(Outlook {
             agreement,
-            first_token_ms: drafter.first_us.get().map(|us| us / 1e3),
-            token_ms: drafter.token_us.get().map(|us| us / 1e3),
-            expected_speed_up: cycle.map(speed_up),
-            target_waits: cycle.is_some_and(|cycle| cycle.waits_for.is_some()),
+            first_token_ms: ms(|timing| timing.first_us),
+            token_ms: ms(|timing| timing.token_us),
+            slowdown: drafter.slowdown.factor(),
+            expected_speed_up: cycle.map(Cycle::speed_up),
+            target_waits: matches!(way, Some(Way::Waits { .. })),
+            drafter_rests: matches!(way, Some(Way::Waits { rests: true, .. })),
             pays: self.pays(number, n_max, Load::default(), self.round_trip()),
         })
     }
@@ -394,10 +476,7 @@ impl Pace {
     /// What steps cost, in milliseconds by the number of draft tokens; only sizes that were measured.
     #[must_use]
     pub fn step_costs(&self) -> BTreeMap<usize, f64> {
-        let measured = self.step.shape.iter().enumerate();
-        measured
-            .filter_map(|(n, shape)| Some((n, (*shape)? * self.step.scale_us / 1e3)))
-            .collect()
+        self.step.measured().map(|(n, us)| (n, us / 1e3)).collect()
     }
 
     fn drafter(&mut self, number: usize) -> &mut Drafter {
@@ -405,6 +484,30 @@ impl Pace {
             self.drafters.resize_with(number + 1, Drafter::default);
         }
         &mut self.drafters[number]
+    }
+
+    /// What comes after a draft: more of it, or another one of the same source, or of a drafter that rests.
+    fn supply(&self, draft: &[Class], moment: &Circumstances) -> Option<Supply> {
+        let grows = moment.growing.map(|growing| Source::Drafter(growing.drafter));
+        let is_there = draft.first().map(|class| class.source);
+        match grows.or(is_there).or(moment.rests.map(Source::Drafter))? {
+            Source::Drafter(number) => {
+                let drafter = self.drafters.get(number)?;
+                Some(drafter.supply(moment.round_trip))
+            }
+            Source::Copy | Source::Prediction => {
+                let at_once = Arrival {
+                    first_us: micros(moment.round_trip),
+                    token_us: 0.0,
+                };
+                Some(Supply {
+                    chance: draft.first().map_or(0.0, |class| self.acceptance(*class)),
+                    undisturbed: at_once,
+                    beside_step: at_once,
+                    slowdown: 1.0,
+                })
+            }
+        }
     }
 
     fn acceptance(&self, class: Class) -> f64 {
@@ -420,12 +523,14 @@ impl Pace {
     }
 
     fn market(&self, load: Load) -> Option<Market<'_>> {
-        let plain_us = self.step.micros(load.tokens)?;
+        let slowed = self.slowed_now();
+        let plain_us = slowed * self.step.us(load.tokens)?;
         // What others draft is no reason to draft: at least this is had if nobody does.
-        let undrafted_us = self.step.micros(load.others)?;
+        let undrafted_us = self.step.us(load.others)?;
         let now = if self.us > 0.0 { self.tokens / self.us } else { 0.0 };
         Some(Market {
             step: &self.step,
+            slowed,
             load,
             plain_us,
             rate: now.max(1.0 / undrafted_us) * (load.others + 1) as f64,
@@ -436,6 +541,8 @@ impl Pace {
 /// What time costs.
 struct Market<'a> {
     step: &'a StepCost,
+    /// Steps take so many times longer beside the drafters that are at work now.
+    slowed: f64,
     load: Load,
     /// A step without a draft.
     plain_us: f64,
@@ -444,39 +551,26 @@ struct Market<'a> {
 }
 
 impl Market<'_> {
-    /// What a step over `n` draft tokens is worth that is expected to yield `expected` tokens.
-    fn worth(&self, expected: f64, n: usize) -> f64 {
-        expected - self.rate * self.step_us(n)
-    }
-
-    /// Chooses to wait for a draft to grow within these lengths, if that is worth more. As it is it is accepted as a whole
-    /// with the chance `reach` and yields `expected` tokens.
-    fn weigh_growth(
-        &self,
-        drafter: &Drafter,
-        growing: Growing,
-        lengths: Range<usize>,
-        (mut reach, mut expected): (f64, f64),
-        moment: &Circumstances,
-        choice: &mut Choice,
-    ) {
-        let (Some(first_us), Some(token_us)) = (drafter.first_us.get(), drafter.token_us.get()) else {
+    /// Chooses to wait for a draft to grow, if that is worth more. As it is it is accepted as a whole with the chance `reach`
+    /// and yields `expected` tokens.
+    fn weigh_growth(&self, growth: &Growth, (mut reach, mut expected): (f64, f64), busy_us: f64, choice: &mut Choice) {
+        let (Some(first_us), Some(token_us)) = (growth.timing.first_us.get(), growth.timing.token_us.get()) else {
             return;
         };
         // What is late stays late by as much again.
-        let usual_us = if growing.begun { token_us } else { first_us };
-        let next_us = (usual_us - micros(growing.silent)).abs();
+        let usual_us = if growth.begun { token_us } else { first_us };
+        let next_us = (usual_us - growth.silent_us).abs();
         let mut comes_us = next_us - token_us;
-        for n in lengths.start + 1..=lengths.end {
+        for n in growth.lengths.start + 1..=growth.lengths.end {
             comes_us += token_us;
-            reach *= drafter.usual.of(USUAL);
+            reach *= growth.chance;
             expected += reach;
-            let late_us = (comes_us - moment.busy_us).max(0.0);
-            let worth = self.worth(expected, n) - self.rate * late_us;
+            let late_us = (comes_us - busy_us).max(0.0);
+            let worth = expected - self.rate * (self.step_us(n, growth.rests) + late_us);
             if worth > choice.worth {
                 choice.worth = worth;
                 // Half as much again as expected.
-                choice.wait_us = whole((1.5 * comes_us + SLACK_US - moment.busy_us).max(0.0));
+                choice.wait_us = whole((1.5 * comes_us + SLACK_US - busy_us).max(0.0));
             }
         }
     }
@@ -485,42 +579,60 @@ impl Market<'_> {
     /// still.
     fn cycle(&self, supply: Supply, n_max: usize) -> Cycle {
         let all = self.load.others + 1;
-        let step_us = |n: usize| self.step.micros(all * (1 + n) - 1).unwrap_or(self.plain_us);
+        let step_us = |n: usize| self.step.us(all * (1 + n) - 1).unwrap_or(self.plain_us);
         let plain_us = step_us(0);
         let mut best = Cycle {
             rate: 1.0 / plain_us,
             plain_us,
-            waits_for: None,
+            way: Way::Plain,
+        };
+        let Supply {
+            undisturbed,
+            beside_step,
+            ..
+        } = supply;
+        // Steps beside so many draft tokens in the making, at most beside a drafter that never rests.
+        let beside_us = |us: f64, tokens: f64| {
+            let at_work_us = (tokens * beside_step.token_us).min(us * supply.slowdown);
+            us + (1.0 - 1.0 / supply.slowdown) * at_work_us
         };
         let mut expected = 1.0;
         for n in 1..=n_max {
             let survives = |tokens: usize| supply.chance.powi(i32::try_from(tokens).unwrap_or(i32::MAX));
             expected += survives(n);
             let in_a_row = 1.0 / (1.0 - survives(n + 1)).max(0.01);
-            // In a row the drafter has to keep up.
-            let step_us = step_us(n).max((n + 1) as f64 * supply.token_us);
-            let (tokens, time_us) = (in_a_row * expected, in_a_row * step_us);
-            let comes_us = supply.first_us + (n - 1) as f64 * supply.token_us;
+            // The first step is beside all that the drafter makes ahead. In a row it has to keep up.
+            let next = (n + 1) as f64;
+            let made = (far(n_max) - n) as f64 + (in_a_row - 1.0) * next;
+            let time_us = beside_us(in_a_row * step_us(n), made).max(in_a_row * next * beside_step.token_us);
+            let tokens = in_a_row * expected;
             let waits = in_a_row * (1.0 - (1.0 - 1.0 / in_a_row).powf(all as f64));
             let waiting = Cycle {
-                rate: tokens / (waits * comes_us + time_us),
-                waits_for: Some(n),
+                rate: tokens / (waits * undisturbed.comes_us(n) + time_us),
+                way: Way::Waits { n, rests: false },
                 ..best
             };
-            let gains_us = plain_us - supply.token_us;
-            let plain_steps = ((comes_us + SLACK_US) / gains_us).ceil().max(1.0);
+            let in_turns = Cycle {
+                rate: expected / (undisturbed.comes_us(n) + step_us(n)),
+                way: Way::Waits { n, rests: true },
+                ..best
+            };
+            let slow_us = supply.slowdown * plain_us;
+            let gains_us = slow_us - beside_step.token_us;
+            let plain_steps = ((beside_step.comes_us(n) + SLACK_US) / gains_us).ceil().max(1.0);
             let going_on = Cycle {
                 rate: if gains_us > 0.0 {
                     let chance = supply.chance.powf(plain_steps);
                     let taken = (1.0 - chance) / (1.0 - supply.chance).max(1e-6);
-                    (taken + chance * tokens) / (taken * plain_us + chance * time_us)
+                    (taken + chance * tokens) / (taken * slow_us + chance * time_us)
                 } else {
                     0.0
                 },
-                waits_for: None,
+                way: Way::GoesOn,
                 ..best
             };
-            for cycle in [waiting, going_on] {
+            let turns = supply.gains_by_rests().then_some(in_turns);
+            for cycle in [waiting, going_on].into_iter().chain(turns) {
                 if cycle.rate > best.rate {
                     best = cycle;
                 }
@@ -529,9 +641,26 @@ impl Market<'_> {
         best
     }
 
-    fn step_us(&self, n: usize) -> f64 {
-        self.step.micros(self.load.tokens + n).unwrap_or(self.plain_us)
+    /// Microseconds of a step over `n` draft tokens, during which the drafter `rests` or not.
+    fn step_us(&self, n: usize, rests: bool) -> f64 {
+        let slowed = if rests { 1.0 } else { self.slowed };
+        let us = self.step.us(self.load.tokens + n);
+        us.map_or(self.plain_us, |us| slowed * us)
     }
+}
+
+/// A draft in the making that the target may wait for.
+struct Growth {
+    timing: Timing,
+    /// Of each token that is still to come.
+    chance: f64,
+    begun: bool,
+    /// Microseconds since its last token, or since it was asked for.
+    silent_us: f64,
+    /// From what is there to the most that is waited for.
+    lengths: Range<usize>,
+    /// Whether the drafter rests during the step.
+    rests: bool,
 }
 
 /// Drafts of one source, on the whole.
@@ -539,21 +668,57 @@ impl Market<'_> {
 struct Supply {
     /// Of a token that is still to come.
     chance: f64,
-    /// From a step of the target that contradicts a draft until the first token of the next draft is with the target.
+    /// When they come while the target waits, and while it is in a step.
+    undisturbed: Arrival,
+    beside_step: Arrival,
+    /// A step takes so many times longer while they are made.
+    slowdown: f64,
+}
+
+impl Supply {
+    /// Whether it can be better not to draft during steps. Who rests before it is known how long it takes will not show it.
+    fn gains_by_rests(&self) -> bool {
+        let Arrival { first_us, token_us } = self.undisturbed;
+        self.slowdown > 1.0 && first_us > 0.0 && token_us > 0.0
+    }
+}
+
+/// When the tokens of a draft come.
+#[derive(Debug, Clone, Copy)]
+struct Arrival {
+    /// Microseconds from a step of the target that contradicts a draft until the first token of the next draft is with
+    /// the target.
     first_us: f64,
-    /// Between two tokens.
+    /// Microseconds between two tokens.
     token_us: f64,
 }
 
-/// A way to use drafts.
+impl Arrival {
+    /// Microseconds until a draft of `n` tokens, at least one, is with the target.
+    fn comes_us(self, n: usize) -> f64 {
+        self.first_us + (n - 1) as f64 * self.token_us
+    }
+}
+
+/// How drafts are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Not at all.
+    Plain,
+    /// The target goes on and takes what is there.
+    GoesOn,
+    /// The target waits for drafts of `n` tokens; the drafter goes on while they are verified, or `rests`.
+    Waits { n: usize, rests: bool },
+}
+
+/// A way to use drafts, and what comes of it.
 #[derive(Debug, Clone, Copy)]
 struct Cycle {
     /// Tokens per microsecond of one completion.
     rate: f64,
-    /// Microseconds of a plain step.
+    /// Microseconds of a plain step with no drafter at work.
     plain_us: f64,
-    /// The target waits for drafts of so many tokens; `None`: it goes on.
-    waits_for: Option<usize>,
+    way: Way,
 }
 
 impl Cycle {
@@ -564,12 +729,44 @@ impl Cycle {
 }
 
 impl Drafter {
+    fn timing_mut(&mut self, target_waits: bool) -> &mut Timing {
+        if target_waits {
+            &mut self.undisturbed
+        } else {
+            &mut self.beside_step
+        }
+    }
+
+    /// How long it takes while the target waits or is in a step. Where that was not measured it is taken from the other: who
+    /// slows down the target by so much is slowed down as much.
+    fn timing(&self, target_waits: bool) -> Timing {
+        let slowdown = self.slowdown.factor();
+        let (known, other, factor) = if target_waits {
+            (self.undisturbed, self.beside_step, 1.0 / slowdown)
+        } else {
+            (self.beside_step, self.undisturbed, slowdown)
+        };
+        let us = |known: Average, other: Average| Average(known.get().or(other.get().map(|us| us * factor)));
+        Timing {
+            first_us: us(known.first_us, other.first_us),
+            token_us: us(known.token_us, other.token_us),
+        }
+    }
+
     /// What it makes; what is not known yet is taken to cost nothing.
     fn supply(&self, round_trip: Duration) -> Supply {
+        let arrival = |target_waits| {
+            let timing = self.timing(target_waits);
+            Arrival {
+                first_us: micros(round_trip) + timing.first_us.get().unwrap_or(0.0),
+                token_us: timing.token_us.get().unwrap_or(0.0),
+            }
+        };
         Supply {
             chance: self.usual.of(USUAL),
-            first_us: micros(round_trip) + self.first_us.get().unwrap_or(0.0),
-            token_us: self.token_us.get().unwrap_or(0.0),
+            undisturbed: arrival(true),
+            beside_step: arrival(false),
+            slowdown: self.slowdown.factor(),
         }
     }
 }
@@ -589,18 +786,27 @@ impl Policy for Pace {
         }
     }
 
-    fn asks(&mut self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
-        let pays = self.pays(drafter, n_max, load, round_trip);
+    fn reach(&mut self, drafter: usize, target_waits: bool, n_max: usize, load: Load, round_trip: Duration) -> usize {
+        let cycle = self.cycle(drafter, n_max, load, round_trip);
         let drafter = self.drafter(drafter);
-        if pays {
-            drafter.patience = PATIENCE.0;
-        } else if drafter.idle >= drafter.patience {
-            drafter.patience = (2 * drafter.patience).min(PATIENCE.1);
-        } else {
-            return false;
-        }
+        let far = far(n_max);
+        let doubted = drafter.slowdown.is_doubted();
+        let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.way) {
+            // Who is doubted does the opposite.
+            Some(Way::Waits { rests: true, .. }) if !doubted => usize::from(target_waits) * n_max,
+            Some(Way::GoesOn | Way::Waits { rests: false, .. }) if doubted && !target_waits => 0,
+            Some(_) => far,
+            None if cycle.is_none() => far,
+            None if drafter.idle >= drafter.patience => {
+                drafter.patience = (2 * drafter.patience).min(PATIENCE.1);
+                drafter.idle = 0;
+                return TRIED.min(far);
+            }
+            None => return 0,
+        };
+        drafter.patience = PATIENCE.0;
         drafter.idle = 0;
-        true
+        reach
     }
 
     fn chance(&self, draft: &[Class]) -> f64 {
@@ -608,7 +814,7 @@ impl Policy for Pace {
     }
 
     fn step_us(&self, n: usize, load: Load) -> Option<f64> {
-        self.step.micros(load.tokens + n)
+        Some(self.slowed_now() * self.step.us(load.tokens + n)?)
     }
 
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
@@ -619,20 +825,30 @@ impl Policy for Pace {
                 ..Choice::default()
             };
         };
+        let supply = self.supply(draft, moment);
+        let way = supply.map_or(Way::Plain, |supply| market.cycle(supply, moment.n_max).way);
+        let doubted = moment
+            .growing
+            .and_then(|growing| self.drafters.get(growing.drafter))
+            .is_some_and(|drafter| drafter.slowdown.is_doubted());
+        let rests = matches!(way, Way::Waits { rests: true, .. }) != doubted;
+        let step_us = |n| market.step_us(n, rests);
+        let worth = |expected: f64, n| expected - market.rate * step_us(n);
         let (mut reach, mut expected) = (1.0, 1.0);
         let mut choice = Choice {
-            worth: market.worth(expected, 0),
+            worth: worth(expected, 0),
+            rests,
             ..Choice::default()
         };
         let mut doubtful = (0, 0.0);
         for (i, class) in draft.iter().enumerate() {
             reach *= self.acceptance(*class);
             expected += reach;
-            let worth = market.worth(expected, i + 1);
+            let worth = worth(expected, i + 1);
             if worth > choice.worth {
                 (choice.n, choice.worth) = (i + 1, worth);
             }
-            let rate = expected / market.step_us(i + 1);
+            let rate = expected / step_us(i + 1);
             if rate > doubtful.1 {
                 doubtful = (i + 1, rate);
             }
@@ -642,32 +858,27 @@ impl Policy for Pace {
             choice.n = doubtful.0;
             return choice;
         }
-        let source = moment.growing.map(|growing| Source::Drafter(growing.drafter));
-        let supply = match source.or(draft.first().map(|class| class.source)) {
-            Some(Source::Drafter(number)) => match self.drafters.get(number) {
-                Some(drafter) => drafter.supply(moment.round_trip),
-                None => return choice,
-            },
-            Some(Source::Copy | Source::Prediction) => Supply {
-                chance: draft.first().map_or(0.0, |class| self.acceptance(*class)),
-                first_us: micros(moment.round_trip),
-                token_us: 0.0,
-            },
-            None => return choice,
-        };
-        if let Some(enough) = market.cycle(supply, moment.n_max).waits_for {
-            choice.hold_us = whole(2.0 * micros(moment.round_trip) + SLACK_US);
+        if let Way::Waits { n: enough, .. } = way {
+            // A drafter that rests has nothing for a target that goes on.
+            let slack_us = if rests {
+                SLACK_US.max(LENIENT * market.plain_us)
+            } else {
+                SLACK_US
+            };
+            choice.hold_us = whole(2.0 * micros(moment.round_trip) + slack_us);
             if let Some(growing) = moment.growing
                 && let Some(drafter) = self.drafters.get(growing.drafter)
             {
-                market.weigh_growth(
-                    drafter,
-                    growing,
-                    draft.len()..enough,
-                    (reach, expected),
-                    moment,
-                    &mut choice,
-                );
+                let growth = Growth {
+                    timing: drafter.timing(moment.busy_us <= 0.0),
+                    chance: drafter.usual.of(USUAL),
+                    begun: growing.begun,
+                    silent_us: micros(growing.silent),
+                    // Who rests as soon as the target goes on may do better than usual once.
+                    lengths: draft.len()..if rests { moment.n_max } else { enough },
+                    rests,
+                };
+                market.weigh_growth(&growth, (reach, expected), moment.busy_us, &mut choice);
             }
         }
         choice
@@ -692,62 +903,6 @@ impl Rate {
 
     fn of(self, prior: f64) -> f64 {
         (self.hits + Self::WEIGHT * prior) / (self.tries + Self::WEIGHT)
-    }
-}
-/// Time of a step by the number of draft tokens: a scale, in microseconds, that follows the machine's load and the growing
-/// context, times a shape that belongs to the hardware. So sizes that are not used do not keep the costs of another time.
-#[derive(Debug, Clone, Default)]
-struct StepCost {
-    scale_us: f64,
-    /// Where it was measured; straight lines between.
-    shape: Vec<Option<f64>>,
-}
-
-impl StepCost {
-    /// Share of a step that a further token is taken to cost until steps of different sizes were seen.
-    const SLOPE_GUESS: f64 = 0.05;
-    /// A step that takes so many times longer than expected (another request's prompt went along) counts as this.
-    const OUTLIER: f64 = 2.0;
-    /// What of a deviation goes into the scale, and what into the shape (as exponents).
-    const TO_SCALE: f64 = 0.2;
-    const TO_SHAPE: f64 = 0.1;
-
-    fn record(&mut self, n: usize, us: f64) {
-        if us <= 0.0 {
-            return;
-        }
-        if self.scale_us == 0.0 {
-            self.scale_us = us;
-        }
-        if self.shape.len() <= n {
-            self.shape.resize(n + 1, None);
-        }
-        match &mut self.shape[n] {
-            Some(shape) => {
-                let deviation = (us / (self.scale_us * *shape)).min(Self::OUTLIER);
-                self.scale_us *= deviation.powf(Self::TO_SCALE);
-                *shape *= deviation.powf(Self::TO_SHAPE);
-            }
-            unseen => *unseen = Some(us / self.scale_us),
-        }
-    }
-
-    fn micros(&self, n: usize) -> Option<f64> {
-        let at = |i: usize| self.shape.get(i).copied().flatten();
-        let below = (0..=n.min(self.shape.len())).rev().find_map(|i| Some((i, at(i)?)));
-        let above = (n..self.shape.len()).find_map(|i| Some((i, at(i)?)));
-        let shape = match (below, above) {
-            (Some((i, shape)), _) if i == n => shape,
-            (Some((i, low)), Some((j, high))) => low + (high - low) * (n - i) as f64 / (j - i) as f64,
-            (Some((i, low)), None) => {
-                let before = (0..i).find_map(|j| Some((j, at(j)?)));
-                let slope = before.map_or(Self::SLOPE_GUESS * low, |(j, first)| (low - first) / (i - j) as f64);
-                low + slope.max(0.01 * low) * (n - i) as f64
-            }
-            (None, Some((j, high))) => high / (1.0 + Self::SLOPE_GUESS * (j - n) as f64),
-            (None, None) => return None,
-        };
-        Some(self.scale_us * shape)
     }
 }
 
@@ -787,7 +942,6 @@ mod tests {
             duration,
             since_last: duration,
             batch: 1 + drafted,
-            beside_draft: false,
         }
     }
 
@@ -797,13 +951,13 @@ mod tests {
         pace.calibrate((0..=16).map(|n| (n, us(step_us(n)))));
         for i in 0..300_usize {
             let n = 4 * (i % 3);
-            pace.record_step(&step(n, n, step_us(n)));
+            pace.record_step(&step(n, n, step_us(n)), &[]);
             for _ in 0..8 {
                 pace.observe(Class::of_probability(0, SURE), true);
             }
             pace.observe(Class::of_probability(0, UNSURE), i % 10 == 0);
-            pace.record_first_token(0, us(first_us));
-            pace.record_tokens(0, 4, us(4.0 * token_us));
+            pace.record_first_token(0, us(first_us), true);
+            pace.record_tokens(0, 4, us(4.0 * token_us), true);
         }
         pace
     }
@@ -928,8 +1082,8 @@ mod tests {
         assert!(!pays(&pace));
         let mut asked = Vec::new();
         for i in 0..2000_usize {
-            pace.record_step(&step(0, 0, linear(0)));
-            if pace.asks(0, 16, Load::default(), Duration::ZERO) {
+            pace.record_step(&step(0, 0, linear(0)), &[]);
+            if pace.reach(0, false, 16, Load::default(), Duration::ZERO) > 0 {
                 asked.push(i);
             }
         }
@@ -960,36 +1114,6 @@ mod tests {
         assert!(alone >= 6 && crowded < alone, "{alone} alone, {crowded} in a crowd");
     }
 
-    #[test]
-    fn a_machine_that_slows_down_slows_all_sizes() {
-        let mut cost = StepCost::default();
-        for n in [0, 4, 8] {
-            cost.record(n, linear(n));
-        }
-        for _ in 0..40 {
-            cost.record(0, 2.0 * linear(0));
-        }
-        let slower = cost.micros(8).unwrap() / linear(8);
-        assert!((1.4..=2.1).contains(&slower), "{slower}");
-    }
-
-    #[test]
-    fn what_a_drafter_on_the_same_machine_costs_the_target_is_no_speed_up() {
-        let expected = |slower: f64| {
-            let mut pace = measured(linear, 2_000.0, 200.0);
-            for i in 0..100_usize {
-                let n = 4 * (i % 3);
-                pace.record_step(&Step {
-                    beside_draft: true,
-                    ..step(n, n, slower * linear(n))
-                });
-            }
-            pace.outlook(0, 16).unwrap().expected_speed_up.unwrap()
-        };
-        let ratio = expected(1.25) / expected(1.0);
-        assert!((0.75..=0.85).contains(&ratio), "{ratio}");
-    }
-
     fn classes(n: usize) -> impl Strategy<Value = Vec<Class>> {
         let class = prop_oneof![
             (0.0..1.0).prop_map(|p| Class::of_probability(0, p)),
@@ -1018,11 +1142,11 @@ mod tests {
             for (drafted, accepted, us) in steps {
                 let duration = Duration::from_micros(us);
                 let accepted = accepted.min(drafted);
-                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted, beside_draft: drafted % 2 == 0 });
+                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted }, &[(drafted % 3) as f64 / 2.0, (us % 7) as f64 / 6.0]);
             }
             for (drafter, first, n, us) in tokens {
-                pace.record_first_token(drafter, Duration::from_micros(first));
-                pace.record_tokens(drafter, n, Duration::from_micros(us));
+                pace.record_first_token(drafter, Duration::from_micros(first), n % 2 == 0);
+                pace.record_tokens(drafter, n, Duration::from_micros(us), n % 2 == 0);
             }
             for (i, class) in seen.into_iter().enumerate() {
                 pace.observe(class, i % 3 == 0);
@@ -1030,6 +1154,7 @@ mod tests {
             let moment = Circumstances {
                 n_max,
                 growing: growing.map(|(drafter, begun, silent)| Growing { drafter, begun, silent: Duration::from_micros(silent) }),
+                rests: Some(others),
                 busy_us,
                 round_trip: Duration::from_micros(round_trip),
                 load: Load { others, tokens: load },

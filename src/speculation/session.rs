@@ -109,8 +109,8 @@ pub trait Policy {
     /// Learns that a draft token was what the target chose itself, or was not. All tokens before it were.
     fn observe(&mut self, class: Class, accepted: bool);
 
-    /// Whether a drafter should draft now; if so, it will.
-    fn asks(&mut self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool;
+    /// How many tokens beyond the committed ones a drafter should draft now, at most; 0: none. It will.
+    fn reach(&mut self, drafter: usize, target_waits: bool, n_max: usize, load: Load, round_trip: Duration) -> usize;
 
     /// The chance that all of `draft` is accepted.
     fn chance(&self, draft: &[Class]) -> f64;
@@ -183,6 +183,8 @@ struct Best<'a> {
     choice: Choice,
     /// Its stream runs.
     grows: bool,
+    /// Drafters that have to rest while the target goes on.
+    rest: Vec<usize>,
     /// What of it is to be offered.
     tokens: &'a [Token],
     classes: &'a [Class],
@@ -264,6 +266,12 @@ impl Session {
         Duration::from_secs_f64(self.spare_us / 1e6)
     }
 
+    /// Whether the target waits for an offer, as far as is known, at this time since the session began.
+    #[must_use]
+    pub fn target_waits(&self, now: Duration) -> bool {
+        matches!(self.target, Target::Waits { until_us, .. } if micros(now) < until_us)
+    }
+
     /// The first thing to do: learn the prompt.
     #[must_use]
     pub fn begin(&self) -> Action {
@@ -280,7 +288,10 @@ impl Session {
         match event {
             Event::Committed { pos, tokens, followed } => {
                 follow = followed;
-                self.commit(pos, &tokens, moment);
+                if !self.commit(pos, &tokens, moment) && !followed {
+                    // An offer arrived. If that were reason enough for another one the two would never end.
+                    return actions;
+                }
             }
             Event::Ended => {
                 self.ended = true;
@@ -336,16 +347,18 @@ impl Session {
         }
     }
 
-    fn commit(&mut self, pos: usize, tokens: &[Token], moment: &Moment<'_>) {
+    /// Takes in committed tokens; false: they are known.
+    fn commit(&mut self, pos: usize, tokens: &[Token], moment: &Moment<'_>) -> bool {
         let known = self.committed.len().saturating_sub(pos);
         if pos > self.committed.len() || known >= tokens.len() {
-            return;
+            return false;
         }
         self.committed.extend_from_slice(&tokens[known..]);
         self.lookup.extend(&tokens[known..]);
         let at_us = micros(moment.now) - micros(moment.round_trip) / 2.0;
         self.stepped_us = at_us;
         self.target = self.next_step(at_us, 0, moment.n_max);
+        true
     }
 
     /// What the target does after a step that ended at `at_us` with `passed` tokens beyond the committed ones, if they are
@@ -398,11 +411,11 @@ impl Session {
     /// Drafts from the text itself.
     fn look_up(&mut self, n_max: usize) {
         let beyond = self.copied.beyond(self.committed.len());
-        if self.committed.is_empty() || n_max == 0 || beyond >= reach(n_max) {
+        if self.committed.is_empty() || n_max == 0 || beyond >= far(n_max) {
             return;
         }
         let (ahead, _) = self.copied.ahead(self.committed.len());
-        if let Some(proposal) = self.lookup.propose(ahead, reach(n_max) - beyond) {
+        if let Some(proposal) = self.lookup.propose(ahead, far(n_max) - beyond) {
             let class = proposal.class();
             self.copied.classes.extend(proposal.tokens.iter().map(|_| class));
             self.copied.tokens.extend(proposal.tokens);
@@ -417,24 +430,27 @@ impl Session {
         moment: &Moment<'_>,
         actions: &mut Vec<Action>,
     ) -> bool {
-        let drafter = &mut self.drafters[number];
+        let drafter = &self.drafters[number];
         let beyond = drafter.draft.beyond(self.committed.len());
         let (ahead, classes) = drafter.draft.ahead(self.committed.len());
         if drafter.running.is_some()
             || drafter.complete
             || !drafter.available
             || self.committed.is_empty()
-            || beyond >= reach(moment.n_max)
             || moment.n_max == 0
             || policy.chance(classes) < HOPELESS
-            || !policy.asks(number, moment.n_max, moment.load, moment.round_trip)
         {
+            return false;
+        }
+        let (waits, round_trip) = (self.target_waits(moment.now), moment.round_trip);
+        let reach = policy.reach(number, waits, moment.n_max, moment.load, round_trip);
+        if beyond >= reach {
             return false;
         }
         self.streams += 1;
         let prefix = [&self.committed[..], ahead].concat();
-        let n = reach(moment.n_max) - beyond;
-        drafter.running = Some(self.streams);
+        let n = reach - beyond;
+        self.drafters[number].running = Some(self.streams);
         actions.push(Action::Draft {
             drafter: number,
             stream: self.streams,
@@ -466,6 +482,7 @@ impl Session {
         let Best {
             choice,
             grows,
+            rest,
             tokens,
             classes,
         } = best;
@@ -490,6 +507,9 @@ impl Session {
             hold_us,
         };
         let classes = classes.to_vec();
+        for drafter in rest {
+            self.stop_stream(drafter, actions);
+        }
         let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
         // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
         let extends = offer.pos == self.told.pos && offer.tokens.starts_with(&self.told.tokens);
@@ -533,10 +553,11 @@ impl Session {
         moment: &Moment<'_>,
     ) -> Best<'_> {
         let committed = self.committed.len();
-        let weigh = |draft: &'_ Draft, growing: Option<Growing>| {
+        let weigh = |draft: &'_ Draft, growing: Option<Growing>, rests: Option<usize>| {
             let circumstances = Circumstances {
                 n_max: moment.n_max,
                 growing,
+                rests,
                 busy_us,
                 round_trip: moment.round_trip,
                 load: moment.load,
@@ -550,8 +571,9 @@ impl Session {
             let told = &self.told.tokens[self.told.tokens.len() - self.told_beyond()..][..verified];
             draft.ahead(committed).0.starts_with(told)
         };
-        let (mut best, mut choice, mut grows) = (&self.copied, weigh(&self.copied, None), false);
+        let (mut best, mut choice, mut grows) = (&self.copied, weigh(&self.copied, None, None), false);
         let mut fits = goes_on(&self.copied);
+        let mut rest = Vec::new();
         for (number, drafter) in self.drafters.iter().enumerate() {
             let growing = if begun.contains(&number) {
                 Some(Growing {
@@ -562,11 +584,15 @@ impl Session {
                 let running = moment.growing.iter().find(|growing| growing.drafter == number);
                 running.copied().filter(|_| drafter.running.is_some())
             };
-            if growing.is_none() && drafter.draft.beyond(committed) == 0 {
+            let rests = drafter.available && drafter.running.is_none() && !drafter.complete;
+            if growing.is_none() && !rests && drafter.draft.beyond(committed) == 0 {
                 continue;
             }
-            let other = weigh(&drafter.draft, growing);
+            let other = weigh(&drafter.draft, growing, rests.then_some(number));
             let agrees = goes_on(&drafter.draft);
+            if other.rests && other.wait_us == 0 && drafter.running.is_some() {
+                rest.push(number);
+            }
             if (agrees, other.worth, other.n) >= (fits, choice.worth, choice.n) {
                 (best, choice, fits, grows) = (&drafter.draft, other, agrees, growing.is_some());
             }
@@ -581,6 +607,7 @@ impl Session {
         Best {
             choice,
             grows,
+            rest,
             tokens: &tokens[..n],
             classes: &classes[..n],
         }
@@ -612,8 +639,8 @@ impl Session {
     }
 }
 
-/// How far a draft goes: enough for a step, for the token that the target adds, and for the next step.
-fn reach(n_max: usize) -> usize {
+/// How far a draft goes at most: enough for a step, for the token that the target adds, and for the next step.
+pub(super) fn far(n_max: usize) -> usize {
     2 * n_max + 1
 }
 
@@ -747,6 +774,19 @@ mod tests {
     }
 
     #[test]
+    fn that_an_offer_arrived_is_no_reason_for_another() {
+        let mut session = drafting();
+        for _ in 0..3 {
+            let arrived = Event::Committed {
+                pos: 3,
+                tokens: vec![],
+                followed: false,
+            };
+            assert_eq!(session.handle(arrived), vec![]);
+        }
+    }
+
+    #[test]
     fn the_target_never_waits_for_a_drafter_that_is_gone() {
         let mut session = drafting();
         session.handle(available(false));
@@ -822,8 +862,8 @@ mod tests {
             let mut pace = Pace::default();
             if measured {
                 pace.calibrate([(0, Duration::from_millis(40))]);
-                pace.record_first_token(0, Duration::from_millis(2));
-                pace.record_tokens(0, 1, Duration::from_micros(300));
+                pace.record_first_token(0, Duration::from_millis(2), true);
+                pace.record_tokens(0, 1, Duration::from_micros(300), true);
             }
             let text = |from: usize, to: usize| (from..to).map(|i| Token::try_from(i).unwrap()).collect::<Vec<_>>();
             let mut session = Session::new(&[], 1);
@@ -906,7 +946,7 @@ mod tests {
                     match action {
                         Action::Follow(offer) => {
                             prop_assert_eq!(offer.pos, text.len());
-                            prop_assert!(offer.tokens.len() <= reach(MOMENT.n_max));
+                            prop_assert!(offer.tokens.len() <= far(MOMENT.n_max));
                         }
                         other => prop_assert!(false, "{other:?} without a drafter"),
                     }

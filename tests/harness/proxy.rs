@@ -32,7 +32,6 @@ pub struct Record {
 /// A proxy on a free port of 127.0.0.1, with threads of its own, so that tests can share it.
 pub struct Proxy {
     url: String,
-    target: String,
     shutdown: CancellationToken,
     thread: Option<JoinHandle<()>>,
 }
@@ -54,7 +53,6 @@ impl Proxy {
         drafts: impl IntoIterator<Item = Upstream>,
         verification: VerificationMode,
     ) -> Self {
-        let target = upstream.url.clone();
         let engine = engine::Settings {
             drafts: drafts.into_iter().map(|draft| (draft, None)).collect(),
             target: Some((upstream.clone(), None)),
@@ -89,7 +87,6 @@ impl Proxy {
             }
         });
         Self {
-            target,
             url: format!("http://{}", address.await.expect("the proxy's address")),
             shutdown,
             thread: Some(thread),
@@ -115,22 +112,12 @@ impl Proxy {
         proxy
     }
 
-    /// Waits until the target is left alone: when it comes up, it is measured.
+    /// Waits until the target is left alone: when servers come up, they are measured.
     pub async fn settles(&self) {
-        let busy = || async {
-            let slots = reqwest::get(format!("{}/slots", self.target)).await.expect("an answer");
-            let slots: Vec<Value> = slots.json().await.expect("a list of slots");
-            slots.iter().any(|slot| slot["is_processing"] == true)
-        };
-        let begun = eventually(Duration::from_millis(300), || async {
-            busy().await.then_some(()).ok_or(())
-        });
-        if begun.await.is_ok() {
-            let ended = eventually(Duration::from_secs(20), || async {
-                (!busy().await).then_some(()).ok_or(())
-            });
-            ended.await.expect("the target is idle");
-        }
+        self.shows("that all is measured", Duration::from_secs(30), |status| {
+            status["measuring"] == false
+        })
+        .await;
     }
 
     pub fn url(&self) -> &str {

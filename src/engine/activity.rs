@@ -1,0 +1,77 @@
+//! How long a drafter has been at work, whichever completions it drafts for.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A clock that goes while the drafter is at work.
+#[derive(Debug, Clone, Default)]
+pub struct Activity(Arc<Mutex<Clock>>);
+
+#[derive(Debug, Default)]
+struct Clock {
+    works: usize,
+    since: Option<Instant>,
+    before: Duration,
+}
+
+/// The drafter works on something until this is dropped.
+#[derive(Debug)]
+pub struct Work(Activity);
+
+impl Activity {
+    /// It begins to work on something.
+    #[must_use]
+    pub fn begin(&self) -> Work {
+        let mut clock = self.lock();
+        clock.works += 1;
+        clock.since.get_or_insert_with(Instant::now);
+        drop(clock);
+        Work(self.clone())
+    }
+
+    /// Time during which it was at work on anything.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        let clock = self.lock();
+        clock.before + clock.since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clock> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let mut clock = self.0.lock();
+        clock.works -= 1;
+        if clock.works == 0
+            && let Some(since) = clock.since.take()
+        {
+            clock.before += since.elapsed();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_goes_while_anybody_works_and_counts_no_time_twice() {
+        let activity = Activity::default();
+        assert_eq!(activity.total(), Duration::ZERO);
+        let began = Instant::now();
+        let (one, two) = (activity.begin(), activity.begin());
+        std::thread::sleep(Duration::from_millis(5));
+        drop(one);
+        let halfway = activity.total();
+        assert!(halfway >= Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
+        drop(two);
+        let total = activity.total();
+        assert!(total >= halfway + Duration::from_millis(5) && total <= began.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(activity.total(), total);
+    }
+}
