@@ -40,7 +40,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::session::{Policy, far};
-use super::slowdown::{Pass, Slowdown};
+use super::slowdown::{Doubt, Pass, Slowdown};
 use super::step_cost::StepCost;
 use super::{micros, whole};
 
@@ -790,11 +790,10 @@ impl Policy for Pace {
         let cycle = self.cycle(drafter, n_max, load, round_trip);
         let drafter = self.drafter(drafter);
         let far = far(n_max);
-        let doubted = drafter.slowdown.is_doubted();
+        let doubt = drafter.slowdown.doubt();
         let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.way) {
-            // Who is doubted does the opposite.
-            Some(Way::Waits { rests: true, .. }) if !doubted => usize::from(target_waits) * n_max,
-            Some(Way::GoesOn | Way::Waits { rests: false, .. }) if doubted && !target_waits => 0,
+            Some(_) if doubt == Some(Doubt::Alone) => return 0,
+            Some(Way::Waits { rests: true, .. }) if doubt.is_none() => usize::from(target_waits) * n_max,
             Some(_) => far,
             None if cycle.is_none() => far,
             None if drafter.idle >= drafter.patience => {
@@ -827,13 +826,18 @@ impl Policy for Pace {
         };
         let supply = self.supply(draft, moment);
         let way = supply.map_or(Way::Plain, |supply| market.cycle(supply, moment.n_max).way);
-        let doubted = moment
-            .growing
-            .and_then(|growing| self.drafters.get(growing.drafter))
-            .is_some_and(|drafter| drafter.slowdown.is_doubted());
-        let rests = matches!(way, Way::Waits { rests: true, .. }) != doubted;
+        let drafter = moment.growing.map(|growing| growing.drafter).or(moment.rests);
+        let doubt = drafter.and_then(|number| self.drafters.get(number)?.slowdown.doubt());
+        let rests = doubt == Some(Doubt::Alone) || doubt.is_none() && matches!(way, Way::Waits { rests: true, .. });
         let step_us = |n| market.step_us(n, rests);
         let worth = |expected: f64, n| expected - market.rate * step_us(n);
+        if doubt == Some(Doubt::Alone) && way != Way::Plain {
+            return Choice {
+                worth: worth(1.0, 0),
+                rests,
+                ..Choice::default()
+            };
+        }
         let (mut reach, mut expected) = (1.0, 1.0);
         let mut choice = Choice {
             worth: worth(expected, 0),

@@ -26,10 +26,19 @@ pub struct Pass {
     pub beside: Vec<f64>,
 }
 
+/// A pass that is wanted to compare others with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doubt {
+    /// A plain one, the drafter at rest: what is gained is gained over these.
+    Alone,
+    /// One that the drafter is at work beside.
+    Beside,
+}
+
 /// Beside less than this share of a pass a drafter does not count.
 const ALONE: f64 = 0.1;
 /// Beside more than this share it tells something.
-const BESIDE: f64 = 0.3;
+const BESIDE: f64 = 0.15;
 /// Comparisons that a measurement at the start counts for, and the most that are remembered.
 const MEASURED: f64 = 4.0;
 const MEMORY: f64 = 10.0;
@@ -121,11 +130,14 @@ impl Slowdown {
         self.of(self.beside)
     }
 
-    /// Whether two passes are wanted in a row of which the drafter works beside one, since it has been either beside all or
-    /// beside none of the last ones.
-    pub fn is_doubted(self) -> bool {
-        let matters = self.beside > BESIDE || self.factor() > 1.0;
-        matters && self.since >= self.patience
+    /// What the next pass should be like although that costs something, since it has been otherwise for long.
+    pub fn doubt(self) -> Option<Doubt> {
+        let tries = self.since.checked_sub(self.patience)?;
+        if self.factor() > 1.0 {
+            Some(if tries < TRIES / 2 { Doubt::Alone } else { Doubt::Beside })
+        } else {
+            (self.beside > BESIDE).then_some(Doubt::Alone)
+        }
     }
 }
 
@@ -212,10 +224,12 @@ mod tests {
         let mut doubts = Vec::new();
         for i in 0..2000 {
             slowdown.record(0, Some(&pass(1.0, 0.0)), &pass(1.0, 0.0));
-            if slowdown.is_doubted() {
-                doubts.push(i);
-            }
+            doubts.extend(slowdown.doubt().map(|doubt| (i, doubt)));
         }
+        let of = |it| doubts.iter().filter(|(_, doubt)| *doubt == it).count();
+        let (alone, beside) = (of(Doubt::Alone), of(Doubt::Beside));
+        assert!(alone >= beside && beside > 6, "{doubts:?}");
+        let doubts: Vec<i32> = doubts.iter().map(|(i, _)| *i).collect();
         assert!(
             doubts.len() < 30 && doubts[0] < 100 && doubts[doubts.len() - 1] > 800,
             "{doubts:?}"

@@ -8,6 +8,9 @@ pub struct StepCost {
     scale_us: f64,
     /// Where it was measured; straight lines between.
     shape: Vec<Option<f64>>,
+    /// Passes so far, and at which of them each size was seen last.
+    passes: u32,
+    seen: Vec<u32>,
 }
 
 /// Share of a step that a further token is taken to cost until steps of different sizes were seen.
@@ -17,6 +20,8 @@ const OUTLIER: f64 = 2.0;
 /// What of a deviation goes into the scale, and what into the shape (as exponents).
 const TO_SCALE: f64 = 0.2;
 const TO_SHAPE: f64 = 0.1;
+/// ... at most, of a size that was not seen for long: that compares with the others otherwise by now.
+const TO_OLD_SHAPE: f64 = 0.5;
 
 impl StepCost {
     /// Takes in that a pass over `n` tokens and one took `us` microseconds.
@@ -25,7 +30,11 @@ impl StepCost {
             return;
         };
         if let Some(Some(shape)) = self.shape.get_mut(n) {
-            *shape *= deviation.powf(TO_SHAPE);
+            let age = f64::from(
+                self.passes
+                    .wrapping_sub(std::mem::replace(&mut self.seen[n], self.passes)),
+            );
+            *shape *= deviation.powf((1.0 - (1.0 - TO_SHAPE).powf(age)).min(TO_OLD_SHAPE));
         }
     }
 
@@ -40,9 +49,11 @@ impl StepCost {
         }
         if self.shape.len() <= n {
             self.shape.resize(n + 1, None);
+            self.seen.resize(n + 1, 0);
         }
+        self.passes = self.passes.wrapping_add(1);
         let Some(shape) = self.shape[n] else {
-            self.shape[n] = Some(us / self.scale_us);
+            (self.shape[n], self.seen[n]) = (Some(us / self.scale_us), self.passes);
             return None;
         };
         let deviation = (us / (self.scale_us * shape)).min(OUTLIER);
