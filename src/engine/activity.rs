@@ -18,6 +18,17 @@ struct Clock {
 #[derive(Debug)]
 pub struct Work(Activity);
 
+impl Work {
+    /// The drafter is done with what it is at after this time, on average after half of it. Must be called within a tokio
+    /// runtime.
+    pub fn ends_after(self, time: Duration) {
+        tokio::spawn(async move {
+            tokio::time::sleep(time / 2).await;
+            drop(self);
+        });
+    }
+}
+
 impl Activity {
     /// It begins to work on something.
     #[must_use]

@@ -192,7 +192,7 @@ struct Stream {
     last_token: Option<Instant>,
     /// When it is looked at again.
     rests_until: Option<Instant>,
-    _work: Work,
+    work: Work,
 }
 
 impl Stream {
@@ -528,16 +528,19 @@ impl Attached {
                     started: Instant::now(),
                     last_token: None,
                     rests_until: None,
-                    _work: self.shared.activity[drafter].begin(),
+                    work: self.shared.activity[drafter].begin(),
                 });
             }
             Action::StopDraft { drafter } => {
-                if let Some(stream) = self.drafters[drafter].stream.take()
-                    && stream.last_token.is_none()
-                {
+                let Some(stream) = self.drafters[drafter].stream.take() else {
+                    return;
+                };
+                let mut pace = self.shared.pace();
+                if stream.last_token.is_none() {
                     let waits = self.session.target_waits(self.began.elapsed());
-                    self.shared.pace().record_silence(drafter, stream.silent(), waits);
+                    pace.record_silence(drafter, stream.silent(), waits);
                 }
+                stream.work.ends_after(pace.token_time(drafter));
             }
             Action::Finish => self.finished = true,
         }

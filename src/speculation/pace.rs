@@ -18,7 +18,8 @@
 //! - a target that does not takes plain steps meanwhile: `j` of them until the draft is `n` tokens ahead of it, which it
 //!   survives with the chance `a^j`; one that does not begins anew, after `(1 - a^j) / (1 - a)` steps on average;
 //! - where both are on one device each takes longer while the other is at work. So they may take turns: the target waits, and
-//!   the drafter rests while its draft is verified. Nothing comes in a row then: `E(n)` tokens in the time `A + T(n)`.
+//!   the drafter, which is asked for `n` tokens and no more, rests while they are verified. Nothing comes in a row then:
+//!   `E(n)` tokens in the time `A + T(n)`.
 //!
 //! By how much they slow each other down is measured (`slowdown.rs`); on two machines the third cycle is never the best.
 //! The best of them, over all `n`, against a plain step with no drafter at work says whether a drafter pays. One that does
@@ -367,7 +368,7 @@ impl Pace {
             .map(|drafter| self.slowed(drafter, beside[drafter]))
             .product();
         if slowed <= 1.0 || pass.is_alone() {
-            self.step.record(others, us);
+            self.step.record(others, us / slowed);
         } else {
             let _ = self.step.record_scale(others, us / slowed);
         }
@@ -429,6 +430,14 @@ impl Pace {
             let timing = self.drafter(drafter).timing_mut(target_waits);
             timing.token_us.record(micros(duration) / n as f64);
         }
+    }
+
+    /// How long a drafter takes for the token that it is at, beside a step of the target.
+    #[must_use]
+    pub fn token_time(&self, drafter: usize) -> Duration {
+        let drafter = self.drafters.get(drafter);
+        let us = drafter.and_then(|drafter| drafter.timing(false).token_us.get());
+        Duration::from_secs_f64(us.unwrap_or_default() / 1e6)
     }
 
     /// Whether this drafter makes the target faster.
@@ -793,7 +802,7 @@ impl Policy for Pace {
         let doubt = drafter.slowdown.doubt();
         let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.way) {
             Some(_) if doubt == Some(Doubt::Alone) => return 0,
-            Some(Way::Waits { rests: true, .. }) if doubt.is_none() => usize::from(target_waits) * n_max,
+            Some(Way::Waits { n, rests: true }) if doubt.is_none() => usize::from(target_waits) * n,
             Some(_) => far,
             None if cycle.is_none() => far,
             None if drafter.idle >= drafter.patience => {
@@ -878,8 +887,7 @@ impl Policy for Pace {
                     chance: drafter.usual.of(USUAL),
                     begun: growing.begun,
                     silent_us: micros(growing.silent),
-                    // Who rests as soon as the target goes on may do better than usual once.
-                    lengths: draft.len()..if rests { moment.n_max } else { enough },
+                    lengths: draft.len()..enough,
                     rests,
                 };
                 market.weigh_growth(&growth, (reach, expected), moment.busy_us, &mut choice);

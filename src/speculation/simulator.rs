@@ -59,6 +59,8 @@ impl World {
     fn measured_as(self, slowdown: f64) -> Pace {
         let mut pace = Pace::default();
         pace.calibrate((0..=N_MAX).map(|n| (n, us(self.step_us(n)))));
+        pace.record_first_token(0, us(self.round_trip_us() + self.token_us()), true);
+        pace.record_tokens(0, 1, us(self.token_us()), true);
         pace.calibrate_slowdown(0, slowdown);
         pace
     }
@@ -340,8 +342,9 @@ impl Simulation {
                 }
                 Arrival::DraftBegins(drafting) => self.works(|it| it.drafting = Some(drafting)),
                 Arrival::DraftStops { stream } => {
-                    if self.drafting.as_ref().is_some_and(|it| it.stream == stream) {
-                        self.works(|it| it.drafting = None);
+                    // It finishes the token that it is at.
+                    if let Some(drafting) = self.drafting.as_mut().filter(|it| it.stream == stream) {
+                        drafting.left = 1;
                     }
                 }
                 Arrival::StepEnds { work } => {

@@ -37,6 +37,8 @@ pub enum Doubt {
 
 /// Beside less than this share of a pass a drafter does not count.
 const ALONE: f64 = 0.1;
+/// ... and beside less than this it is not to be told from none.
+const CLEAN: f64 = 0.02;
 /// Beside more than this share it tells something.
 const BESIDE: f64 = 0.15;
 /// Comparisons that a measurement at the start counts for, and the most that are remembered.
@@ -45,13 +47,15 @@ const MEMORY: f64 = 10.0;
 /// What of a new value goes into the share.
 const NEW: f64 = 0.1;
 /// The slowdown is not taken to be more.
-const MOST: f64 = 8.0;
-/// Less is the processor's or the memory's to share, or noise: both then count as on devices of their own.
-const SHARED: f64 = 1.2;
+const MOST: f64 = 16.0;
+/// Less is noise: both then count as on devices of their own.
+const SHARED: f64 = 1.05;
+/// A comparison that is off by more is soon repeated.
+const SURPRISE: f64 = 1.35;
 /// Passes after which a slowdown is compared again although that costs something, at first and at most; it doubles.
 const PATIENCE: (u32, u32) = (64, 1024);
 /// For so many passes.
-const TRIES: u32 = 4;
+const TRIES: u32 = 6;
 
 impl Default for Slowdown {
     fn default() -> Self {
@@ -83,25 +87,21 @@ impl Slowdown {
         if self.since >= self.patience + TRIES {
             self.compared(true);
         }
-        let Some(before) = before else { return };
-        let (alone, beside) = if share < before.beside(drafter) {
-            (pass, before)
-        } else {
-            (before, pass)
+        // The other way round the drafter may still have been at its last token.
+        let Some(alone) = before.filter(|before| before.beside(drafter) < CLEAN) else {
+            return;
         };
-        let others = 0..alone.beside.len().max(beside.beside.len());
-        let alike = |other| other == drafter || (alone.beside(other) - beside.beside(other)).abs() < ALONE;
-        let share = beside.beside(drafter);
-        if alone.beside(drafter) >= ALONE || share < BESIDE || !others.into_iter().all(alike) {
+        let alike = |other| other == drafter || (alone.beside(other) - pass.beside(other)).abs() < ALONE;
+        if share < BESIDE || !(0..alone.beside.len().max(pass.beside.len())).all(alike) {
             return;
         }
-        let factor = 1.0 + (beside.deviation / alone.deviation - 1.0) / share;
+        let factor = 1.0 + (pass.deviation / alone.deviation - 1.0) / share;
         if factor.is_finite() {
             let off = factor.clamp(1.0 / MOST, MOST).ln() - self.log;
             // The shorter it was at work the less does the pass tell.
             self.log += share / (self.seen + 1.0) * off;
             self.seen = (self.seen + share).min(MEMORY);
-            self.compared(off.abs() < SHARED.ln());
+            self.compared(off.abs() < SURPRISE.ln());
         }
     }
 
@@ -133,11 +133,10 @@ impl Slowdown {
     /// What the next pass should be like although that costs something, since it has been otherwise for long.
     pub fn doubt(self) -> Option<Doubt> {
         let tries = self.since.checked_sub(self.patience)?;
-        if self.factor() > 1.0 {
-            Some(if tries < TRIES / 2 { Doubt::Alone } else { Doubt::Beside })
-        } else {
-            (self.beside > BESIDE).then_some(Doubt::Alone)
+        if self.factor() <= 1.0 && self.beside < BESIDE {
+            return None;
         }
+        Some(if tries < TRIES / 2 { Doubt::Alone } else { Doubt::Beside })
     }
 }
 
