@@ -16,6 +16,8 @@ use crate::upstream::{ChatError, ChatServer};
 
 /// Pause between two looks at a proxy that has not found out yet what its servers can.
 const POLL: Duration = Duration::from_millis(100);
+/// A proxy that has just met its servers measures them for about so long at most.
+const MEASURING: Duration = Duration::from_secs(20);
 /// How long a proxy's status may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -55,10 +57,10 @@ pub async fn expected_speed_up(proxy: &ChatServer) -> Option<f64> {
         .max_by(f64::total_cmp)
 }
 
-/// Waits until the proxy can draft, for at most `patience`, or until it knows its target and has no draft at all; then
-/// the reason why it cannot.
+/// Waits until the proxy can draft and has measured its servers, for at most `patience`, or until it knows its target and has
+/// no draft at all; then the reason why it cannot.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
-    let give_up = tokio::time::Instant::now() + patience;
+    let began = tokio::time::Instant::now();
     loop {
         let status = proxy.get("/v1/tightwad/status", PATIENCE).await?;
         let Ok(status) = serde_json::from_str::<Value>(&status) else {
@@ -66,12 +68,16 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         };
         let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
         let reason = status["reason"].as_str();
+        if status["measuring"] == true && began.elapsed() < MEASURING.max(patience) {
+            tokio::time::sleep(POLL).await;
+            continue;
+        }
         if verifies && reason.is_none() {
             return Ok(None);
         }
         let hopeless =
             status["target"]["healthy"] == true && status["drafts"] == serde_json::json!([]) && reason.is_some();
-        if hopeless || tokio::time::Instant::now() >= give_up {
+        if hopeless || began.elapsed() >= patience {
             return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
         }
         tokio::time::sleep(POLL).await;
