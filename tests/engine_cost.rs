@@ -2,7 +2,8 @@
 //!
 //! `cargo test --release --test engine_cost -- --ignored --nocapture` prints the processor time of the whole proxy (so the
 //! relaying of the answer is in it, but not what it costs at all times) per step of the target, for answers of different
-//! lengths after the same long prompt.
+//! lengths after the same long prompt. What is spent once per answer, on its prompt, is in the shortest one: a step costs
+//! what a longer answer costs more.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
 
@@ -63,8 +64,17 @@ async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_howev
         if drafts { Ok(()) } else { Err(status) }
     };
     eventually(Duration::from_secs(20), drafts).await.expect("it drafts");
-    // The calibration is over, which takes five seconds at most.
-    tokio::time::sleep(Duration::from_secs(6)).await;
+    let measured = || async {
+        let status = status().await.unwrap_or_default();
+        if status["measuring"] == false {
+            Ok(())
+        } else {
+            Err(status)
+        }
+    };
+    eventually(Duration::from_secs(30), measured)
+        .await
+        .expect("all is measured");
 
     let text = target
         .tokenize(&"The fox and the dog went to the market. ".repeat(CONTEXT / 8))
@@ -103,15 +113,16 @@ async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_howev
         let used = used.saturating_sub(began.elapsed().mul_f64(idle));
         let after = counts(&status().await.expect("a status"));
         let steps = after.0 - before.0;
-        let cost = used.as_secs_f64() * 1e3 / steps as f64;
         println!(
-            "{:.1} ms per second of nothing to do; {n} tokens after {CONTEXT}: {steps} steps, {} drafted, {} accepted, {used:?} of processor time, {cost:.2} ms \
-             per step",
+            "{:.1} ms per second of nothing to do; {n} tokens after {CONTEXT}: {steps} steps, {} drafted, {} accepted, {used:?} of processor time",
             idle * 1e3,
             after.1 - before.1,
             after.2 - before.2
         );
-        costs.push(cost);
+        costs.push((steps, used.as_secs_f64() * 1e3));
     }
-    assert!(costs.iter().all(|cost| *cost < MOST), "{costs:?}");
+    let of_a_step = |pair: &[(u64, f64)]| (pair[1].1 - pair[0].1) / (pair[1].0 - pair[0].0) as f64;
+    let of_steps: Vec<f64> = costs.windows(2).map(of_a_step).collect();
+    println!("milliseconds for each step more: {of_steps:.2?}");
+    assert!(of_steps.iter().all(|cost| *cost < MOST), "{of_steps:?}");
 }
