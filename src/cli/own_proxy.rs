@@ -68,16 +68,13 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         };
         let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
         let reason = status["reason"].as_str();
-        if status["measuring"] == true && began.elapsed() < MEASURING.max(patience) {
-            tokio::time::sleep(POLL).await;
-            continue;
-        }
-        if verifies && reason.is_none() {
-            return Ok(None);
-        }
+        let measuring = status["measuring"] == true && began.elapsed() < MEASURING.max(patience);
         let hopeless =
             status["target"]["healthy"] == true && status["drafts"] == serde_json::json!([]) && reason.is_some();
-        if hopeless || began.elapsed() >= patience {
+        if !measuring && verifies && reason.is_none() {
+            return Ok(None);
+        }
+        if !measuring && (hopeless || began.elapsed() >= patience) {
             return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
         }
         tokio::time::sleep(POLL).await;

@@ -19,9 +19,9 @@ struct Clock {
 pub struct Work(Activity);
 
 impl Work {
-    /// The drafter is done with what it is at after this time, on average after half of it. Must be called within a tokio
+    /// The drafter is done with what it is at within this time: on average after half of it. Must be called within a tokio
     /// runtime.
-    pub fn ends_after(self, time: Duration) {
+    pub fn ends_within(self, time: Duration) {
         tokio::spawn(async move {
             tokio::time::sleep(time / 2).await;
             drop(self);

@@ -540,7 +540,7 @@ impl Attached {
                     let waits = self.session.target_waits(self.began.elapsed());
                     pace.record_silence(drafter, stream.silent(), waits);
                 }
-                stream.work.ends_after(pace.token_time(drafter));
+                stream.work.ends_within(pace.token_time(drafter));
             }
             Action::Finish => self.finished = true,
         }

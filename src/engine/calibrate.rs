@@ -13,10 +13,11 @@ use futures_util::StreamExt;
 use tokio::time::{sleep, timeout};
 
 use super::draft_server::DraftServer;
+use super::stepper::Stepper;
 use super::watch::{Language, Server, Sight};
 use super::{Shared, Verification};
-use crate::speculation::{Pace, Token};
-use crate::upstream::{DraftCall, DraftPiece, DraftState, LlamaServer, Props, UpstreamError};
+use crate::speculation::Pace;
+use crate::upstream::{DraftCall, DraftPiece, LlamaServer, Props, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
 const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
@@ -28,8 +29,6 @@ const SETTLED: f64 = 0.95;
 const BOUND: Duration = Duration::from_secs(5);
 /// Calls by which the way to the target is measured.
 const CALLS: usize = 3;
-/// How long a step may wait for its draft.
-const HOLD_US: u64 = 200_000;
 
 /// What a drafter is to continue, and by how many tokens.
 const TEXT: (&str, usize) = ("Once upon a time there was a small", 8);
@@ -106,7 +105,7 @@ pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer, drafts: Vec<Se
             continue;
         };
         if let Some(language) = &language {
-            if shared.crowd.is_there() {
+            if !shared.crowd.is_empty() {
                 sleep(BUSY).await;
                 continue;
             }
@@ -241,12 +240,12 @@ where
     let began = Instant::now();
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     while alone.len() < TURNS * STEPS && began.elapsed() < BOUND {
-        if !stepper.plain(&mut alone).await? {
+        if !stepper.plain(STEPS, &mut alone).await? {
             break;
         }
         tokio::select! {
             ended = drafting() => return ended.map(|()| None),
-            more = stepper.plain(&mut beside) => if !more? { break },
+            more = stepper.plain(STEPS, &mut beside) => if !more? { break },
         }
     }
     Ok(median(&mut beside)
@@ -257,67 +256,4 @@ where
 fn median(times: &mut [Duration]) -> Option<Duration> {
     times.sort_unstable();
     times.get(times.len() / 2).copied()
-}
-
-/// A completion whose steps are timed one by one.
-struct Stepper<'a> {
-    target: &'a LlamaServer,
-    key: &'a str,
-    pos: usize,
-    n_steps: u64,
-    last: Token,
-}
-
-impl<'a> Stepper<'a> {
-    fn new(target: &'a LlamaServer, key: &'a str) -> Self {
-        Self {
-            target,
-            key,
-            pos: 0,
-            n_steps: 0,
-            last: 0,
-        }
-    }
-
-    /// The next step that is seen, which is to verify `size` draft tokens: how many it did verify, and how long it took.
-    /// `None`: the completion has ended.
-    async fn step(&mut self, size: usize) -> Result<Option<(usize, Duration)>, UpstreamError> {
-        loop {
-            let tokens = vec![self.last; if self.n_steps > 0 { size } else { 0 }];
-            let call = DraftCall {
-                key: self.key,
-                pos: self.pos,
-                tokens: &tokens,
-                n_min: tokens.len(),
-                hold_us: HOLD_US,
-                wait: true,
-            };
-            let answer = self.target.offer(&call).await?;
-            self.pos += answer.tokens.len();
-            self.last = answer.tokens.last().copied().unwrap_or(self.last);
-            match answer.state {
-                DraftState::Unknown | DraftState::Waiting => continue,
-                DraftState::Done | DraftState::Refused => return Ok(None),
-                DraftState::Running => {}
-            }
-            let before = std::mem::replace(&mut self.n_steps, answer.n_steps);
-            // The first step is the prompt's, and whose pass others share is no measure.
-            if answer.n_steps == before + 1 && answer.n_steps > 1 && answer.step_batch == 1 + answer.step_n {
-                return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
-            }
-        }
-    }
-
-    /// Times some plain steps after one that may have begun in other circumstances; false: the completion has ended.
-    async fn plain(&mut self, times: &mut Vec<Duration>) -> Result<bool, UpstreamError> {
-        for i in 0..=STEPS {
-            let Some((_, time)) = self.step(0).await? else {
-                return Ok(false);
-            };
-            if i > 0 {
-                times.push(time);
-            }
-        }
-        Ok(true)
-    }
 }

@@ -26,10 +26,10 @@ impl Crowd {
         }
     }
 
-    /// Whether a completion runs.
+    /// Whether no completion runs.
     #[must_use]
-    pub fn is_there(&self) -> bool {
-        self.lock().others > 0
+    pub fn is_empty(&self) -> bool {
+        self.lock().others == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Load> {
@@ -82,8 +82,8 @@ mod tests {
         assert_eq!(three.others(), Load { others: 2, tokens: 8 });
         drop(two);
         assert_eq!(one.others(), Load::default());
-        assert!(crowd.is_there());
+        assert!(!crowd.is_empty());
         drop(one);
-        assert!(!crowd.is_there());
+        assert!(crowd.is_empty());
     }
 }

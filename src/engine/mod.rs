@@ -10,6 +10,7 @@ mod crowd;
 mod draft_server;
 mod rounds;
 mod slots;
+mod stepper;
 mod vocabulary;
 mod watch;
 

@@ -347,40 +347,28 @@ impl Pace {
 
     fn record_pass(&mut self, others: usize, step: &Step, beside: &[f64]) {
         let us = micros(step.duration);
-        let expected_us = self.step.measured_us(others);
         // A pause in between, and it is another time.
         let soon = step.since_last < PAUSE * step.duration;
         let before = self.last.take().filter(|_| soon);
-        let pass = expected_us.map(|expected_us| Pass {
+        self.last = self.step.measured_us(others).map(|expected_us| Pass {
             deviation: us / expected_us,
             beside: beside.to_vec(),
         });
-        let Some(pass) = pass else {
-            let slowed: f64 = (0..beside.len())
-                .map(|drafter| self.slowed(drafter, beside[drafter]))
-                .product();
-            return self.step.record(others, us / slowed);
-        };
-        for drafter in 0..beside.len() {
-            self.drafter(drafter).slowdown.record(drafter, before.as_ref(), &pass);
+        if let Some(pass) = self.last.clone() {
+            for drafter in 0..beside.len() {
+                self.drafter(drafter).slowdown.record(drafter, before.as_ref(), &pass);
+            }
         }
-        let slowed: f64 = (0..beside.len())
-            .map(|drafter| self.slowed(drafter, beside[drafter]))
-            .product();
-        if slowed <= 1.0 || pass.is_alone() {
+        let slowdowns = self.drafters.iter().zip(beside);
+        let slowed: f64 = slowdowns.map(|(it, share)| it.slowdown.of(*share)).product();
+        if slowed <= 1.0 || self.last.as_ref().is_none_or(Pass::is_alone) {
             self.step.record(others, us / slowed);
         } else {
-            let _ = self.step.record_scale(others, us / slowed);
+            self.step.record_scale(others, us / slowed);
         }
-        self.last = Some(pass);
     }
 
-    /// How many times longer a step takes while this drafter is at work for that share of it.
-    fn slowed(&self, drafter: usize, beside: f64) -> f64 {
-        self.drafters.get(drafter).map_or(1.0, |it| it.slowdown.of(beside))
-    }
-
-    /// ... and while all are at work as much as lately.
+    /// How many times longer a step takes while all drafters are at work as much as lately.
     fn slowed_now(&self) -> f64 {
         self.drafters.iter().map(|it| it.slowdown.now()).product()
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
-use tightwad::bench::Relay;
-use tokio::runtime::Runtime;
+
+use super::far_device::FarDevice;
 
 /// The folder of the patched llama.cpp: `TIGHTWAD_LLAMA_CPP`, else what `scripts/llama-cpp` builds.
 pub fn llama_cpp() -> &'static Path {
@@ -137,60 +137,6 @@ impl Drop for Program {
     }
 }
 
-/// A device on which a step takes ten milliseconds, however many tokens it verifies, in which the processors of this machine
-/// are free: a worker of this machine whose bytes take their time on the way. So drafts pay here whatever the processors are
-/// good at, and whatever else they do.
-struct FarDevice {
-    _rpc_server: Program,
-    _relay: Relay,
-    /// Of the relay, which is to outlive the test that started it.
-    runtime: Option<Runtime>,
-    endpoint: String,
-}
-
-impl FarDevice {
-    const ROUND_TRIP: Duration = Duration::from_millis(8);
-
-    async fn start() -> Self {
-        let port = free_port().to_string();
-        let rpc_server = Program::start(
-            &llama_cpp().join("bin/ggml-rpc-server"),
-            &["-H", "127.0.0.1", "-p", &port, "--device", "CPU", "-t", "1"],
-        );
-        let server = format!("127.0.0.1:{port}");
-        let listens = super::wait::eventually(Duration::from_secs(10), || async {
-            tokio::net::TcpStream::connect(&server).await
-        });
-        listens.await.expect("ggml-rpc-server listens");
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let relay = runtime.spawn(async move { Relay::start(&format!("http://{server}"), Self::ROUND_TRIP).await });
-        let relay = relay.await.expect("it runs").expect("a relay");
-        Self {
-            endpoint: relay.url().trim_start_matches("http://").to_owned(),
-            _rpc_server: rpc_server,
-            _relay: relay,
-            runtime: Some(runtime),
-        }
-    }
-
-    fn args(&self) -> [&str; 6] {
-        ["--rpc", &self.endpoint, "--device", "RPC0", "-ngl", "99"]
-    }
-}
-
-impl Drop for FarDevice {
-    fn drop(&mut self) {
-        // Not to be waited for where tasks run.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
 /// A llama-server on a free port of 127.0.0.1.
 pub struct LlamaServer {
     program: Mutex<Program>,
@@ -222,17 +168,21 @@ impl LlamaServer {
     /// The target, as it is worth drafting for: [`FarDevice`].
     pub async fn far_target(args: &[&str]) -> Self {
         let device = FarDevice::start().await;
-        let mut server = Self::start(&target(), &[&device.args(), args].concat()).await;
-        server.device = Some(device);
-        server
+        let server = Self::start(&target(), &[&device.args(), args].concat()).await;
+        Self {
+            device: Some(device),
+            ..server
+        }
     }
 
     /// As [`Self::far_target`] and [`Self::start_at`].
     pub async fn far_target_at(port: u16, args: &[&str]) -> Self {
         let device = FarDevice::start().await;
-        let mut server = Self::start_at(port, &target(), &[&device.args(), args].concat()).await;
-        server.device = Some(device);
-        server
+        let server = Self::start_at(port, &target(), &[&device.args(), args].concat()).await;
+        Self {
+            device: Some(device),
+            ..server
+        }
     }
 
     async fn try_start(port: u16, model: &Path, args: &[&str]) -> Option<Self> {

@@ -12,6 +12,7 @@ pub mod fake_drafter;
 pub mod fake_ollama;
 pub mod fake_scoring;
 pub mod fake_upstream;
+pub mod far_device;
 pub mod gguf;
 pub mod llama_server;
 pub mod network;
