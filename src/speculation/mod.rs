@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 mod lookup;
+mod market;
 mod pace;
 mod retokenise;
 mod session;
