@@ -388,7 +388,7 @@ impl Attached {
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
             let silent = stream.silent();
             let first = stream.last_token.replace(Instant::now()).is_none();
-            let waits = self.session.target_waits(self.began.elapsed());
+            let waits = self.session.is_waited_for(number, self.began.elapsed());
             let mut pace = self.shared.pace();
             if first {
                 pace.record_first_token(number, silent, waits);
@@ -428,7 +428,7 @@ impl Attached {
         let drafter = &mut self.drafters[number];
         tracing::debug!("the drafter {} failed: {why}", drafter.server.client.url());
         if let Some(stream) = drafter.stream.take() {
-            let waits = self.session.target_waits(self.began.elapsed());
+            let waits = self.session.is_waited_for(number, self.began.elapsed());
             self.shared.pace().record_silence(number, stream.silent(), waits);
         }
         drafter.retry_at = Some(Instant::now() + drafter.back_off);
@@ -537,7 +537,7 @@ impl Attached {
                 };
                 let mut pace = self.shared.pace();
                 if stream.last_token.is_none() {
-                    let waits = self.session.target_waits(self.began.elapsed());
+                    let waits = self.session.is_waited_for(drafter, self.began.elapsed());
                     pace.record_silence(drafter, stream.silent(), waits);
                 }
                 stream.work.ends_within(pace.token_time(drafter));

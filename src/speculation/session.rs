@@ -161,6 +161,8 @@ struct Drafter {
     /// The draft ends with the end of the text.
     complete: bool,
     available: bool,
+    /// The target waited when the stream was begun or its last token came.
+    waited_for: bool,
 }
 
 /// What the target does; times are microseconds since the session began.
@@ -266,9 +268,15 @@ impl Session {
         Duration::from_secs_f64(self.spare_us / 1e6)
     }
 
-    /// Whether the target waits for an offer, as far as is known, at this time since the session began.
+    /// Whether this drafter makes its next token for a target that waits, or waited until that took too long: it is how
+    /// long such a token takes that decides whether the target is to wait.
     #[must_use]
-    pub fn target_waits(&self, now: Duration) -> bool {
+    pub fn is_waited_for(&self, drafter: usize, now: Duration) -> bool {
+        self.target_waits(now) || self.drafters.get(drafter).is_some_and(|it| it.waited_for)
+    }
+
+    /// Whether the target waits for an offer, as far as is known, at this time since the session began.
+    fn target_waits(&self, now: Duration) -> bool {
         matches!(self.target, Target::Waits { until_us, .. } if micros(now) < until_us)
     }
 
@@ -285,6 +293,7 @@ impl Session {
             return actions;
         }
         let mut follow = false;
+        let mut heard = None;
         match event {
             Event::Committed { pos, tokens, followed } => {
                 follow = followed;
@@ -302,6 +311,7 @@ impl Session {
                 return actions;
             }
             Event::Drafted { stream, tokens } => {
+                heard = Some(stream);
                 if let Some(drafter) = self.drafter_of(stream) {
                     for (token, class) in tokens {
                         drafter.draft.tokens.push(token);
@@ -330,6 +340,12 @@ impl Session {
             .filter(|drafter| self.draft_on(*drafter, policy, moment, &mut actions))
             .collect();
         self.offer(follow, &begun, policy, moment, &mut actions);
+        let waits = self.target_waits(moment.now);
+        for (number, drafter) in self.drafters.iter_mut().enumerate() {
+            if begun.contains(&number) || heard.is_some() && drafter.running == heard {
+                drafter.waited_for = waits;
+            }
+        }
         actions
     }
 

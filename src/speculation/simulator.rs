@@ -518,7 +518,7 @@ impl Simulation {
             return;
         };
         let silent = us(self.now_us - it.since_us);
-        let waits = session.target_waits(us(self.now_us));
+        let waits = session.is_waited_for(0, us(self.now_us));
         if std::mem::replace(&mut it.begun, true) {
             policy.token(silent, waits);
         } else {
@@ -697,6 +697,32 @@ fn a_slowdown_that_was_measured_wrongly_does_not_last() {
                     first >= 0.6 && second >= 0.8,
                     "{world:?} measured as {measured}: {first}, then {second} of {best}"
                 );
+            }
+        }
+    }
+}
+
+/// The text has grown since the drafter was measured, and with it the time of a token.
+#[test]
+fn a_drafter_that_became_slower_is_found_out() {
+    for (acceptance, draft_cost) in [(0.6, 0.1), (0.8, 0.2), (0.8, 0.5), (0.95, 0.5), (0.95, 1.0)] {
+        for step_cost in [flat, steep, stair] {
+            for slowdown in [1.0, 2.0] {
+                let world = World {
+                    acceptance,
+                    draft_cost,
+                    round_trip: 0.02,
+                    step_cost,
+                    slowdown,
+                };
+                let (best, _) = world.best_fixed(&[0, 1, 2, 3, 5, 8, 16]);
+                let fast = World {
+                    draft_cost: draft_cost / 8.0,
+                    ..world
+                };
+                let speed = world.speed(&mut fast.measured_as(slowdown));
+                println!("{world:?}: {:.3} of {best:.3}", speed / best);
+                assert!(speed / best >= 0.95, "{world:?}: {speed} of {best}");
             }
         }
     }

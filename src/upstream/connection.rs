@@ -216,6 +216,15 @@ impl Connection {
             .boxed()
     }
 
+    /// Reads the rest of an answer whose last word has come. One that is dropped before its end takes its connection with
+    /// it, and the next request waits for a new one.
+    pub(super) fn read_out(rest: impl Stream + Send + 'static) {
+        tokio::spawn(tokio::time::timeout(
+            PATIENCE,
+            rest.for_each(|_| std::future::ready(())),
+        ));
+    }
+
     /// An answer to `path` that is not what was expected.
     pub(super) fn malformed(&self, path: &str, cause: &str) -> UpstreamError {
         UpstreamError::Malformed {

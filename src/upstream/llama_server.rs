@@ -536,7 +536,7 @@ impl Drafting {
                 }
             };
             if let Some(end) = event.end() {
-                self.events = None;
+                self.events.take().map(Connection::read_out);
                 self.pending.push_back(DraftPiece::End(end));
             } else if event.tokens_predicted > self.received + event.tokens.len() {
                 self.events = None;

@@ -126,10 +126,17 @@ impl TextServer {
             let pieces = pieces.map_or_else(|error| vec![Err(error)], |told| told.into_iter().map(Ok).collect());
             stream::iter(pieces)
         });
-        let until_the_end = pieces.chain(stream::iter([Err(broke_off)])).scan(false, |over, piece| {
-            let told = (!*over).then_some(piece);
-            *over = !matches!(told, Some(Ok(TextPiece::Text(_))));
-            std::future::ready(told)
+        let until_the_end = stream::unfold(Some((pieces, broke_off)), |answer| async move {
+            let (mut pieces, broke_off) = answer?;
+            match pieces.next().await {
+                Some(Ok(text @ TextPiece::Text(_))) => Some((Ok(text), Some((pieces, broke_off)))),
+                Some(Ok(end)) => {
+                    Connection::read_out(pieces);
+                    Some((Ok(end), None))
+                }
+                Some(Err(error)) => Some((Err(error), None)),
+                None => Some((Err(broke_off), None)),
+            }
         });
         Ok(until_the_end.boxed())
     }
