@@ -175,6 +175,19 @@ fn free_port() -> u16 {
 const SOON: Duration = Duration::from_secs(10);
 
 #[test]
+fn output_that_nobody_reads_ends_the_program_without_a_word() {
+    let user = User::new();
+    user.config("proxy: { target: { url: \"http://127.0.0.1:9\" } }\n");
+    for args in [&["check-config", "--show"][..], &["check-config", "--json"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = user.tightwad(args).stdout(writer).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*said), (Some(141), ""), "{args:?}");
+    }
+}
+
+#[test]
 fn an_unknown_command_exits_2() {
     assert_eq!(User::new().run(&["frobnicate"]).code, Some(2));
 }

@@ -580,6 +580,21 @@ async fn a_drafter_that_falls_silent_after_two_tokens_is_not_waited_for() {
 }
 
 #[tokio::test]
+async fn a_draft_that_came_to_its_end_leaves_its_connection_to_the_next() {
+    let stage = stage().await;
+    let draft = FakeDrafter::nonsense(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    answers_are_right_with(&stage.target, &proxy).await;
+    let given_up = draft.server.left();
+    let (asked, connections) = draft.server.on_connections("/completion");
+    // Others ask for health and the like at the same time, and answers that are seldom asked for find theirs closed.
+    assert!(
+        connections <= given_up + asked / 4 + 3,
+        "{asked} drafts, {given_up} given up, on {connections} connections"
+    );
+}
+
+#[tokio::test]
 async fn a_drafter_that_errs_or_breaks_off_is_left_alone_and_costs_nothing() {
     let stage = stage().await;
     for draft in [

@@ -5,6 +5,8 @@
 mod harness;
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -65,6 +67,30 @@ async fn assert_same(server: &LlamaServer, path: &str, body: &Value) -> Followed
     );
 
     perfectly
+}
+
+#[tokio::test]
+async fn a_streamed_answer_leaves_its_connection_to_the_next_request() {
+    let server = server().await;
+    let body = with(completion("Once upon a time", 5), json!({ "stream": true })).to_string();
+    let request = format!(
+        "POST /completion HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut connection = TcpStream::connect(server.url().trim_start_matches("http://")).expect("a connection");
+    connection
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("a timeout");
+    for _ in 0..3 {
+        connection.write_all(request.as_bytes()).expect("it is open");
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        while !answer.ends_with(b"\r\n0\r\n\r\n") {
+            let n = connection.read(&mut buffer).expect("an answer");
+            assert!(n > 0, "closed after {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&buffer[..n]);
+        }
+    }
 }
 
 #[tokio::test]

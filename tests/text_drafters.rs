@@ -159,6 +159,13 @@ async fn what_ollama_says_is_offered_in_the_tokens_that_the_target_would_choose(
         assert_eq!(request.options["temperature"], 0);
         assert_eq!(seen.header("authorization"), None);
     }
+    let (asked, connections) = ollama.server.on_connections("/api/generate");
+    // The others had enough words before the end of the answer.
+    let given_up = ollama.server.left();
+    assert!(
+        connections <= given_up + asked * 3 / 4,
+        "{asked} drafts, {given_up} given up, on {connections} connections"
+    );
 }
 
 #[tokio::test]

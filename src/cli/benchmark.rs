@@ -1,11 +1,11 @@
 //! `tightwad benchmark`: how fast the coordinator that runs is.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::time::Duration;
 
 use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
+use super::output::print_report;
 use super::progress::Steps;
 use crate::cluster::benchmark::{BenchmarkError, Report, Settings, benchmark as measure};
 use crate::config::Config;
@@ -70,14 +70,7 @@ pub async fn benchmark(config: &Config, options: &Options) -> Result<(), Failure
     .await;
     steps.end();
     let report = measured?;
-    let mut out = io::stdout().lock();
-    if options.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::other("write JSON", error))?;
-        writeln!(out, "{json}")?;
-    } else {
-        out.write_all(table(&report).as_bytes())?;
-    }
-    Ok(())
+    print_report(&report, options.json, table)
 }
 
 impl From<BenchmarkError> for Failure {

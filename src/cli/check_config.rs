@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
+use super::output::{print, print_line};
 use crate::config::check_config;
 
 /// Options of `check-config`.
@@ -28,9 +29,9 @@ pub fn check(file: Option<&Path>, options: &Options) -> Result<(), Failure> {
         if let Some(config) = config {
             json["config"] = json!(config);
         }
-        println!("{json:#}");
+        print_line(format_args!("{json:#}"))?;
     } else if let Some(config) = config {
-        print!("{}", config.to_yaml()?);
+        print(config.to_yaml()?)?;
     }
     if !report.ok {
         return Err(Failure::new(Exit::Config, report.to_string()));

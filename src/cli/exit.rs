@@ -43,6 +43,8 @@ pub enum Exit {
     BrokenModel = 11,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
+    /// Who read the output has gone: what a shell says of a program that SIGPIPE has ended.
+    Unheard = 141,
 }
 
 impl From<Exit> for ExitCode {
@@ -187,7 +189,11 @@ impl From<PlanError> for Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        // A reader that has seen enough (`| head`) is no failure worth a sentence, but the work ends.
-        Self::new(Exit::Other, error.to_string())
+        let exit = if error.kind() == io::ErrorKind::BrokenPipe {
+            Exit::Unheard
+        } else {
+            Exit::Other
+        };
+        Self::new(exit, error.to_string())
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::coordinator;
 use super::exit::{Exit, Failure};
+use super::output::{print, print_line};
 use crate::cluster::build;
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
@@ -131,9 +132,9 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
                 .collect(),
         };
         let json = serde_json::to_string_pretty(&answer).map_err(|error| Failure::other("write JSON", error))?;
-        println!("{json}");
+        print_line(json)?;
     } else {
-        print!("{}", table(name, &plan, &notes, &launch));
+        print(table(name, &plan, &notes, &launch))?;
     }
     if plan.fits { Ok(()) } else { Err(misfit(name, &plan)) }
 }

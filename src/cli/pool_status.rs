@@ -1,7 +1,7 @@
 //! `tightwad status`: coordinator, workers and proxy on one screen.
 
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
+use super::output::{print, print_line};
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
@@ -80,11 +81,10 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
     }
     if !options.watch {
         let seen = look(config).await;
-        let mut out = io::stdout().lock();
         if options.json {
-            writeln!(out, "{:#}", json(&seen)?)?;
+            print_line(format_args!("{:#}", json(&seen)?))?;
         } else {
-            out.write_all(table(&seen).as_bytes())?;
+            print(table(&seen))?;
         }
         return verdict(&seen);
     }
@@ -98,11 +98,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
             (false, true) => format!("\x1b[H\x1b[2J{}", table(&seen)),
             (false, false) => format!("{}\n", table(&seen)),
         };
-        {
-            let mut out = io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-        }
+        print(text)?;
         tokio::select! {
             () = sleep(WATCH) => {}
             () = stop.cancelled() => {}

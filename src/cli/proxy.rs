@@ -8,6 +8,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
+use super::output::{print_line, print_report};
 use super::pid_file::{self, Stopped};
 use super::status;
 use crate::config::{self, Config, Loaded, Upstream};
@@ -128,10 +129,7 @@ fn name(proxy: &config::Proxy) -> String {
 pub fn stop(config: &Config) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     match pid_file::stop(&name(&proxy), STOP_PATIENCE).map_err(|error| Failure::other("stop the proxy", error))? {
-        Stopped::Yes(pid) => {
-            println!("stopped the proxy (process {pid})");
-            Ok(())
-        }
+        Stopped::Yes(pid) => print_line(format_args!("stopped the proxy (process {pid})")),
         Stopped::NotRunning => Err(Failure::new(
             Exit::NotRunning,
             format!(
@@ -154,12 +152,7 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     let url = config::local_url(&proxy.host, proxy.port);
     let answer = status::fetch(&url, proxy.token()?.as_ref()).await?;
-    if json {
-        println!("{answer:#}");
-    } else {
-        print!("{}", status::table(&url, &answer));
-    }
-    Ok(())
+    print_report(&answer, json, |answer| status::table(&url, answer))
 }
 
 #[cfg(test)]

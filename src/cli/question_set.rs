@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use serde::Serialize;
-
 use super::deployment::Deployment;
 use super::exit::{Exit, Failure};
 use super::signals;
@@ -73,15 +71,4 @@ pub async fn unless_stopped<T>(work: impl Future<Output = Result<T, Failure>>) -
         done = work => done,
         () = stop.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted before all was asked")),
     }
-}
-
-/// Prints a report, as JSON or as `text`.
-pub fn print<R: Serialize>(report: &R, json: bool, text: impl FnOnce(&R) -> String) -> Result<(), Failure> {
-    if json {
-        let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;
-        println!("{json}");
-    } else {
-        print!("{}", text(report));
-    }
-    Ok(())
 }

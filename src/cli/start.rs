@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
+use super::output::print_line;
 use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
 use crate::config::{Config, Coordinator, Loaded};
@@ -96,13 +97,13 @@ pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options
     .await;
     steps.end();
     match outcome {
-        Ok(served) if options.json => println!("{:#}", json!(served)),
+        Ok(served) if options.json => print_line(format_args!("{:#}", json!(served)))?,
         Ok(Served {
             model,
             url,
             already: true,
             ..
-        }) => println!("the coordinator already serves `{model}` at {url}/v1"),
+        }) => print_line(format_args!("the coordinator already serves `{model}` at {url}/v1"))?,
         Ok(Served {
             model,
             url,
@@ -111,9 +112,9 @@ pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options
             seconds,
             ..
         }) => {
-            println!("`{model}` is served at {url}/v1 after {seconds:.1} s");
+            print_line(format_args!("`{model}` is served at {url}/v1 after {seconds:.1} s"))?;
             if let (Some(pid), Some(log)) = (pid, log) {
-                println!("process {pid}, log {}", log.display());
+                print_line(format_args!("process {pid}, log {}", log.display()))?;
             }
         }
         Err(Unserved {
@@ -126,7 +127,7 @@ pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options
                     "state": "failed", "error": failure.message, "exit": failure.exit as u8, "log": log,
                     "last_lines": last_lines,
                 });
-                println!("{told:#}");
+                print_line(format_args!("{told:#}"))?;
             } else {
                 for line in &last_lines {
                     eprintln!("  {line}");

@@ -6,6 +6,7 @@ use tokio::time::sleep;
 
 use super::coordinator::{self, Client};
 use super::exit::{Exit, Failure};
+use super::output::print_line;
 use super::pid_file::{self, Stopped};
 use super::progress::Steps;
 use crate::config::Config;
@@ -48,10 +49,7 @@ pub async fn stop(config: &Config) -> Result<(), Failure> {
         .map_err(|error| Failure::other("stop the coordinator", error))?
         .map_err(|error| Failure::other("stop the coordinator", error))?;
     match stopped {
-        Stopped::Yes(pid) => {
-            println!("stopped the coordinator (process {pid})");
-            Ok(())
-        }
+        Stopped::Yes(pid) => print_line(format_args!("stopped the coordinator (process {pid})")),
         Stopped::NotRunning => {
             let hint = if before.is_ok() {
                 "; the one that answers there is stopped where it was started: with Ctrl-C or `systemctl stop tightwad-coordinator`"

@@ -1,6 +1,5 @@
 //! `tightwad swap`: another model over the same workers.
 
-use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -9,6 +8,7 @@ use tokio::time::timeout;
 
 use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
+use super::output::{print, print_line};
 use super::progress::Steps;
 use super::{plan, signals};
 use crate::config::{Config, is_loopback, is_wildcard};
@@ -60,8 +60,7 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
         Ok(()) if options.json => Ok(()),
         Ok(()) => {
             let (url, seconds) = (client.url(), began.elapsed().as_secs_f32());
-            println!("`{model}` is served at {url}/v1 after {seconds:.1} s");
-            Ok(())
+            print_line(format_args!("`{model}` is served at {url}/v1 after {seconds:.1} s"))
         }
         Err(mut failure) if failure.exit == Exit::ChildGaveUp => {
             if let Ok(told) = client.status(PATIENCE).await {
@@ -109,9 +108,7 @@ async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> 
             let line: Vec<u8> = lines.drain(..=end).collect();
             let told: Value = serde_json::from_slice(&line).unwrap_or_default();
             if json {
-                let mut out = io::stdout().lock();
-                out.write_all(&line)?;
-                out.flush()?;
+                print(String::from_utf8_lossy(&line))?;
             }
             if told["done"] == true {
                 return Ok(());

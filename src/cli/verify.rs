@@ -8,8 +8,9 @@ use serde::Serialize;
 use super::bench::show;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
+use super::output::print_report;
 use super::progress::Line;
-use super::question_set::{QuestionSet, print, unless_stopped};
+use super::question_set::{QuestionSet, unless_stopped};
 use crate::bench::{Plan, Verified, measure, verify as compare};
 use crate::config::Config;
 use crate::upstream::chat::Wishes;
@@ -45,7 +46,7 @@ struct Report {
 /// Asks everything with and without drafting, compares and prints.
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let report = unless_stopped(run(options, config)).await?;
-    print(&report, options.json, text)?;
+    print_report(&report, options.json, text)?;
     if report.drafted == 0 {
         let reason = report
             .undrafted

@@ -1,6 +1,6 @@
 //! What drafts for a completion: a server that continues token ids, or one that continues text.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, ReadyChunks};
@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 use super::watch::{Language, Server};
 use crate::speculation::{Retokeniser, Token};
 use crate::upstream::{
-    DraftPiece, DraftStream, LlamaServer, StreamEnd, TextPiece, TextServer, TextStream, UpstreamError,
+    DraftPiece, DraftStream, LlamaServer, StreamEnd, TextPiece, TextServer, TextStream, UpstreamError, WrittenTokens,
 };
 
 /// What a detokenized text has where bytes are no character.
@@ -23,7 +23,7 @@ const PIECES: usize = 64;
 #[derive(Debug, Clone)]
 pub enum DraftServer {
     /// It has the target's vocabulary.
-    Tokens(LlamaServer),
+    Tokens(TokenDrafter),
     /// It has another one, or does not tell its tokens.
     Text(TextDrafter),
 }
@@ -36,7 +36,10 @@ impl DraftServer {
             (Language::Text { bos }, Some(text)) => {
                 Self::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
             }
-            _ => Self::Tokens(server.client.clone()),
+            _ => Self::Tokens(TokenDrafter {
+                server: server.client.clone(),
+                written: Arc::default(),
+            }),
         }
     }
 
@@ -44,10 +47,21 @@ impl DraftServer {
     #[must_use]
     pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {
         match self {
-            Self::Tokens(server) => server.draft(prefix, n, slot),
+            Self::Tokens(TokenDrafter { server, written }) => {
+                let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
+                server.draft(prefix, &mut written, n, slot)
+            }
             Self::Text(drafter) => drafter.draft(prefix, n, slot),
         }
     }
+}
+
+/// A server that continues token ids.
+#[derive(Debug, Clone)]
+pub struct TokenDrafter {
+    server: LlamaServer,
+    /// As it was asked to continue them last.
+    written: Arc<std::sync::Mutex<WrittenTokens>>,
 }
 
 /// A server that continues text, and a target that knows what the text is in tokens.

@@ -14,7 +14,7 @@ use super::{Counts, Engine, Shared, Verification};
 use crate::config::{Backend, Secret};
 use crate::rounds::{FanOut, Flaw, Moment, PROOF_TEXT, Scored, Target, prove};
 use crate::speculation::{Class, Load, Pace, Policy, Token};
-use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm};
+use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm, WrittenTokens};
 
 /// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(120));
@@ -152,6 +152,7 @@ impl Engine {
         }
         let drafter = |(server, fits): (&Server, bool)| Drafter {
             server: server.client.clone(),
+            written: WrittenTokens::default(),
             fits,
             lease: None,
             tired_until: None,
@@ -179,6 +180,8 @@ pub struct Drafting {
 #[derive(Debug)]
 struct Drafter {
     server: LlamaServer,
+    /// As it was asked to continue them last.
+    written: WrittenTokens,
     /// It splits text into the target's tokens.
     fits: bool,
     lease: Option<Lease>,
@@ -243,7 +246,7 @@ impl Drafting {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
         let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
-        let mut pieces = drafter.server.draft(context.to_vec(), n, slot);
+        let mut pieces = drafter.server.draft(context.to_vec(), &mut drafter.written, n, slot);
         let mut found: Vec<(Token, Class)> = Vec::new();
         let mut last = begun;
         loop {

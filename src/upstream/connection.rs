@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream::BoxStream};
+use reqwest::header::CONTENT_TYPE;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +140,12 @@ impl Connection {
     /// A POST that is not sent yet.
     pub(super) fn request(&self, path: &str, body: &impl Serialize) -> reqwest::RequestBuilder {
         self.http.post(self.url(path)).json(body)
+    }
+
+    /// As [`Self::request`], of JSON that is written already.
+    pub(super) fn request_written(&self, path: &str, json: String) -> reqwest::RequestBuilder {
+        let request = self.http.post(self.url(path));
+        request.header(CONTENT_TYPE, "application/json").body(json)
     }
 
     /// Sends a request to `path` and waits for the head of the answer; an error status is an error.

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 
+use super::WrittenTokens;
 use super::connection::{Connection, PATIENCE, UpstreamError};
 use crate::config::Secret;
 use crate::speculation::{Spelled, Token};
@@ -431,15 +432,17 @@ impl LlamaServer {
         self.connection.send(COMPLETION, request).await
     }
 
-    /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come.
+    /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come. `written` is best what the last
+    /// request for this text wrote.
     ///
     /// llama-server leaves tokens out of its stream that end inside of a character. Where that happens the rest comes in
     /// one piece, from a second request that is not streamed.
     #[must_use]
-    pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {
+    pub fn draft(&self, prefix: Vec<Token>, written: &mut WrittenTokens, n: usize, slot: usize) -> DraftStream {
         let server = self.clone();
+        let request = self.completion(written.write(&prefix), n, slot, true);
         let start = async move {
-            let events = match server.completion(&prefix, n, slot, true).await {
+            let events = match server.connection.send(COMPLETION, request).await {
                 Ok(response) => events(&server.connection, response),
                 Err(error) => futures_util::stream::iter([Err(error)]).boxed(),
             };
@@ -460,46 +463,23 @@ impl LlamaServer {
 
     /// As [`Self::draft`], in one piece.
     async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
-        let response = self.completion(prefix, n, slot, false).await?;
+        let request = self.completion(WrittenTokens::default().write(prefix), n, slot, false);
+        let response = self.connection.send(COMPLETION, request).await?;
         let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
         let end = event.end().unwrap_or(StreamEnd::Length);
         Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
     }
 
-    async fn completion(
-        &self,
-        prefix: &[Token],
-        n: usize,
-        slot: usize,
-        stream: bool,
-    ) -> Result<reqwest::Response, UpstreamError> {
-        #[derive(Serialize)]
-        struct Body<'a> {
-            prompt: &'a [Token],
-            n_predict: usize,
-            id_slot: usize,
-            stream: bool,
-            cache_prompt: bool,
-            return_tokens: bool,
-            samplers: [&'static str; 1],
-            top_k: u8,
-            n_probs: u8,
-            response_fields: [&'static str; 4],
-        }
-        let body = Body {
-            prompt: prefix,
-            n_predict: n,
-            id_slot: slot,
-            stream,
-            cache_prompt: true,
-            return_tokens: true,
-            samplers: ["top_k"],
-            top_k: 1,
-            n_probs: 1,
-            response_fields: ["tokens", "stop", "stop_type", "completion_probabilities"],
-        };
-        let request = self.connection.request(COMPLETION, &body);
-        self.connection.send(COMPLETION, request).await
+    /// A request to continue a prompt, which is given by its tokens with commas between.
+    fn completion(&self, prompt: &str, n: usize, slot: usize, stream: bool) -> reqwest::RequestBuilder {
+        let wanted = serde_json::json!({
+            "n_predict": n, "id_slot": slot, "stream": stream, "cache_prompt": true, "return_tokens": true,
+            "samplers": ["top_k"], "top_k": 1, "n_probs": 1,
+            "response_fields": ["tokens", "stop", "stop_type", "completion_probabilities"],
+        });
+        let wanted = wanted.to_string();
+        let body = format!("{{\"prompt\":[{prompt}],{}", &wanted[1..]);
+        self.connection.request_written(COMPLETION, body)
     }
 }
 
@@ -536,7 +516,9 @@ impl Drafting {
                 }
             };
             if let Some(end) = event.end() {
-                self.events.take().map(Connection::read_out);
+                if let Some(rest) = self.events.take() {
+                    Connection::read_out(rest);
+                }
                 self.pending.push_back(DraftPiece::End(end));
             } else if event.tokens_predicted > self.received + event.tokens.len() {
                 self.events = None;

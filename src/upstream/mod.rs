@@ -8,6 +8,7 @@ mod sglang;
 pub(crate) mod sse;
 mod text_server;
 mod vllm;
+mod written_tokens;
 
 pub use chat::{ChatError, ChatServer};
 pub use connection::UpstreamError;
@@ -18,3 +19,4 @@ pub use scoring::{Scores, ScoringServer, Tokenized};
 pub use sglang::Sglang;
 pub use text_server::{TextPiece, TextServer, TextStream};
 pub use vllm::Vllm;
+pub use written_tokens::WrittenTokens;

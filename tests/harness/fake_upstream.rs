@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // Each test file uses its own part.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -156,6 +157,14 @@ impl FakeUpstream {
     /// Connections that ever were.
     pub fn accepted(&self) -> usize {
         self.log.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Requests for this path and query so far, and the connections that they came on.
+    pub fn on_connections(&self, target: &str) -> (usize, usize) {
+        let seen = self.seen().into_iter().filter(|seen| seen.target == target);
+        let connections: Vec<usize> = seen.map(|seen| seen.connection).collect();
+        let different: HashSet<&usize> = connections.iter().collect();
+        (connections.len(), different.len())
     }
 
     /// Waits until `count` requests have come.

@@ -9,9 +9,10 @@ use serde::Serialize;
 
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
+use super::output::print_report;
 use super::own_proxy::expected_speed_up;
 use super::progress::Line;
-use super::question_set::{QuestionSet, print, unless_stopped};
+use super::question_set::{QuestionSet, unless_stopped};
 use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
 use crate::config::Config;
 
@@ -98,7 +99,7 @@ struct Length {
 /// Measures and prints.
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let report = unless_stopped(run(options, config)).await?;
-    print(&report, options.json, table::table)?;
+    print_report(&report, options.json, table::table)?;
     // What shares a pass with others may differ in the last digits, drafted or not.
     if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
         return Err(Failure::new(

@@ -179,18 +179,22 @@ async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result
         },
     };
     let table = table::Table::new(options.json);
-    table.head();
+    table.head()?;
     let mut rows = Vec::new();
+    let mut told = Ok(());
     let measured = measure(&plan, &prompts, &contenders, |progress| {
         if let Progress::Answered(samples) = progress
             && let Some(sample) = samples.first()
         {
             let row = rows::Row::of(&prompts[sample.prompt], samples);
-            table.row(&row);
+            if told.is_ok() {
+                told = table.row(&row);
+            }
             rows.push(row);
         }
     })
     .await?;
+    told?;
     let report = rows::Report::of(rows, &measured);
     table.foot(&report)?;
     Ok(report.total.equal)

@@ -2,6 +2,7 @@
 
 use super::rows::{Figures, Report, Row};
 use crate::cli::exit::Failure;
+use crate::cli::output::print_line;
 
 /// Prints rows as they come; with `json` nothing until the end, and then everything as JSON.
 #[derive(Debug, Clone, Copy)]
@@ -16,54 +17,54 @@ impl Table {
     }
 
     /// The names of the columns.
-    pub fn head(self) {
-        if !self.json {
-            println!(
-                "\n{:<10} {:<34} {:>6} {}",
-                "kind",
-                "prompt",
-                "tokens",
-                columns("plain", "drafted", "ratio", "per step", "equal")
-            );
+    pub fn head(self) -> Result<(), Failure> {
+        if self.json {
+            return Ok(());
         }
+        print_line(format_args!(
+            "\n{:<10} {:<34} {:>6} {}",
+            "kind",
+            "prompt",
+            "tokens",
+            columns("plain", "drafted", "ratio", "per step", "equal")
+        ))
     }
 
     /// One prompt.
-    pub fn row(self, row: &Row) {
-        if !self.json {
-            let prompt: String = if row.prompt.chars().count() > 34 {
-                row.prompt.chars().take(31).chain("...".chars()).collect()
-            } else {
-                row.prompt.clone()
-            };
-            println!(
-                "{:<10} {prompt:<34} {:>6} {}",
-                row.kind,
-                row.figures.tokens,
-                figures(&row.figures)
-            );
+    pub fn row(self, row: &Row) -> Result<(), Failure> {
+        if self.json {
+            return Ok(());
         }
+        let prompt: String = if row.prompt.chars().count() > 34 {
+            row.prompt.chars().take(31).chain("...".chars()).collect()
+        } else {
+            row.prompt.clone()
+        };
+        print_line(format_args!(
+            "{:<10} {prompt:<34} {:>6} {}",
+            row.kind,
+            row.figures.tokens,
+            figures(&row.figures)
+        ))
     }
 
     /// The sum.
     pub fn foot(self, report: &Report) -> Result<(), Failure> {
         if self.json {
             let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;
-            println!("{json}");
-            return Ok(());
+            return print_line(json);
         }
-        println!(
+        print_line(format_args!(
             "{:<10} {:<34} {:>6} {}",
             "total",
             "",
             report.total.tokens,
             figures(&report.total)
-        );
-        println!(
+        ))?;
+        print_line(
             "\nplain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the \
-             target; equal: whether both texts are the same"
-        );
-        Ok(())
+             target; equal: whether both texts are the same",
+        )
     }
 }
 

@@ -1,0 +1,30 @@
+//! What a command has to say, on stdout.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::exit::Failure;
+
+/// Writes `text` as it stands, at once. Where the reader has seen enough (`| head`) the work ends without a word.
+pub fn print(text: impl Display) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}")?;
+    Ok(out.flush()?)
+}
+
+/// As [`print`], with the end of the line.
+pub fn print_line(line: impl Display) -> Result<(), Failure> {
+    print(format_args!("{line}\n"))
+}
+
+/// Prints a report, as JSON or as `text`.
+pub fn print_report<R: Serialize>(report: &R, json: bool, text: impl FnOnce(&R) -> String) -> Result<(), Failure> {
+    if json {
+        let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;
+        print_line(json)
+    } else {
+        print(text(report))
+    }
+}
