@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::upstream::ChatServer;
 
@@ -59,6 +60,21 @@ impl Contender {
     pub(super) async fn draft_counts(&self) -> Option<DraftCounts> {
         let text = self.verifier.as_ref()?.get("/metrics", PATIENCE).await.ok()?;
         DraftCounts::parse(&text)
+    }
+}
+
+impl Contender {
+    /// The most that a proxy of ours expects of its drafters now by its formula: speed over that of plain steps.
+    pub(super) async fn expected_speed_up(&self) -> Option<f64> {
+        if self.mode != Mode::Attached {
+            return None;
+        }
+        let status = self.server.get("/v1/tightwad/status", PATIENCE).await.ok()?;
+        let status: Value = serde_json::from_str(&status).ok()?;
+        let drafts = status["drafts"].as_array()?.iter();
+        drafts
+            .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
+            .max_by(f64::total_cmp)
     }
 }
 

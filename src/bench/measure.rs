@@ -52,6 +52,8 @@ pub struct Block {
     pub wall: Duration,
     /// What the server counted of its drafting in this time.
     pub(super) counts: Option<DraftCounts>,
+    /// The speed-up that a proxy expected at its end.
+    pub(super) expected_speed_up: Option<f64>,
 }
 
 /// All that was measured.
@@ -61,6 +63,16 @@ pub struct Measurements {
     pub samples: Vec<Sample>,
     /// Every block.
     pub blocks: Vec<Block>,
+}
+
+impl Measurements {
+    /// The speed-up that the proxy expected, on average over the blocks.
+    #[must_use]
+    pub fn expected_speed_up(&self) -> Option<f64> {
+        let expected: Vec<f64> = self.blocks.iter().filter_map(|block| block.expected_speed_up).collect();
+        let count = u32::try_from(expected.len()).ok().filter(|count| *count > 0)?;
+        Some(expected.iter().sum::<f64>() / f64::from(count))
+    }
 }
 
 /// How far it is.
@@ -173,6 +185,7 @@ async fn run_block(
             .cloned(),
         wall,
         counts: before.zip(after).map(|(before, after)| after.since(&before)),
+        expected_speed_up: contender.expected_speed_up().await,
     };
     Ok((block, samples))
 }

@@ -299,6 +299,7 @@ mod tests {
             kind: Some("chat".into()),
             wall: Duration::from_secs(seconds),
             counts,
+            expected_speed_up: None,
         }
     }
 

@@ -47,16 +47,6 @@ impl OwnProxy {
     }
 }
 
-/// The most that the proxy expects of its drafters by its formula: speed over that of plain steps.
-pub async fn expected_speed_up(proxy: &ChatServer) -> Option<f64> {
-    let status = proxy.get("/v1/tightwad/status", PATIENCE).await.ok()?;
-    let status: Value = serde_json::from_str(&status).ok()?;
-    let expected = status["drafts"].as_array()?.iter();
-    expected
-        .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
-        .max_by(f64::total_cmp)
-}
-
 /// Waits until the proxy can draft and has measured its servers, for at most `patience`, or until it knows its target and has
 /// no draft at all; then the reason why it cannot.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {

@@ -10,7 +10,6 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::own_proxy::expected_speed_up;
 use super::progress::Line;
 use super::question_set::{QuestionSet, unless_stopped};
 use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
@@ -66,7 +65,8 @@ struct Report {
     undrafted: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     own_draft: Option<Length>,
-    /// What the proxy's formula makes of the agreement and the costs that it measured, as speed over that of plain steps.
+    /// What the proxy's formula made of the agreement and the costs that it measured, as speed over that of plain steps: on
+    /// average over the answers.
     predicted_speed_up: Option<f64>,
     #[serde(flatten)]
     comparison: Comparison,
@@ -159,7 +159,7 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
             n_max: own.n_max,
             tried: own.tried.clone(),
         }),
-        predicted_speed_up: expected_speed_up(&deployment.attached.server).await,
+        predicted_speed_up: measured.expected_speed_up(),
         comparison: Comparison::of(&measured, &prompts),
     };
     if let Some(own) = own_draft {
