@@ -16,9 +16,18 @@ struct Clock {
 
 /// The drafter works on something until this is dropped.
 #[derive(Debug)]
-pub struct Work(Activity);
+pub struct Work {
+    activity: Activity,
+    /// It has been done for so long.
+    done: Duration,
+}
 
 impl Work {
+    /// The drafter was done with it so long ago.
+    pub fn ended(mut self, ago: Duration) {
+        self.done = ago;
+    }
+
     /// The drafter is done with what it is at within this time: on average after half of it. Must be called within a tokio
     /// runtime.
     pub fn ends_within(self, time: Duration) {
@@ -37,7 +46,10 @@ impl Activity {
         clock.works += 1;
         clock.since.get_or_insert_with(Instant::now);
         drop(clock);
-        Work(self.clone())
+        Work {
+            activity: self.clone(),
+            done: Duration::ZERO,
+        }
     }
 
     /// Time during which it was at work on anything.
@@ -54,12 +66,12 @@ impl Activity {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        let mut clock = self.0.lock();
+        let mut clock = self.activity.lock();
         clock.works -= 1;
         if clock.works == 0
             && let Some(since) = clock.since.take()
         {
-            clock.before += since.elapsed();
+            clock.before += since.elapsed().saturating_sub(self.done);
         }
     }
 }
@@ -84,5 +96,10 @@ mod tests {
         assert!(total >= halfway + Duration::from_millis(5) && total <= began.elapsed());
         std::thread::sleep(Duration::from_millis(5));
         assert_eq!(activity.total(), total);
+        let late = activity.begin();
+        std::thread::sleep(Duration::from_millis(20));
+        late.ended(Duration::from_millis(15));
+        let more = activity.total() - total;
+        assert!(more >= Duration::from_millis(5) && more <= began.elapsed() - Duration::from_millis(30));
     }
 }

@@ -149,6 +149,7 @@ impl Drafter {
             sleep_until(until).await;
             stream.catch_up().await;
             stream.rests_until = None;
+            stream.lay_around = !stream.come.is_empty();
         }
         let silent_at = self
             .stream
@@ -192,7 +193,20 @@ struct Stream {
     last_token: Option<Instant>,
     /// When it is looked at again.
     rests_until: Option<Instant>,
+    /// What has come came some time ago.
+    lay_around: bool,
+    /// When its first token came, and the number of all so far.
+    first_at: Option<Instant>,
+    n_tokens: usize,
     work: Work,
+}
+
+/// What tokens tell of how fast the drafter is.
+enum Told {
+    /// How long the first one took.
+    First(Duration),
+    /// How long so many further ones took.
+    Further(usize, Duration),
 }
 
 impl Stream {
@@ -218,6 +232,28 @@ impl Stream {
 
     fn silent(&self) -> Duration {
         self.last_token.unwrap_or(self.started).elapsed()
+    }
+
+    /// Takes in that `n` tokens have come, perhaps with the last word of the stream: `took`, as in [`DraftPiece::End`].
+    fn count(&mut self, n: usize, last_word: Option<Option<Duration>>) -> Option<Told> {
+        let silent = self.silent();
+        self.n_tokens += n;
+        self.last_token = Some(Instant::now());
+        if self.first_at.is_none() {
+            self.first_at = self.last_token;
+            return Some(Told::First(silent));
+        }
+        match last_word {
+            // For how long it has been silent since is not how long they took.
+            Some(took) if self.lay_around => Some(Told::Further(self.n_tokens - 1, took?)),
+            _ => Some(Told::Further(n, silent)),
+        }
+    }
+
+    /// How long ago its last token came, if all but the first took so long.
+    fn ended(&self, took: Option<Duration>) -> Duration {
+        let last_at = self.first_at.zip(took).map(|(first, took)| first + took);
+        last_at.map(|at| at.elapsed()).unwrap_or_default()
     }
 }
 
@@ -383,17 +419,22 @@ impl Attached {
         let known = tokens.iter().take_while(|(token, _)| drafter.is_known(*token)).count();
         if known < tokens.len() {
             tokens.truncate(known);
-            end = Some(Ok(DraftPiece::End(StreamEnd::EndOfText)));
+            end = Some(Ok(DraftPiece::End {
+                why: StreamEnd::EndOfText,
+                took: None,
+            }));
         }
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
-            let silent = stream.silent();
-            let first = stream.last_token.replace(Instant::now()).is_none();
+            let last_word = match &end {
+                Some(Ok(DraftPiece::End { took, .. })) => Some(*took),
+                _ => None,
+            };
             let waits = self.session.is_waited_for(number, self.began.elapsed());
             let mut pace = self.shared.pace();
-            if first {
-                pace.record_first_token(number, silent, waits);
-            } else {
-                pace.record_tokens(number, tokens.len(), silent, waits);
+            match stream.count(tokens.len(), last_word) {
+                Some(Told::First(latency)) => pace.record_first_token(number, latency, waits),
+                Some(Told::Further(n, time)) => pace.record_tokens(number, n, time, waits),
+                None => {}
             }
             drop(pace);
             drafter.back_off = BACK_OFF.0;
@@ -402,20 +443,23 @@ impl Attached {
             let tokens = tokens.into_iter().map(classed).collect();
             self.handle(Event::Drafted { stream: id, tokens });
             // To wake up for each token is most of what drafting costs the proxy.
-            if let Some(stream) = self.drafters[number].stream.as_mut() {
+            let drafter = &mut self.drafters[number];
+            let tells_times = drafter.spoken.as_ref().is_some_and(|(_, server)| server.tells_times());
+            if let Some(stream) = drafter.stream.as_mut().filter(|_| tells_times) {
                 let spare = self.session.spare() / 2;
                 stream.rests_until = (!spare.is_zero()).then(|| Instant::now() + spare);
             }
         }
         let current = |drafter: &Drafter| drafter.stream.as_ref().is_some_and(|stream| stream.id == id);
         match end {
-            Some(Ok(DraftPiece::End(end))) => {
-                if current(&self.drafters[number]) {
-                    self.drafters[number].stream = None;
+            Some(Ok(DraftPiece::End { why, took })) => {
+                if let Some(stream) = self.drafters[number].stream.take_if(|stream| stream.id == id) {
+                    let ago = stream.ended(took);
+                    stream.work.ended(ago);
                 }
                 self.handle(Event::DraftEnded {
                     stream: id,
-                    end_of_text: end == StreamEnd::EndOfText,
+                    end_of_text: why == StreamEnd::EndOfText,
                 });
             }
             Some(Err(error)) if current(&self.drafters[number]) => self.drafter_failed(number, &error.to_string()),
@@ -528,6 +572,9 @@ impl Attached {
                     started: Instant::now(),
                     last_token: None,
                     rests_until: None,
+                    lay_around: false,
+                    first_at: None,
+                    n_tokens: 0,
                     work: self.shared.activity[drafter].begin(),
                 });
             }

@@ -43,6 +43,12 @@ impl DraftServer {
         }
     }
 
+    /// Whether it tells how long its tokens took, so that they may lie around for a while.
+    #[must_use]
+    pub fn tells_times(&self) -> bool {
+        matches!(self, Self::Tokens(_))
+    }
+
     /// Continues `prefix` greedily by at most `n` tokens of the target. `slot` of a llama-server keeps the prompt.
     #[must_use]
     pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {
@@ -93,7 +99,7 @@ impl TextDrafter {
         let start = async move {
             match drafter.begin(&prefix, n, slot).await {
                 Ok(Some(translation)) => stream::unfold(Some(translation), Translation::next).boxed(),
-                Ok(None) => stream::iter([Ok(DraftPiece::End(StreamEnd::EndOfText))]).boxed(),
+                Ok(None) => stream::iter([Ok(end(StreamEnd::EndOfText))]).boxed(),
                 Err(error) => stream::iter([Err(error)]).boxed(),
             }
         };
@@ -150,6 +156,11 @@ impl Written {
     }
 }
 
+/// The last piece of a text: its tokens took as long as they took to come.
+fn end(why: StreamEnd) -> DraftPiece {
+    DraftPiece::End { why, took: None }
+}
+
 /// The text of `tokens` but for those at the end that are no whole character, and their number.
 async fn whole_characters(target: &LlamaServer, tokens: &[Token]) -> Result<(String, usize), UpstreamError> {
     let whole = target.detokenize(tokens).await?;
@@ -189,7 +200,7 @@ impl Translation {
     async fn piece(&mut self) -> Result<DraftPiece, UpstreamError> {
         loop {
             if self.left == 0 {
-                return Ok(DraftPiece::End(StreamEnd::Length));
+                return Ok(end(StreamEnd::Length));
             }
             if let Some(question) = self.retokeniser.question() {
                 let mut tokens = self.retokeniser.answer(&self.target.spell(&question).await?);
@@ -207,7 +218,7 @@ impl Translation {
                     // Where that gives nothing either, to ask for more would not help.
                     self.end = Some(StreamEnd::EndOfText);
                 }
-                Some(end) => return Ok(DraftPiece::End(end)),
+                Some(why) => return Ok(end(why)),
                 None => self.take().await?,
             }
         }

@@ -252,7 +252,7 @@ impl Drafting {
         loop {
             let piece = match timeout_at(begun + most, pieces.next()).await {
                 Ok(Some(Ok(DraftPiece::Tokens(tokens)))) => tokens,
-                Ok(Some(Ok(DraftPiece::End(_))) | None) => break,
+                Ok(Some(Ok(DraftPiece::End { .. })) | None) => break,
                 Ok(Some(Err(error))) => {
                     tracing::debug!("the drafter failed: {error}");
                     drafter.tired_until = Some(Instant::now() + BACK_OFF);

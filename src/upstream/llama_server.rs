@@ -2,6 +2,7 @@
 //! our patch (`nix/llama-cpp`).
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
@@ -168,7 +169,12 @@ pub enum DraftPiece {
     /// The next tokens, each with the probability that the drafter gives it, where it tells.
     Tokens(Vec<(Token, Option<f64>)>),
     /// The last piece.
-    End(StreamEnd),
+    End {
+        /// Why it is the last.
+        why: StreamEnd,
+        /// How long all tokens but the first took, where the server tells.
+        took: Option<Duration>,
+    },
 }
 
 /// Why a draft ended.
@@ -193,6 +199,9 @@ struct CompletionEvent {
     tokens_predicted: usize,
     #[serde(default)]
     completion_probabilities: Vec<TokenProbability>,
+    /// Milliseconds from the first token to the last one; of the last event.
+    #[serde(default, rename = "timings/predicted_ms")]
+    predicted_ms: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -217,14 +226,14 @@ impl CompletionEvent {
             .collect()
     }
 
-    fn end(&self) -> Option<StreamEnd> {
-        self.stop.then(|| {
-            if self.stop_type == "eos" {
-                StreamEnd::EndOfText
-            } else {
-                StreamEnd::Length
-            }
-        })
+    fn end(&self) -> Option<DraftPiece> {
+        let why = if self.stop_type == "eos" {
+            StreamEnd::EndOfText
+        } else {
+            StreamEnd::Length
+        };
+        let took = self.predicted_ms.map(|ms| Duration::from_secs_f64(ms.max(0.0) / 1e3));
+        self.stop.then_some(DraftPiece::End { why, took })
     }
 }
 
@@ -466,8 +475,12 @@ impl LlamaServer {
         let request = self.completion(WrittenTokens::default().write(prefix), n, slot, false);
         let response = self.connection.send(COMPLETION, request).await?;
         let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
-        let end = event.end().unwrap_or(StreamEnd::Length);
-        Ok([DraftPiece::Tokens(event.tokens()), DraftPiece::End(end)])
+        let cut = DraftPiece::End {
+            why: StreamEnd::Length,
+            took: None,
+        };
+        let end = event.end().unwrap_or(cut);
+        Ok([DraftPiece::Tokens(event.tokens()), end])
     }
 
     /// A request to continue a prompt, which is given by its tokens with commas between.
@@ -475,7 +488,7 @@ impl LlamaServer {
         let wanted = serde_json::json!({
             "n_predict": n, "id_slot": slot, "stream": stream, "cache_prompt": true, "return_tokens": true,
             "samplers": ["top_k"], "top_k": 1, "n_probs": 1,
-            "response_fields": ["tokens", "stop", "stop_type", "completion_probabilities"],
+            "response_fields": ["tokens", "stop", "stop_type", "completion_probabilities", "timings/predicted_ms"],
         });
         let wanted = wanted.to_string();
         let body = format!("{{\"prompt\":[{prompt}],{}", &wanted[1..]);
@@ -519,7 +532,7 @@ impl Drafting {
                 if let Some(rest) = self.events.take() {
                     Connection::read_out(rest);
                 }
-                self.pending.push_back(DraftPiece::End(end));
+                self.pending.push_back(end);
             } else if event.tokens_predicted > self.received + event.tokens.len() {
                 self.events = None;
                 let n = self.n.saturating_sub(self.received).max(1);
