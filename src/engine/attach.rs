@@ -234,8 +234,8 @@ impl Stream {
         self.last_token.unwrap_or(self.started).elapsed()
     }
 
-    /// Takes in that `n` tokens have come, perhaps with the last word of the stream: `took`, as in [`DraftPiece::End`].
-    fn count(&mut self, n: usize, last_word: Option<Option<Duration>>) -> Option<Told> {
+    /// Takes in that `n` tokens have come, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
+    fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> Option<Told> {
         let silent = self.silent();
         self.n_tokens += n;
         self.last_token = Some(Instant::now());
@@ -243,11 +243,11 @@ impl Stream {
             self.first_at = self.last_token;
             return Some(Told::First(silent));
         }
-        match last_word {
+        if ended && self.lay_around {
             // For how long it has been silent since is not how long they took.
-            Some(took) if self.lay_around => Some(Told::Further(self.n_tokens - 1, took?)),
-            _ => Some(Told::Further(n, silent)),
+            return Some(Told::Further(self.n_tokens - 1, took?));
         }
+        Some(Told::Further(n, silent))
     }
 
     /// How long ago its last token came, if all but the first took so long.
@@ -425,13 +425,13 @@ impl Attached {
             }));
         }
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
-            let last_word = match &end {
-                Some(Ok(DraftPiece::End { took, .. })) => Some(*took),
+            let took = match &end {
+                Some(Ok(DraftPiece::End { took, .. })) => *took,
                 _ => None,
             };
             let waits = self.session.is_waited_for(number, self.began.elapsed());
             let mut pace = self.shared.pace();
-            match stream.count(tokens.len(), last_word) {
+            match stream.count(tokens.len(), end.is_some(), took) {
                 Some(Told::First(latency)) => pace.record_first_token(number, latency, waits),
                 Some(Told::Further(n, time)) => pace.record_tokens(number, n, time, waits),
                 None => {}
