@@ -14,7 +14,7 @@ pub fn print(text: impl Display) -> Result<(), Failure> {
     Ok(out.flush()?)
 }
 
-/// As [`print`], with the end of the line.
+/// As [`print()`], with the end of the line.
 pub fn print_line(line: impl Display) -> Result<(), Failure> {
     print(format_args!("{line}\n"))
 }

@@ -252,7 +252,10 @@ impl Stream {
 
     /// How long ago its last token came, if all but the first took so long.
     fn ended(&self, took: Option<Duration>) -> Duration {
-        let last_at = self.first_at.zip(took).map(|(first, took)| first + took);
+        let last_at = self
+            .first_at
+            .zip(took)
+            .and_then(|(first, took)| first.checked_add(took));
         last_at.map(|at| at.elapsed()).unwrap_or_default()
     }
 }
@@ -425,8 +428,9 @@ impl Attached {
             }));
         }
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
+            // The end of the text is a token too, and not among these.
             let took = match &end {
-                Some(Ok(DraftPiece::End { took, .. })) => *took,
+                Some(Ok(DraftPiece::End { why, took })) if *why == StreamEnd::Length => *took,
                 _ => None,
             };
             let waits = self.session.is_waited_for(number, self.began.elapsed());

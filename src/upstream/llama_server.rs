@@ -232,7 +232,9 @@ impl CompletionEvent {
         } else {
             StreamEnd::Length
         };
-        let took = self.predicted_ms.map(|ms| Duration::from_secs_f64(ms.max(0.0) / 1e3));
+        let took = self
+            .predicted_ms
+            .and_then(|ms| Duration::try_from_secs_f64(ms / 1e3).ok());
         self.stop.then_some(DraftPiece::End { why, took })
     }
 }
