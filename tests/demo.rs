@@ -44,8 +44,9 @@ fn the_demo_drafts_and_the_drafted_texts_equal_the_plain_ones() {
 fn a_piped_chat_prints_the_answers_and_nothing_else_to_stdout() {
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
+    // Greedy, so that it always says the same.
     let yaml = format!(
-        "target: {{ port: {port}, slots: 1, threads: 1, api_key: hush }}\nproxy: {{}}\n\
+        "target: {{ port: {port}, slots: 1, threads: 1, api_key: hush, extra_args: [--temp, \"0\"] }}\nproxy: {{}}\n\
          models: {{ tiny: {{ path: {}, ctx_size: 2048 }} }}\nbinaries: {{ llama_server: {}/bin/llama-server }}\n",
         slow_target().display(),
         llama_cpp().display()
