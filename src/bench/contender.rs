@@ -61,9 +61,7 @@ impl Contender {
         let text = self.verifier.as_ref()?.get("/metrics", PATIENCE).await.ok()?;
         DraftCounts::parse(&text)
     }
-}
 
-impl Contender {
     /// The most that a proxy of ours expects of its drafters now by its formula: speed over that of plain steps.
     pub(super) async fn expected_speed_up(&self) -> Option<f64> {
         if self.mode != Mode::Attached {

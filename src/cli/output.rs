@@ -8,15 +8,15 @@ use serde::Serialize;
 use super::exit::Failure;
 
 /// Writes `text` as it stands, at once. Where the reader has seen enough (`| head`) the work ends without a word.
-pub fn print(text: impl Display) -> Result<(), Failure> {
+pub fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    write!(out, "{text}")?;
+    out.write_all(text.as_ref())?;
     Ok(out.flush()?)
 }
 
 /// As [`print()`], with the end of the line.
 pub fn print_line(line: impl Display) -> Result<(), Failure> {
-    print(format_args!("{line}\n"))
+    print(format!("{line}\n"))
 }
 
 /// Prints a report, as JSON or as `text`.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::coordinator;
 use super::exit::{Exit, Failure};
-use super::output::{print, print_line};
+use super::output::print_report;
 use crate::cluster::build;
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
@@ -119,23 +119,18 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
         (name, model),
         (&coordinator.host, coordinator.port),
     );
-    if options.json {
-        let answer = Answer {
-            model: name,
-            plan: &plan,
-            notes: &notes,
-            command: words(&launch).collect(),
-            environment: launch
-                .env
-                .iter()
-                .map(|(name, value)| (name.clone(), shown(name, value.expose()).to_owned()))
-                .collect(),
-        };
-        let json = serde_json::to_string_pretty(&answer).map_err(|error| Failure::other("write JSON", error))?;
-        print_line(json)?;
-    } else {
-        print(table(name, &plan, &notes, &launch))?;
-    }
+    let answer = Answer {
+        model: name,
+        plan: &plan,
+        notes: &notes,
+        command: words(&launch).collect(),
+        environment: launch
+            .env
+            .iter()
+            .map(|(name, value)| (name.clone(), shown(name, value.expose()).to_owned()))
+            .collect(),
+    };
+    print_report(&answer, options.json, |_| table(name, &plan, &notes, &launch))?;
     if plan.fits { Ok(()) } else { Err(misfit(name, &plan)) }
 }
 

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
-use super::output::{print, print_line};
+use super::output::{print, print_report};
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
@@ -81,11 +81,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
     }
     if !options.watch {
         let seen = look(config).await;
-        if options.json {
-            print_line(format_args!("{:#}", json(&seen)?))?;
-        } else {
-            print(table(&seen))?;
-        }
+        print_report(&json(&seen)?, options.json, |_| table(&seen))?;
         return verdict(&seen);
     }
     let stop = signals::stop_token()?;

@@ -108,7 +108,7 @@ async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> 
             let line: Vec<u8> = lines.drain(..=end).collect();
             let told: Value = serde_json::from_slice(&line).unwrap_or_default();
             if json {
-                print(String::from_utf8_lossy(&line))?;
+                print(line)?;
             }
             if told["done"] == true {
                 return Ok(());

@@ -6,16 +6,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
-use futures_util::stream::{BoxStream, Fuse};
 use tokio::sync::watch as channel;
-use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
-use super::activity::{Activity, Work};
+use super::activity::Activity;
 use super::crowd::Member;
 use super::draft_server::DraftServer;
+use super::draft_stream::{Piece, Stream, Told};
 use super::slots::Lease;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
@@ -26,8 +24,6 @@ use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServe
 const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses after a failure: of the drafter from the first to the last, doubling; of the target always the first.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// Most pieces of the drafter's stream that are taken at once.
-const PIECES: usize = 64;
 
 /// What a drafting session works with.
 pub(super) struct Servers {
@@ -75,7 +71,6 @@ pub(super) async fn run(
 }
 
 type Answer = Result<DraftAnswer, UpstreamError>;
-type Piece = Result<DraftPiece, UpstreamError>;
 
 struct Attached {
     shared: Arc<Shared>,
@@ -143,13 +138,8 @@ impl Drafter {
 
     /// What it does next.
     async fn next(&mut self) -> Drafted {
-        if let Some(stream) = &mut self.stream
-            && let Some(until) = stream.rests_until
-        {
-            sleep_until(until).await;
-            stream.catch_up().await;
-            stream.rests_until = None;
-            stream.lay_around = !stream.come.is_empty();
+        if let Some(stream) = &mut self.stream {
+            stream.rested().await;
         }
         let silent_at = self
             .stream
@@ -181,83 +171,6 @@ enum Drafted {
     Silence,
     /// It may be tried again.
     Rested,
-}
-
-struct Stream {
-    id: u64,
-    pieces: Fuse<BoxStream<'static, Piece>>,
-    /// Pieces that are not handled yet.
-    come: Vec<Piece>,
-    started: Instant,
-    /// When the last token came.
-    last_token: Option<Instant>,
-    /// When it is looked at again.
-    rests_until: Option<Instant>,
-    /// What has come came some time ago.
-    lay_around: bool,
-    /// When its first token came, and the number of all so far.
-    first_at: Option<Instant>,
-    n_tokens: usize,
-    work: Work,
-}
-
-/// What tokens tell of how fast the drafter is.
-enum Told {
-    /// How long the first one took.
-    First(Duration),
-    /// How long so many further ones took.
-    Further(usize, Duration),
-}
-
-impl Stream {
-    /// Takes in what has come. A connection is a task of its own, which hands over its next event when one was taken.
-    async fn catch_up(&mut self) {
-        let mut before = usize::MAX;
-        while before != self.come.len() && self.come.len() < PIECES {
-            before = self.come.len();
-            while let Some(Some(piece)) = self.pieces.next().now_or_never() {
-                self.come.push(piece);
-            }
-            yield_now().await;
-        }
-    }
-
-    /// What has come, as soon as something has. It loses nothing when it is dropped.
-    async fn next(&mut self) -> Vec<Piece> {
-        if self.come.is_empty() {
-            self.come.extend(self.pieces.next().await);
-        }
-        std::mem::take(&mut self.come)
-    }
-
-    fn silent(&self) -> Duration {
-        self.last_token.unwrap_or(self.started).elapsed()
-    }
-
-    /// Takes in that `n` tokens have come, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
-    fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> Option<Told> {
-        let silent = self.silent();
-        self.n_tokens += n;
-        self.last_token = Some(Instant::now());
-        if self.first_at.is_none() {
-            self.first_at = self.last_token;
-            return Some(Told::First(silent));
-        }
-        if ended && self.lay_around {
-            // For how long it has been silent since is not how long they took.
-            return Some(Told::Further(self.n_tokens - 1, took?));
-        }
-        Some(Told::Further(n, silent))
-    }
-
-    /// How long ago its last token came, if all but the first took so long.
-    fn ended(&self, took: Option<Duration>) -> Duration {
-        let last_at = self
-            .first_at
-            .zip(took)
-            .and_then(|(first, took)| first.checked_add(took));
-        last_at.map(|at| at.elapsed()).unwrap_or_default()
-    }
 }
 
 impl Attached {
@@ -407,7 +320,7 @@ impl Attached {
 
     fn drafted(&mut self, number: usize, pieces: Vec<Piece>) {
         let drafter = &mut self.drafters[number];
-        let Some(id) = drafter.stream.as_ref().map(|stream| stream.id) else {
+        let Some(id) = drafter.stream.as_ref().map(Stream::id) else {
             return;
         };
         let mut tokens: Vec<(Token, Option<f64>)> = Vec::new();
@@ -446,27 +359,28 @@ impl Attached {
             let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::untold(number), class));
             let tokens = tokens.into_iter().map(classed).collect();
             self.handle(Event::Drafted { stream: id, tokens });
-            // To wake up for each token is most of what drafting costs the proxy.
             let drafter = &mut self.drafters[number];
-            let tells_times = drafter.spoken.as_ref().is_some_and(|(_, server)| server.tells_times());
-            if let Some(stream) = drafter.stream.as_mut().filter(|_| tells_times) {
-                let spare = self.session.spare() / 2;
-                stream.rests_until = (!spare.is_zero()).then(|| Instant::now() + spare);
+            if let (Some(stream), Some((_, server))) = (&mut drafter.stream, &drafter.spoken)
+                && server.tells_times()
+            {
+                stream.rest(self.session.spare() / 2);
             }
         }
-        let current = |drafter: &Drafter| drafter.stream.as_ref().is_some_and(|stream| stream.id == id);
+        // What was said may have made the session end it, and begin another one.
+        let current = &mut self.drafters[number].stream;
         match end {
             Some(Ok(DraftPiece::End { why, took })) => {
-                if let Some(stream) = self.drafters[number].stream.take_if(|stream| stream.id == id) {
-                    let ago = stream.ended(took);
-                    stream.work.ended(ago);
+                if let Some(stream) = current.take_if(|stream| stream.id() == id) {
+                    stream.end(took);
                 }
                 self.handle(Event::DraftEnded {
                     stream: id,
                     end_of_text: why == StreamEnd::EndOfText,
                 });
             }
-            Some(Err(error)) if current(&self.drafters[number]) => self.drafter_failed(number, &error.to_string()),
+            Some(Err(error)) if current.as_ref().is_some_and(|stream| stream.id() == id) => {
+                self.drafter_failed(number, &error.to_string());
+            }
             _ => {}
         }
     }
@@ -547,7 +461,7 @@ impl Attached {
             let stream = it.stream.as_ref()?;
             Some(Growing {
                 drafter,
-                begun: stream.last_token.is_some(),
+                begun: stream.begun(),
                 silent: stream.silent(),
             })
         });
@@ -569,29 +483,19 @@ impl Attached {
                 let (Some(lease), Some((_, server))) = (&it.lease, &it.spoken) else {
                     return;
                 };
-                it.stream = Some(Stream {
-                    id,
-                    pieces: server.draft(prefix, n, lease.index()).fuse(),
-                    come: Vec::new(),
-                    started: Instant::now(),
-                    last_token: None,
-                    rests_until: None,
-                    lay_around: false,
-                    first_at: None,
-                    n_tokens: 0,
-                    work: self.shared.activity[drafter].begin(),
-                });
+                let pieces = server.draft(prefix, n, lease.index());
+                it.stream = Some(Stream::new(id, pieces, self.shared.activity[drafter].begin()));
             }
             Action::StopDraft { drafter } => {
                 let Some(stream) = self.drafters[drafter].stream.take() else {
                     return;
                 };
                 let mut pace = self.shared.pace();
-                if stream.last_token.is_none() {
+                if !stream.begun() {
                     let waits = self.session.is_waited_for(drafter, self.began.elapsed());
                     pace.record_silence(drafter, stream.silent(), waits);
                 }
-                stream.work.ends_within(pace.token_time(drafter));
+                stream.stop(pace.token_time(drafter));
             }
             Action::Finish => self.finished = true,
         }

@@ -8,6 +8,7 @@ mod attach;
 mod calibrate;
 mod crowd;
 mod draft_server;
+mod draft_stream;
 mod rounds;
 mod slots;
 mod stepper;

@@ -14,6 +14,9 @@ const N_MAX: usize = 16;
 /// Tokens of an answer.
 const ANSWER: usize = 1500;
 
+/// Fixed policies of these sizes are compared with.
+const SIZES: [usize; 7] = [0, 1, 2, 3, 5, 8, 16];
+
 /// An answer has fewer events.
 const MOST_CAUSES: u64 = 1_000_000;
 
@@ -33,6 +36,17 @@ pub struct World {
 }
 
 impl World {
+    /// One whose servers are near each other.
+    fn near(acceptance: f64, draft_cost: f64, step_cost: fn(usize) -> f64, slowdown: f64) -> Self {
+        Self {
+            acceptance,
+            draft_cost,
+            round_trip: 0.02,
+            step_cost,
+            slowdown,
+        }
+    }
+
     fn step_us(self, n: usize) -> f64 {
         PLAIN_US * (self.step_cost)(n)
     }
@@ -666,13 +680,7 @@ fn the_choice_is_near_the_best_where_two_tokens_cost_two_steps() {
 fn the_choice_is_near_the_best_on_one_device() {
     let (acceptances, costs) = ([0.3, 0.6, 0.8, 0.95], [0.01, 0.1, 0.3]);
     for step_cost in [flat, steep, stair] {
-        holds_its_own(
-            (step_cost, 2.0),
-            &acceptances,
-            &costs,
-            &[0.0, 0.05],
-            &[0, 1, 2, 3, 5, 8, 16],
-        );
+        holds_its_own((step_cost, 2.0), &acceptances, &costs, &[0.0, 0.05], &SIZES);
     }
 }
 
@@ -682,14 +690,8 @@ fn a_slowdown_that_was_measured_wrongly_does_not_last() {
     for (acceptance, draft_cost) in [(0.6, 0.01), (0.8, 0.1), (0.9, 0.5)] {
         for (slowdown, measured) in [(1.0, 2.0), (1.0, 4.0), (2.0, 1.0), (4.0, 1.0)] {
             for step_cost in [flat, stair] {
-                let world = World {
-                    acceptance,
-                    draft_cost,
-                    round_trip: 0.02,
-                    step_cost,
-                    slowdown,
-                };
-                let (best, _) = world.best_fixed(&[0, 1, 2, 3, 5, 8, 16]);
+                let world = World::near(acceptance, draft_cost, step_cost, slowdown);
+                let (best, _) = world.best_fixed(&SIZES);
                 let mut pace = world.measured_as(measured);
                 let (first, second) = (world.speed(&mut pace) / best, world.speed(&mut pace) / best);
                 println!("{world:?} measured as {measured}: {first:.3}, then {second:.3} of {best:.3}");
@@ -708,14 +710,8 @@ fn a_drafter_that_became_slower_is_found_out() {
     for (acceptance, draft_cost) in [(0.6, 0.1), (0.8, 0.2), (0.8, 0.5), (0.95, 0.5), (0.95, 1.0)] {
         for step_cost in [flat, steep, stair] {
             for slowdown in [1.0, 2.0] {
-                let world = World {
-                    acceptance,
-                    draft_cost,
-                    round_trip: 0.02,
-                    step_cost,
-                    slowdown,
-                };
-                let (best, _) = world.best_fixed(&[0, 1, 2, 3, 5, 8, 16]);
+                let world = World::near(acceptance, draft_cost, step_cost, slowdown);
+                let (best, _) = world.best_fixed(&SIZES);
                 let fast = World {
                     draft_cost: draft_cost / 8.0,
                     ..world

@@ -2,7 +2,7 @@
 
 use super::rows::{Figures, Report, Row};
 use crate::cli::exit::Failure;
-use crate::cli::output::print_line;
+use crate::cli::output::{print_line, print_report};
 
 /// Prints rows as they come; with `json` nothing until the end, and then everything as JSON.
 #[derive(Debug, Clone, Copy)]
@@ -50,22 +50,20 @@ impl Table {
 
     /// The sum.
     pub fn foot(self, report: &Report) -> Result<(), Failure> {
-        if self.json {
-            let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;
-            return print_line(json);
-        }
-        print_line(format_args!(
-            "{:<10} {:<34} {:>6} {}",
-            "total",
-            "",
-            report.total.tokens,
-            figures(&report.total)
-        ))?;
-        print_line(
-            "\nplain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the \
-             target; equal: whether both texts are the same",
-        )
+        print_report(report, self.json, foot)
     }
+}
+
+fn foot(report: &Report) -> String {
+    format!(
+        "{:<10} {:<34} {:>6} {}\n\n\
+         plain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the target; \
+         equal: whether both texts are the same\n",
+        "total",
+        "",
+        report.total.tokens,
+        figures(&report.total)
+    )
 }
 
 fn figures(figures: &Figures) -> String {
