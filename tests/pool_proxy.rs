@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use harness::fake_upstream::{FakeUpstream, json as answer};
+use harness::far_device::FarDevice;
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, answer_of, model};
 use harness::pool::{Pool, Setup};
@@ -18,10 +19,12 @@ use serde_json::{Value, json};
 
 const COMPLETIONS: &str = "/v1/completions";
 
-/// A pool whose `big` takes milliseconds per token, so that drafts are in time.
-async fn slow_pool() -> Pool {
+/// A pool whose `big` drafts pay for, on any processor: half of it is far away, and it takes milliseconds per token. `other`
+/// is quick.
+async fn far_pool() -> Pool {
     Pool::ready(Setup {
-        models: json!({ "big": { "path": slow_target() } }),
+        models: json!({ "big": { "path": slow_target() }, "other": { "extra_args": ["--device", "none"] } }),
+        far: Some(FarDevice::start().await),
         ..Setup::default()
     })
     .await
@@ -33,7 +36,7 @@ async fn small_model() -> LlamaServer {
 
 #[tokio::test]
 async fn drafted_answers_of_a_pool_equal_its_plain_ones() {
-    let pool = slow_pool().await;
+    let pool = far_pool().await;
     let draft = small_model().await;
     let proxy = Proxy::drafting(pool.url(), draft.url()).await;
     let (mut accepted, mut steps, mut generated) = (0, 0, 0);
@@ -54,7 +57,7 @@ async fn drafted_answers_of_a_pool_equal_its_plain_ones() {
 
 #[tokio::test]
 async fn after_a_swap_the_proxy_knows_the_new_model_and_not_the_old() {
-    let pool = slow_pool().await;
+    let pool = far_pool().await;
     let draft = small_model().await;
     let proxy = Proxy::drafting(pool.url(), draft.url()).await;
     let plain_step = |status: &Value| status["step_ms"]["0"].as_f64();

@@ -52,6 +52,12 @@ impl FarDevice {
     pub fn args(&self) -> [&str; 6] {
         ["--rpc", &self.endpoint, "--device", "RPC0", "-ngl", "99"]
     }
+
+    /// Where it listens, on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        let port = self.endpoint.rsplit(':').next().expect("a port");
+        port.parse().expect("a number")
+    }
 }
 
 impl Drop for FarDevice {

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpSocket;
 
+use super::far_device::FarDevice;
 use super::llama_server::{Program, answer_of, free_port, llama_cpp, model};
 use super::wait::eventually;
 use super::worker::children;
@@ -20,6 +21,7 @@ pub struct Pool {
     agents: [u16; 2],
     /// Of `ggml-rpc-server`s that are run by hand.
     by_hand: Option<[u16; 2]>,
+    far: Option<FarDevice>,
 }
 
 /// What differs between the pools of the tests.
@@ -35,6 +37,8 @@ pub struct Setup {
     /// There are no workers; the coordinator lends a GPU of its own, which is full while a llama-server runs. That runs on
     /// the CPU, and knows nothing of it.
     pub own_gpu: bool,
+    /// The second worker has no agent and is this device.
+    pub far: Option<FarDevice>,
 }
 
 impl Default for Setup {
@@ -45,6 +49,7 @@ impl Default for Setup {
             slow: 0.0,
             by_hand: false,
             own_gpu: false,
+            far: None,
         }
     }
 }
@@ -68,10 +73,15 @@ impl Pool {
     pub fn without_coordinator(setup: Setup) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let port = free_port();
-        let agents = [free_port(), free_port()];
-        let ports = [free_port(), free_port()];
+        let mut agents = [free_port(), free_port()];
+        let mut ports = [free_port(), free_port()];
+        if setup.by_hand {
+            agents = [0, 0];
+        }
+        if let Some(far) = &setup.far {
+            (agents[1], ports[1]) = (0, far.port());
+        }
         let worker = |name: &str, agent: u16, port: u16| {
-            let agent = if setup.by_hand { 0 } else { agent };
             json!({
                 "host": "127.0.0.1", "name": name, "backend": "cpu", "agent_port": agent, "cache_gb": 0,
                 "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
@@ -106,9 +116,12 @@ impl Pool {
             folder,
             agents,
             by_hand: setup.by_hand.then_some(ports),
+            far: setup.far,
         };
         if !setup.own_gpu {
             pool.start_worker(0);
+        }
+        if !setup.own_gpu && pool.far.is_none() {
             pool.start_worker(1);
         }
         pool
