@@ -203,7 +203,7 @@ impl Rounds {
     fn next(&mut self, policy: &mut impl Policy, moment: &Moment) -> Action {
         let most = self.most(moment);
         let found = self.lookup.propose(&[], most).map(|proposal| {
-            let classes = vec![proposal.class(); proposal.tokens.len()];
+            let classes: Vec<_> = proposal.classes().collect();
             (proposal.tokens, classes)
         });
         if let Some((tokens, classes)) = found {

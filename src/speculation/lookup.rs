@@ -3,6 +3,10 @@
 //! The last tokens are looked for in the prompt, in the answer so far and in the client's own prediction of the answer; what
 //! followed there is the draft (prompt lookup decoding, Saxena 2023; predicted outputs, OpenAI 2024). It costs no time
 //! worth naming and is right when text is copied: edits of code, quotes, lists of the same shape.
+//!
+//! An edit differs here and there from what it copies, and goes on as before behind that. So the place in the copied text is
+//! followed through the answer: after a token that does not stand there, the copy is taken up near it, before as many
+//! tokens agree as it takes to find a place anywhere in the text.
 
 use std::collections::HashMap;
 
@@ -14,6 +18,12 @@ const SHORTEST: usize = 3;
 const LONGEST: usize = 32;
 /// Places remembered for the same few tokens; older ones are forgotten.
 const PLACES: usize = 8;
+/// So many agreeing tokens make sure that the answer copies the text there.
+const SURE: usize = 8;
+/// Tokens before and behind the place in a copied text, among which it is taken up again.
+const NEAR: (usize, usize) = (4, 12);
+/// Tokens in a row that do not stand in the copied text, at most: more, and it is not copied any more.
+const STRANGE: usize = 8;
 /// Separates the prediction from the prompt; no token.
 const GAP: Token = Token::MIN;
 
@@ -22,21 +32,22 @@ const GAP: Token = Token::MIN;
 pub struct Proposal {
     /// The tokens.
     pub tokens: Vec<Token>,
-    /// How many of the last tokens stand before them in the place that they were found in; 32 at most.
+    /// How many of the last tokens stand before them in the place that they were found in; 32 at most. Fewer than three where
+    /// a copied text is taken up again after a change.
     pub matched: usize,
     /// They stand in the client's prediction.
     pub predicted: bool,
 }
 
 impl Proposal {
-    /// What is known of each of these tokens.
-    #[must_use]
-    pub fn class(&self) -> Class {
-        if self.predicted {
-            Class::of_prediction(self.matched)
+    /// What is known of each of these tokens: when its turn comes, those before it match as well.
+    pub fn classes(&self) -> impl Iterator<Item = Class> {
+        let class = if self.predicted {
+            Class::of_prediction
         } else {
-            Class::of_match(self.matched)
-        }
+            Class::of_match
+        };
+        (self.matched..).take(self.tokens.len()).map(class)
     }
 }
 
@@ -52,6 +63,18 @@ pub struct Lookup {
     answer: Option<usize>,
     /// Ends of the places where these tokens stand, the latest last.
     places: HashMap<[Token; SHORTEST], Vec<usize>>,
+    /// The text that the answer copies.
+    copied: Option<Copied>,
+}
+
+/// A place in a text that an answer copies.
+#[derive(Debug, Clone, Copy)]
+struct Copied {
+    /// The index of the token that comes next.
+    at: usize,
+    /// How many of the last tokens of the answer stand before it, or how many do not since it was left.
+    agreeing: usize,
+    strange: usize,
 }
 
 impl Lookup {
@@ -63,13 +86,55 @@ impl Lookup {
         lookup.predicted = prediction.len();
         lookup.text.push(GAP);
         lookup.begin = lookup.text.len();
+        lookup.copied = (!prediction.is_empty()).then_some(Copied {
+            at: 0,
+            agreeing: 0,
+            strange: 0,
+        });
         lookup
     }
 
     /// Takes in committed tokens; the first call brings the prompt.
     pub fn extend(&mut self, committed: &[Token]) {
-        self.push(committed);
-        self.answer.get_or_insert(self.text.len());
+        if self.answer.is_none() {
+            self.push(committed);
+            self.answer = Some(self.text.len());
+            return;
+        }
+        for token in committed {
+            self.copied = self.copied.and_then(|copied| self.copied_on(copied, *token));
+            self.push(&[*token]);
+            let tail = &self.text[self.text.len() - self.committed().min(LONGEST)..];
+            if let Some((matched, at)) = self.place(tail).filter(|(matched, _)| *matched >= SURE) {
+                self.copied = Some(Copied {
+                    at,
+                    agreeing: matched,
+                    strange: 0,
+                });
+            }
+        }
+    }
+
+    /// Where a copy goes on after the answer's next token.
+    fn copied_on(&self, copied: Copied, token: Token) -> Option<Copied> {
+        let is_there = |at: &usize| self.text.get(*at) == Some(&token);
+        if is_there(&copied.at) {
+            return Some(Copied {
+                at: copied.at + 1,
+                agreeing: copied.agreeing + 1,
+                strange: 0,
+            });
+        }
+        let behind = copied.at + 1..(copied.at + NEAR.1).min(self.text.len());
+        let before = copied.at.saturating_sub(NEAR.0)..copied.at;
+        let near = behind.clone().find(is_there).or_else(|| before.rev().find(is_there));
+        let strange = if near.is_some() { 0 } else { copied.strange + 1 };
+        (strange <= STRANGE).then_some(Copied {
+            // Else it stands in place of the one there.
+            at: near.unwrap_or(copied.at) + 1,
+            agreeing: usize::from(near.is_some()),
+            strange,
+        })
     }
 
     /// Number of committed tokens taken in.
@@ -91,31 +156,47 @@ impl Lookup {
         .concat();
         self.predicted_from_the_start(drafted, n)
             .or_else(|| self.found(&tail, n))
+            .or_else(|| self.taken_up_again(drafted, n))
     }
 
-    /// What follows the longest match of the end of `tail`; of equally long ones the client's prediction, else the latest.
+    /// What follows the longest match of the end of `tail`.
     fn found(&self, tail: &[Token], n: usize) -> Option<Proposal> {
+        let (matched, at) = self.place(tail)?;
+        Some(self.proposal(at, matched, n))
+    }
+
+    /// What follows in the copied text after a change.
+    fn taken_up_again(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
+        let Copied { at, agreeing, .. } = self.copied.filter(|_| drafted.is_empty())?;
+        let proposal = self.proposal(at, agreeing.min(LONGEST), n);
+        (!proposal.tokens.is_empty()).then_some(proposal)
+    }
+
+    /// How many tokens of the end of `tail` stand in a place, and where that ends: the place of the longest match, of equally
+    /// long ones that of the text that is copied, else of the client's prediction, else the latest.
+    fn place(&self, tail: &[Token]) -> Option<(usize, usize)> {
         let places = self.places.get(tail.last_chunk::<SHORTEST>()?)?;
-        let (matched, predicted, end) = places
+        let copied = self.copied.map(|copied| copied.at);
+        let (matched, _, _, end) = places
             .iter()
             .filter(|end| self.text.get(**end).is_some_and(|next| *next != GAP))
             .map(|end| {
                 let before = self.text[..*end].iter().rev().zip(tail.iter().rev());
                 let matched = before.take_while(|(a, b)| a == b).count();
-                (matched, *end < self.predicted, *end)
+                (matched, copied == Some(*end), *end < self.predicted, *end)
             })
             .max()?;
-        let tokens = self.text[end..]
-            .iter()
-            .copied()
-            .take(n)
-            .take_while(|token| *token != GAP)
-            .collect();
-        Some(Proposal {
-            tokens,
+        Some((matched, end))
+    }
+
+    /// At most `n` tokens from there on.
+    fn proposal(&self, at: usize, matched: usize, n: usize) -> Proposal {
+        let text = self.text.get(at..).unwrap_or_default();
+        Proposal {
+            tokens: text.iter().copied().take(n).take_while(|token| *token != GAP).collect(),
             matched,
-            predicted,
-        })
+            predicted: at < self.predicted,
+        }
     }
 
     /// Before the answer has begun it may be what the client predicts.
@@ -223,6 +304,45 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_is_taken_up_again_right_behind_a_change() {
+        let text: Vec<Token> = (1..30).collect();
+        for (answer, next, matched) in [
+            // another token
+            (&[1, 2, 3, 60][..], 5, 0),
+            // ... and one more
+            (&[1, 2, 3, 60, 61], 6, 0),
+            // one more
+            (&[1, 2, 3, 60, 4], 5, 1),
+            // two more
+            (&[1, 2, 3, 60, 61, 4], 5, 1),
+            // left out
+            (&[1, 2, 3, 7], 8, 1),
+        ] {
+            let mut lookup = indexed(&text, &[50, 51, 52]);
+            lookup.extend(answer);
+            let proposal = lookup.propose(&[], 2).unwrap();
+            assert_eq!(
+                (proposal.tokens[0], proposal.matched, proposal.predicted),
+                (next, matched, true),
+                "{answer:?}"
+            );
+        }
+        // A text of the prompt.
+        let mut lookup = indexed(&[], &text);
+        lookup.extend(&[70, 5, 6, 7, 8, 9, 10, 11, 12, 60]);
+        let proposal = lookup.propose(&[], 2).unwrap();
+        assert_eq!((&proposal.tokens[..], proposal.predicted), (&[14, 15][..], false));
+    }
+
+    #[test]
+    fn a_copy_that_an_answer_has_left_is_not_proposed_any_more() {
+        let mut lookup = indexed(&(1..30).collect::<Vec<_>>(), &[50, 51, 52]);
+        lookup.extend(&[1, 2, 3]);
+        lookup.extend(&(60..60 + 1 + STRANGE as Token).collect::<Vec<_>>());
+        assert_eq!(lookup.propose(&[], 2), None);
+    }
+
+    #[test]
     fn nothing_is_proposed_beyond_the_end_of_a_text() {
         let mut lookup = indexed(&[1, 2, 3], &[9]);
         lookup.extend(&[1, 2, 3]);
@@ -234,11 +354,14 @@ mod tests {
         #[test]
         fn a_proposal_stands_in_the_text_after_what_matched(
             prediction in prop::collection::vec(0..4, 0..30),
-            committed in prop::collection::vec(0..4, 0..200),
+            prompt in prop::collection::vec(0..4, 0..100),
+            answer in prop::collection::vec(0..4, 0..100),
             drafted in prop::collection::vec(0..4, 0..40),
             n in 0_usize..9,
         ) {
-            let lookup = indexed(&prediction, &committed);
+            let mut lookup = indexed(&prediction, &prompt);
+            lookup.extend(&answer);
+            let committed = [prompt, answer].concat();
             let Some(proposal) = lookup.propose(&drafted, n) else { return Ok(()) };
             prop_assert!(!proposal.tokens.is_empty() && proposal.tokens.len() <= n);
             let tail = [&committed[..], &drafted[..]].concat();

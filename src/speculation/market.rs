@@ -66,51 +66,53 @@ impl Market<'_> {
             beside_step,
             ..
         } = supply;
-        // Steps beside so many draft tokens in the making, at most beside a drafter that never rests.
-        let beside_us = |us: f64, tokens: f64| {
-            let at_work_us = (tokens * beside_step.token_us).min(us * supply.slowdown);
-            us + (1.0 - 1.0 / supply.slowdown) * at_work_us
-        };
-        let mut expected = 1.0;
+        let mut sizes = vec![Size {
+            us: plain_us,
+            expected: 1.0,
+            survives: supply.chance,
+        }];
         for n in 1..=n_max {
-            let survives = |tokens: usize| supply.chance.powi(i32::try_from(tokens).unwrap_or(i32::MAX));
-            expected += survives(n);
-            let in_a_row = 1.0 / (1.0 - survives(n + 1)).max(0.01);
+            let before = sizes[n - 1];
+            let size = Size {
+                us: step_us(n),
+                expected: before.expected + before.survives,
+                survives: before.survives * supply.chance,
+            };
+            sizes.push(size);
+            let in_a_row = 1.0 / (1.0 - size.survives).max(0.01);
             // The first step is beside all that the drafter makes ahead. In a row it has to keep up.
             let next = (n + 1) as f64;
             let made = (far(n_max) - n) as f64 + (in_a_row - 1.0) * next;
-            let time_us = beside_us(in_a_row * step_us(n), made).max(in_a_row * next * beside_step.token_us);
-            let tokens = in_a_row * expected;
+            let time_us = supply
+                .beside_us(in_a_row * size.us, made)
+                .max(in_a_row * next * beside_step.token_us);
             let waits = in_a_row * (1.0 - (1.0 - 1.0 / in_a_row).powf(all as f64));
             let waiting = Cycle {
-                rate: tokens / (waits * undisturbed.comes_us(n) + time_us),
+                rate: in_a_row * size.expected / (waits * undisturbed.comes_us(n) + time_us),
                 way: Way::Waits { n, rests: false },
                 ..best
             };
             let in_turns = Cycle {
-                rate: expected / (undisturbed.comes_us(n) + step_us(n)),
+                rate: size.expected / (undisturbed.comes_us(n) + size.us),
                 way: Way::Waits { n, rests: true },
                 ..best
             };
-            let slow_us = supply.slowdown * plain_us;
-            let gains_us = slow_us - beside_step.token_us;
-            let plain_steps = ((beside_step.comes_us(n) + SLACK_US) / gains_us).ceil().max(1.0);
-            let going_on = Cycle {
-                rate: if gains_us > 0.0 {
-                    let chance = supply.chance.powf(plain_steps);
-                    let taken = (1.0 - chance) / (1.0 - supply.chance).max(1e-6);
-                    (taken + chance * tokens) / (taken * slow_us + chance * time_us)
-                } else {
-                    0.0
-                },
-                way: Way::GoesOn,
-                ..best
-            };
-            let turns = supply.gains_by_rests().then_some(in_turns);
-            for cycle in [waiting, going_on].into_iter().chain(turns) {
-                if cycle.rate > best.rate {
-                    best = cycle;
-                }
+            if waiting.rate > best.rate {
+                best = waiting;
+            }
+            if supply.gains_by_rests() && in_turns.rate > best.rate {
+                best = in_turns;
+            }
+        }
+        // What is worth a step depends on what the steps are worth.
+        for _ in 0..2 {
+            let rate = supply.rate_of_going_on(&sizes, best.rate);
+            if rate > best.rate {
+                best = Cycle {
+                    rate,
+                    way: Way::GoesOn,
+                    ..best
+                };
             }
         }
         best
@@ -123,6 +125,9 @@ impl Market<'_> {
         us.map_or(self.plain_us, |us| slowed * us)
     }
 }
+
+/// After so many steps hardly any draft is not contradicted.
+const MOST_STEPS: usize = 64;
 
 /// A draft in the making that the target may wait for.
 pub(super) struct Growth {
@@ -151,11 +156,60 @@ pub(super) struct Supply {
 }
 
 impl Supply {
+    /// Microseconds of steps that take `us` alone, beside so many draft tokens in the making; at most beside a drafter that
+    /// never rests.
+    fn beside_us(&self, us: f64, tokens: f64) -> f64 {
+        let at_work_us = (tokens * self.beside_step.token_us).min(us * self.slowdown);
+        us + (1.0 - 1.0 / self.slowdown) * at_work_us
+    }
+
+    /// Tokens per microsecond of a target that goes on with what is there of the drafts, from one contradicted draft to the
+    /// next, if a microsecond is worth `worth` tokens.
+    fn rate_of_going_on(&self, sizes: &[Size], worth: f64) -> f64 {
+        let gain = |size: &Size| size.expected - worth * size.us;
+        let Arrival { first_us, token_us } = self.beside_step;
+        let far = far(sizes.len() - 1) as f64;
+        let (mut tokens, mut us) = (0.0, 0.0);
+        // As long as the draft is not contradicted.
+        let (mut chance, mut now_us, mut passed) = (1.0, 0.0, 0.0);
+        for _ in 0..MOST_STEPS {
+            let drafting_us = now_us - first_us - SLACK_US;
+            let drafted = if drafting_us < 0.0 {
+                0.0
+            } else {
+                (1.0 + drafting_us / token_us.max(1.0)).floor().min(passed + far)
+            };
+            let there = (drafted - passed).max(0.0) as usize;
+            let usable = sizes.iter().enumerate().take(there + 1);
+            let Some((n, size)) = usable.max_by(|a, b| gain(a.1).total_cmp(&gain(b.1))) else {
+                break;
+            };
+            let step_us = self.beside_us(size.us, passed + far - drafted);
+            tokens += chance * size.expected;
+            us += chance * step_us;
+            chance *= size.survives;
+            now_us += step_us;
+            passed += (n + 1) as f64;
+        }
+        tokens / us
+    }
+
     /// Whether it can be better not to draft during steps. Who rests before it is known how long it takes will not show it.
     pub(super) fn gains_by_rests(&self) -> bool {
         let Arrival { first_us, token_us } = self.undisturbed;
         self.slowdown > 1.0 && first_us > 0.0 && token_us > 0.0
     }
+}
+
+/// A step over so many draft tokens.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    /// Microseconds that it takes.
+    us: f64,
+    /// Tokens that it yields on average.
+    expected: f64,
+    /// The chance that all of them and the next token of the draft are right.
+    survives: f64,
 }
 
 /// When the tokens of a draft come.

@@ -15,8 +15,9 @@
 //! `1 / (1 - p)` steps of `E(n)` tokens and the time `T(n)` come in a row, and then
 //!
 //! - a target that waits stands still until the next draft is there: for `A = round trip + first token + (n - 1) token`;
-//! - a target that does not takes plain steps meanwhile: `j` of them until the draft is `n` tokens ahead of it, which it
-//!   survives with the chance `a^j`; one that does not begins anew, after `(1 - a^j) / (1 - a)` steps on average;
+//! - a target that does not goes on with what is there: with plain steps until the drafter is ahead, and then over as many
+//!   of its tokens as are worth their time. Summed up step by step: after `j` steps that together brought `m` tokens forward
+//!   the draft is still the target's own with the chance `a^m`;
 //! - where both are on one device each takes longer while the other is at work. So they may take turns: the target waits, and
 //!   the drafter, which is asked for `n` tokens and no more, rests while they are verified. Nothing comes in a row then:
 //!   `E(n)` tokens in the time `A + T(n)`.
@@ -80,7 +81,7 @@ const DOUBT: [(f64, f64); 10] = [
 /// The grade of a drafter's token whose doubt is not told, which comes after [`DOUBT`], and its chance.
 const UNTOLD: (usize, f64) = (DOUBT.len(), 0.7);
 /// Fewest matching tokens of each grade of copies, and the chance that a token of that grade starts with.
-const MATCHED: [(usize, f64); 4] = [(0, 0.5), (5, 0.7), (9, 0.8), (17, 0.9)];
+const MATCHED: [(usize, f64); 6] = [(0, 0.4), (1, 0.5), (3, 0.6), (5, 0.7), (9, 0.8), (17, 0.9)];
 /// The chance of a token that a drafter of which nothing is known has yet to draft.
 const USUAL: f64 = 0.85;
 

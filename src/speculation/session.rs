@@ -432,8 +432,7 @@ impl Session {
         }
         let (ahead, _) = self.copied.ahead(self.committed.len());
         if let Some(proposal) = self.lookup.propose(ahead, far(n_max) - beyond) {
-            let class = proposal.class();
-            self.copied.classes.extend(proposal.tokens.iter().map(|_| class));
+            self.copied.classes.extend(proposal.classes());
             self.copied.tokens.extend(proposal.tokens);
         }
     }
