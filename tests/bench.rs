@@ -6,11 +6,15 @@ mod harness;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use harness::fake_upstream::{Act, FakeUpstream, chunk, stream_head, wait};
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
 use serde_json::{Value, json};
+use tightwad::upstream::ChatServer;
+use tightwad::upstream::chat::{Message, Wishes};
 
 /// `tightwad` with nothing in the environment that could change what it does.
 fn tightwad(args: &[&str]) -> Output {
@@ -168,7 +172,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
         .collect();
     assert!(
         (0..300).any(|_| {
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(100));
             let status = tightwad(&["-c", config, "proxy", "status", "--json"]);
             let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
             status["verification"] == "attached" && status["reason"].is_null()
@@ -251,6 +255,42 @@ async fn verify_without_a_draft_verifies_nothing_and_says_so() {
         stderr.contains("nothing was drafted, so nothing was verified: "),
         "{stderr}"
     );
+}
+
+/// The whole answer of a chat, and `after` behind its last event.
+fn streamed(after: Act) -> Vec<Act> {
+    let events = [r#"data: {"choices":[{"delta":{"content":"Hi"}}]}"#, "data: [DONE]"];
+    let events = events.map(|event| chunk(format!("{event}\n\n")));
+    [stream_head()]
+        .into_iter()
+        .chain(events)
+        .chain([after, Act::EndChunks])
+        .collect()
+}
+
+async fn answer_of(url: &str) -> String {
+    let server = ChatServer::new(url, None, None).unwrap();
+    let answer = server
+        .chat(&[Message::user("Hello")], None, Wishes::default(), |_| Ok(()))
+        .await;
+    answer.unwrap().text
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_finished_in_the_status_of_the_proxy_and_not_cancelled() {
+    let target = FakeUpstream::start(|_| streamed(wait(50))).await;
+    let proxy = Proxy::start(&target.url(), None).await;
+    assert_eq!(answer_of(proxy.url()).await, "Hi");
+    let has_ended = |status: &Value| !status["requests"].as_array().unwrap().is_empty();
+    let status = proxy.shows("the request", Duration::from_secs(5), has_ended).await;
+    assert_eq!(status["requests"][0]["outcome"], "finished", "{status:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_complete_though_its_server_does_not_end_the_stream() {
+    let server = FakeUpstream::start(|_| streamed(Act::Hang)).await;
+    let answer = tokio::time::timeout(Duration::from_secs(5), answer_of(&server.url())).await;
+    assert_eq!(answer.unwrap(), "Hi");
 }
 
 #[test]
