@@ -99,6 +99,20 @@ async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn bench_shows_no_speed_up_where_nothing_was_drafted() {
+    let target = LlamaServer::far_target(&["-np", "1"]).await;
+    let options = ["bench", "--target", target.url(), "--rounds", "1", "--max-tokens", "8"];
+    let output = tightwad(&[&options[..], &["--kinds", "chat,list"]].concat());
+    let table = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<&str> = table.split("\n\n").nth(1).unwrap().lines().collect();
+    let attached = rows.iter().filter(|row| row.contains(" attached "));
+    // Of both kinds and in total.
+    assert_eq!(attached.filter(|row| row.contains(" no draft ")).count(), 3, "{table}");
+    assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{table}");
+    assert!(!table.contains("predicted"), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
     let (target, draft) = pair().await;
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];

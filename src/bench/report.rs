@@ -175,6 +175,14 @@ fn differing(mode: Mode, samples: &[&Sample]) -> usize {
 }
 
 impl Figures {
+    /// Whether the target is known to have verified no draft token at all, so that the speed-up is none of drafting.
+    #[must_use]
+    pub fn is_undrafted(&self) -> bool {
+        self.acceptance
+            .as_ref()
+            .is_some_and(|acceptance| acceptance.drafted == 0)
+    }
+
     fn of(mode: Mode, samples: &[&Sample], blocks: &[&Block]) -> Self {
         let tokens: u64 = samples.iter().map(|sample| sample.answer.tokens).sum();
         // The clock of an answer starts with its first token.
