@@ -260,13 +260,16 @@ async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn verify_without_a_draft_verifies_nothing_and_says_so() {
+async fn verify_without_a_draft_compares_nothing_says_why_and_exits_12() {
     let target = LlamaServer::far_target(&["-np", "1"]).await;
-    let output = tightwad(&["verify", "--target", target.url(), "--count", "1", "--max-tokens", "8"]);
+    let options = ["--count", "1", "--max-tokens", "8", "--json"];
+    let output = tightwad(&[&["verify", "--target", target.url()], &options[..]].concat());
+    let report = printed(&output, 12);
+    assert_eq!((&report["equal"], &report["drafted"]), (&json!(true), &json!(0)));
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let why = report["undrafted"].as_str().unwrap();
     assert!(
-        stderr.contains("nothing was drafted, so nothing was verified: "),
+        stderr.contains(&format!("nothing was drafted, so nothing was compared: {why}; ")),
         "{stderr}"
     );
 }

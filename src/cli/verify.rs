@@ -1,6 +1,7 @@
 //! `tightwad verify`: whether drafted answers are the plain ones.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
@@ -9,6 +10,7 @@ use super::bench::show;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
+use super::own_proxy::why_undrafted;
 use super::progress::Line;
 use super::question_set::{QuestionSet, unless_stopped};
 use crate::bench::{Plan, Verified, measure, verify as compare};
@@ -38,6 +40,7 @@ struct Report {
     equal: bool,
     drafted: u64,
     accepted: u64,
+    /// Why nothing was drafted.
     #[serde(skip_serializing_if = "Option::is_none")]
     undrafted: Option<String>,
     temperatures: Vec<Verified>,
@@ -47,21 +50,19 @@ struct Report {
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let report = unless_stopped(run(options, config)).await?;
     print_report(&report, options.json, text)?;
-    if report.drafted == 0 {
-        let reason = report
-            .undrafted
-            .as_deref()
-            .unwrap_or("the proxy offered no drafts; `tightwad proxy status` may say why");
-        return Err(Failure::new(
-            Exit::Other,
-            format!("nothing was drafted, so nothing was verified: {reason}"),
-        ));
-    }
     if !report.equal {
         return Err(Failure::new(
             Exit::Other,
             "some drafted answers differ from the plain ones",
         ));
+    }
+    if report.drafted == 0 {
+        let reason = report.undrafted.as_deref().unwrap_or("no draft seemed to pay");
+        let message = format!(
+            "nothing was drafted, so nothing was compared: {reason}; see `tightwad proxy status`, and take a slower \
+             target if this one is too fast"
+        );
+        return Err(Failure::new(Exit::NothingDrafted, message));
     }
     Ok(())
 }
@@ -87,12 +88,17 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
         temperatures.push(compare(temperature, &measured, &prompts));
     }
     line.clear();
-    let undrafted = deployment.undrafted.clone();
-    deployment.close().await?;
     let sum = |of: fn(&Verified) -> u64| temperatures.iter().map(of).sum();
+    let drafted = sum(|verified| verified.drafted);
+    let mut undrafted = deployment.undrafted.clone();
+    if drafted == 0 && undrafted.is_none() {
+        // The answers may have told the proxy more.
+        undrafted = why_undrafted(&deployment.attached.server, Duration::ZERO).await?;
+    }
+    deployment.close().await?;
     Ok(Report {
         equal: temperatures.iter().all(|verified| verified.divergences.is_empty()),
-        drafted: sum(|verified| verified.drafted),
+        drafted,
         accepted: sum(|verified| verified.accepted),
         undrafted,
         temperatures,
