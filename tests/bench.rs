@@ -1,6 +1,6 @@
 //! `bench` and `verify` with real llama-server processes and the tiny models.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod harness;
 
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use harness::fake_upstream::{Act, FakeUpstream, chunk, stream_head, wait};
+use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, wait};
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
@@ -272,6 +272,40 @@ async fn verify_without_a_draft_compares_nothing_says_why_and_exits_12() {
         stderr.contains(&format!("nothing was drafted, so nothing was compared: {why}; ")),
         "{stderr}"
     );
+}
+
+/// A target that takes so many milliseconds for each answer, and no drafts.
+async fn undrafted_target(milliseconds: u64) -> FakeUpstream {
+    FakeUpstream::start(move |seen| match seen.target.as_str() {
+        "/v1/chat/completions" => [vec![wait(milliseconds)], streamed(wait(0))].concat(),
+        "/v1/models" | "/health" => answer_in_json("200 OK", r#"{"data":[{"id":"big"}]}"#),
+        _ => answer_in_json("404 Not Found", "{}"),
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_and_verify_tell_a_log_now_and_then_how_far_they_are_and_how_long_it_will_take() {
+    let target = undrafted_target(1700).await;
+    let url = target.url();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    std::fs::write(&file, r#"{"kind":"chat","prompt":"Hello"}"#).unwrap();
+    let servers = ["--target", &url, "--prompts", file.to_str().unwrap()];
+    // Two modes, each three times after one time that does not count; and two, each once after once, at two temperatures.
+    let commands = [&["bench", "--rounds", "3"][..], &["verify"]];
+    std::thread::scope(|scope| {
+        for command in commands {
+            scope.spawn(move || {
+                let output = tightwad(&[command, &servers[..]].concat());
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                let place = |part: &str| stderr.find(part).unwrap_or_else(|| panic!("{part} is not in {stderr}"));
+                let begun = place("warming up, plain: 0 of 8 answers\n");
+                assert!(place("looking at the servers\n") < begun && begun < place(" of 8 answers, about "));
+                assert_eq!(stderr.matches(" of 8 answers").count(), 2, "{stderr}");
+            });
+        }
+    });
 }
 
 /// The whole answer of a chat, and `after` behind its last event.

@@ -11,9 +11,9 @@ use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::own_proxy::why_undrafted;
-use super::progress::Line;
+use super::progress::{Countdown, Line};
 use super::question_set::{QuestionSet, unless_stopped};
-use crate::bench::{Plan, Verified, measure, verify as compare};
+use crate::bench::{Plan, Progress, Verified, measure, verify as compare};
 use crate::config::Config;
 use crate::upstream::chat::Wishes;
 
@@ -71,11 +71,12 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     let mut prompts = options.questions.prompts()?;
     prompts.truncate(options.count.unwrap_or(usize::MAX).max(1));
     let line = Line::new();
-    line.renew("looking at the servers");
+    line.tell("looking at the servers");
     let deployment = Deployment::find(&options.servers, config, None).await?;
     let contenders = [deployment.plain.clone(), deployment.attached.clone()];
     let mut temperatures = Vec::new();
-    for temperature in TEMPERATURES {
+    let mut countdown = Countdown::new();
+    for (number, temperature) in TEMPERATURES.into_iter().enumerate() {
         let plan = Plan {
             rounds: 1,
             clients: 1,
@@ -84,10 +85,12 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
                 ..options.questions.wishes(temperature, &deployment)
             },
         };
-        let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
+        let part = (number, TEMPERATURES.len());
+        let on_progress = |progress: Progress<'_>| show(&mut countdown, progress, part);
+        let measured = measure(&plan, &prompts, &contenders, on_progress).await?;
         temperatures.push(compare(temperature, &measured, &prompts));
     }
-    line.clear();
+    countdown.clear();
     let sum = |of: fn(&Verified) -> u64| temperatures.iter().map(of).sum();
     let drafted = sum(|verified| verified.drafted);
     let mut undrafted = deployment.undrafted.clone();

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::progress::Line;
+use super::progress::{Countdown, Line};
 use super::question_set::{QuestionSet, unless_stopped};
 use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
 use crate::config::Config;
@@ -115,7 +115,7 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     let mut prompts = options.questions.prompts()?;
     let delay = options.delay.map(|delay| Duration::from_millis(delay.into()));
     let line = Line::new();
-    line.renew("looking at the servers");
+    line.tell("looking at the servers");
     let deployment = Deployment::find(&options.servers, config, delay).await?;
     if let Some(reason) = &deployment.undrafted {
         line.clear();
@@ -132,14 +132,16 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     let mut contenders = vec![deployment.plain.clone(), deployment.attached.clone()];
     let own_draft = match &pair {
         Some(pair) => {
-            let trying = |n_max| line.renew(&format!("llama-server's own drafting: trying {n_max} tokens"));
+            let trying = |n_max| line.tell(&format!("llama-server's own drafting: trying {n_max} tokens"));
             Some(OwnDraft::start(pair, &prompts, plan.wishes, trying).await?)
         }
         None => None,
     };
     contenders.extend(own_draft.iter().map(|own| own.contender.clone()));
-    let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
-    line.clear();
+    let mut countdown = Countdown::new();
+    let on_progress = |progress: Progress<'_>| show(&mut countdown, progress, (0, 1));
+    let measured = measure(&plan, &prompts, &contenders, on_progress).await?;
+    countdown.clear();
     let report = Report {
         settings: Settings {
             target: deployment.plain.server.url().to_owned(),
@@ -169,12 +171,18 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
     Ok(report)
 }
 
-/// Says on a terminal how far it is.
-pub fn show(line: &Line, progress: Progress<'_>) {
-    match progress {
-        Progress::WarmingUp(mode) => line.renew(&format!("warming up: {}", mode.name())),
-        Progress::Asking { mode, done, all } => line.renew(&format!("{done} of {all} answers: {}", mode.name())),
-        Progress::Answered(_) => {}
+/// Says how far it is; `part` is which of how many measurements this is, from 0.
+pub fn show(countdown: &mut Countdown, progress: Progress<'_>, part: (usize, usize)) {
+    if let Progress::Asking {
+        mode,
+        warming_up,
+        done,
+        all,
+    } = progress
+    {
+        let doing = if warming_up { "warming up, " } else { "" };
+        let (number, count) = part;
+        countdown.show(&format!("{doing}{}", mode.name()), number * all + done, count * all);
     }
 }
 
