@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, wait};
+use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, until, wait};
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tightwad::upstream::ChatServer;
 use tightwad::upstream::chat::{Message, Wishes};
@@ -306,6 +307,62 @@ async fn bench_and_verify_tell_a_log_now_and_then_how_far_they_are_and_how_long_
             });
         }
     });
+}
+
+/// How `tightwad` ended on this signal, which it got when a target that takes so long for each answer had been asked
+/// this often.
+async fn interrupted(args: &[&str], signal: Signal, milliseconds: u64, questions: usize) -> Output {
+    let target = undrafted_target(milliseconds).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command.args(args).args(["--target", &target.url()]);
+    command.env_remove("TIGHTWAD_CONFIG").env_remove("TIGHTWAD_LOG");
+    let running = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let running = running.spawn().unwrap();
+    let chats = || target.seen().iter().filter(|seen| seen.method == "POST").count();
+    until("the questions", || chats() >= questions).await;
+    kill_process(Pid::from_raw(running.id().cast_signed()).unwrap(), signal).unwrap();
+    running.wait_with_output().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_prints_the_table_of_what_was_measured_on_ctrl_c_and_exits_130() {
+    let output = interrupted(
+        &["bench", "--rounds", "60000", "--kinds", "chat,list"],
+        Signal::INT,
+        20,
+        60,
+    )
+    .await;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(
+        stderr.ends_with("error: interrupted before all was asked\n"),
+        "{stderr}"
+    );
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains(", interrupted before all was asked\n"), "{table}");
+    assert!(table.contains("\ntotal      plain "), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_bench_and_verify_print_as_json_when_they_are_stopped_says_that_it_is_not_complete() {
+    let options = ["bench", "--rounds", "60000", "--clients", "2", "--json"];
+    let report = printed(&interrupted(&options, Signal::TERM, 5, 60).await, 130);
+    assert_eq!(report["complete"], false, "{report:#}");
+    let modes = ["plain", "attached"].map(|name| mode(&report["total"], name)["requests"].as_u64().unwrap());
+    assert!(modes[0] > 0 && modes[0] == modes[1], "{report:#}");
+    let report = printed(&interrupted(&["verify", "--json"], Signal::INT, 5, 60).await, 130);
+    assert_eq!(report["complete"], false, "{report:#}");
+    assert!(report["temperatures"][0]["prompts"].as_u64().unwrap() > 0, "{report:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_that_is_stopped_before_the_first_answers_prints_nothing_and_exits_130() {
+    let output = interrupted(&["bench"], Signal::INT, 60_000, 1).await;
+    assert_eq!((output.status.code(), output.stdout), (Some(130), Vec::new()));
 }
 
 /// The whole answer of a chat, and `after` behind its last event.

@@ -94,14 +94,16 @@ pub enum Progress<'a> {
     Answered(&'a [Sample]),
 }
 
-/// Asks every contender everything. They take turns after every prompt (with several clients: after some prompts for
+/// Asks every contender everything, and adds to `measured` what all of them have answered, so that it is there too when
+/// this is dropped before its end. They take turns after every prompt (with several clients: after some prompts for
 /// each), and whoever was first is last the next time, so that a machine that slows down slows all of them down.
 pub async fn measure(
     plan: &Plan,
     prompts: &[Prompt],
     contenders: &[Contender],
+    measured: &mut Measurements,
     mut on_progress: impl FnMut(Progress<'_>),
-) -> Result<Measurements, ChatError> {
+) -> Result<(), ChatError> {
     let warm_up = Prompt::first_of_each_kind(prompts, 1);
     let blocks = blocks(prompts.len(), plan.clients);
     let per_round: usize = blocks.iter().map(Vec::len).sum();
@@ -120,11 +122,10 @@ pub async fn measure(
             done += 1;
         }
     }
-    let mut measured = Measurements::default();
     let (mut turn, mut question) = (0, 0);
     for _ in 0..plan.rounds {
         for block in &blocks {
-            let first = measured.samples.len();
+            let mut answered = Measurements::default();
             for place in 0..contenders.len() {
                 let contender = &contenders[(turn + place) % contenders.len()];
                 let questions: Vec<(usize, usize)> = block.iter().copied().zip(question..).collect();
@@ -138,15 +139,17 @@ pub async fn measure(
                 };
                 let (block, samples) = run_block(plan, prompts, contender, &questions, on_answer).await?;
                 done += samples.len();
-                measured.blocks.push(block);
-                measured.samples.extend(samples);
+                answered.blocks.push(block);
+                answered.samples.extend(samples);
             }
-            on_progress(Progress::Answered(&measured.samples[first..]));
+            on_progress(Progress::Answered(&answered.samples));
+            measured.blocks.extend(answered.blocks);
+            measured.samples.extend(answered.samples);
             turn += 1;
             question += block.len();
         }
     }
-    Ok(measured)
+    Ok(())
 }
 
 impl Contender {

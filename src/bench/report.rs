@@ -13,7 +13,7 @@ use super::statistics::{median, percentile, ratio};
 /// All modes side by side.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// By kind of prompt.
+    /// By kind of prompt, of those that were asked.
     pub kinds: Vec<Group>,
     /// Over all prompts.
     pub total: Group,
@@ -99,6 +99,7 @@ impl Comparison {
                 let blocks: Vec<&Block> = measured.blocks.iter().filter(is_of_kind).collect();
                 Group::of(kind, &samples, &blocks)
             })
+            .filter(|group| !group.modes.is_empty())
             .collect();
         let samples: Vec<&Sample> = measured.samples.iter().collect();
         let blocks: Vec<&Block> = measured.blocks.iter().collect();

@@ -21,6 +21,9 @@ pub fn table(report: &Report) -> String {
     if let Some(delay) = settings.delay_ms {
         push(&mut text, format_args!(", {delay} ms more per round trip"));
     }
+    if !report.complete {
+        text.push_str(", interrupted before all was asked");
+    }
     push(&mut text, format_args!("\n\n{}", columns(HEAD)));
     for group in report.comparison.kinds.iter().chain([&report.comparison.total]) {
         rows(&mut text, group);
