@@ -1,16 +1,21 @@
 //! `bench` and `verify` with real llama-server processes and the tiny models.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod harness;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, until, wait};
 use harness::gguf::slow_target;
 use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
 use harness::proxy::Proxy;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use tightwad::upstream::ChatServer;
+use tightwad::upstream::chat::{Message, Wishes};
 
 /// `tightwad` with nothing in the environment that could change what it does.
 fn tightwad(args: &[&str]) -> Output {
@@ -95,6 +100,20 @@ async fn bench_drafts_gets_equal_texts_and_tells_all_figures_of_each_kind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn bench_shows_no_speed_up_where_nothing_was_drafted() {
+    let target = LlamaServer::far_target(&["-np", "1"]).await;
+    let options = ["bench", "--target", target.url(), "--rounds", "1", "--max-tokens", "8"];
+    let output = tightwad(&[&options[..], &["--kinds", "chat,list"]].concat());
+    let table = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<&str> = table.split("\n\n").nth(1).unwrap().lines().collect();
+    let attached = rows.iter().filter(|row| row.contains(" attached "));
+    // Of both kinds and in total.
+    assert_eq!(attached.filter(|row| row.contains(" no draft ")).count(), 3, "{table}");
+    assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{table}");
+    assert!(!table.contains("predicted"), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bench_with_a_delay_a_context_and_clients_drafts_too() {
     let (target, draft) = pair().await;
     let servers = ["bench", "--target", target.url(), "--draft", draft.url()];
@@ -168,7 +187,7 @@ fn bench_compares_with_the_own_drafting_of_a_llama_server_that_it_starts_and_sto
         .collect();
     assert!(
         (0..300).any(|_| {
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(100));
             let status = tightwad(&["-c", config, "proxy", "status", "--json"]);
             let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
             status["verification"] == "attached" && status["reason"].is_null()
@@ -242,15 +261,144 @@ async fn verify_and_bench_show_and_fail_with_answers_that_differ() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn verify_without_a_draft_verifies_nothing_and_says_so() {
+async fn verify_without_a_draft_compares_nothing_says_why_and_exits_12() {
     let target = LlamaServer::far_target(&["-np", "1"]).await;
-    let output = tightwad(&["verify", "--target", target.url(), "--count", "1", "--max-tokens", "8"]);
+    let options = ["--count", "1", "--max-tokens", "8", "--json"];
+    let output = tightwad(&[&["verify", "--target", target.url()], &options[..]].concat());
+    let report = printed(&output, 12);
+    assert_eq!((&report["equal"], &report["drafted"]), (&json!(true), &json!(0)));
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let why = report["undrafted"].as_str().unwrap();
     assert!(
-        stderr.contains("nothing was drafted, so nothing was verified: "),
+        stderr.contains(&format!("nothing was drafted, so nothing was compared: {why}; ")),
         "{stderr}"
     );
+}
+
+/// A target that takes so many milliseconds for each answer, and no drafts.
+async fn undrafted_target(milliseconds: u64) -> FakeUpstream {
+    FakeUpstream::start(move |seen| match seen.target.as_str() {
+        "/v1/chat/completions" => [vec![wait(milliseconds)], streamed(wait(0))].concat(),
+        "/v1/models" | "/health" => answer_in_json("200 OK", r#"{"data":[{"id":"big"}]}"#),
+        _ => answer_in_json("404 Not Found", "{}"),
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_and_verify_tell_a_log_now_and_then_how_far_they_are_and_how_long_it_will_take() {
+    let target = undrafted_target(1700).await;
+    let url = target.url();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    std::fs::write(&file, r#"{"kind":"chat","prompt":"Hello"}"#).unwrap();
+    let servers = ["--target", &url, "--prompts", file.to_str().unwrap()];
+    // Two modes, each three times after one time that does not count; and two, each once after once, at two temperatures.
+    let commands = [&["bench", "--rounds", "3"][..], &["verify"]];
+    std::thread::scope(|scope| {
+        for command in commands {
+            scope.spawn(move || {
+                let output = tightwad(&[command, &servers[..]].concat());
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                let place = |part: &str| stderr.find(part).unwrap_or_else(|| panic!("{part} is not in {stderr}"));
+                let begun = place("warming up, plain: 0 of 8 answers\n");
+                assert!(place("looking at the servers\n") < begun && begun < place(" of 8 answers, about "));
+                assert_eq!(stderr.matches(" of 8 answers").count(), 2, "{stderr}");
+            });
+        }
+    });
+}
+
+/// How `tightwad` ended on this signal, which it got when a target that takes so long for each answer had been asked
+/// this often.
+async fn interrupted(args: &[&str], signal: Signal, milliseconds: u64, questions: usize) -> Output {
+    let target = undrafted_target(milliseconds).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command.args(args).args(["--target", &target.url()]);
+    command.env_remove("TIGHTWAD_CONFIG").env_remove("TIGHTWAD_LOG");
+    let running = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let running = running.spawn().unwrap();
+    let chats = || target.seen().iter().filter(|seen| seen.method == "POST").count();
+    until("the questions", || chats() >= questions).await;
+    kill_process(Pid::from_raw(running.id().cast_signed()).unwrap(), signal).unwrap();
+    running.wait_with_output().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_prints_the_table_of_what_was_measured_on_ctrl_c_and_exits_130() {
+    let output = interrupted(
+        &["bench", "--rounds", "60000", "--kinds", "chat,list"],
+        Signal::INT,
+        20,
+        60,
+    )
+    .await;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(
+        stderr.ends_with("error: interrupted before all was asked\n"),
+        "{stderr}"
+    );
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains(", interrupted before all was asked\n"), "{table}");
+    assert!(table.contains("\ntotal      plain "), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_bench_and_verify_print_as_json_when_they_are_stopped_says_that_it_is_not_complete() {
+    let options = ["bench", "--rounds", "60000", "--clients", "2", "--json"];
+    let report = printed(&interrupted(&options, Signal::TERM, 5, 60).await, 130);
+    assert_eq!(report["complete"], false, "{report:#}");
+    let modes = ["plain", "attached"].map(|name| mode(&report["total"], name)["requests"].as_u64().unwrap());
+    assert!(modes[0] > 0 && modes[0] == modes[1], "{report:#}");
+    let report = printed(&interrupted(&["verify", "--json"], Signal::INT, 5, 60).await, 130);
+    assert_eq!(report["complete"], false, "{report:#}");
+    assert!(report["temperatures"][0]["prompts"].as_u64().unwrap() > 0, "{report:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_that_is_stopped_before_the_first_answers_prints_nothing_and_exits_130() {
+    let output = interrupted(&["bench"], Signal::INT, 60_000, 1).await;
+    assert_eq!((output.status.code(), output.stdout), (Some(130), Vec::new()));
+}
+
+/// The whole answer of a chat, and `after` behind its last event.
+fn streamed(after: Act) -> Vec<Act> {
+    let events = [r#"data: {"choices":[{"delta":{"content":"Hi"}}]}"#, "data: [DONE]"];
+    let events = events.map(|event| chunk(format!("{event}\n\n")));
+    [stream_head()]
+        .into_iter()
+        .chain(events)
+        .chain([after, Act::EndChunks])
+        .collect()
+}
+
+async fn answer_of(url: &str) -> String {
+    let server = ChatServer::new(url, None, None).unwrap();
+    let answer = server
+        .chat(&[Message::user("Hello")], None, Wishes::default(), |_| Ok(()))
+        .await;
+    answer.unwrap().text
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_finished_in_the_status_of_the_proxy_and_not_cancelled() {
+    let target = FakeUpstream::start(|_| streamed(wait(50))).await;
+    let proxy = Proxy::start(&target.url(), None).await;
+    assert_eq!(answer_of(proxy.url()).await, "Hi");
+    let has_ended = |status: &Value| !status["requests"].as_array().unwrap().is_empty();
+    let status = proxy.shows("the request", Duration::from_secs(5), has_ended).await;
+    assert_eq!(status["requests"][0]["outcome"], "finished", "{status:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_complete_though_its_server_does_not_end_the_stream() {
+    let server = FakeUpstream::start(|_| streamed(Act::Hang)).await;
+    let answer = tokio::time::timeout(Duration::from_secs(5), answer_of(&server.url())).await;
+    assert_eq!(answer.unwrap(), "Hi");
 }
 
 #[test]

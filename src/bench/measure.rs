@@ -1,9 +1,10 @@
 //! Asks, in turns.
 
+use std::iter;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use futures_util::future::try_join_all;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::contender::{Contender, DraftCounts, Mode};
 use super::prompts::Prompt;
@@ -78,12 +79,12 @@ impl Measurements {
 /// How far it is.
 #[derive(Debug, Clone, Copy)]
 pub enum Progress<'a> {
-    /// A request that does not count yet is about to be sent.
-    WarmingUp(Mode),
-    /// Requests are about to be sent.
+    /// Requests are about to be sent, or one of them was answered.
     Asking {
         /// The mode.
         mode: Mode,
+        /// Whether their answers do not count yet.
+        warming_up: bool,
         /// Requests that were answered already.
         done: usize,
         /// All that will be sent.
@@ -93,47 +94,62 @@ pub enum Progress<'a> {
     Answered(&'a [Sample]),
 }
 
-/// Asks every contender everything. They take turns after every prompt (with several clients: after some prompts for
+/// Asks every contender everything, and adds to `measured` what all of them have answered, so that it is there too when
+/// this is dropped before its end. They take turns after every prompt (with several clients: after some prompts for
 /// each), and whoever was first is last the next time, so that a machine that slows down slows all of them down.
 pub async fn measure(
     plan: &Plan,
     prompts: &[Prompt],
     contenders: &[Contender],
+    measured: &mut Measurements,
     mut on_progress: impl FnMut(Progress<'_>),
-) -> Result<Measurements, ChatError> {
-    // The first answers pay for memory that is touched for the first time, and the proxy learns from them.
-    for prompt in Prompt::first_of_each_kind(prompts, 1) {
-        for contender in contenders {
-            on_progress(Progress::WarmingUp(contender.mode));
-            contender.ask(&prompt, plan.wishes).await?;
-        }
-    }
+) -> Result<(), ChatError> {
+    let warm_up = Prompt::first_of_each_kind(prompts, 1);
     let blocks = blocks(prompts.len(), plan.clients);
     let per_round: usize = blocks.iter().map(Vec::len).sum();
-    let all = per_round * plan.rounds * contenders.len();
-    let mut measured = Measurements::default();
+    let all = (warm_up.len() + per_round * plan.rounds) * contenders.len();
+    let mut done = 0;
+    // The first answers pay for memory that is touched for the first time, and the proxy learns from them.
+    for prompt in &warm_up {
+        for contender in contenders {
+            on_progress(Progress::Asking {
+                mode: contender.mode,
+                warming_up: true,
+                done,
+                all,
+            });
+            contender.ask(prompt, plan.wishes).await?;
+            done += 1;
+        }
+    }
     let (mut turn, mut question) = (0, 0);
     for _ in 0..plan.rounds {
         for block in &blocks {
-            let first = measured.samples.len();
+            let mut answered = Measurements::default();
             for place in 0..contenders.len() {
                 let contender = &contenders[(turn + place) % contenders.len()];
-                on_progress(Progress::Asking {
-                    mode: contender.mode,
-                    done: measured.samples.len(),
-                    all,
-                });
                 let questions: Vec<(usize, usize)> = block.iter().copied().zip(question..).collect();
-                let (block, samples) = run_block(plan, prompts, contender, &questions).await?;
-                measured.blocks.push(block);
-                measured.samples.extend(samples);
+                let on_answer = |answered| {
+                    on_progress(Progress::Asking {
+                        mode: contender.mode,
+                        warming_up: false,
+                        done: done + answered,
+                        all,
+                    });
+                };
+                let (block, samples) = run_block(plan, prompts, contender, &questions, on_answer).await?;
+                done += samples.len();
+                answered.blocks.push(block);
+                answered.samples.extend(samples);
             }
-            on_progress(Progress::Answered(&measured.samples[first..]));
+            on_progress(Progress::Answered(&answered.samples));
+            measured.blocks.extend(answered.blocks);
+            measured.samples.extend(answered.samples);
             turn += 1;
             question += block.len();
         }
     }
-    Ok(measured)
+    Ok(())
 }
 
 impl Contender {
@@ -143,36 +159,40 @@ impl Contender {
     }
 }
 
-/// `questions`: index of the prompt, and number of the question.
+/// `questions`: index of the prompt, and number of the question. `on_answer` is told how many are answered, at first none.
 async fn run_block(
     plan: &Plan,
     prompts: &[Prompt],
     contender: &Contender,
     questions: &[(usize, usize)],
+    mut on_answer: impl FnMut(usize),
 ) -> Result<(Block, Vec<Sample>), ChatError> {
     let before = contender.draft_counts().await;
     let next = AtomicUsize::new(0);
     let began = Instant::now();
     let clients = (0..plan.clients.max(1)).map(|client| {
-        let next = &next;
-        async move {
-            let mut samples = Vec::new();
-            while let Some((prompt, question)) = questions.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
-                let sent = Instant::now();
-                let answer = contender.ask(&prompts[prompt], plan.wishes).await?;
-                samples.push(Sample {
-                    mode: contender.mode,
-                    prompt,
-                    question,
-                    client,
-                    answer,
-                    took: sent.elapsed(),
-                });
-            }
-            Ok::<_, ChatError>(samples)
-        }
+        let own = iter::from_fn(|| questions.get(next.fetch_add(1, Ordering::Relaxed)));
+        let ask = move |&(prompt, question): &(usize, usize)| async move {
+            let sent = Instant::now();
+            let answer = contender.ask(&prompts[prompt], plan.wishes).await?;
+            Ok::<_, ChatError>(Sample {
+                mode: contender.mode,
+                prompt,
+                question,
+                client,
+                answer,
+                took: sent.elapsed(),
+            })
+        };
+        stream::iter(own).then(ask).boxed_local()
     });
-    let samples = try_join_all(clients).await?.concat();
+    let mut answers = stream::select_all(clients);
+    let mut samples = Vec::new();
+    on_answer(0);
+    while let Some(sample) = answers.try_next().await? {
+        samples.push(sample);
+        on_answer(samples.len());
+    }
     let wall = began.elapsed();
     let after = contender.draft_counts().await;
     let kind = |(prompt, _): &(usize, usize)| &prompts[*prompt].kind;

@@ -13,7 +13,7 @@ use super::statistics::{median, percentile, ratio};
 /// All modes side by side.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// By kind of prompt.
+    /// By kind of prompt, of those that were asked.
     pub kinds: Vec<Group>,
     /// Over all prompts.
     pub total: Group,
@@ -99,6 +99,7 @@ impl Comparison {
                 let blocks: Vec<&Block> = measured.blocks.iter().filter(is_of_kind).collect();
                 Group::of(kind, &samples, &blocks)
             })
+            .filter(|group| !group.modes.is_empty())
             .collect();
         let samples: Vec<&Sample> = measured.samples.iter().collect();
         let blocks: Vec<&Block> = measured.blocks.iter().collect();
@@ -175,6 +176,14 @@ fn differing(mode: Mode, samples: &[&Sample]) -> usize {
 }
 
 impl Figures {
+    /// Whether the target is known to have verified no draft token at all, so that the speed-up is none of drafting.
+    #[must_use]
+    pub fn is_undrafted(&self) -> bool {
+        self.acceptance
+            .as_ref()
+            .is_some_and(|acceptance| acceptance.drafted == 0)
+    }
+
     fn of(mode: Mode, samples: &[&Sample], blocks: &[&Block]) -> Self {
         let tokens: u64 = samples.iter().map(|sample| sample.answer.tokens).sum();
         // The clock of an answer starts with its first token.

@@ -41,6 +41,8 @@ pub enum Exit {
     OtherBuild = 10,
     /// A model file is there, and broken or of a kind that nobody knows.
     BrokenModel = 11,
+    /// Nothing was drafted, so nothing was compared.
+    NothingDrafted = 12,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
     /// Who read the output has gone: what a shell says of a program that SIGPIPE has ended.

@@ -59,7 +59,8 @@ Examples:
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit,
-10 a worker has another build of llama.cpp, 11 broken model file, 130 interrupted, 141 nobody reads the output any more.
+10 a worker has another build of llama.cpp, 11 broken model file, 12 nothing was drafted,
+130 interrupted, 141 nobody reads the output any more.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
 /// Many unlike GPUs on many machines behind one OpenAI-compatible endpoint, faster than the target model alone.

@@ -8,12 +8,16 @@ use crate::supervise::service::{GaveUp, Service, State};
 
 /// How often the line on a terminal is renewed.
 const TICK: Duration = Duration::from_millis(200);
+/// How soon a line that cannot tell yet how long it will take is followed by one that can, where there is no terminal.
+const SOON: Duration = Duration::from_secs(10);
+/// How soon any other line of a count is followed by the next one there.
+const LATER: Duration = Duration::from_secs(30);
 
 /// Waits until the server serves and shows how that goes.
 pub async fn until_ready(role: Role, service: &mut Service) -> Result<(), GaveUp> {
     let began = Instant::now();
     let line = Line::new();
-    line.begin(&format!("{role}: loading the model"));
+    line.tell(&format!("{role}: loading the model"));
     let state = service.state();
     let ready = {
         let ready = service.ready();
@@ -46,7 +50,7 @@ fn doing(state: &State) -> String {
     }
 }
 
-/// A line on stderr that is renewed on a terminal, and only begun and ended elsewhere.
+/// A line on stderr that is renewed on a terminal.
 pub struct Line {
     terminal: bool,
 }
@@ -59,8 +63,11 @@ impl Line {
         }
     }
 
-    fn begin(&self, text: &str) {
-        if !self.terminal {
+    /// Says this instead, and on a line of its own where there is no terminal.
+    pub fn tell(&self, text: &str) {
+        if self.terminal {
+            self.renew(text);
+        } else {
             eprintln!("{text}");
         }
     }
@@ -88,6 +95,56 @@ impl Line {
             eprintln!("{text}");
         }
     }
+}
+
+/// Answers that are waited for: a line that is renewed on a terminal, and one now and then elsewhere.
+pub struct Countdown {
+    line: Line,
+    began: Instant,
+    /// When the next line is due where there is no terminal.
+    due: Instant,
+}
+
+impl Countdown {
+    /// Begins now.
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            line: Line::new(),
+            began: now,
+            due: now,
+        }
+    }
+
+    /// Says what is done now, how many of all answers have come, and about how long the others will still take.
+    pub fn show(&mut self, doing: &str, done: usize, all: usize) {
+        let text = format!("{doing}: {}", counted(self.began.elapsed(), done, all));
+        if self.line.terminal {
+            self.line.renew(&text);
+        } else if Instant::now() >= self.due {
+            eprintln!("{text}");
+            self.due = Instant::now() + if done == 0 { SOON } else { LATER };
+        }
+    }
+
+    /// Leaves an empty line for what is printed next, on a terminal.
+    pub fn clear(&self) {
+        self.line.clear();
+    }
+}
+
+/// How many answers came in this time, and how long the others will take if they are as quick.
+fn counted(elapsed: Duration, done: usize, all: usize) -> String {
+    if done == 0 {
+        return format!("0 of {all} answers");
+    }
+    let left = elapsed.as_secs_f64() * all.saturating_sub(done) as f64 / done as f64;
+    let (left, unit) = match left {
+        0.0..100.0 => (left, "s"),
+        100.0..6000.0 => (left / 60.0, "min"),
+        _ => (left / 3600.0, "h"),
+    };
+    format!("{done} of {all} answers, about {left:.0} {unit} to go")
 }
 
 /// Steps, one after the other: each a line that is renewed on a terminal, and two or three lines elsewhere.
@@ -129,5 +186,20 @@ impl Steps {
         if self.last.take().is_some() && self.line.terminal {
             eprintln!();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_estimated_from_the_answers_so_far() {
+        let counted = |seconds, done, all| counted(Duration::from_secs(seconds), done, all);
+        assert_eq!(counted(7, 0, 158), "0 of 158 answers");
+        assert_eq!(counted(10, 10, 60), "10 of 60 answers, about 50 s to go");
+        assert_eq!(counted(60, 10, 60), "10 of 60 answers, about 5 min to go");
+        assert_eq!(counted(3600, 10, 60), "10 of 60 answers, about 5 h to go");
+        assert_eq!(counted(3600, 60, 60), "60 of 60 answers, about 0 s to go");
     }
 }

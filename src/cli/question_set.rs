@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use tokio_util::sync::CancellationToken;
 
 use super::deployment::Deployment;
 use super::exit::{Exit, Failure};
-use super::signals;
 use crate::bench::Prompt;
 use crate::upstream::chat::Wishes;
 
@@ -64,11 +64,15 @@ impl QuestionSet {
     }
 }
 
-/// What comes of `work`, which Ctrl-C or SIGTERM ends.
-pub async fn unless_stopped<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    let stop = signals::stop_token()?;
-    tokio::select! {
-        done = work => done,
-        () = stop.cancelled() => Err(Failure::new(Exit::Interrupted, "interrupted before all was asked")),
-    }
+/// What comes of `work`, unless `stop` is cancelled before.
+pub async fn unless_stopped<T>(
+    stop: &CancellationToken,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    stop.run_until_cancelled(work).await.ok_or_else(interrupted)?
+}
+
+/// The end of a command that was stopped before all was asked.
+pub fn interrupted() -> Failure {
+    Failure::new(Exit::Interrupted, "interrupted before all was asked")
 }

@@ -1,17 +1,21 @@
 //! `tightwad verify`: whether drafted answers are the plain ones.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use super::bench::show;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::progress::Line;
-use super::question_set::{QuestionSet, unless_stopped};
-use crate::bench::{Plan, Verified, measure, verify as compare};
+use super::own_proxy::why_undrafted;
+use super::progress::{Countdown, Line};
+use super::question_set::{QuestionSet, interrupted, unless_stopped};
+use super::signals;
+use crate::bench::{Measurements, Plan, Progress, Verified, measure, verify as compare};
 use crate::config::Config;
 use crate::upstream::chat::Wishes;
 
@@ -35,9 +39,12 @@ pub struct Options {
 
 #[derive(Debug, Serialize)]
 struct Report {
+    /// Whether everything was asked; else this is of the answers until Ctrl-C.
+    complete: bool,
     equal: bool,
     drafted: u64,
     accepted: u64,
+    /// Why nothing was drafted.
     #[serde(skip_serializing_if = "Option::is_none")]
     undrafted: Option<String>,
     temperatures: Vec<Verified>,
@@ -45,17 +52,11 @@ struct Report {
 
 /// Asks everything with and without drafting, compares and prints.
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
-    let report = unless_stopped(run(options, config)).await?;
+    let stop = signals::stop_token()?;
+    let report = run(options, config, &stop).await?;
     print_report(&report, options.json, text)?;
-    if report.drafted == 0 {
-        let reason = report
-            .undrafted
-            .as_deref()
-            .unwrap_or("the proxy offered no drafts; `tightwad proxy status` may say why");
-        return Err(Failure::new(
-            Exit::Other,
-            format!("nothing was drafted, so nothing was verified: {reason}"),
-        ));
+    if !report.complete {
+        return Err(interrupted());
     }
     if !report.equal {
         return Err(Failure::new(
@@ -63,18 +64,27 @@ pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Fa
             "some drafted answers differ from the plain ones",
         ));
     }
+    if report.drafted == 0 {
+        let reason = report.undrafted.as_deref().unwrap_or("no draft seemed to pay");
+        let message = format!(
+            "nothing was drafted, so nothing was compared: {reason}; see `tightwad proxy status`, and take a slower \
+             target if this one is too fast"
+        );
+        return Err(Failure::new(Exit::NothingDrafted, message));
+    }
     Ok(())
 }
 
-async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failure> {
+async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToken) -> Result<Report, Failure> {
     let mut prompts = options.questions.prompts()?;
     prompts.truncate(options.count.unwrap_or(usize::MAX).max(1));
     let line = Line::new();
-    line.renew("looking at the servers");
-    let deployment = Deployment::find(&options.servers, config, None).await?;
+    line.tell("looking at the servers");
+    let deployment = unless_stopped(stop, Deployment::find(&options.servers, config, None)).await?;
     let contenders = [deployment.plain.clone(), deployment.attached.clone()];
-    let mut temperatures = Vec::new();
-    for temperature in TEMPERATURES {
+    let (mut temperatures, mut complete) = (Vec::new(), true);
+    let mut countdown = Countdown::new();
+    for (number, temperature) in TEMPERATURES.into_iter().enumerate() {
         let plan = Plan {
             rounds: 1,
             clients: 1,
@@ -83,16 +93,34 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
                 ..options.questions.wishes(temperature, &deployment)
             },
         };
-        let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
-        temperatures.push(compare(temperature, &measured, &prompts));
+        let part = (number, TEMPERATURES.len());
+        let on_progress = |progress: Progress<'_>| show(&mut countdown, progress, part);
+        let mut measured = Measurements::default();
+        let asking = measure(&plan, &prompts, &contenders, &mut measured, on_progress);
+        complete = stop.run_until_cancelled(asking).await.transpose()?.is_some();
+        if !measured.samples.is_empty() {
+            temperatures.push(compare(temperature, &measured, &prompts));
+        }
+        if !complete {
+            break;
+        }
     }
-    line.clear();
-    let undrafted = deployment.undrafted.clone();
-    deployment.close().await?;
+    countdown.clear();
+    if temperatures.is_empty() {
+        return Err(interrupted());
+    }
     let sum = |of: fn(&Verified) -> u64| temperatures.iter().map(of).sum();
+    let drafted = sum(|verified| verified.drafted);
+    let mut undrafted = deployment.undrafted.clone();
+    if complete && drafted == 0 && undrafted.is_none() {
+        // The answers may have told the proxy more.
+        undrafted = why_undrafted(&deployment.attached.server, Duration::ZERO).await?;
+    }
+    deployment.close().await?;
     Ok(Report {
+        complete,
         equal: temperatures.iter().all(|verified| verified.divergences.is_empty()),
-        drafted: sum(|verified| verified.drafted),
+        drafted,
         accepted: sum(|verified| verified.accepted),
         undrafted,
         temperatures,
@@ -128,6 +156,9 @@ fn text(report: &Report) -> String {
                 divergence.kind, divergence.character, divergence.plain, divergence.drafted
             );
         }
+    }
+    if !report.complete {
+        text.push_str("interrupted: the other prompts were not asked\n");
     }
     text
 }

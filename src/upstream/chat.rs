@@ -14,6 +14,8 @@ use crate::config::Secret;
 
 /// How long a connection may take to come about.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a server may take to end the stream of an answer that is complete.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why there is no answer, or only a part of one.
 #[derive(Debug, thiserror::Error)]
@@ -216,6 +218,9 @@ impl ChatServer {
             let bytes = bytes.map_err(|error| unreachable(&self.url, &error))?;
             for event in data.push(&bytes) {
                 if event == "[DONE]" {
+                    // Who leaves before the stream ends has cancelled, to the one that serves it.
+                    let end = async { while let Some(Ok(_)) = stream.next().await {} };
+                    let _ = tokio::time::timeout(END_PATIENCE, end).await;
                     return Ok(answer.finish());
                 }
                 for piece in answer.event(&self.url, &event)? {

@@ -10,9 +10,10 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::progress::Line;
-use super::question_set::{QuestionSet, unless_stopped};
-use crate::bench::{Comparison, OwnDraft, Pair, Plan, Progress, Tried, measure, pad};
+use super::progress::{Countdown, Line};
+use super::question_set::{QuestionSet, interrupted, unless_stopped};
+use super::signals;
+use crate::bench::{Comparison, Contender, Measurements, OwnDraft, Pair, Plan, Progress, Prompt, Tried, measure, pad};
 use crate::config::Config;
 
 /// Shown below the options.
@@ -59,6 +60,8 @@ pub struct Options {
 /// What was measured and how.
 #[derive(Debug, Serialize)]
 struct Report {
+    /// Whether everything was asked; else this is of the answers until Ctrl-C.
+    complete: bool,
     settings: Settings,
     /// Why nothing was drafted.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,10 +99,34 @@ struct Length {
     tried: Vec<Tried>,
 }
 
-/// Measures and prints.
+/// Who is asked what.
+struct Setting {
+    prompts: Vec<Prompt>,
+    deployment: Deployment,
+    own_draft: Option<OwnDraft>,
+}
+
+/// Measures and prints; on Ctrl-C what has been measured until then.
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
-    let report = unless_stopped(run(options, config)).await?;
+    let stop = signals::stop_token()?;
+    let setting = unless_stopped(&stop, Setting::find(options, config)).await?;
+    let contenders = setting.contenders();
+    let mut countdown = Countdown::new();
+    let on_progress = |progress: Progress<'_>| show(&mut countdown, progress, (0, 1));
+    let mut measured = Measurements::default();
+    let plan = plan(options, &setting.deployment);
+    let asking = measure(&plan, &setting.prompts, &contenders, &mut measured, on_progress);
+    let complete = stop.run_until_cancelled(asking).await.transpose()?.is_some();
+    countdown.clear();
+    if measured.samples.is_empty() {
+        return Err(interrupted());
+    }
+    let report = report(options, &setting, &measured, complete);
     print_report(&report, options.json, table::table)?;
+    setting.close().await?;
+    if !complete {
+        return Err(interrupted());
+    }
     // What shares a pass with others may differ in the last digits, drafted or not.
     if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
         return Err(Failure::new(
@@ -110,41 +137,68 @@ pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Fai
     Ok(())
 }
 
-async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failure> {
-    let pair = options.own_draft.then(|| pair(config)).transpose()?;
-    let mut prompts = options.questions.prompts()?;
-    let delay = options.delay.map(|delay| Duration::from_millis(delay.into()));
-    let line = Line::new();
-    line.renew("looking at the servers");
-    let deployment = Deployment::find(&options.servers, config, delay).await?;
-    if let Some(reason) = &deployment.undrafted {
-        line.clear();
-        eprintln!("note: {reason}");
+impl Setting {
+    /// Finds the servers, and starts those of bench's own.
+    async fn find(options: &Options, config: Option<&Config>) -> Result<Self, Failure> {
+        let pair = options.own_draft.then(|| pair(config)).transpose()?;
+        let mut prompts = options.questions.prompts()?;
+        let delay = options.delay.map(|delay| Duration::from_millis(delay.into()));
+        let line = Line::new();
+        line.tell("looking at the servers");
+        let deployment = Deployment::find(&options.servers, config, delay).await?;
+        if let Some(reason) = &deployment.undrafted {
+            line.clear();
+            eprintln!("note: {reason}");
+        }
+        if let Some(tokens) = options.context {
+            pad(&mut prompts, tokens as usize, &deployment.target).await;
+        }
+        let own_draft = match &pair {
+            Some(pair) => {
+                let trying = |n_max| line.tell(&format!("llama-server's own drafting: trying {n_max} tokens"));
+                let wishes = plan(options, &deployment).wishes;
+                Some(OwnDraft::start(pair, &prompts, wishes, trying).await?)
+            }
+            None => None,
+        };
+        Ok(Self {
+            prompts,
+            deployment,
+            own_draft,
+        })
     }
-    if let Some(tokens) = options.context {
-        pad(&mut prompts, tokens as usize, &deployment.target).await;
+
+    fn contenders(&self) -> Vec<Contender> {
+        let own_draft = self.own_draft.iter().map(|own| &own.contender);
+        let contenders = [&self.deployment.plain, &self.deployment.attached];
+        contenders.into_iter().chain(own_draft).cloned().collect()
     }
-    let plan = Plan {
+
+    /// Ends what bench has started.
+    async fn close(self) -> Result<(), Failure> {
+        if let Some(own) = self.own_draft {
+            own.stop().await;
+        }
+        self.deployment.close().await
+    }
+}
+
+fn plan(options: &Options, deployment: &Deployment) -> Plan {
+    Plan {
         rounds: options.rounds.into(),
         clients: options.clients.into(),
-        wishes: options.questions.wishes(options.temperature, &deployment),
-    };
-    let mut contenders = vec![deployment.plain.clone(), deployment.attached.clone()];
-    let own_draft = match &pair {
-        Some(pair) => {
-            let trying = |n_max| line.renew(&format!("llama-server's own drafting: trying {n_max} tokens"));
-            Some(OwnDraft::start(pair, &prompts, plan.wishes, trying).await?)
-        }
-        None => None,
-    };
-    contenders.extend(own_draft.iter().map(|own| own.contender.clone()));
-    let measured = measure(&plan, &prompts, &contenders, |progress| show(&line, progress)).await?;
-    line.clear();
-    let report = Report {
+        wishes: options.questions.wishes(options.temperature, deployment),
+    }
+}
+
+fn report(options: &Options, setting: &Setting, measured: &Measurements, complete: bool) -> Report {
+    let deployment = &setting.deployment;
+    Report {
+        complete,
         settings: Settings {
             target: deployment.plain.server.url().to_owned(),
             proxy: deployment.attached.server.url().to_owned(),
-            prompts: prompts.len(),
+            prompts: setting.prompts.len(),
             rounds: options.rounds,
             max_tokens: options.questions.max_tokens,
             temperature: options.temperature,
@@ -155,26 +209,27 @@ async fn run(options: &Options, config: Option<&Config>) -> Result<Report, Failu
             delay_ms: options.delay,
         },
         undrafted: deployment.undrafted.clone(),
-        own_draft: own_draft.as_ref().map(|own| Length {
+        own_draft: setting.own_draft.as_ref().map(|own| Length {
             n_max: own.n_max,
             tried: own.tried.clone(),
         }),
         predicted_speed_up: measured.expected_speed_up(),
-        comparison: Comparison::of(&measured, &prompts),
-    };
-    if let Some(own) = own_draft {
-        own.stop().await;
+        comparison: Comparison::of(measured, &setting.prompts),
     }
-    deployment.close().await?;
-    Ok(report)
 }
 
-/// Says on a terminal how far it is.
-pub fn show(line: &Line, progress: Progress<'_>) {
-    match progress {
-        Progress::WarmingUp(mode) => line.renew(&format!("warming up: {}", mode.name())),
-        Progress::Asking { mode, done, all } => line.renew(&format!("{done} of {all} answers: {}", mode.name())),
-        Progress::Answered(_) => {}
+/// Says how far it is; `part` is which of how many measurements this is, from 0.
+pub fn show(countdown: &mut Countdown, progress: Progress<'_>, part: (usize, usize)) {
+    if let Progress::Asking {
+        mode,
+        warming_up,
+        done,
+        all,
+    } = progress
+    {
+        let doing = if warming_up { "warming up, " } else { "" };
+        let (number, count) = part;
+        countdown.show(&format!("{doing}{}", mode.name()), number * all + done, count * all);
     }
 }
 

@@ -21,6 +21,9 @@ pub fn table(report: &Report) -> String {
     if let Some(delay) = settings.delay_ms {
         push(&mut text, format_args!(", {delay} ms more per round trip"));
     }
+    if !report.complete {
+        text.push_str(", interrupted before all was asked");
+    }
     push(&mut text, format_args!("\n\n{}", columns(HEAD)));
     for group in report.comparison.kinds.iter().chain([&report.comparison.total]) {
         rows(&mut text, group);
@@ -30,7 +33,8 @@ pub fn table(report: &Report) -> String {
     for figures in &total.modes {
         positions(&mut text, figures);
     }
-    let measured = total.mode(Mode::Attached).and_then(|figures| figures.speed_up);
+    let attached = total.mode(Mode::Attached).filter(|figures| !figures.is_undrafted());
+    let measured = attached.and_then(|figures| figures.speed_up);
     if let Some((predicted, measured)) = report.predicted_speed_up.zip(measured) {
         push(
             &mut text,
@@ -76,6 +80,7 @@ const HEAD: [&str; 11] = [
 
 const LEGEND: &str = "\
 tok/s: all tokens over all time, each answer from its first token to its last; median, p95: of the answers' own;
+no draft: nothing was drafted, so that the speed differs from the plain one by chance only;
 tok/step: per pass of the target; accepted: of the drafted tokens, the others are wasted; equal: to the plain texts
 ";
 
@@ -89,6 +94,11 @@ fn rows(text: &mut String, group: &Group) {
             Some(differing) => format!("{differing} of {} NOT", figures.requests),
         };
         let accepted = acceptance.and_then(|acceptance| acceptance.ratio);
+        let speed_up = if figures.is_undrafted() {
+            "no draft".to_owned()
+        } else {
+            number(figures.speed_up, 2, "x")
+        };
         push(
             text,
             format_args!(
@@ -99,7 +109,7 @@ fn rows(text: &mut String, group: &Group) {
                     &number(figures.tokens_per_second, 1, ""),
                     &number(figures.tokens_per_second_median, 1, ""),
                     &number(figures.tokens_per_second_p95, 1, ""),
-                    &number(figures.speed_up, 2, "x"),
+                    &speed_up,
                     &number(figures.ttft_ms_median, 0, ""),
                     &number(figures.tokens_per_step, 2, ""),
                     &number(accepted.map(|ratio| ratio * 100.0), 0, "%"),

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
 use super::{progress, proxy, signals};
-use crate::bench::{Contender, Mode, Plan, Progress, Prompt, measure};
+use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::config::{self, Binaries, Model, Upstream};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
@@ -182,7 +182,8 @@ async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result
     table.head()?;
     let mut rows = Vec::new();
     let mut told = Ok(());
-    let measured = measure(&plan, &prompts, &contenders, |progress| {
+    let mut measured = Measurements::default();
+    measure(&plan, &prompts, &contenders, &mut measured, |progress| {
         if let Progress::Answered(samples) = progress
             && let Some(sample) = samples.first()
         {
