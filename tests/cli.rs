@@ -240,6 +240,7 @@ fn a_missing_config_is_one_problem_and_said_once() {
     // What the environment says is summed up under its name.
     let mut command = user.tightwad(&["check-config"]);
     command.env("TIGHTWAD_PROXY__PRT", "1").env("TIGHTWAD_PROXY__PORT", "2");
+    command.env("TIGHTWAD_PROXY__TARGET__URL", "http://127.0.0.1:1");
     let ended = Ended::from(command.output().unwrap());
     assert!(ended.stderr.contains("the environment: 1 problem"), "{ended:?}");
 }

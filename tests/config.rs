@@ -273,6 +273,49 @@ tightwad.yaml:9: nonsense: unknown key; the keys here are proxy, target, draft, 
 }
 
 #[test]
+fn an_unknown_key_hides_nothing_that_is_wrong_with_the_rest() {
+    let text = "\
+proxy:
+  host: 0.0.0.0
+  keepalive_secs: 0
+target:
+  model: bigg
+  colour: red
+drafts:
+  port: 8090
+  modle: small
+modles:
+  big: { path: a, predict: 0 }
+";
+    let expected = "\
+tightwad.yaml:3: proxy.keepalive_secs: unknown key; did you mean keepalive_seconds?
+tightwad.yaml:3: proxy.keepalive_seconds: must be more than 0
+tightwad.yaml:5: target.model: no model `bigg`; did you mean big?
+tightwad.yaml:6: target.colour: unknown key; the keys here are host, port, model, slots, threads, api_key, api_key_file, allow_unauthenticated, extra_args, env
+tightwad.yaml:7: drafts: unknown key; did you mean draft?
+tightwad.yaml:9: draft.modle: unknown key; did you mean model?
+tightwad.yaml:9: draft.model: no model `small`; the models are big
+tightwad.yaml:10: modles: unknown key; did you mean models?
+tightwad.yaml:11: models.big.predict: must be more than 0; leave it out for no limit";
+    let place = Place::with_file(text);
+    assert_eq!(place.error(), expected);
+    // Nobody is about to listen, but who checks the file wants to know.
+    let report = place.short(&place.check().to_string());
+    let listener = "tightwad.yaml:2: proxy.host: refusing to listen on 0.0.0.0 without a token: ";
+    assert!(report.starts_with(listener) && report.contains(expected), "{report}");
+}
+
+#[test]
+fn a_value_that_cannot_be_understood_is_not_taken_for_a_default() {
+    for text in [
+        "target: { port: x }\ndraft: { port: 8080 }\nmodels: { a: { path: a } }\n",
+        "target: { model: a }\nmodels: { a: { path: [] } }\n",
+    ] {
+        assert_eq!(error_of(text).lines().count(), 1, "{}", error_of(text));
+    }
+}
+
+#[test]
 fn one_mistake_gives_one_line() {
     for (text, expected) in [
         ("", "tightwad.yaml: the file is empty; "),
