@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use serde_json::Value as Json;
 use tightwad::config::{
-    Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, Environment, Gpu, GpuBackend, Loaded,
-    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
+    Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, DEFAULT_DRAFT_PORT, Environment, Gpu, GpuBackend,
+    Loaded, MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
 };
 
 const MINIMAL: &str = "proxy: { target: { url: 'http://127.0.0.1:8080' } }\n";
@@ -642,6 +642,23 @@ fn config(text: &str) -> Config {
 }
 
 #[test]
+fn a_target_and_a_draft_of_one_machine_need_no_ports() {
+    let upstreams = |draft: &str| {
+        let models = "models: { a: { path: a } }";
+        let (drafts, target) = config(&format!("proxy: {{}}\ntarget: {{}}\n{draft}\n{models}\n")).proxy_upstreams();
+        (drafts.into_iter().next().map(|draft| draft.url), target.unwrap().url)
+    };
+    let (target, draft) = ("http://127.0.0.1:8080", "http://127.0.0.1:8081");
+    assert_eq!(upstreams("draft: {}"), (Some(draft.to_owned()), target.to_owned()));
+    assert_eq!(upstreams("draft: { port: 9 }").0.unwrap(), "http://127.0.0.1:9");
+    assert_eq!(upstreams(""), (None, target.to_owned()));
+    assert_eq!(
+        error_of("target: { port: 8081 }\ndraft: {}\nmodels: { a: { path: a } }\n"),
+        "tightwad.yaml:2: draft.port: 8081 is taken by target on the same address; give another port"
+    );
+}
+
+#[test]
 fn a_model_is_the_named_the_default_or_the_only_one() {
     let two = config("workers: [ { host: a } ]\nmodels: { a: { path: a }, b: { path: b, default: true } }");
     assert_eq!(two.model_for(Some("a")).unwrap().0, "a");
@@ -964,6 +981,17 @@ fn the_reference_tells_the_defaults() {
         ..config.target.unwrap()
     };
     assert_eq!(target, Server::default());
+    let draft = Server {
+        port: DEFAULT_DRAFT_PORT,
+        ..Server::default()
+    };
+    assert_eq!(
+        Server {
+            model: None,
+            ..config.draft.unwrap()
+        },
+        draft
+    );
     let (port, gpus) = (8080, Vec::new());
     let coordinator = Coordinator {
         port,

@@ -9,7 +9,7 @@ use figment::value::{Dict, Value};
 
 use super::error::{closest, list};
 use super::origin::{Finding, KeyPath, Origin, Origins};
-use super::{Config, yaml};
+use super::{Config, DEFAULT_DRAFT_PORT, yaml};
 
 /// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again. There is a
 /// configuration where nothing but keys is unknown: what was meant by a value of another type nobody knows.
@@ -18,6 +18,7 @@ pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, 
     let mut settled: BTreeSet<KeyPath> = BTreeSet::new();
     let mut understood = true;
     loop {
+        give_draft_its_port(&mut root);
         let error = match Figment::from(Serialized::defaults(&root)).extract_lossy::<Config>() {
             Ok(config) => return (understood.then_some(config), findings),
             Err(error) => error,
@@ -55,6 +56,14 @@ pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, 
             Some(removed) => settled.insert(removed),
             None => return (None, findings),
         };
+    }
+}
+
+/// What the types cannot say, since `target` and `draft` are of one type.
+fn give_draft_its_port(root: &mut Dict) {
+    if let Some(Value::Dict(_, draft)) = root.get_mut("draft") {
+        let port = || Value::from(DEFAULT_DRAFT_PORT);
+        draft.entry("port".to_owned()).or_insert_with(port);
     }
 }
 
