@@ -466,6 +466,7 @@ fn a_proxy_that_does_not_run_cannot_be_stopped_or_asked_and_that_exits_7() {
     ));
     user.run(&["proxy", "stop"]).fails(7, &["no proxy"]);
     user.run(&["proxy", "status"]).fails(7, &["no proxy", "proxy start"]);
+    user.run(&["status"]).fails(7, &["no proxy", "proxy start"]);
 }
 
 /// Answers every connection with this, as long as the test runs.
@@ -497,6 +498,7 @@ fn the_status_of_another_server_is_one_sentence_without_its_page() {
         ));
         let ended = user.run(&["proxy", "status"]);
         ended.fails(6, &["no proxy of Tightwad's", &port.to_string(), "`port`"]);
+        user.run(&["status"]).fails(6, &["no proxy of Tightwad's"]);
         assert!(
             !ended.stderr.contains('<') && ended.stderr.lines().count() == 1,
             "{ended:?}"
