@@ -193,6 +193,15 @@ fn an_unknown_command_exits_2() {
 }
 
 #[test]
+fn run_without_a_part_exits_2_and_lists_the_parts() {
+    let ended = User::new().run(&["run"]);
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    for part in ["target", "draft", "proxy", "coordinator", "worker"] {
+        assert!(ended.stderr.contains(part), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_log_filter_that_is_none_exits_2_and_names_the_variable() {
     let ended = User::new()
         .tightwad(&["check-config"])
