@@ -426,6 +426,32 @@ fn a_child_that_dies_is_started_again_with_its_last_lines_shown() {
 }
 
 #[test]
+fn what_a_child_warns_of_at_every_request_is_not_in_the_log() {
+    let user = User::new();
+    let lines = "0.1 W slot op: id 3 | task 9 | need to evaluate at least 1 token for each active slot\\n\
+                 0.1 W slot op: id 3 | task 9 | n_past was set to 7\\n\
+                 0.1 W srv stop: cancel task, id_task = 9\\n\
+                 0.1 W srv load_model: this is odd";
+    let pids = user.path("pids");
+    let env = format!(
+        "env: {{ FAKE: sleep, FAKE_SAYS: \"{lines}\", FAKE_PIDS: {} }}",
+        pids.display()
+    );
+    user.fake_target(free_port(), &env);
+    let supervisor = Running::start(user.tightwad(&["run", "target"]));
+    eventually(SOON, "the child has said all", || {
+        let pid = user.fake_pids().first().copied().unwrap_or_default();
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
+    });
+    supervisor.signal(Signal::TERM);
+    let ended = supervisor.ends_within(SOON);
+    assert!(ended.stderr.contains("this is odd"), "{ended:?}");
+    for words in ["need to evaluate", "n_past", "cancel task"] {
+        assert!(!ended.stderr.contains(words), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_child_that_dies_at_every_start_is_given_up_with_exit_8() {
     let user = User::new();
     user.fake_target(
