@@ -97,12 +97,14 @@ fn the_exit_codes_of_the_readme_are_those_of_the_help() {
 #[test]
 fn every_config_of_the_readme_loads() {
     let folder = tempfile::tempdir().unwrap();
-    let blocks: Vec<&str> = README
-        .split("```yaml\n")
-        .skip(1)
-        .map(|rest| rest.split("```").next().unwrap())
+    let between = |begin: &'static str, end: &'static str| {
+        let blocks = README.split(begin).skip(1);
+        blocks.map(move |rest| rest.split(end).next().unwrap())
+    };
+    let blocks: Vec<&str> = between("```yaml\n", "```")
+        .chain(between("tightwad.yaml <<END\n", "END\n"))
         .collect();
-    assert!(!blocks.is_empty());
+    assert!(blocks.iter().any(|block| block.contains("threads: 1")), "{blocks:?}");
     for block in blocks {
         let file = folder.path().join("cluster.yaml");
         std::fs::write(&file, block).unwrap();
