@@ -90,12 +90,12 @@ let
         "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
   };
   llamaServer =
-    role: example: defaultHost:
+    role: example: defaultPort: defaultHost:
     freeform (
       server
       // {
         host = optional str "192.168.1.50" defaultHost;
-        port = key port 8080 "Port to listen on. Roles of one machine need ports of their own.";
+        port = key port defaultPort "Port to listen on. Roles of one machine need ports of their own.";
         model =
           optional str example
             "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
@@ -287,10 +287,10 @@ in
           description = "The machines by their host names.";
         };
         proxy = section proxy "The OpenAI endpoint in front of a target and a draft. Left out: there is none; `{ }` is one with nothing but defaults.";
-        target = section (llamaServer "target" "qwen3-32b"
+        target = section (llamaServer "target" "qwen3-32b" 8080
           besideProxy
         ) "A llama-server that holds the big model alone.";
-        draft = section (llamaServer "draft" "qwen3-0.6b"
+        draft = section (llamaServer "draft" "qwen3-0.6b" 8081
           besideProxy
         ) "A llama-server that holds the small model.";
         coordinator = section coordinator "A llama-server that spreads one model over the workers' GPUs and its own.";

@@ -193,6 +193,15 @@ fn an_unknown_command_exits_2() {
 }
 
 #[test]
+fn run_without_a_part_exits_2_and_lists_the_parts() {
+    let ended = User::new().run(&["run"]);
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    for part in ["target", "draft", "proxy", "coordinator", "worker"] {
+        assert!(ended.stderr.contains(part), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_log_filter_that_is_none_exits_2_and_names_the_variable() {
     let ended = User::new()
         .tightwad(&["check-config"])
@@ -240,6 +249,7 @@ fn a_missing_config_is_one_problem_and_said_once() {
     // What the environment says is summed up under its name.
     let mut command = user.tightwad(&["check-config"]);
     command.env("TIGHTWAD_PROXY__PRT", "1").env("TIGHTWAD_PROXY__PORT", "2");
+    command.env("TIGHTWAD_PROXY__TARGET__URL", "http://127.0.0.1:1");
     let ended = Ended::from(command.output().unwrap());
     assert!(ended.stderr.contains("the environment: 1 problem"), "{ended:?}");
 }
@@ -416,6 +426,32 @@ fn a_child_that_dies_is_started_again_with_its_last_lines_shown() {
 }
 
 #[test]
+fn what_a_child_warns_of_at_every_request_is_not_in_the_log() {
+    let user = User::new();
+    let lines = "0.1 W slot op: id 3 | task 9 | need to evaluate at least 1 token for each active slot\\n\
+                 0.1 W slot op: id 3 | task 9 | n_past was set to 7\\n\
+                 0.1 W srv stop: cancel task, id_task = 9\\n\
+                 0.1 W srv load_model: this is odd";
+    let pids = user.path("pids");
+    let env = format!(
+        "env: {{ FAKE: sleep, FAKE_SAYS: \"{lines}\", FAKE_PIDS: {} }}",
+        pids.display()
+    );
+    user.fake_target(free_port(), &env);
+    let supervisor = Running::start(user.tightwad(&["run", "target"]));
+    eventually(SOON, "the child has said all", || {
+        let pid = user.fake_pids().first().copied().unwrap_or_default();
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
+    });
+    supervisor.signal(Signal::TERM);
+    let ended = supervisor.ends_within(SOON);
+    assert!(ended.stderr.contains("this is odd"), "{ended:?}");
+    for words in ["need to evaluate", "n_past", "cancel task"] {
+        assert!(!ended.stderr.contains(words), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_child_that_dies_at_every_start_is_given_up_with_exit_8() {
     let user = User::new();
     user.fake_target(
@@ -465,6 +501,7 @@ fn a_proxy_that_does_not_run_cannot_be_stopped_or_asked_and_that_exits_7() {
     ));
     user.run(&["proxy", "stop"]).fails(7, &["no proxy"]);
     user.run(&["proxy", "status"]).fails(7, &["no proxy", "proxy start"]);
+    user.run(&["status"]).fails(7, &["no proxy", "proxy start"]);
 }
 
 /// Answers every connection with this, as long as the test runs.
@@ -496,6 +533,7 @@ fn the_status_of_another_server_is_one_sentence_without_its_page() {
         ));
         let ended = user.run(&["proxy", "status"]);
         ended.fails(6, &["no proxy of Tightwad's", &port.to_string(), "`port`"]);
+        user.run(&["status"]).fails(6, &["no proxy of Tightwad's"]);
         assert!(
             !ended.stderr.contains('<') && ended.stderr.lines().count() == 1,
             "{ended:?}"

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use serde_json::Value as Json;
 use tightwad::config::{
-    Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, Environment, Gpu, GpuBackend, Loaded,
-    MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
+    Backend, Binaries, CheckReport, Config, ConfigError, Coordinator, DEFAULT_DRAFT_PORT, Environment, Gpu, GpuBackend,
+    Loaded, MaxDraftTokens, Model, Proxy, Secret, Server, Upstream, VerificationMode, Worker, check_config_in, load_in,
 };
 
 const MINIMAL: &str = "proxy: { target: { url: 'http://127.0.0.1:8080' } }\n";
@@ -270,6 +270,49 @@ tightwad.yaml:6: proxy.target.backend: `olama` is none of llamacpp, ollama, open
 tightwad.yaml:8: workers.0.gpus.0.vram_gb: expected a number, found `much`
 tightwad.yaml:9: nonsense: unknown key; the keys here are proxy, target, draft, coordinator, workers, models, binaries";
     assert_eq!(error_of(text), expected);
+}
+
+#[test]
+fn an_unknown_key_hides_nothing_that_is_wrong_with_the_rest() {
+    let text = "\
+proxy:
+  host: 0.0.0.0
+  keepalive_secs: 0
+target:
+  model: bigg
+  colour: red
+drafts:
+  port: 8090
+  modle: small
+modles:
+  big: { path: a, predict: 0 }
+";
+    let expected = "\
+tightwad.yaml:3: proxy.keepalive_secs: unknown key; did you mean keepalive_seconds?
+tightwad.yaml:3: proxy.keepalive_seconds: must be more than 0
+tightwad.yaml:5: target.model: no model `bigg`; did you mean big?
+tightwad.yaml:6: target.colour: unknown key; the keys here are host, port, model, slots, threads, api_key, api_key_file, allow_unauthenticated, extra_args, env
+tightwad.yaml:7: drafts: unknown key; did you mean draft?
+tightwad.yaml:9: draft.modle: unknown key; did you mean model?
+tightwad.yaml:9: draft.model: no model `small`; the models are big
+tightwad.yaml:10: modles: unknown key; did you mean models?
+tightwad.yaml:11: models.big.predict: must be more than 0; leave it out for no limit";
+    let place = Place::with_file(text);
+    assert_eq!(place.error(), expected);
+    // Nobody is about to listen, but who checks the file wants to know.
+    let report = place.short(&place.check().to_string());
+    let listener = "tightwad.yaml:2: proxy.host: refusing to listen on 0.0.0.0 without a token: ";
+    assert!(report.starts_with(listener) && report.contains(expected), "{report}");
+}
+
+#[test]
+fn a_value_that_cannot_be_understood_is_not_taken_for_a_default() {
+    for text in [
+        "target: { port: x }\ndraft: { port: 8080 }\nmodels: { a: { path: a } }\n",
+        "target: { model: a }\nmodels: { a: { path: [] } }\n",
+    ] {
+        assert_eq!(error_of(text).lines().count(), 1, "{}", error_of(text));
+    }
 }
 
 #[test]
@@ -599,6 +642,23 @@ fn config(text: &str) -> Config {
 }
 
 #[test]
+fn a_target_and_a_draft_of_one_machine_need_no_ports() {
+    let upstreams = |draft: &str| {
+        let models = "models: { a: { path: a } }";
+        let (drafts, target) = config(&format!("proxy: {{}}\ntarget: {{}}\n{draft}\n{models}\n")).proxy_upstreams();
+        (drafts.into_iter().next().map(|draft| draft.url), target.unwrap().url)
+    };
+    let (target, draft) = ("http://127.0.0.1:8080", "http://127.0.0.1:8081");
+    assert_eq!(upstreams("draft: {}"), (Some(draft.to_owned()), target.to_owned()));
+    assert_eq!(upstreams("draft: { port: 9 }").0.unwrap(), "http://127.0.0.1:9");
+    assert_eq!(upstreams(""), (None, target.to_owned()));
+    assert_eq!(
+        error_of("target: { port: 8081 }\ndraft: {}\nmodels: { a: { path: a } }\n"),
+        "tightwad.yaml:2: draft.port: 8081 is taken by target on the same address; give another port"
+    );
+}
+
+#[test]
 fn a_model_is_the_named_the_default_or_the_only_one() {
     let two = config("workers: [ { host: a } ]\nmodels: { a: { path: a }, b: { path: b, default: true } }");
     assert_eq!(two.model_for(Some("a")).unwrap().0, "a");
@@ -921,6 +981,17 @@ fn the_reference_tells_the_defaults() {
         ..config.target.unwrap()
     };
     assert_eq!(target, Server::default());
+    let draft = Server {
+        port: DEFAULT_DRAFT_PORT,
+        ..Server::default()
+    };
+    assert_eq!(
+        Server {
+            model: None,
+            ..config.draft.unwrap()
+        },
+        draft
+    );
     let (port, gpus) = (8080, Vec::new());
     let coordinator = Coordinator {
         port,

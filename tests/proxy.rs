@@ -807,8 +807,9 @@ async fn the_status_tells_of_the_last_requests() {
         request["duration_ms"].as_f64().unwrap(),
     );
     assert!((25.0..1000.0).contains(&ttft) && ttft <= duration, "{request}");
+    // It was only forwarded: nobody has counted.
     for count in ["steps", "drafted", "accepted", "generated"] {
-        assert_eq!(request[count], 0);
+        assert_eq!(request.get(count), None, "{request}");
     }
 }
 

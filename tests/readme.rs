@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-use tightwad::config::Environment;
 use tightwad::config::load::load_in;
+use tightwad::config::{Coordinator, Environment};
 use tightwad::engine::{Engine, Settings};
 use tightwad::observe::metrics::Metrics;
 
@@ -97,12 +97,14 @@ fn the_exit_codes_of_the_readme_are_those_of_the_help() {
 #[test]
 fn every_config_of_the_readme_loads() {
     let folder = tempfile::tempdir().unwrap();
-    let blocks: Vec<&str> = README
-        .split("```yaml\n")
-        .skip(1)
-        .map(|rest| rest.split("```").next().unwrap())
+    let between = |begin: &'static str, end: &'static str| {
+        let blocks = README.split(begin).skip(1);
+        blocks.map(move |rest| rest.split(end).next().unwrap())
+    };
+    let blocks: Vec<&str> = between("```yaml\n", "```")
+        .chain(between("tightwad.yaml <<END\n", "END\n"))
         .collect();
-    assert!(!blocks.is_empty());
+    assert!(blocks.iter().any(|block| block.contains("threads: 1")), "{blocks:?}");
     for block in blocks {
         let file = folder.path().join("cluster.yaml");
         std::fs::write(&file, block).unwrap();
@@ -115,6 +117,27 @@ fn every_config_of_the_readme_loads() {
             .check_listeners()
             .unwrap_or_else(|error| panic!("{error}\n{block}"));
     }
+}
+
+#[test]
+fn the_default_ports_of_the_readme_are_those_of_the_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cluster.yaml");
+    let sections = "proxy: {}\ntarget: {}\ndraft: {}\nworkers: [ { host: a } ]\nmodels: { a: { path: a } }\n";
+    std::fs::write(&file, sections).unwrap();
+    let config = load_in(Some(&file), &Environment::default()).unwrap().config;
+    let worker = &config.workers[0];
+    let sentence = format!(
+        "the proxy {}, the target {}, the draft {}, the coordinator {}, a worker's agent {} and its RPC {}.",
+        config.proxy.unwrap().port,
+        config.target.unwrap().port,
+        config.draft.unwrap().port,
+        Coordinator::default().port,
+        worker.agent_port,
+        worker.rpc_endpoints().into_keys().next().unwrap(),
+    );
+    let readme = README.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(readme.contains(&sentence), "the README does not say: {sentence}");
 }
 
 #[test]

@@ -27,7 +27,6 @@ let
     proxy.auth_token_file = "/run/secrets/proxy";
     coordinator.api_key_file = "/run/secrets/pool";
     draft = {
-      port = 8081;
       model = "small";
       api_key_file = "/run/secrets/draft";
     };

@@ -84,7 +84,10 @@ enum Command {
     #[command(subcommand)]
     Proxy(ProxyCommand),
     /// Run this host's part in the foreground, as systemd does.
-    #[command(after_help = "Example: tightwad -c cluster.yaml run target")]
+    #[command(
+        arg_required_else_help = true,
+        after_help = "Example: tightwad -c cluster.yaml run target"
+    )]
     Run {
         /// What to run.
         part: run::Part,

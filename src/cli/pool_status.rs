@@ -22,8 +22,8 @@ pub const EXAMPLES: &str = "\
 Examples:
   tightwad status --watch
   tightwad status --json | jq '.workers[] | {name, up}'
-Exit codes: 0 a model is served and every worker is well, 6 something is down or not ready yet, 7 no coordinator runs. The
-proxy, if the config has one, is only shown: see `tightwad proxy status`.";
+Exit codes: 0 all is well, 6 a server cannot be reached or is not ready yet, 7 the coordinator or the proxy that the config has
+does not run. What is behind the proxy is only shown: see `tightwad proxy status`.";
 
 /// Whoever has not answered after this is not waited for.
 const BOUND: Duration = Duration::from_millis(150);
@@ -60,9 +60,9 @@ struct Seen<T> {
     up: bool,
     /// Why nothing is known.
     problem: Option<String>,
-    /// Whether nothing runs there at all.
+    /// The exit code of that.
     #[serde(skip)]
-    absent: bool,
+    exit: Exit,
     status: Option<T>,
 }
 
@@ -168,21 +168,26 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
 impl<T> Seen<T> {
     /// `None`: no answer in time.
     fn of(url: String, answer: Option<Result<T, Failure>>) -> Self {
-        let (problem, absent, status) = match answer {
-            Some(Ok(status)) => (None, false, Some(status)),
-            Some(Err(failure)) => (Some(failure.message), failure.exit == Exit::NotRunning, None),
+        let (problem, exit, status) = match answer {
+            Some(Ok(status)) => (None, Exit::Ok, Some(status)),
+            Some(Err(failure)) => (Some(failure.message), failure.exit, None),
             None => {
                 let problem = format!("no answer from {url} within {} ms", BOUND.as_millis());
-                (Some(problem), false, None)
+                (Some(problem), Exit::Unreachable, None)
             }
         };
         Self {
             url,
             up: status.is_some(),
             problem,
-            absent,
+            exit,
             status,
         }
+    }
+
+    /// Whether nothing runs there at all.
+    fn absent(&self) -> bool {
+        self.exit == Exit::NotRunning
     }
 }
 
@@ -199,7 +204,7 @@ impl SeenWorker {
 fn verdict(seen: &Overview) -> Result<(), Failure> {
     if let Some(coordinator) = &seen.coordinator {
         match (&coordinator.problem, &coordinator.status) {
-            (Some(problem), _) if coordinator.absent => return Err(Failure::new(Exit::NotRunning, problem)),
+            (Some(problem), _) if coordinator.absent() => return Err(Failure::new(Exit::NotRunning, problem)),
             (Some(problem), _) => return Err(Failure::new(Exit::Unreachable, problem)),
             (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => {
                 return Err(Failure::new(
@@ -216,18 +221,28 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
         .filter(|worker| worker.problem().is_some())
         .map(|worker| worker.name.as_str())
         .collect();
-    if down.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
+    if !down.is_empty() {
+        return Err(Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))));
+    }
+    match &seen.proxy {
+        // A host of the pool need not have the proxy's token.
+        Some(Seen {
+            problem: Some(problem),
+            exit: exit @ (Exit::NotRunning | Exit::Unreachable),
+            ..
+        }) => Err(Failure::new(*exit, problem)),
+        _ => Ok(()),
     }
 }
 
 fn hints(seen: &Overview) -> Vec<String> {
     let mut hints = Vec::new();
     let coordinator = seen.coordinator.as_ref();
-    if coordinator.is_some_and(|coordinator| coordinator.absent) {
+    if coordinator.is_some_and(Seen::absent) {
         hints.push("start the coordinator with `tightwad start`".to_owned());
+    }
+    if seen.proxy.as_ref().is_some_and(Seen::absent) {
+        hints.push("start the proxy with `tightwad proxy start`".to_owned());
     }
     let told = coordinator.and_then(|coordinator| coordinator.status.as_ref());
     if let Some(told) = told.filter(|told| told["state"] == "gave-up") {
@@ -273,7 +288,7 @@ fn table(seen: &Overview) -> String {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
             Some(told) => of_coordinator(told, &mut line),
-            None if coordinator.absent => line("", "not running"),
+            None if coordinator.absent() => line("", "not running"),
             None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
         }
     }
@@ -296,7 +311,7 @@ fn table(seen: &Overview) -> String {
                 let verification = told["verification"].as_str().unwrap_or("unknown");
                 format!("{}: target {well}, verification {verification}", proxy.url)
             }
-            None if proxy.absent => format!("{}: not running", proxy.url),
+            None if proxy.absent() => format!("{}: not running", proxy.url),
             None => proxy.problem.clone().unwrap_or_default(),
         };
         line("proxy", &state);

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::environment::Environment;
+use super::load::{Reading, read};
 use super::origin::{Finding, key_path};
-use super::{Config, ConfigError, Problem, load_in, resolve};
+use super::{Config, ConfigError, Problem, resolve, validate};
 
 /// What `check-config` found. Serialises to `{ok, file, problems, warnings}`.
 #[derive(Debug, Clone, Serialize)]
@@ -61,8 +62,12 @@ pub fn check_config(explicit: Option<&Path>) -> CheckReport {
 /// [`check_config`] in a given environment.
 #[must_use]
 pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> CheckReport {
-    let loaded = match load_in(explicit, environment) {
-        Ok(loaded) => loaded,
+    let Reading {
+        config,
+        mut findings,
+        origins,
+    } = match read(explicit, environment) {
+        Ok(reading) => reading,
         Err(error) => {
             let problems = error.problems();
             return CheckReport {
@@ -74,18 +79,20 @@ pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> Ch
             };
         }
     };
-    let problems = loaded
-        .check_listeners()
-        .err()
-        .map_or(Vec::new(), |error| error.problems());
-    let absent = absent_files(&loaded.config).into_iter();
-    let absent = absent.map(|finding| loaded.origins.locate(finding).to_string());
+    let loads = findings.is_empty();
+    let open = config.iter().flat_map(validate::open_listeners);
+    findings.extend(open.map(|(_, finding)| finding));
+    let config = config.filter(|_| loads);
+    let odd = config
+        .iter()
+        .flat_map(|config| [validate::warnings(config), absent_files(config)].concat());
+    let problems = origins.locate_all(findings);
     CheckReport {
         ok: problems.is_empty(),
-        file: loaded.path,
         problems,
-        warnings: loaded.warnings.into_iter().chain(absent).collect(),
-        config: Some(loaded.config),
+        warnings: odd.map(|finding| origins.locate(finding).to_string()).collect(),
+        file: origins.file,
+        config,
     }
 }
 

@@ -9,16 +9,18 @@ use figment::value::{Dict, Value};
 
 use super::error::{closest, list};
 use super::origin::{Finding, KeyPath, Origin, Origins};
-use super::{Config, yaml};
+use super::{Config, DEFAULT_DRAFT_PORT, yaml};
 
-/// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again.
-pub(super) fn decode(mut root: Dict, origins: &Origins) -> Result<Config, Vec<Finding>> {
+/// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again. There is a
+/// configuration where nothing but keys is unknown: what was meant by a value of another type nobody knows.
+pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, Vec<Finding>) {
     let mut findings: Vec<Finding> = Vec::new();
     let mut settled: BTreeSet<KeyPath> = BTreeSet::new();
+    let mut understood = true;
     loop {
+        give_draft_its_port(&mut root);
         let error = match Figment::from(Serialized::defaults(&root)).extract_lossy::<Config>() {
-            Ok(config) if findings.is_empty() => return Ok(config),
-            Ok(_) => return Err(findings),
+            Ok(config) => return (understood.then_some(config), findings),
             Err(error) => error,
         };
         if let Some(better) = second_reading(&error, origins)
@@ -36,16 +38,32 @@ pub(super) fn decode(mut root: Dict, origins: &Origins) -> Result<Config, Vec<Fi
         }
         settled.insert(at);
         if let Kind::UnknownField(word, known) = &error.kind {
-            // Else the key that was meant would be reported as missing.
-            if let Some(meant) = closest(word, known.iter().copied()) {
-                let parent = error.path.iter().take(error.path.len().saturating_sub(1));
-                settled.insert(parent.cloned().chain([meant.to_owned()]).collect());
+            // The rest is to be checked as it was meant.
+            if let Some(meant) = closest(word, known.iter().copied())
+                && let Some((_, parent)) = error.path.split_last()
+                && let renamed = [parent, &[meant.to_owned()]].concat()
+                && !settled.contains(&renamed)
+                && rename(&mut root, &error.path, meant)
+            {
+                origins.rename(&error.path, &renamed);
+                settled.insert(renamed);
+                continue;
             }
+        } else {
+            understood = false;
         }
         match remove(&mut root, &error.path) {
             Some(removed) => settled.insert(removed),
-            None => return Err(findings),
+            None => return (None, findings),
         };
+    }
+}
+
+/// What the types cannot say, since `target` and `draft` are of one type.
+fn give_draft_its_port(root: &mut Dict) {
+    if let Some(Value::Dict(_, draft)) = root.get_mut("draft") {
+        let port = || Value::from(DEFAULT_DRAFT_PORT);
+        draft.entry("port".to_owned()).or_insert_with(port);
     }
 }
 
@@ -147,17 +165,35 @@ fn find<'a>(root: &'a mut Dict, path: &[String]) -> Option<&'a mut Value> {
     })
 }
 
+/// Gives the key at the end of `path` another name, unless that is there already. Tells whether it did.
+fn rename(root: &mut Dict, path: &[String], name: &str) -> bool {
+    if let Some((last, parent)) = path.split_last()
+        && let Some(dict) = dict_at(root, parent)
+        && !dict.contains_key(name)
+        && let Some(value) = dict.remove(last)
+    {
+        dict.insert(name.to_owned(), value);
+        return true;
+    }
+    false
+}
+
 /// Takes away what is at `path`, or the list around it: the numbers of the elements behind must not change. Tells what
 /// went.
 fn remove(root: &mut Dict, path: &[String]) -> Option<KeyPath> {
     let (last, parent) = path.split_last()?;
-    let dict = if parent.is_empty() {
-        root
-    } else {
-        match find(root, parent)? {
-            Value::Dict(_, dict) => dict,
-            _ => return remove(root, parent),
-        }
-    };
-    dict.remove(last).map(|_| path.to_vec())
+    match dict_at(root, parent) {
+        Some(dict) => dict.remove(last).map(|_| path.to_vec()),
+        None => remove(root, parent),
+    }
+}
+
+fn dict_at<'a>(root: &'a mut Dict, path: &[String]) -> Option<&'a mut Dict> {
+    if path.is_empty() {
+        return Some(root);
+    }
+    match find(root, path)? {
+        Value::Dict(_, dict) => Some(dict),
+        _ => None,
+    }
 }

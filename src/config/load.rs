@@ -47,6 +47,35 @@ pub fn load(explicit: Option<&Path>) -> Result<Loaded, ConfigError> {
 
 /// [`load`] in a given environment.
 pub fn load_in(explicit: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
+    let Reading {
+        config,
+        findings,
+        origins,
+    } = read(explicit, environment)?;
+    let problems = origins.locate_all(findings);
+    let Some(config) = config.filter(|_| problems.is_empty()) else {
+        return Err(ConfigError::Invalid(problems));
+    };
+    let warnings = origins.locate_all(validate::warnings(&config));
+    Ok(Loaded {
+        config,
+        path: origins.file.clone(),
+        warnings: warnings.iter().map(ToString::to_string).collect(),
+        origins,
+    })
+}
+
+/// What the sources hold, right or wrong.
+pub(super) struct Reading {
+    /// `None`: not all values could be understood.
+    pub config: Option<Config>,
+    /// What is wrong.
+    pub findings: Vec<Finding>,
+    pub origins: Origins,
+}
+
+/// Reads all layers.
+pub(super) fn read(explicit: Option<&Path>, environment: &Environment) -> Result<Reading, ConfigError> {
     let file = find_file(explicit, environment)?;
     let mut origins = Origins::default();
     let mut root = match &file {
@@ -59,26 +88,14 @@ pub fn load_in(explicit: Option<&Path>, environment: &Environment) -> Result<Loa
     {
         return Err(ConfigError::NotFound { looked });
     }
-
-    let located = |findings: Vec<Finding>| {
-        let mut problems: Vec<Problem> = findings.into_iter().map(|finding| origins.locate(finding)).collect();
-        problems.sort_by_key(|problem| problem.line);
-        ConfigError::Invalid(problems)
-    };
-    let mut config = decode::decode(root, &origins).map_err(located)?;
-    let findings = validate::problems(&config);
-    if !findings.is_empty() {
-        return Err(located(findings));
+    let (mut config, mut findings) = decode::decode(root, &mut origins);
+    if let Some(config) = &mut config {
+        findings.extend(validate::problems(config));
+        credentials::take(config, environment);
     }
-    let warnings = validate::warnings(&config);
-    credentials::take(&mut config, environment);
-    Ok(Loaded {
+    Ok(Reading {
         config,
-        path: origins.file.clone(),
-        warnings: warnings
-            .into_iter()
-            .map(|finding| origins.locate(finding).to_string())
-            .collect(),
+        findings,
         origins,
     })
 }

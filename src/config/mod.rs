@@ -40,6 +40,8 @@ pub use load::{Loaded, load, load_in};
 pub use resolve::local_url;
 pub use secret::Secret;
 
+/// The port of the section `draft`: a draft may share a machine with a target, whose port is another.
+pub const DEFAULT_DRAFT_PORT: u16 = 8081;
 /// The port that `ggml-rpc-server` takes by itself.
 pub const DEFAULT_RPC_PORT: u16 = 50052;
 /// Most GiB of model parts that a worker keeps on disk.
@@ -194,7 +196,7 @@ pub enum Backend {
 pub struct Server {
     /// Address to listen on.
     pub host: String,
-    /// Port to listen on.
+    /// Port to listen on; [`DEFAULT_DRAFT_PORT`] in a section `draft` that names none.
     pub port: u16,
     /// Name of the model in `models`. None: the one marked `default`, else the only one.
     pub model: Option<String>,

@@ -60,6 +60,20 @@ impl Origins {
         (0..=path.len()).rev().find_map(|end| self.keys.get(&path[..end]))
     }
 
+    /// What is said to be at `path` is so at `renamed`.
+    pub fn rename(&mut self, path: &[String], renamed: &[String]) {
+        let inside = self.keys.iter().filter(|(key, _)| key.starts_with(path));
+        let moved = inside.map(|(key, origin)| ([renamed, &key[path.len()..]].concat(), origin.clone()));
+        self.keys.extend(moved.collect::<Vec<_>>());
+    }
+
+    /// All of them, in the order of the file.
+    pub fn locate_all(&self, findings: Vec<Finding>) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = findings.into_iter().map(|finding| self.locate(finding)).collect();
+        problems.sort_by_key(|problem| problem.line);
+        problems
+    }
+
     pub fn locate(&self, finding: Finding) -> Problem {
         let mut problem = Problem {
             file: self.file.clone(),

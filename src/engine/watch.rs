@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
+use tracing::Level;
 
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
@@ -21,6 +22,8 @@ const TEXT_SLOTS: usize = 4;
 const SCORED_MAX: usize = 16;
 /// The reason while it is not known yet whether the drafter fits.
 const COMPARING: &str = "the vocabularies are being compared";
+/// What is wrong with a llama-server that has just been started.
+const LOADING: &str = "it is loading its model";
 
 /// A configured server and its client.
 #[derive(Debug, Clone)]
@@ -184,7 +187,13 @@ impl Watcher {
                 if *old == seen {
                     return false;
                 }
-                log_change(old, &seen);
+                for (level, sentence) in news(old, &seen) {
+                    if level == Level::WARN {
+                        tracing::warn!("{sentence}");
+                    } else {
+                        tracing::info!("{sentence}");
+                    }
+                }
                 *old = seen;
                 true
             });
@@ -388,7 +397,7 @@ async fn look_at(server: &Server) -> Look {
             status.healthy = true;
             status.problem = Some("it answers, but not like llama-server; set `backend` to what it is".into());
         }
-        Err(UpstreamError::Refused { status: 503, .. }) => status.problem = Some("it is loading its model".into()),
+        Err(UpstreamError::Refused { status: 503, .. }) => status.problem = Some(LOADING.into()),
         Err(error) => status.problem = Some(error.to_string()),
     }
     if status.model.is_none() {
@@ -473,28 +482,101 @@ fn backend_name(backend: Backend) -> &'static str {
     }
 }
 
-fn log_change(old: &Sight, new: &Sight) {
+/// What a change is worth in the log. Comparing vocabularies is over at once, and no news.
+fn news(old: &Sight, new: &Sight) -> Vec<(Level, String)> {
+    let problem = |status: &ServerStatus| status.problem.clone().filter(|problem| problem != COMPARING);
     let drafts = new.drafts.iter().enumerate();
     let drafts = drafts.map(|(number, new)| ("draft", old.drafts.get(number).map(|old| &old.status), &new.status));
+    let mut news = Vec::new();
     for (role, old, new) in std::iter::once(("target", Some(&old.target), &new.target)).chain(drafts) {
-        if old.is_none_or(|old| old.healthy != new.healthy || old.problem != new.problem) {
-            match &new.problem {
-                None if new.healthy => tracing::info!("{role} server {} is up", new.url),
-                Some(problem) if problem == COMPARING => tracing::debug!("{role} server {}: {problem}", new.url),
-                Some(problem) => tracing::warn!("{role} server {}: {problem}", new.url),
-                None => {}
-            }
+        if old.is_some_and(|old| old.healthy == new.healthy && problem(old) == problem(new)) {
+            continue;
+        }
+        let url = &new.url;
+        match problem(new) {
+            None if new.healthy => news.push((Level::INFO, format!("{role} server {url} is up"))),
+            Some(problem) if problem == LOADING => news.push((Level::INFO, format!("{role} server {url}: {problem}"))),
+            Some(problem) => news.push((Level::WARN, format!("{role} server {url}: {problem}"))),
+            None => {}
         }
     }
     if old.verification != new.verification || old.reason != new.reason {
         match &new.reason {
-            Some(reason) if reason == COMPARING => tracing::debug!("{reason}"),
-            None => tracing::info!(
-                "verification: {}, up to {} draft tokens per step",
-                new.verification.name(),
-                new.n_max
-            ),
-            Some(reason) => tracing::warn!("drafting: {reason}"),
+            Some(reason) if reason == COMPARING => {}
+            Some(reason) => news.push((Level::WARN, format!("drafting: {reason}"))),
+            None => {
+                let (how, n_max) = (new.verification.name(), new.n_max);
+                let sentence = format!("verification: {how}, up to {n_max} draft tokens per step");
+                news.push((Level::INFO, sentence));
+            }
         }
+    }
+    news
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One drafter and the target, as they are after a look at both.
+    fn sight(draft: (bool, Option<&str>), target: (bool, Option<&str>)) -> Sight {
+        let status = |name: &str, (healthy, problem): (bool, Option<&str>)| ServerStatus {
+            url: format!("http://{name}"),
+            healthy,
+            problem: problem.map(str::to_owned),
+            ..ServerStatus::default()
+        };
+        let waits = (!target.0).then(|| NOT_YET.to_owned());
+        let compares = draft.1.filter(|problem| *problem == COMPARING).map(str::to_owned);
+        Sight {
+            target: status("t", target),
+            drafts: vec![DraftSight {
+                status: status("d", draft),
+                language: None,
+            }],
+            verification: if target.0 {
+                Verification::Attached
+            } else {
+                Verification::None
+            },
+            reason: waits.or(compares),
+            n_max: 16,
+            ..Sight::default()
+        }
+    }
+
+    #[test]
+    fn servers_that_start_after_the_proxy_are_told_of_once() {
+        let (up, gone) = ((true, None), (false, Some("it is unreachable")));
+        let sights = [
+            sight(
+                (false, Some("it was not asked yet")),
+                (false, Some("it was not asked yet")),
+            ),
+            sight(gone, (false, Some("it was not asked yet"))),
+            sight(gone, gone),
+            sight(up, gone),
+            sight(up, (false, Some(LOADING))),
+            sight((true, Some(COMPARING)), up),
+            sight(up, up),
+            sight(up, gone),
+        ];
+        let told: Vec<String> = (sights.windows(2))
+            .flat_map(|pair| news(&pair[0], &pair[1]))
+            .map(|(level, sentence)| format!("{level} {sentence}"))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                "WARN draft server http://d: it is unreachable",
+                "WARN target server http://t: it is unreachable",
+                "INFO draft server http://d is up",
+                "INFO target server http://t: it is loading its model",
+                "INFO target server http://t is up",
+                "INFO verification: attached, up to 16 draft tokens per step",
+                "WARN target server http://t: it is unreachable",
+                "WARN drafting: the target does not answer yet, so it is not known what it can verify",
+            ]
+        );
     }
 }

@@ -28,9 +28,9 @@ pub struct Record {
     pub duration_ms: f64,
     /// From its arrival to the first byte of the target's answer.
     pub ttft_ms: Option<f64>,
-    /// What the target counted for it.
+    /// What the target counted for it; `None` if it counted no step, as of a request that was only forwarded.
     #[serde(flatten)]
-    pub counts: Counts,
+    pub counts: Option<Counts>,
     /// How it ended.
     pub outcome: Outcome,
 }
@@ -73,7 +73,7 @@ mod tests {
                 streamed: false,
                 duration_ms: 1.0,
                 ttft_ms: None,
-                counts: Counts::default(),
+                counts: None,
                 outcome: Outcome::Finished,
             });
         }

@@ -154,9 +154,9 @@ impl Drop for Running {
             duration_ms: self.milliseconds_to(self.begun + duration),
             ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
             counts: match (&self.attachment, &self.rounds) {
-                (Some(attachment), _) => attachment.counts(),
-                (None, Some(rounds)) => *rounds.borrow(),
-                (None, None) => Counts::default(),
+                (Some(attachment), _) => counted(attachment.counts()),
+                (None, Some(rounds)) => counted(*rounds.borrow()),
+                (None, None) => None,
             },
             outcome: self.outcome,
         };
@@ -166,7 +166,7 @@ impl Drop for Running {
         match (attachment, Handle::try_current()) {
             (Some(attachment), Ok(runtime)) => {
                 runtime.spawn(async move {
-                    let counts = attachment.settled().await;
+                    let counts = counted(attachment.settled().await);
                     drop(attachment);
                     report(&observed, Record { counts, ..record });
                 });
@@ -176,6 +176,11 @@ impl Drop for Running {
     }
 }
 
+/// Nobody has counted for an answer of no step.
+fn counted(counts: Counts) -> Option<Counts> {
+    Some(counts).filter(|counts| counts.steps > 0)
+}
+
 fn report(observed: &Observed, record: Record) {
     tracing::info!(
         id = record.id,
@@ -183,10 +188,10 @@ fn report(observed: &Observed, record: Record) {
         status = record.status,
         duration_ms = record.duration_ms,
         ttft_ms = record.ttft_ms,
-        steps = record.counts.steps,
-        drafted = record.counts.drafted,
-        accepted = record.counts.accepted,
-        generated = record.counts.generated,
+        steps = record.counts.map(|counts| counts.steps),
+        drafted = record.counts.map(|counts| counts.drafted),
+        accepted = record.counts.map(|counts| counts.accepted),
+        generated = record.counts.map(|counts| counts.generated),
         outcome = record.outcome.name(),
         "request"
     );

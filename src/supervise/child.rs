@@ -193,13 +193,18 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listene
     }
 }
 
+/// Warnings of llama-server about what is meant to be: a request that its client has ended, and a prompt of which every token
+/// is in the cache.
+const ROUTINE: [&str; 3] = ["cancel task", "need to evaluate at least 1 token", "n_past was set to"];
+
 /// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request. A
 /// ggml-rpc-server gives no level, and tells of every part of a model.
 fn log(role: Role, line: &str) {
+    let routine = ROUTINE.iter().any(|words| line.contains(words));
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
         Some("I") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
-        Some("W") if line.contains("cancel task") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
+        Some("W") if routine => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         Some("W") => tracing::warn!(target: "tightwad::child", "{role}: {line}"),
         Some("D") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),
         _ if role == Role::Rpc => tracing::debug!(target: "tightwad::child", "{role}: {line}"),

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::llama_server::answer_of;
 use super::wait::eventually;
 
-/// What the proxy recorded of a request.
+/// What the proxy recorded of a request; counts that nobody made are 0.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Record {
     pub id: String,
@@ -20,11 +20,17 @@ pub struct Record {
     pub status: Option<u16>,
     pub streamed: bool,
     pub duration_ms: f64,
+    #[serde(default)]
     pub steps: u64,
+    #[serde(default)]
     pub drafted: u64,
+    #[serde(default)]
     pub accepted: u64,
+    #[serde(default)]
     pub generated: u64,
+    #[serde(default)]
     pub accepted_prediction_tokens: u64,
+    #[serde(default)]
     pub rejected_prediction_tokens: u64,
     pub outcome: String,
 }
