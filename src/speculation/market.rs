@@ -179,8 +179,8 @@ impl Supply {
             } else {
                 (1.0 + drafting_us / token_us.max(1.0)).floor().min(passed + far)
             };
-            let there = (drafted - passed).max(0.0) as usize;
-            let usable = sizes.iter().enumerate().take(there + 1);
+            let there = (drafted - passed).max(0.0);
+            let usable = (0_u32..).zip(sizes).take_while(|(n, _)| f64::from(*n) <= there);
             let Some((n, size)) = usable.max_by(|a, b| gain(a.1).total_cmp(&gain(b.1))) else {
                 break;
             };
@@ -189,7 +189,7 @@ impl Supply {
             us += chance * step_us;
             chance *= size.survives;
             now_us += step_us;
-            passed += (n + 1) as f64;
+            passed += f64::from(n + 1);
         }
         tokens / us
     }
