@@ -22,8 +22,8 @@ const PLACES: usize = 8;
 const SURE: usize = 8;
 /// Tokens before and behind the place in a copied text, among which it is taken up again.
 const NEAR: (usize, usize) = (4, 12);
-/// Tokens in a row that do not stand in the copied text, at most: more, and it is not copied any more.
-const STRANGE: usize = 8;
+/// Tokens of an answer that do not stand near there, at most: after more it does not copy that text any more.
+const STRANGE: usize = 32;
 /// Separates the prediction from the prompt; no token.
 const GAP: Token = Token::MIN;
 
@@ -72,9 +72,23 @@ pub struct Lookup {
 struct Copied {
     /// The index of the token that comes next.
     at: usize,
-    /// How many of the last tokens of the answer stand before it, or how many do not since it was left.
+    /// How many of the last tokens of the answer stand before it.
     agreeing: usize,
+    /// Where enough of them agreed last, and how many have come since that do not stand near there.
+    left: usize,
     strange: usize,
+}
+
+impl Copied {
+    /// That many tokens agree before it.
+    fn new(at: usize, agreeing: usize) -> Self {
+        Self {
+            at,
+            agreeing,
+            left: at,
+            strange: 0,
+        }
+    }
 }
 
 impl Lookup {
@@ -86,11 +100,7 @@ impl Lookup {
         lookup.predicted = prediction.len();
         lookup.text.push(GAP);
         lookup.begin = lookup.text.len();
-        lookup.copied = (!prediction.is_empty()).then_some(Copied {
-            at: 0,
-            agreeing: 0,
-            strange: 0,
-        });
+        lookup.copied = (!prediction.is_empty()).then_some(Copied::new(0, 0));
         lookup
     }
 
@@ -106,11 +116,7 @@ impl Lookup {
             self.push(&[*token]);
             let tail = &self.text[self.text.len() - self.committed().min(LONGEST)..];
             if let Some((matched, at)) = self.place(tail).filter(|(matched, _)| *matched >= SURE) {
-                self.copied = Some(Copied {
-                    at,
-                    agreeing: matched,
-                    strange: 0,
-                });
+                self.copied = Some(Copied::new(at, matched));
             }
         }
     }
@@ -118,21 +124,28 @@ impl Lookup {
     /// Where a copy goes on after the answer's next token.
     fn copied_on(&self, copied: Copied, token: Token) -> Option<Copied> {
         let is_there = |at: &usize| self.text.get(*at) == Some(&token);
+        let (at, agreeing) = (copied.at + 1, copied.agreeing + 1);
         if is_there(&copied.at) {
-            return Some(Copied {
-                at: copied.at + 1,
-                agreeing: copied.agreeing + 1,
-                strange: 0,
+            return Some(if agreeing < SHORTEST {
+                Copied { at, agreeing, ..copied }
+            } else {
+                Copied::new(at, agreeing)
             });
         }
-        let behind = copied.at + 1..(copied.at + NEAR.1).min(self.text.len());
-        let before = copied.at.saturating_sub(NEAR.0)..copied.at;
-        let near = behind.clone().find(is_there).or_else(|| before.rev().find(is_there));
-        let strange = if near.is_some() { 0 } else { copied.strange + 1 };
+        // Something was put in, left out, or stands in place of what is there.
+        let left = copied.left;
+        let near = (left..left + NEAR.1)
+            .chain((left.saturating_sub(NEAR.0)..left).rev())
+            .find(is_there);
+        if let Some(at) = near {
+            let (at, agreeing) = (at + 1, 1);
+            return Some(Copied { at, agreeing, ..copied });
+        }
+        let strange = copied.strange + 1;
         (strange <= STRANGE).then_some(Copied {
-            // Else it stands in place of the one there.
-            at: near.unwrap_or(copied.at) + 1,
-            agreeing: usize::from(near.is_some()),
+            at: left + strange,
+            agreeing: 0,
+            left,
             strange,
         })
     }
@@ -313,8 +326,10 @@ mod tests {
             (&[1, 2, 3, 60, 61], 6, 0),
             // one more
             (&[1, 2, 3, 60, 4], 5, 1),
-            // two more
-            (&[1, 2, 3, 60, 61, 4], 5, 1),
+            // many more
+            (&[1, 2, 3, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 4], 5, 1),
+            // ... one of which stands near
+            (&[1, 2, 3, 60, 8, 61, 4], 5, 1),
             // left out
             (&[1, 2, 3, 7], 8, 1),
         ] {
@@ -338,7 +353,7 @@ mod tests {
     fn a_copy_that_an_answer_has_left_is_not_proposed_any_more() {
         let mut lookup = indexed(&(1..30).collect::<Vec<_>>(), &[50, 51, 52]);
         lookup.extend(&[1, 2, 3]);
-        lookup.extend(&(60..69).collect::<Vec<_>>());
+        lookup.extend(&(60..93).collect::<Vec<_>>());
         assert_eq!(lookup.propose(&[], 2), None);
     }
 
