@@ -11,16 +11,12 @@ pub struct StepCost {
     /// Passes so far, and at which of them each size was seen last.
     passes: u32,
     seen: Vec<u32>,
-    /// Outliers in a row.
-    outliers: u32,
 }
 
 /// Share of a step that a further token is taken to cost until steps of different sizes were seen.
 const SLOPE_GUESS: f64 = 0.05;
 /// A step that takes so many times longer than expected (another request's prompt went along) counts as this.
 const OUTLIER: f64 = 2.0;
-/// ... unless so many in a row do: a text that is longer by thousands of tokens takes longer from now on.
-const NO_OUTLIER: u32 = 3;
 /// What of a deviation goes into the scale, and what into the shape (as exponents).
 const TO_SCALE: f64 = 0.2;
 const TO_SHAPE: f64 = 0.1;
@@ -43,7 +39,7 @@ impl StepCost {
     }
 
     /// As [`Self::record`], of a pass that tells how fast the machine is now, but not well how one size compares to others.
-    /// Returns what it took over what was expected; `None` where it says nothing of its size.
+    /// Returns what it took over what was expected; `None` where nothing was.
     pub fn record_scale(&mut self, n: usize, us: f64) -> Option<f64> {
         if us <= 0.0 {
             return None;
@@ -60,14 +56,7 @@ impl StepCost {
             (self.shape[n], self.seen[n]) = (Some(us / self.scale_us), self.passes);
             return None;
         };
-        let deviation = us / (self.scale_us * shape);
-        self.outliers = if deviation > OUTLIER { self.outliers + 1 } else { 0 };
-        if self.outliers == NO_OUTLIER {
-            self.scale_us *= deviation;
-            self.outliers = 0;
-            return None;
-        }
-        let deviation = deviation.min(OUTLIER);
+        let deviation = (us / (self.scale_us * shape)).min(OUTLIER);
         self.scale_us *= deviation.powf(TO_SCALE);
         Some(deviation)
     }
@@ -118,21 +107,5 @@ mod tests {
         }
         let slower = cost.us(8).unwrap() / linear(8);
         assert!((1.4..=2.1).contains(&slower), "{slower}");
-    }
-
-    #[test]
-    fn a_text_that_is_longer_by_far_is_reckoned_with_at_once_and_a_single_long_pass_is_not() {
-        let linear = |n: usize| 10_000.0 * (1.0 + 0.1 * n as f64);
-        let mut cost = StepCost::default();
-        for n in [0, 4, 8] {
-            cost.record(n, linear(n));
-        }
-        cost.record(4, 20.0 * linear(4));
-        assert!(cost.us(0).unwrap() < 1.2 * linear(0));
-        for _ in 0..NO_OUTLIER {
-            cost.record(4, 20.0 * linear(4));
-        }
-        let slower = cost.us(4).unwrap() / linear(4);
-        assert!((15.0..=25.0).contains(&slower), "{slower}");
     }
 }
