@@ -126,8 +126,9 @@ impl Market<'_> {
     }
 }
 
-/// After so many steps hardly any draft is not contradicted.
-const MOST_STEPS: usize = 64;
+/// A draft that is not contradicted yet with less chance, or after so many tokens, is not reckoned with any more.
+const NEGLIGIBLE: f64 = 0.001;
+const MOST_PASSED: f64 = 256.0;
 
 /// A draft in the making that the target may wait for.
 pub(super) struct Growth {
@@ -166,22 +167,30 @@ impl Supply {
     /// Tokens per microsecond of a target that goes on with what is there of the drafts, from one contradicted draft to the
     /// next, if a microsecond is worth `worth` tokens.
     fn rate_of_going_on(&self, sizes: &[Size], worth: f64) -> f64 {
-        let gain = |size: &Size| size.expected - worth * size.us;
+        // Of the sizes up to each, the one that is worth most.
+        let mut best: Vec<(f64, &Size)> = Vec::with_capacity(sizes.len());
+        for (n, size) in (0_u32..).zip(sizes) {
+            let gain = |size: &Size| size.expected - worth * size.us;
+            best.push(match best.last() {
+                Some(before) if gain(before.1) >= gain(size) => *before,
+                _ => (f64::from(n), size),
+            });
+        }
         let Arrival { first_us, token_us } = self.beside_step;
-        let far = far(sizes.len() - 1) as f64;
+        let n_max = sizes.len() - 1;
+        let far = far(n_max) as f64;
         let (mut tokens, mut us) = (0.0, 0.0);
         // As long as the draft is not contradicted.
         let (mut chance, mut now_us, mut passed) = (1.0, 0.0, 0.0);
-        for _ in 0..MOST_STEPS {
+        while chance > NEGLIGIBLE && passed < MOST_PASSED {
             let drafting_us = now_us - first_us - SLACK_US;
             let drafted = if drafting_us < 0.0 {
                 0.0
             } else {
                 (1.0 + drafting_us / token_us.max(1.0)).floor().min(passed + far)
             };
-            let there = (drafted - passed).max(0.0);
-            let usable = (0_u32..).zip(sizes).take_while(|(n, _)| f64::from(*n) <= there);
-            let Some((n, size)) = usable.max_by(|a, b| gain(a.1).total_cmp(&gain(b.1))) else {
+            let there = usize::try_from(whole(drafted - passed)).unwrap_or(usize::MAX);
+            let Some((n, size)) = best.get(there.min(n_max)) else {
                 break;
             };
             let step_us = self.beside_us(size.us, passed + far - drafted);
@@ -189,7 +198,7 @@ impl Supply {
             us += chance * step_us;
             chance *= size.survives;
             now_us += step_us;
-            passed += f64::from(n + 1);
+            passed += n + 1.0;
         }
         tokens / us
     }
