@@ -215,11 +215,7 @@ impl Lookup {
     /// Before the answer has begun it may be what the client predicts.
     fn predicted_from_the_start(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
         let begun = self.answer? < self.text.len() || !drafted.is_empty();
-        (self.predicted > 0 && !begun).then(|| Proposal {
-            tokens: self.text[..self.predicted.min(n)].to_vec(),
-            matched: SHORTEST,
-            predicted: true,
-        })
+        (self.predicted > 0 && !begun).then(|| self.proposal(0, SHORTEST, n))
     }
 
     fn push(&mut self, tokens: &[Token]) {

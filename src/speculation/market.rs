@@ -190,9 +190,7 @@ impl Supply {
                 (1.0 + drafting_us / token_us.max(1.0)).floor().min(passed + far)
             };
             let there = usize::try_from(whole(drafted - passed)).unwrap_or(usize::MAX);
-            let Some((n, size)) = best.get(there.min(n_max)) else {
-                break;
-            };
+            let (n, size) = best[there.min(n_max)];
             let step_us = self.beside_us(size.us, passed + far - drafted);
             tokens += chance * size.expected;
             us += chance * step_us;
