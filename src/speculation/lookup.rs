@@ -10,20 +10,17 @@
 
 use std::collections::HashMap;
 
+use super::copied_text::Copied;
 use super::{Class, Token};
 
 /// Tokens that must agree at least.
-const SHORTEST: usize = 3;
+pub(super) const SHORTEST: usize = 3;
 /// Tokens that are compared at most; agreement over more says nothing more.
 const LONGEST: usize = 32;
 /// Places remembered for the same few tokens; older ones are forgotten.
 const PLACES: usize = 8;
 /// So many agreeing tokens make sure that the answer copies the text there.
 const SURE: usize = 8;
-/// Tokens before and behind the place in a copied text, among which it is taken up again.
-const NEAR: (usize, usize) = (4, 12);
-/// Tokens of an answer that do not stand near there, at most: after more it does not copy that text any more.
-const STRANGE: usize = 32;
 /// Separates the prediction from the prompt; no token.
 const GAP: Token = Token::MIN;
 
@@ -67,30 +64,6 @@ pub struct Lookup {
     copied: Option<Copied>,
 }
 
-/// A place in a text that an answer copies.
-#[derive(Debug, Clone, Copy)]
-struct Copied {
-    /// The index of the token that comes next.
-    at: usize,
-    /// How many of the last tokens of the answer stand before it.
-    agreeing: usize,
-    /// Where enough of them agreed last, and how many have come since that do not stand near there.
-    left: usize,
-    strange: usize,
-}
-
-impl Copied {
-    /// That many tokens agree before it.
-    fn new(at: usize, agreeing: usize) -> Self {
-        Self {
-            at,
-            agreeing,
-            left: at,
-            strange: 0,
-        }
-    }
-}
-
 impl Lookup {
     /// An index of nothing but what the client predicts of the answer (perhaps nothing).
     #[must_use]
@@ -112,42 +85,13 @@ impl Lookup {
             return;
         }
         for token in committed {
-            self.copied = self.copied.and_then(|copied| self.copied_on(copied, *token));
+            self.copied = self.copied.and_then(|copied| copied.after(*token, &self.text));
             self.push(&[*token]);
             let tail = &self.text[self.text.len() - self.committed().min(LONGEST)..];
             if let Some((matched, at)) = self.place(tail).filter(|(matched, _)| *matched >= SURE) {
                 self.copied = Some(Copied::new(at, matched));
             }
         }
-    }
-
-    /// Where a copy goes on after the answer's next token.
-    fn copied_on(&self, copied: Copied, token: Token) -> Option<Copied> {
-        let is_there = |at: &usize| self.text.get(*at) == Some(&token);
-        let (at, agreeing) = (copied.at + 1, copied.agreeing + 1);
-        if is_there(&copied.at) {
-            return Some(if agreeing < SHORTEST {
-                Copied { at, agreeing, ..copied }
-            } else {
-                Copied::new(at, agreeing)
-            });
-        }
-        // Something was put in, left out, or stands in place of what is there.
-        let left = copied.left;
-        let near = (left..left + NEAR.1)
-            .chain((left.saturating_sub(NEAR.0)..left).rev())
-            .find(is_there);
-        if let Some(at) = near {
-            let (at, agreeing) = (at + 1, 1);
-            return Some(Copied { at, agreeing, ..copied });
-        }
-        let strange = copied.strange + 1;
-        (strange <= STRANGE).then_some(Copied {
-            at: left + strange,
-            agreeing: 0,
-            left,
-            strange,
-        })
     }
 
     /// Number of committed tokens taken in.

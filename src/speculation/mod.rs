@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+mod copied_text;
 mod lookup;
 mod market;
 mod pace;
