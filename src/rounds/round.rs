@@ -86,6 +86,9 @@ pub struct Rounds {
     limit: usize,
     /// What the target is verifying: the first of `draft`.
     asked: usize,
+    /// What the target may have computed behind the text without a verdict. A server that finds it in its cache does not
+    /// score it again, so the text goes on without drafts until it is past that or something else.
+    computed: Vec<Token>,
     /// What may follow the text, and what is known of each token of it.
     draft: Vec<Token>,
     classes: Vec<Class>,
@@ -106,6 +109,7 @@ impl Rounds {
             context: prompt,
             limit,
             asked: 0,
+            computed: Vec::new(),
             draft: Vec::new(),
             classes: Vec::new(),
             lookup,
@@ -153,6 +157,9 @@ impl Rounds {
     }
 
     fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
+        if verdict.next.is_empty() {
+            self.computed.extend_from_slice(&self.draft[..self.asked]);
+        }
         let mut tokens = self.draft[..verdict.accepted.min(self.asked)].to_vec();
         tokens.extend(verdict.next);
         // The part of the draft that was not worth verifying is compared as well: it tells what the next may be worth.
@@ -172,7 +179,7 @@ impl Rounds {
         }
         self.context.extend_from_slice(&tokens);
         self.lookup.extend(&tokens);
-        let stalled = tokens.is_empty() && !ended;
+        self.computed = self.computed.strip_prefix(&tokens[..]).unwrap_or_default().to_vec();
         let mut actions = Vec::new();
         if !tokens.is_empty() {
             actions.push(Action::Say(tokens));
@@ -187,9 +194,8 @@ impl Rounds {
                 self.finished = true;
                 Action::Finish(finish)
             }
-            // It does not tell what comes next but by generating it.
-            None if stalled => self.ask(Vec::new(), Vec::new(), 0, 1),
-            None => self.next(policy, moment),
+            None if self.computed.is_empty() => self.next(policy, moment),
+            None => self.ask(Vec::new(), Vec::new(), 0, 1),
         });
         actions
     }
@@ -364,6 +370,7 @@ mod tests {
             let mut behaviours = rounds.iter().cycle();
             let mut actions: std::collections::VecDeque<Action> = machine.handle(Event::Begin, &mut pace, &moment).into();
             let (mut said, mut end, mut passes) = (Vec::new(), None, 0);
+            let mut computed: Vec<Vec<Token>> = Vec::new();
             while let Some(action) = actions.pop_front() {
                 let event = match action {
                     Action::Draft { n, .. } => {
@@ -381,8 +388,17 @@ mod tests {
                         prop_assert!(passes < 200, "it goes on for ever");
                         prop_assert!(draft.len() <= n_max && draft.len() < limit - machine.generated());
                         prop_assert!(n > 0 && n <= limit - machine.generated());
+                        if let Some(first) = draft.first() {
+                            let read = [machine.context(), &[*first]].concat();
+                            prop_assert!(!computed.iter().any(|text| text.starts_with(&read)), "it is scored again");
+                        }
                         let how = behaviours.next().unwrap();
+                        // What it does not look at it may have computed, unless it tells what comes instead.
+                        let n_computed = if how.tells_next { how.judges.min(draft.len()) } else { draft.len() };
+                        computed.push([machine.context(), &draft[..n_computed]].concat());
                         if how.refuses && !draft.is_empty() {
+                            // From now on it is asked under another name.
+                            computed.clear();
                             Event::Refused
                         } else {
                             Event::Verified(verdict(machine.context(), &draft, n, how))
