@@ -4,6 +4,7 @@
 
 mod harness;
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -70,6 +71,19 @@ fn gist(answer: &Value) -> (String, Value, Value) {
 
 async fn in_rounds(proxy: &Proxy, how: &str) {
     proxy.shows(how, PATIENCE, |status| status["verification"] == how).await;
+}
+
+/// What `tightwad verify` says of the drafted answers, if it finds that there are some, and that all are equal.
+#[track_caller]
+fn verified(target: &str, proxy: &Proxy, options: &[&str]) -> Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command.args(["verify", "--json", "--target", target, "--proxy", proxy.url()]);
+    command.args(options).stdin(Stdio::null());
+    let output = command.env_remove("TIGHTWAD_CONFIG").output().expect("it starts");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}{report:#}");
+    report
 }
 
 // Fan-out
@@ -220,6 +234,18 @@ async fn what_rounds_cannot_do_the_target_does_itself() {
         .send(CHAT, &json!({ "messages": 5, "temperature": 0 }))
         .await;
     assert!(status >= 400, "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_compares_what_a_stock_llama_server_says_in_rounds() {
+    let model_of_draft = model("tightwad-tiny-draft-f16.gguf");
+    let (target, draft) = tokio::join!(
+        LlamaServer::far_target(&STOCK),
+        LlamaServer::start(&model_of_draft, &DRAFT)
+    );
+    let proxy = fanning_out(&target, Some(draft.url())).await;
+    let report = verified(target.url(), &proxy, &["--count", "3", "--max-tokens", "32"]);
+    assert!(report["accepted"].as_u64() > Some(0), "{report:#}");
 }
 
 #[tokio::test]
@@ -415,6 +441,16 @@ async fn what_the_server_has_cached_of_a_draft_is_not_taken_for_its_verdict() {
         let (answer, record) = proxy.post(CHAT, &chat(&"Hello, Tightwad! ".repeat(3)[..n], 300)).await;
         assert_eq!(gist(&answer).0, STORY, "{n}: {record:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_counts_the_drafts_of_answers_in_rounds() {
+    let (server, draft) = tokio::join!(fake_scoring::vllm(Quirks::default()), fake_scoring::drafter());
+    let proxy = scoring(&server, Backend::Vllm, Some(&draft)).await;
+    let report = verified(&server.url(), &proxy, &["--count", "2"]);
+    let drafted = |at: usize| report["temperatures"][at]["accepted"].as_u64().expect("a count");
+    // Of two answers; with chance there are no rounds.
+    assert!(drafted(0) > 40 && drafted(1) == 0, "{report:#}");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::upstream::ChatServer;
+use crate::upstream::chat::Drafting;
 
 /// How long a server may take to tell its counts.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -62,17 +63,49 @@ impl Contender {
         DraftCounts::parse(&text)
     }
 
-    /// The most that a proxy of ours expects of its drafters now by its formula: speed over that of plain steps.
-    pub(super) async fn expected_speed_up(&self) -> Option<f64> {
+    /// What a proxy of ours tells of its drafting; `None` of any other server.
+    pub(super) async fn proxy_status(&self) -> Option<ProxyStatus> {
         if self.mode != Mode::Attached {
             return None;
         }
         let status = self.server.get("/v1/tightwad/status", PATIENCE).await.ok()?;
-        let status: Value = serde_json::from_str(&status).ok()?;
+        ProxyStatus::parse(&serde_json::from_str(&status).ok()?)
+    }
+}
+
+/// The drafting of a proxy: its `/v1/tightwad/status`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct ProxyStatus {
+    /// Counted since it was started.
+    counts: Drafting,
+    /// The most that it expects of its drafters now by its formula: speed over that of plain steps.
+    pub(super) expected_speed_up: Option<f64>,
+}
+
+impl ProxyStatus {
+    fn parse(status: &Value) -> Option<Self> {
+        let count = |name: &str| status["counts"][name].as_u64();
         let drafts = status["drafts"].as_array()?.iter();
-        drafts
-            .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
-            .max_by(f64::total_cmp)
+        Some(Self {
+            counts: Drafting {
+                generated: count("generated")?,
+                drafted: count("drafted")?,
+                accepted: count("accepted")?,
+            },
+            expected_speed_up: drafts
+                .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
+                .max_by(f64::total_cmp),
+        })
+    }
+
+    /// What was counted since `earlier`.
+    pub(super) fn since(&self, earlier: &Self) -> Drafting {
+        let (now, then) = (self.counts, earlier.counts);
+        Drafting {
+            generated: now.generated.saturating_sub(then.generated),
+            drafted: now.drafted.saturating_sub(then.drafted),
+            accepted: now.accepted.saturating_sub(then.accepted),
+        }
     }
 }
 

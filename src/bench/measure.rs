@@ -167,7 +167,7 @@ async fn run_block(
     questions: &[(usize, usize)],
     mut on_answer: impl FnMut(usize),
 ) -> Result<(Block, Vec<Sample>), ChatError> {
-    let before = contender.draft_counts().await;
+    let (before, proxy_before) = (contender.draft_counts().await, contender.proxy_status().await);
     let next = AtomicUsize::new(0);
     let began = Instant::now();
     let clients = (0..plan.clients.max(1)).map(|client| {
@@ -194,7 +194,13 @@ async fn run_block(
         on_answer(samples.len());
     }
     let wall = began.elapsed();
-    let after = contender.draft_counts().await;
+    let (after, proxy) = (contender.draft_counts().await, contender.proxy_status().await);
+    // An answer in rounds is the proxy's own, and comes without the target's timings.
+    if let [sample] = &mut samples[..]
+        && let Some((before, after)) = proxy_before.zip(proxy)
+    {
+        sample.answer.drafting.get_or_insert(after.since(&before));
+    }
     let kind = |(prompt, _): &(usize, usize)| &prompts[*prompt].kind;
     let block = Block {
         mode: contender.mode,
@@ -205,7 +211,7 @@ async fn run_block(
             .cloned(),
         wall,
         counts: before.zip(after).map(|(before, after)| after.since(&before)),
-        expected_speed_up: contender.expected_speed_up().await,
+        expected_speed_up: proxy.and_then(|proxy| proxy.expected_speed_up),
     };
     Ok((block, samples))
 }

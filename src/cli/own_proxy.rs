@@ -52,8 +52,7 @@ impl OwnProxy {
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
     let began = tokio::time::Instant::now();
     loop {
-        let status = proxy.get("/v1/tightwad/status", PATIENCE).await?;
-        let Ok(status) = serde_json::from_str::<Value>(&status) else {
+        let Some(status) = status(proxy).await? else {
             return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
         };
         let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
@@ -69,4 +68,16 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Whether the proxy answers in rounds, which it does for no request that wants to know token ids.
+pub async fn answers_in_rounds(proxy: &ChatServer) -> Result<bool, ChatError> {
+    let status = status(proxy).await?.unwrap_or_default();
+    Ok(["fan-out", "scored"].map(Value::from).contains(&status["verification"]))
+}
+
+/// Its status; `None` of a server that is no proxy of ours.
+async fn status(proxy: &ChatServer) -> Result<Option<Value>, ChatError> {
+    let status = proxy.get("/v1/tightwad/status", PATIENCE).await?;
+    Ok(serde_json::from_str(&status).ok())
 }

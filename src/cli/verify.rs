@@ -11,7 +11,7 @@ use super::bench::show;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::own_proxy::why_undrafted;
+use super::own_proxy::{answers_in_rounds, why_undrafted};
 use super::progress::{Countdown, Line};
 use super::question_set::{QuestionSet, interrupted, unless_stopped};
 use super::signals;
@@ -81,6 +81,7 @@ async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToke
     let line = Line::new();
     line.tell("looking at the servers");
     let deployment = unless_stopped(stop, Deployment::find(&options.servers, config, None)).await?;
+    let in_rounds = answers_in_rounds(&deployment.attached.server).await?;
     let contenders = [deployment.plain.clone(), deployment.attached.clone()];
     let (mut temperatures, mut complete) = (Vec::new(), true);
     let mut countdown = Countdown::new();
@@ -89,7 +90,7 @@ async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToke
             rounds: 1,
             clients: 1,
             wishes: Wishes {
-                token_ids: deployment.is_llama_server,
+                token_ids: deployment.is_llama_server && !in_rounds,
                 ..options.questions.wishes(temperature, &deployment)
             },
         };

@@ -135,13 +135,13 @@ pub struct Answer {
     pub first_token: Option<Duration>,
     /// From its first piece to the event that ends it.
     pub duration: Duration,
-    /// What a llama-server counted of its drafting; `None` when the server does not tell.
+    /// What was counted of its drafting; `None` when nobody tells.
     pub drafting: Option<Drafting>,
     /// The ids of its tokens, if they were wished for and the server tells.
     pub token_ids: Vec<i64>,
 }
 
-/// The drafting of one answer: llama-server's `timings`.
+/// The drafting of one answer, as llama-server's `timings` tell it, or the counts of a proxy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drafting {
     /// Tokens that the target generated.

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use serde_json::{Value, json};
 
 use super::fake_drafter::draft;
-use super::fake_upstream::{Act, FakeUpstream, Seen, json as whole, wait};
+use super::fake_upstream::{Act, FakeUpstream, Seen, chunk, json as whole, stream_head, wait};
 
 /// What the model answers to every chat.
 pub const STORY: &str =
@@ -163,7 +163,7 @@ pub async fn vllm(quirks: Quirks) -> FakeUpstream {
                     (!body["prompt_logprobs"].is_null()).then(|| rows(&prompt(&body), 0, quirks.in_round(&asked)));
                 completion(&body, rows.as_ref(), quirks)
             }
-            "/v1/chat/completions" => chat_completion(),
+            "/v1/chat/completions" => chat_completion(&body),
             _ => not_found(),
         }
     })
@@ -219,7 +219,7 @@ pub async fn sglang(quirks: Quirks) -> FakeUpstream {
                 after(generated.len(), &json!({ "text": decode(&generated, false), "output_ids": generated, "meta_info": meta }))
             }
             "/v1/completions" => completion(&body, None, quirks),
-            "/v1/chat/completions" => chat_completion(),
+            "/v1/chat/completions" => chat_completion(&body),
             _ => not_found(),
         }
     })
@@ -322,10 +322,44 @@ fn completion(body: &Value, rows: Option<&Vec<Value>>, quirks: Quirks) -> Vec<Ac
     )
 }
 
-fn chat_completion() -> Vec<Act> {
+/// A stream tells what the model says; a whole answer says instead that it was not made in rounds.
+fn chat_completion(body: &Value) -> Vec<Act> {
+    if body["stream"] == true {
+        return chat_stream(body);
+    }
     let message = json!({ "role": "assistant", "content": "by the server itself" });
     let choice = json!({ "index": 0, "message": message, "finish_reason": "stop" });
     answer(&json!({ "id": "chatcmpl-1", "object": "chat.completion", "model": "fake", "choices": [choice] }))
+}
+
+fn chat_stream(body: &Value) -> Vec<Act> {
+    let prompt = prompt(body);
+    let n = body["max_tokens"].as_u64().expect("max_tokens");
+    let (generated, finish) = generate(&prompt, usize::try_from(n).expect("small"));
+    let text = decode(&generated, false);
+    let event = |choices: Value, usage: Value| {
+        let event = json!({
+            "id": "chatcmpl-1", "object": "chat.completion.chunk", "model": "fake", "choices": choices, "usage": usage,
+        });
+        chunk(format!("data: {event}\n\n"))
+    };
+    let choice = |delta: Value, finish: Value| json!([{ "index": 0, "delta": delta, "finish_reason": finish }]);
+    vec![
+        stream_head(),
+        event(
+            choice(json!({ "role": "assistant", "content": "" }), Value::Null),
+            Value::Null,
+        ),
+        wait(STEP * generated.len() as u64),
+        event(choice(json!({ "content": text }), Value::Null), Value::Null),
+        event(choice(json!({}), json!(finish)), Value::Null),
+        event(
+            json!([]),
+            json!({ "prompt_tokens": prompt.len(), "completion_tokens": generated.len() }),
+        ),
+        chunk("data: [DONE]\n\n"),
+        Act::EndChunks,
+    ]
 }
 
 fn answer(body: &Value) -> Vec<Act> {
