@@ -6,6 +6,7 @@ mod harness;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, until, wait};
@@ -343,7 +344,7 @@ async fn bench_prints_the_table_of_what_was_measured_on_ctrl_c_and_exits_130() {
         "{stderr}"
     );
     let table = String::from_utf8(output.stdout).unwrap();
-    assert!(table.contains(", interrupted before all was asked\n"), "{table}");
+    assert!(table.contains(", ended before all was asked\n"), "{table}");
     assert!(table.contains("\ntotal      plain "), "{table}");
 }
 
@@ -363,6 +364,36 @@ async fn what_bench_and_verify_print_as_json_when_they_are_stopped_says_that_it_
 async fn bench_that_is_stopped_before_the_first_answers_prints_nothing_and_exits_130() {
     let output = interrupted(&["bench"], Signal::INT, 60_000, 1).await;
     assert_eq!((output.status.code(), output.stdout), (Some(130), Vec::new()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bench_or_verify_whose_server_dies_keeps_the_figures_until_then() {
+    for command in [&["bench", "--rounds", "60000"][..], &["verify"]] {
+        // After the warming up, which asks for each of seven kinds twice.
+        let chats = AtomicUsize::new(0);
+        let target = FakeUpstream::start(move |seen| match seen.target.as_str() {
+            "/v1/chat/completions" if chats.fetch_add(1, Ordering::Relaxed) < 40 => streamed(wait(0)),
+            "/v1/chat/completions" => vec![Act::Close],
+            "/v1/models" | "/health" => answer_in_json("200 OK", r#"{"data":[{"id":"big"}]}"#),
+            _ => answer_in_json("404 Not Found", "{}"),
+        })
+        .await;
+        let url = target.url();
+        let output = tightwad(&[command, &["--target", &url, "--json"]].concat());
+        let report = printed(&output, 6);
+        assert_eq!(report["complete"], false, "{report:#}");
+        // 13 both ways.
+        let answers = match report["temperatures"].get(0) {
+            Some(verified) => &verified["prompts"],
+            None => &mode(&report["total"], "attached")["requests"],
+        };
+        assert_eq!(answers, 13, "{report:#}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            stderr.contains("error: ") && !stderr.contains("interrupted"),
+            "{stderr}"
+        );
+    }
 }
 
 /// The whole answer of a chat, and `after` behind its last event.

@@ -69,10 +69,6 @@ pub async fn unless_stopped<T>(
     stop: &CancellationToken,
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
+    let interrupted = || Failure::new(Exit::Interrupted, "interrupted before all was asked");
     stop.run_until_cancelled(work).await.ok_or_else(interrupted)?
-}
-
-/// The end of a command that was stopped before all was asked.
-pub fn interrupted() -> Failure {
-    Failure::new(Exit::Interrupted, "interrupted before all was asked")
 }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::TryFutureExt;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +14,7 @@ use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::own_proxy::{answers_in_rounds, why_undrafted};
 use super::progress::{Countdown, Line};
-use super::question_set::{QuestionSet, interrupted, unless_stopped};
+use super::question_set::{QuestionSet, unless_stopped};
 use super::signals;
 use crate::bench::{Measurements, Plan, Progress, Verified, measure, verify as compare};
 use crate::config::Config;
@@ -39,7 +40,7 @@ pub struct Options {
 
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Whether everything was asked; else this is of the answers until Ctrl-C.
+    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
     complete: bool,
     equal: bool,
     drafted: u64,
@@ -53,11 +54,9 @@ struct Report {
 /// Asks everything with and without drafting, compares and prints.
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
-    let report = run(options, config, &stop).await?;
+    let (report, asked) = run(options, config, &stop).await?;
     print_report(&report, options.json, text)?;
-    if !report.complete {
-        return Err(interrupted());
-    }
+    asked?;
     if !report.equal {
         return Err(Failure::new(
             Exit::Other,
@@ -75,7 +74,12 @@ pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Fa
     Ok(())
 }
 
-async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToken) -> Result<Report, Failure> {
+/// What was found, and how the asking ended.
+async fn run(
+    options: &Options,
+    config: Option<&Config>,
+    stop: &CancellationToken,
+) -> Result<(Report, Result<(), Failure>), Failure> {
     let mut prompts = options.questions.prompts()?;
     prompts.truncate(options.count.unwrap_or(usize::MAX).max(1));
     let line = Line::new();
@@ -83,7 +87,7 @@ async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToke
     let deployment = unless_stopped(stop, Deployment::find(&options.servers, config, None)).await?;
     let in_rounds = answers_in_rounds(&deployment.attached.server).await?;
     let contenders = [deployment.plain.clone(), deployment.attached.clone()];
-    let (mut temperatures, mut complete) = (Vec::new(), true);
+    let (mut temperatures, mut asked) = (Vec::new(), Ok(()));
     let mut countdown = Countdown::new();
     for (number, temperature) in TEMPERATURES.into_iter().enumerate() {
         let plan = Plan {
@@ -98,18 +102,21 @@ async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToke
         let on_progress = |progress: Progress<'_>| show(&mut countdown, progress, part);
         let mut measured = Measurements::default();
         let asking = measure(&plan, &prompts, &contenders, &mut measured, on_progress);
-        complete = stop.run_until_cancelled(asking).await.transpose()?.is_some();
+        asked = unless_stopped(stop, asking.map_err(Failure::from)).await;
         if !measured.samples.is_empty() {
             temperatures.push(compare(temperature, &measured, &prompts));
         }
-        if !complete {
+        if asked.is_err() {
             break;
         }
     }
     countdown.clear();
-    if temperatures.is_empty() {
-        return Err(interrupted());
+    if temperatures.is_empty()
+        && let Err(nothing) = asked
+    {
+        return Err(nothing);
     }
+    let complete = asked.is_ok();
     let sum = |of: fn(&Verified) -> u64| temperatures.iter().map(of).sum();
     let drafted = sum(|verified| verified.drafted);
     let mut undrafted = deployment.undrafted.clone();
@@ -117,15 +124,16 @@ async fn run(options: &Options, config: Option<&Config>, stop: &CancellationToke
         // The answers may have told the proxy more.
         undrafted = why_undrafted(&deployment.attached.server, Duration::ZERO).await?;
     }
-    deployment.close().await?;
-    Ok(Report {
+    let asked = asked.and(deployment.close().await);
+    let report = Report {
         complete,
         equal: temperatures.iter().all(|verified| verified.divergences.is_empty()),
         drafted,
         accepted: sum(|verified| verified.accepted),
         undrafted,
         temperatures,
-    })
+    };
+    Ok((report, asked))
 }
 
 fn text(report: &Report) -> String {
@@ -159,7 +167,7 @@ fn text(report: &Report) -> String {
         }
     }
     if !report.complete {
-        text.push_str("interrupted: the other prompts were not asked\n");
+        text.push_str("the other prompts were not asked\n");
     }
     text
 }

@@ -5,13 +5,14 @@ mod table;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::TryFutureExt;
 use serde::Serialize;
 
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::{Countdown, Line};
-use super::question_set::{QuestionSet, interrupted, unless_stopped};
+use super::question_set::{QuestionSet, unless_stopped};
 use super::signals;
 use crate::bench::{Comparison, Contender, Measurements, OwnDraft, Pair, Plan, Progress, Prompt, Tried, measure, pad};
 use crate::config::Config;
@@ -60,7 +61,7 @@ pub struct Options {
 /// What was measured and how.
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Whether everything was asked; else this is of the answers until Ctrl-C.
+    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
     complete: bool,
     settings: Settings,
     /// Why nothing was drafted.
@@ -106,7 +107,7 @@ struct Setting {
     own_draft: Option<OwnDraft>,
 }
 
-/// Measures and prints; on Ctrl-C what has been measured until then.
+/// Measures and prints; on Ctrl-C, or when a server fails, what has been measured until then.
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let setting = unless_stopped(&stop, Setting::find(options, config)).await?;
@@ -116,17 +117,14 @@ pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Fai
     let mut measured = Measurements::default();
     let plan = plan(options, &setting.deployment);
     let asking = measure(&plan, &setting.prompts, &contenders, &mut measured, on_progress);
-    let complete = stop.run_until_cancelled(asking).await.transpose()?.is_some();
+    let asked = unless_stopped(&stop, asking.map_err(Failure::from)).await;
     countdown.clear();
     if measured.samples.is_empty() {
-        return Err(interrupted());
+        return asked;
     }
-    let report = report(options, &setting, &measured, complete);
+    let report = report(options, &setting, &measured, asked.is_ok());
     print_report(&report, options.json, table::table)?;
-    setting.close().await?;
-    if !complete {
-        return Err(interrupted());
-    }
+    asked.and(setting.close().await)?;
     // What shares a pass with others may differ in the last digits, drafted or not.
     if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
         return Err(Failure::new(

@@ -22,7 +22,7 @@ pub fn table(report: &Report) -> String {
         push(&mut text, format_args!(", {delay} ms more per round trip"));
     }
     if !report.complete {
-        text.push_str(", interrupted before all was asked");
+        text.push_str(", ended before all was asked");
     }
     push(&mut text, format_args!("\n\n{}", columns(HEAD)));
     for group in report.comparison.kinds.iter().chain([&report.comparison.total]) {
