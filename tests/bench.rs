@@ -112,6 +112,10 @@ async fn bench_shows_no_speed_up_where_nothing_was_drafted() {
     assert_eq!(attached.filter(|row| row.contains(" no draft ")).count(), 3, "{table}");
     assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{table}");
     assert!(!table.contains("predicted"), "{table}");
+    let output = tightwad(&[&options[..], &["--kinds", "chat", "--clients", "2"]].concat());
+    let table = String::from_utf8(output.stdout).unwrap();
+    let together = table.lines().find(|line| line.starts_with("attached: all clients"));
+    assert!(together.unwrap().contains(" tok/s (no draft), "), "{table}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

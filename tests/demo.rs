@@ -5,11 +5,12 @@
 mod harness;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use harness::gguf::slow_target;
-use harness::llama_server::{free_port, llama_cpp, model};
-use serde_json::Value;
+use harness::llama_server::{free_port, llama_cpp, model, target};
+use serde_json::{Value, json};
 
 /// `tightwad` with nothing in the environment that could change what it does.
 fn tightwad() -> Command {
@@ -22,22 +23,47 @@ fn tightwad() -> Command {
     command
 }
 
+/// The demo on a free port, until its table is complete.
+fn demo(target: &Path) -> Command {
+    let mut command = tightwad();
+    command.args(["demo", "--once", "--port", &free_port().to_string()]);
+    command.arg("--llama-server").arg(llama_cpp().join("bin/llama-server"));
+    command.arg("--target-model").arg(target);
+    command.arg("--draft-model").arg(model("tightwad-tiny-draft-f16.gguf"));
+    command
+}
+
 #[test]
 fn the_demo_drafts_and_the_drafted_texts_equal_the_plain_ones() {
-    let mut command = tightwad();
-    command.args(["demo", "--once", "--json", "--port", &free_port().to_string()]);
-    command.arg("--llama-server").arg(llama_cpp().join("bin/llama-server"));
-    command.arg("--target-model").arg(slow_target());
-    command.arg("--draft-model").arg(model("tightwad-tiny-draft-f16.gguf"));
-    let output = command.output().unwrap();
+    let output = demo(&slow_target()).arg("--json").output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{stderr}");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["equal"], true, "{report:#}");
+    assert_eq!(
+        (&report["equal"], &report["undrafted"]),
+        (&json!(true), &json!(false)),
+        "{report:#}"
+    );
     assert!(report["tokens_per_step"].as_f64().unwrap() > 1.0, "{report:#}");
     for row in report["rows"].as_array().unwrap() {
         assert!(row["tokens"].as_u64().unwrap() > 5, "{row:#}");
     }
+}
+
+#[test]
+fn the_demo_shows_no_ratio_where_nothing_was_drafted() {
+    let no_drafts = ["--", "--spec-draft-external-max", "0"];
+    let output = demo(&target()).args(no_drafts).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let table = String::from_utf8(output.stdout).unwrap();
+    let rows = table.lines().filter(|row| row.ends_with(" yes")).collect::<Vec<_>>();
+    // Two of each of five kinds, and the total.
+    assert_eq!(
+        rows.iter().filter(|row| row.contains(" no draft ")).count(),
+        11,
+        "{table}"
+    );
 }
 
 #[test]

@@ -50,10 +50,10 @@ pub fn table(report: &Report) -> String {
             push(
                 &mut text,
                 format_args!(
-                    "{}: all clients together {} tok/s ({} of plain), the slowest {} tok/s, prompts included\n",
+                    "{}: all clients together {} tok/s ({}), the slowest {} tok/s, prompts included\n",
                     figures.mode.name(),
                     number(figures.throughput_tokens_per_second, 1, ""),
-                    number(figures.throughput_gain, 2, "x"),
+                    over_plain(figures, figures.throughput_gain, " of plain"),
                     number(figures.slowest_client_tokens_per_second, 1, ""),
                 ),
             );
@@ -94,11 +94,6 @@ fn rows(text: &mut String, group: &Group) {
             Some(differing) => format!("{differing} of {} NOT", figures.requests),
         };
         let accepted = acceptance.and_then(|acceptance| acceptance.ratio);
-        let speed_up = if figures.is_undrafted() {
-            "no draft".to_owned()
-        } else {
-            number(figures.speed_up, 2, "x")
-        };
         push(
             text,
             format_args!(
@@ -109,7 +104,7 @@ fn rows(text: &mut String, group: &Group) {
                     &number(figures.tokens_per_second, 1, ""),
                     &number(figures.tokens_per_second_median, 1, ""),
                     &number(figures.tokens_per_second_p95, 1, ""),
-                    &speed_up,
+                    &over_plain(figures, figures.speed_up, ""),
                     &number(figures.ttft_ms_median, 0, ""),
                     &number(figures.tokens_per_step, 2, ""),
                     &number(accepted.map(|ratio| ratio * 100.0), 0, "%"),
@@ -138,6 +133,14 @@ fn positions(text: &mut String, figures: &Figures) {
             shares.join(" ")
         ),
     );
+}
+
+fn over_plain(figures: &Figures, gain: Option<f64>, words: &str) -> String {
+    if figures.is_undrafted() {
+        "no draft".to_owned()
+    } else {
+        number(gain, 2, "x") + words
+    }
 }
 
 fn number(value: Option<f64>, digits: usize, unit: &str) -> String {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::bench::{Group, Measurements, Mode, Prompt, Sample};
+use crate::bench::{self, Group, Measurements, Mode, Prompt, Sample};
 
 /// One prompt, both ways.
 #[derive(Debug, Clone, Serialize)]
@@ -37,6 +37,8 @@ pub struct Figures {
     pub drafted_tokens_per_second: Option<f64>,
     /// Drafted over plain.
     pub ratio: Option<f64>,
+    /// Whether nothing was drafted, so that the ratio is one of chance.
+    pub undrafted: bool,
     /// Tokens that one pass of the target yielded.
     pub tokens_per_step: Option<f64>,
     /// Whether all texts are the same both ways.
@@ -73,6 +75,7 @@ impl Figures {
             plain_tokens_per_second: plain.and_then(|figures| figures.tokens_per_second),
             drafted_tokens_per_second: drafted.and_then(|figures| figures.tokens_per_second),
             ratio: drafted.and_then(|figures| figures.speed_up),
+            undrafted: drafted.is_some_and(bench::Figures::is_undrafted),
             tokens_per_step: drafted.and_then(|figures| figures.tokens_per_step),
             equal: group.equal(),
         }

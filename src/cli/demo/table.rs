@@ -58,7 +58,8 @@ fn foot(report: &Report) -> String {
     format!(
         "{:<10} {:<34} {:>6} {}\n\n\
          plain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the target; \
-         equal: whether both texts are the same\n",
+         equal: whether both texts are the same;\n\
+         no draft: nothing was drafted, so that the speeds differ by chance only\n",
         "total",
         "",
         report.total.tokens,
@@ -68,15 +69,20 @@ fn foot(report: &Report) -> String {
 
 fn figures(figures: &Figures) -> String {
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
+    let ratio = if figures.undrafted {
+        "no draft".to_owned()
+    } else {
+        figures.ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}x"))
+    };
     columns(
         &number(figures.plain_tokens_per_second),
         &number(figures.drafted_tokens_per_second),
-        &figures.ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}x")),
+        &ratio,
         &number(figures.tokens_per_step),
         if figures.equal { "yes" } else { "NO" },
     )
 }
 
 fn columns(plain: &str, drafted: &str, ratio: &str, per_step: &str, equal: &str) -> String {
-    format!("{plain:>8} {drafted:>8} {ratio:>7} {per_step:>9} {equal:>6}")
+    format!("{plain:>8} {drafted:>8} {ratio:>8} {per_step:>9} {equal:>6}")
 }
