@@ -560,6 +560,23 @@ fn proxy_stop_ends_the_proxy_and_a_second_start_is_refused_while_it_runs() {
 }
 
 #[test]
+fn the_proxy_waits_calmly_for_a_server_and_warns_of_it_once_when_it_stays_down() {
+    let user = User::new();
+    let server = "http://127.0.0.1:1";
+    user.config(&format!(
+        "proxy: {{ port: {}, target: {{ url: \"{server}\" }} }}\n",
+        free_port()
+    ));
+    let proxy = Running::start(user.tightwad(&["proxy", "start"]));
+    sleep(Duration::from_secs(12));
+    proxy.signal(Signal::TERM);
+    let ended = proxy.ends_within(SOON);
+    let told = ended.stderr.lines().filter(|line| line.contains("target server"));
+    let levels = told.map(|line| line.contains("WARN")).collect::<Vec<_>>();
+    assert_eq!(levels, [false, true], "{ended:?}");
+}
+
+#[test]
 fn a_pid_file_that_a_crash_left_behind_never_leads_to_another_process() {
     let user = User::new();
     let port = free_port();

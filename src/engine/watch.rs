@@ -1,6 +1,6 @@
 //! Watches the servers: who answers, what the target can verify, whether the vocabularies agree.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, FutureExt};
@@ -24,6 +24,10 @@ const SCORED_MAX: usize = 16;
 const COMPARING: &str = "the vocabularies are being compared";
 /// What is wrong with a llama-server that has just been started.
 const LOADING: &str = "it is loading its model";
+/// What is wrong begins so with a server that nobody has seen yet …
+const NOT_UP_YET: &str = "it is not up yet: ";
+/// … for so long: servers that are started together with the proxy take a while.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A configured server and its client.
 #[derive(Debug, Clone)]
@@ -337,10 +341,20 @@ fn looks(server: Option<Server>) -> BoxStream<'static, Look> {
     let Some(server) = server else {
         return stream::pending().boxed();
     };
-    stream::unfold((server, Duration::ZERO), |(server, pause)| async move {
-        tokio::time::sleep(pause).await;
-        Some((look_at(&server).await, (server, INTERVAL)))
-    })
+    let give_up = Instant::now() + PATIENCE;
+    stream::unfold(
+        (server, Duration::ZERO, false),
+        move |(server, pause, seen)| async move {
+            tokio::time::sleep(pause).await;
+            let mut look = look_at(&server).await;
+            let problem = look.status.problem.as_mut().filter(|problem| *problem != LOADING);
+            let seen = seen || look.status.healthy || problem.is_none();
+            if let Some(problem) = problem.filter(|_| !seen && Instant::now() < give_up) {
+                problem.insert_str(0, NOT_UP_YET);
+            }
+            Some((look, (server, INTERVAL, seen)))
+        },
+    )
     .boxed()
 }
 
@@ -495,8 +509,11 @@ fn news(old: &Sight, new: &Sight) -> Vec<(Level, String)> {
         let url = &new.url;
         match problem(new) {
             None if new.healthy => news.push((Level::INFO, format!("{role} server {url} is up"))),
-            Some(problem) if problem == LOADING => news.push((Level::INFO, format!("{role} server {url}: {problem}"))),
-            Some(problem) => news.push((Level::WARN, format!("{role} server {url}: {problem}"))),
+            Some(problem) => {
+                let calm = problem == LOADING || problem.starts_with(NOT_UP_YET);
+                let level = if calm { Level::INFO } else { Level::WARN };
+                news.push((level, format!("{role} server {url}: {problem}")));
+            }
             None => {}
         }
     }
@@ -548,13 +565,15 @@ mod tests {
     #[test]
     fn servers_that_start_after_the_proxy_are_told_of_once() {
         let (up, gone) = ((true, None), (false, Some("it is unreachable")));
+        let waits = (false, Some("it is not up yet: it is unreachable"));
         let sights = [
             sight(
                 (false, Some("it was not asked yet")),
                 (false, Some("it was not asked yet")),
             ),
-            sight(gone, (false, Some("it was not asked yet"))),
-            sight(gone, gone),
+            sight(waits, (false, Some("it was not asked yet"))),
+            sight(waits, waits),
+            sight(up, waits),
             sight(up, gone),
             sight(up, (false, Some(LOADING))),
             sight((true, Some(COMPARING)), up),
@@ -568,9 +587,10 @@ mod tests {
         assert_eq!(
             told,
             [
-                "WARN draft server http://d: it is unreachable",
-                "WARN target server http://t: it is unreachable",
+                "INFO draft server http://d: it is not up yet: it is unreachable",
+                "INFO target server http://t: it is not up yet: it is unreachable",
                 "INFO draft server http://d is up",
+                "WARN target server http://t: it is unreachable",
                 "INFO target server http://t: it is loading its model",
                 "INFO target server http://t is up",
                 "INFO verification: attached, up to 16 draft tokens per step",
