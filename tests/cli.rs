@@ -271,10 +271,24 @@ fn a_missing_token_or_key_file_exits_4_and_is_named() {
 }
 
 #[test]
-fn a_host_without_that_part_exits_3_and_names_the_section() {
+fn a_host_without_that_part_exits_3_and_names_the_section_and_all_that_it_needs() {
     let user = User::new();
-    user.config("proxy: { target: { url: \"http://127.0.0.1:1\" } }\n");
-    user.run(&["run", "draft"]).fails(3, &["`draft`"]);
+    let others = format!(
+        "proxy: {{ target: {{ url: \"http://127.0.0.1:1\" }} }}\nmodels: {{ tiny: {{ path: {} }} }}\n",
+        tiny_model().display()
+    );
+    for (section, told, keys) in [
+        ("target", "add one that names its `model`", "model: tiny"),
+        ("draft", "add one that names its `model`", "model: tiny"),
+        ("coordinator", "add one, and `workers` beside it", ""),
+    ] {
+        user.config(&others);
+        let sentence = format!("no section `{section}`; {told}");
+        user.run(&["run", section]).fails(3, &[&sentence]);
+        user.config(&format!("{others}{section}: {{ {keys} }}\n"));
+        let checked = user.run(&["check-config"]);
+        assert_eq!(checked.code, Some(0), "{checked:?}");
+    }
 }
 
 #[test]

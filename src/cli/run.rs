@@ -121,7 +121,7 @@ async fn server(
     let server = server.ok_or_else(|| {
         Failure::new(
             Exit::Config,
-            format!("the config has no section `{role}`; add one, with `model` and `port`"),
+            format!("the config has no section `{role}`; add one that names its `model`"),
         )
     })?;
     loaded.check_listener(role.as_str())?;

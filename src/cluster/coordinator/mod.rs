@@ -49,7 +49,7 @@ const LINGER: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
     /// The section is missing.
-    #[error("the config has no section `coordinator`; add one, with `port`, and `workers` beside it")]
+    #[error("the config has no section `coordinator`; add one, and `workers` beside it")]
     NoSection,
     /// No model is named, or it does not exist; or a key's file cannot be read.
     #[error(transparent)]
