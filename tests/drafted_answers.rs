@@ -594,6 +594,21 @@ async fn a_draft_that_came_to_its_end_leaves_its_connection_to_the_next() {
     );
 }
 
+/// To take in each token by itself costs the proxy more than all else that it does.
+#[tokio::test]
+async fn a_draft_that_is_there_long_before_the_targets_step_ends_comes_in_one_piece() {
+    let stage = stage().await;
+    let draft = FakeDrafter::remembering(&stage.draft).await;
+    let proxy = Proxy::drafting(stage.target.url(), &draft.url()).await;
+    let body = with(chat("Explain recursion.", 80), greedy());
+    for _ in 0..3 {
+        same(&stage.target, &proxy, CHAT, &body).await;
+    }
+    let requests = draft.requests();
+    let whole = requests.iter().filter(|request| !request.stream).count();
+    assert!(whole > 0, "of {} drafts", requests.len());
+}
+
 #[tokio::test]
 async fn a_drafter_that_errs_or_breaks_off_is_left_alone_and_costs_nothing() {
     let stage = stage().await;

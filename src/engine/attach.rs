@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::activity::Activity;
 use super::crowd::Member;
 use super::draft_server::DraftServer;
-use super::draft_stream::{Piece, Stream, Told};
+use super::draft_stream::{Piece, Stream};
 use super::slots::Lease;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
@@ -24,6 +24,9 @@ use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServe
 const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses after a failure: of the drafter from the first to the last, doubling; of the target always the first.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// A draft that takes so many times as long is there before the target's step ends.
+const SURELY: f64 = 1.5;
 
 /// What a drafting session works with.
 pub(super) struct Servers {
@@ -237,6 +240,8 @@ impl Attached {
                 }
                 DraftState::Waiting | DraftState::Running => {
                     let (pos, tokens) = (answer.pos, answer.tokens.clone());
+                    let streams = self.drafters.iter_mut().filter_map(|it| it.stream.as_mut());
+                    streams.filter(|_| !tokens.is_empty()).for_each(Stream::wake);
                     self.count(answer);
                     self.handle(Event::Committed { pos, tokens, followed });
                     self.check_available();
@@ -341,17 +346,20 @@ impl Attached {
             }));
         }
         if let Some(stream) = drafter.stream.as_mut().filter(|_| !tokens.is_empty()) {
-            // The end of the text is a token too, and not among these.
-            let took = match &end {
-                Some(Ok(DraftPiece::End { why, took })) if *why == StreamEnd::Length => *took,
-                _ => None,
+            // The end of the text is a token too.
+            let (ends, took) = match &end {
+                Some(Ok(DraftPiece::End { why, took })) => (*why == StreamEnd::EndOfText && took.is_some(), *took),
+                _ => (false, None),
             };
+            let made = tokens.len() + usize::from(ends);
             let waits = self.session.is_waited_for(number, self.began.elapsed());
+            let told = stream.count(made, end.is_some(), took);
             let mut pace = self.shared.pace();
-            match stream.count(tokens.len(), end.is_some(), took) {
-                Some(Told::First(latency)) => pace.record_first_token(number, latency, waits),
-                Some(Told::Further(n, time)) => pace.record_tokens(number, n, time, waits),
-                None => {}
+            if let Some(latency) = told.first {
+                pace.record_first_token(number, latency, waits);
+            }
+            if let Some((n, time)) = told.further {
+                pace.record_tokens(number, n, time, waits);
             }
             drop(pace);
             drafter.back_off = BACK_OFF.0;
@@ -483,7 +491,9 @@ impl Attached {
                 let (Some(lease), Some((_, server))) = (&it.lease, &it.spoken) else {
                     return;
                 };
-                let pieces = server.draft(prefix, n, lease.index());
+                let takes = self.shared.pace().draft_time(drafter, n);
+                let at_once = takes.is_some_and(|takes| self.session.spare() > takes.mul_f64(SURELY));
+                let pieces = server.draft(prefix, n, lease.index(), at_once);
                 it.stream = Some(Stream::new(id, pieces, self.shared.activity[drafter].begin()));
             }
             Action::StopDraft { drafter } => {

@@ -130,7 +130,7 @@ async fn measure_drafter(
     let Some(lease) = shared.slots[number].lease(&prefix) else {
         return Ok(());
     };
-    let draft = |n| drafter.draft(prefix.clone(), n, lease.index());
+    let draft = |n| drafter.draft(prefix.clone(), n, lease.index(), false);
     let undisturbed = async {
         for round in 0..DRAFTS {
             let mut pieces = draft(TEXT.1);

@@ -43,19 +43,20 @@ impl DraftServer {
         }
     }
 
-    /// Whether it tells how long its tokens took, so that they may lie around for a while.
+    /// Whether it tells how long its tokens took, so that they may lie around for a while, or come all at once.
     #[must_use]
     pub fn tells_times(&self) -> bool {
         matches!(self, Self::Tokens(_))
     }
 
-    /// Continues `prefix` greedily by at most `n` tokens of the target. `slot` of a llama-server keeps the prompt.
+    /// Continues `prefix` greedily by at most `n` tokens of the target. `slot` of a llama-server keeps the prompt. They come
+    /// as they are made, or `at_once`, if it [tells times](Self::tells_times).
     #[must_use]
-    pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize) -> DraftStream {
+    pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize, at_once: bool) -> DraftStream {
         match self {
             Self::Tokens(TokenDrafter { server, written }) => {
                 let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
-                server.draft(prefix, &mut written, n, slot)
+                server.draft(prefix, &mut written, n, slot, at_once)
             }
             Self::Text(drafter) => drafter.draft(prefix, n, slot),
         }

@@ -37,12 +37,12 @@ pub(super) struct Stream {
 }
 
 /// What tokens tell of how fast the drafter is.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Told {
+#[derive(Debug, PartialEq, Eq, Default)]
+pub(super) struct Told {
     /// How long the first one took.
-    First(Duration),
+    pub(super) first: Option<Duration>,
     /// How long so many further ones took.
-    Further(usize, Duration),
+    pub(super) further: Option<(usize, Duration)>,
 }
 
 impl Stream {
@@ -81,6 +81,13 @@ impl Stream {
         self.rests_until = (!time.is_zero()).then(|| Instant::now() + time);
     }
 
+    /// Is not left alone any more.
+    pub(super) fn wake(&mut self) {
+        if self.rests_until.is_some() {
+            self.rests_until = Some(Instant::now());
+        }
+    }
+
     /// Returns when it is not, or no more, to be left alone. It loses nothing when it is dropped.
     pub(super) async fn rested(&mut self) {
         if let Some(until) = self.rests_until {
@@ -96,9 +103,7 @@ impl Stream {
         let mut before = usize::MAX;
         while before != self.come.len() && self.come.len() < PIECES {
             before = self.come.len();
-            while let Some(Some(piece)) = self.pieces.next().now_or_never() {
-                self.come.push(piece);
-            }
+            self.take_ready();
             yield_now().await;
         }
     }
@@ -107,24 +112,41 @@ impl Stream {
     pub(super) async fn next(&mut self) -> Vec<Piece> {
         if self.come.is_empty() {
             self.come.extend(self.pieces.next().await);
+            self.take_ready();
         }
         std::mem::take(&mut self.come)
     }
 
-    /// Takes in that `n` tokens have come, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
-    pub(super) fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> Option<Told> {
+    fn take_ready(&mut self) {
+        while self.come.len() < PIECES
+            && let Some(Some(piece)) = self.pieces.next().now_or_never()
+        {
+            self.come.push(piece);
+        }
+    }
+
+    /// Takes in that `n` tokens were made, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
+    pub(super) fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> Told {
         let silent = self.silent();
         self.n_tokens += n;
         self.heard_at = Instant::now();
+        let further = self.n_tokens - 1;
         if self.first_at.is_none() {
-            self.first_at = Some(self.heard_at);
-            return Some(Told::First(silent));
+            // All at once: what the further ones took was no silence before the first.
+            let took = took.filter(|_| ended);
+            self.first_at = self.heard_at.checked_sub(took.unwrap_or_default());
+            return Told {
+                first: Some(silent.saturating_sub(took.unwrap_or_default())),
+                further: took.map(|took| (further, took)),
+            };
         }
-        if ended && self.lay_around {
+        let further = if ended && self.lay_around {
             // For how long it has been silent since is not how long they took.
-            return Some(Told::Further(self.n_tokens - 1, took?));
-        }
-        Some(Told::Further(n, silent))
+            took.map(|took| (further, took))
+        } else {
+            Some((n, silent))
+        };
+        Told { first: None, further }
     }
 
     /// The drafter has ended it, and is not at work since; `took` as in [`DraftPiece::End`].
@@ -162,17 +184,39 @@ mod tests {
         stream::iter(tokens.chain([Ok(end)]).collect::<Vec<_>>()).boxed()
     }
 
+    /// ... each in its own time.
+    fn says(n: usize, pause: Duration, took: Duration) -> DraftStream {
+        said(n, Some(took))
+            .then(move |piece| sleep(pause).map(|()| piece))
+            .boxed()
+    }
+
+    fn first(told: &Told) -> Option<Duration> {
+        assert_eq!(told.further, None);
+        told.first
+    }
+
     #[tokio::test]
     async fn tokens_that_lay_around_took_as_long_as_the_drafter_says() {
-        for (took, told) in [(Some(6 * MS), Some(Told::Further(3, 6 * MS))), (None, None)] {
+        for (took, told) in [(Some(6 * MS), Some((3, 6 * MS))), (None, None)] {
             let activity = Activity::default();
-            let mut stream = Stream::new(1, said(4, took), activity.begin());
+            let pieces = stream::iter([Ok(DraftPiece::Tokens(vec![(7, None)]))])
+                .chain(stream::once(sleep(MS)).filter_map(|()| std::future::ready(None)))
+                .chain(said(3, took))
+                .boxed();
+            let mut stream = Stream::new(1, pieces, activity.begin());
             assert_eq!(stream.next().await.len(), 1);
-            assert!(matches!(stream.count(1, false, None), Some(Told::First(_))));
+            assert!(first(&stream.count(1, false, None)).is_some());
             stream.rest(60 * MS);
             stream.rested().await;
             assert_eq!(stream.next().await.len(), 4);
-            assert_eq!(stream.count(3, true, took), told);
+            assert_eq!(
+                stream.count(3, true, took),
+                Told {
+                    first: None,
+                    further: told
+                }
+            );
             let silent = stream.silent();
             stream.end(took);
             let at_work = activity.total();
@@ -187,18 +231,41 @@ mod tests {
     #[tokio::test]
     async fn tokens_that_are_heard_at_once_took_as_long_as_it_was_silent() {
         let activity = Activity::default();
-        let mut stream = Stream::new(1, said(2, Some(9 * MS)), activity.begin());
+        let mut stream = Stream::new(1, says(2, 5 * MS, 9 * MS), activity.begin());
         stream.rested().await;
         assert!(!stream.begun());
         stream.next().await;
-        stream.count(1, false, None);
+        assert!(first(&stream.count(1, false, None)).is_some_and(|time| time >= 5 * MS));
         assert!(stream.begun());
-        sleep(5 * MS).await;
         stream.next().await;
         let told = stream.count(1, true, Some(9 * MS));
         assert!(
-            matches!(told, Some(Told::Further(1, time)) if time >= 5 * MS && time != 9 * MS),
+            matches!(told.further, Some((1, time)) if time >= 5 * MS && time != 9 * MS),
             "{told:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn of_a_draft_in_one_piece_the_drafter_says_how_much_was_not_the_first_token() {
+        let activity = Activity::default();
+        let pieces = stream::once(sleep(20 * MS))
+            .flat_map(|()| said(4, Some(12 * MS)))
+            .boxed();
+        let mut stream = Stream::new(1, pieces, activity.begin());
+        assert_eq!(stream.next().await.len(), 5);
+        let told = stream.count(4, true, Some(12 * MS));
+        assert_eq!(told.further, Some((3, 12 * MS)));
+        let first = told.first.unwrap_or_default();
+        assert!((8 * MS..1000 * MS).contains(&first), "{first:?}");
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_is_woken_is_heard_before_its_time() {
+        let activity = Activity::default();
+        let mut stream = Stream::new(1, said(4, None), activity.begin());
+        stream.rest(3600 * 1000 * MS);
+        stream.wake();
+        stream.rested().await;
+        assert_eq!(stream.next().await.len(), 5);
     }
 }

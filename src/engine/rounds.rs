@@ -246,7 +246,9 @@ impl Drafting {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
         let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
-        let mut pieces = drafter.server.draft(context.to_vec(), &mut drafter.written, n, slot);
+        let mut pieces = drafter
+            .server
+            .draft(context.to_vec(), &mut drafter.written, n, slot, false);
         let mut found: Vec<(Token, Class)> = Vec::new();
         let mut last = begun;
         loop {

@@ -429,6 +429,14 @@ impl Pace {
         Duration::from_secs_f64(us.unwrap_or_default() / 1e6)
     }
 
+    /// How long a drafter takes for a draft of `n` tokens beside a step of the target; `None` before that is known.
+    #[must_use]
+    pub fn draft_time(&self, drafter: usize, n: usize) -> Option<Duration> {
+        let timing = self.drafters.get(drafter)?.timing(false);
+        let us = timing.first_us.get()? + n.saturating_sub(1) as f64 * timing.token_us.get()?;
+        Duration::try_from_secs_f64(us / 1e6).ok()
+    }
+
     /// Whether this drafter makes the target faster.
     #[must_use]
     pub fn pays(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {

@@ -265,7 +265,7 @@ impl Session {
     /// better made with more.
     #[must_use]
     pub fn spare(&self) -> Duration {
-        Duration::from_secs_f64(self.spare_us / 1e6)
+        Duration::from_secs_f64(self.spare_us.max(0.0) / 1e6)
     }
 
     /// Whether this drafter makes its next token for a target that waits, or waited until that took too long: it is how
@@ -528,10 +528,12 @@ impl Session {
         let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
         // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
         let extends = offer.pos == self.told.pos && offer.tokens.starts_with(&self.told.tokens);
-        let since_told = (arrives_us - self.told_at_us).max(micros(moment.round_trip));
-        let spare_us = busy_us.filter(|_| grows && extends).unwrap_or_default() - since_told;
-        self.spare_us = spare_us.max(0.0);
-        if follow || news && spare_us <= 0.0 {
+        let round_trip_us = micros(moment.round_trip);
+        let since_told = (arrives_us - self.told_at_us).max(round_trip_us);
+        let busy = busy_us.unwrap_or_default();
+        self.spare_us = busy - since_told;
+        if follow || news && !(grows && extends && self.spare_us > 0.0) {
+            self.spare_us = busy - round_trip_us;
             self.told = offer.clone();
             self.told_classes = classes;
             self.told_at_us = arrives_us;

@@ -443,15 +443,32 @@ impl LlamaServer {
         self.connection.send(COMPLETION, request).await
     }
 
-    /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come. `written` is best what the last
-    /// request for this text wrote.
+    /// Continues `prefix` greedily by at most `n` tokens in slot `slot`, as they come or `at_once`, when all are there: each
+    /// event costs both sides some time. `written` is best what the last request for this text wrote.
     ///
     /// llama-server leaves tokens out of its stream that end inside of a character. Where that happens the rest comes in
     /// one piece, from a second request that is not streamed.
     #[must_use]
-    pub fn draft(&self, prefix: Vec<Token>, written: &mut WrittenTokens, n: usize, slot: usize) -> DraftStream {
+    pub fn draft(
+        &self,
+        prefix: Vec<Token>,
+        written: &mut WrittenTokens,
+        n: usize,
+        slot: usize,
+        at_once: bool,
+    ) -> DraftStream {
         let server = self.clone();
-        let request = self.completion(written.write(&prefix), n, slot, true);
+        let request = self.completion(written.write(&prefix), n, slot, !at_once);
+        if at_once {
+            let pieces = async move { server.draft_at_once(request).await };
+            let each = |pieces: Result<[DraftPiece; 2], _>| match pieces {
+                Ok(pieces) => pieces.map(Ok).to_vec(),
+                Err(error) => vec![Err(error)],
+            };
+            return futures_util::stream::once(pieces)
+                .flat_map(move |pieces| futures_util::stream::iter(each(pieces)))
+                .boxed();
+        }
         let start = async move {
             let events = match server.connection.send(COMPLETION, request).await {
                 Ok(response) => events(&server.connection, response),
@@ -472,9 +489,8 @@ impl LlamaServer {
             .boxed()
     }
 
-    /// As [`Self::draft`], in one piece.
-    async fn draft_at_once(&self, prefix: &[Token], n: usize, slot: usize) -> Result<[DraftPiece; 2], UpstreamError> {
-        let request = self.completion(WrittenTokens::default().write(prefix), n, slot, false);
+    /// The answer to a request that is not streamed.
+    async fn draft_at_once(&self, request: reqwest::RequestBuilder) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.connection.send(COMPLETION, request).await?;
         let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
         let cut = DraftPiece::End {
@@ -538,7 +554,9 @@ impl Drafting {
             } else if event.tokens_predicted > self.received + event.tokens.len() {
                 self.events = None;
                 let n = self.n.saturating_sub(self.received).max(1);
-                match self.server.draft_at_once(&self.prefix, n, self.slot).await {
+                let prefix = WrittenTokens::default().write(&self.prefix).to_owned();
+                let request = self.server.completion(&prefix, n, self.slot, false);
+                match self.server.draft_at_once(request).await {
                     Ok(pieces) => self.pending.extend(pieces),
                     Err(error) => return Some((Err(error), self)),
                 }

@@ -12,6 +12,7 @@ use super::llama_server::LlamaServer;
 pub struct Request {
     pub prompt: Vec<u32>,
     pub n_predict: usize,
+    pub stream: bool,
 }
 
 /// A draft server with the vocabulary of a real one, whose drafts follow a script.
@@ -49,7 +50,7 @@ impl FakeDrafter {
     pub async fn nonsense(real: &LlamaServer) -> Self {
         Self::like(real, |request| {
             let tokens: Vec<u32> = (0..request.n_predict).map(|_| rand::random_range(100..4000)).collect();
-            draft(&tokens, "limit")
+            draft(request, &tokens, "limit")
         })
         .await
     }
@@ -66,7 +67,11 @@ impl FakeDrafter {
                 .max_by_key(|rest| rest.len());
             let rest: Vec<u32> = known.into_iter().flatten().copied().take(request.n_predict).collect();
             texts.push(request.prompt.clone());
-            draft(&rest, if rest.len() < request.n_predict { "eos" } else { "limit" })
+            draft(
+                request,
+                &rest,
+                if rest.len() < request.n_predict { "eos" } else { "limit" },
+            )
         })
         .await
     }
@@ -80,6 +85,7 @@ impl FakeDrafter {
                 .unwrap_or_default();
             let rest = &known[..known.len().min(request.n_predict)];
             draft_slowly(
+                request,
                 rest,
                 if rest.len() < request.n_predict { "eos" } else { "limit" },
                 pause,
@@ -90,7 +96,7 @@ impl FakeDrafter {
 
     /// Thinks that every text ends where it is.
     pub async fn ends_at_once(real: &LlamaServer) -> Self {
-        Self::like(real, |_| draft(&[], "eos")).await
+        Self::like(real, |request| draft(request, &[], "eos")).await
     }
 
     /// Takes every request for a draft and never answers.
@@ -100,7 +106,14 @@ impl FakeDrafter {
 
     /// Streams two tokens and then nothing more.
     pub async fn stalls(real: &LlamaServer) -> Self {
-        Self::like(real, |_| vec![stream_head(), event(1000, 1), event(1001, 2), Act::Hang]).await
+        Self::like(real, |request| {
+            if request.stream {
+                vec![stream_head(), event(1000, 1), event(1001, 2), Act::Hang]
+            } else {
+                vec![Act::Hang]
+            }
+        })
+        .await
     }
 
     /// Takes connections and never answers anything.
@@ -160,8 +173,16 @@ impl FakeDrafter {
 
     /// Requests for drafts so far.
     pub fn asked(&self) -> usize {
+        self.requests().len()
+    }
+
+    /// What was asked for so far.
+    pub fn requests(&self) -> Vec<Request> {
         let seen = self.server.seen();
-        seen.iter().filter(|seen| seen.target == "/completion").count()
+        let drafts = seen.iter().filter(|seen| seen.target == "/completion");
+        drafts
+            .map(|seen| serde_json::from_slice(&seen.body).expect("a request for a draft"))
+            .collect()
     }
 }
 
@@ -173,13 +194,24 @@ fn event(token: u32, n_predicted: usize) -> Act {
     chunk(format!("data: {event}\n\n"))
 }
 
-/// A whole stream.
-pub fn draft(tokens: &[u32], stop_type: &str) -> Vec<Act> {
-    draft_slowly(tokens, stop_type, Duration::ZERO)
+/// A whole answer.
+pub fn draft(request: &Request, tokens: &[u32], stop_type: &str) -> Vec<Act> {
+    draft_slowly(request, tokens, stop_type, Duration::ZERO)
 }
 
-/// A whole stream, with a pause before each token.
-fn draft_slowly(tokens: &[u32], stop_type: &str, pause: Duration) -> Vec<Act> {
+/// A whole answer, with a pause before each token.
+fn draft_slowly(request: &Request, tokens: &[u32], stop_type: &str, pause: Duration) -> Vec<Act> {
+    let n = u32::try_from(tokens.len()).expect("a few tokens");
+    let took = pause * n.saturating_sub(1);
+    let end = json!({
+        "index": 0, "content": "", "tokens": if request.stream { &[] } else { tokens }, "stop": true, "stop_type": stop_type,
+        "id_slot": 0, "tokens_predicted": n, "tokens_evaluated": 1, "timings/predicted_ms": took.as_secs_f64() * 1e3,
+    });
+    if !request.stream {
+        let mut acts = whole("200 OK", &end.to_string());
+        acts.insert(0, Act::Wait(pause * n));
+        return acts;
+    }
     let mut acts = vec![stream_head()];
     for (token, i) in tokens.iter().zip(1..) {
         if !pause.is_zero() {
@@ -187,10 +219,6 @@ fn draft_slowly(tokens: &[u32], stop_type: &str, pause: Duration) -> Vec<Act> {
         }
         acts.push(event(*token, i));
     }
-    let end = json!({
-        "index": 0, "content": "", "tokens": [], "stop": true, "stop_type": stop_type, "id_slot": 0,
-        "tokens_predicted": tokens.len(), "tokens_evaluated": 1,
-    });
     acts.extend([chunk(format!("data: {end}\n\n")), Act::EndChunks]);
     acts
 }

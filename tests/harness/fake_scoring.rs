@@ -253,7 +253,8 @@ pub async fn drafter() -> FakeUpstream {
                         }
                     })
                     .collect();
-                draft(&drafted, if finish == "stop" { "eos" } else { "limit" })
+                let request = serde_json::from_value(body).expect("a request for a draft");
+                draft(&request, &drafted, if finish == "stop" { "eos" } else { "limit" })
             }
             _ => not_found(),
         }
