@@ -205,6 +205,8 @@ pub struct Pace {
     step: StepCost,
     /// The last step of the target.
     last: Option<Pass>,
+    /// What the last two steps took over what was expected.
+    late: [f64; 2],
     copies: [Rate; MATCHED.len()],
     predicted: [Rate; MATCHED.len()],
     drafters: Vec<Drafter>,
@@ -223,6 +225,7 @@ impl Default for Pace {
         Self {
             step: StepCost::default(),
             last: None,
+            late: [1.0; 2],
             copies: Default::default(),
             predicted: Default::default(),
             drafters: Vec::new(),
@@ -348,6 +351,8 @@ impl Pace {
 
     fn record_pass(&mut self, others: usize, step: &Step, beside: &[f64]) {
         let us = micros(step.duration);
+        let expected_us = self.step.us(others).map(|us| self.slowed_now() * us);
+        self.late = [self.late[1], expected_us.map_or(1.0, |expected_us| us / expected_us)];
         // A pause in between, and it is another time.
         let soon = step.since_last < PAUSE * step.duration;
         let before = self.last.take().filter(|_| soon);
@@ -378,6 +383,7 @@ impl Pace {
     pub fn calibrate(&mut self, costs: impl IntoIterator<Item = (usize, Duration)>) {
         self.step = StepCost::default();
         self.last = None;
+        self.late = [1.0; 2];
         for (n, duration) in costs {
             self.step.record(n, micros(duration));
         }
@@ -629,7 +635,10 @@ impl Policy for Pace {
     }
 
     fn step_us(&self, n: usize, load: Load) -> Option<f64> {
-        Some(self.slowed_now() * self.step.us(load.tokens + n)?)
+        // Costs are learnt slowly. If two steps were late or early, the next one will be as well.
+        let [before, last] = self.late;
+        let late = before.min(last).max(before.max(last).min(1.0));
+        Some(late * self.slowed_now() * self.step.us(load.tokens + n)?)
     }
 
     fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
@@ -911,6 +920,19 @@ mod tests {
             pace.observe(class, true);
         }
         assert!(pays(&pace) && choose(&pace, &[class; 4], None).n > 0);
+    }
+
+    #[test]
+    fn a_step_is_expected_to_be_as_late_as_two_before_it_were() {
+        let mut pace = Pace::default();
+        pace.calibrate((0..=16).map(|n| (n, us(linear(n)))));
+        let expected = |pace: &Pace| pace.step_us(0, Load::default()).unwrap_or_default() / linear(0);
+        pace.record_step(&step(4, 4, 8.0 * linear(4)), &[]);
+        assert!(expected(&pace) < 1.3, "one step may be late for reasons of its own");
+        pace.record_step(&step(9, 9, 8.0 * linear(9)), &[]);
+        assert!((6.0..10.0).contains(&expected(&pace)), "{}", expected(&pace));
+        pace.record_step(&step(9, 9, linear(9)), &[]);
+        assert!(expected(&pace) < 1.7, "{}", expected(&pace));
     }
 
     #[test]
