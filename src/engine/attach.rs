@@ -149,6 +149,8 @@ impl Drafter {
             .as_ref()
             .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
         tokio::select! {
+            // What has come counts, however long ago the last piece was heard.
+            biased;
             Some(pieces) = OptionFuture::from(self.stream.as_mut().map(Stream::next)) => Drafted::Pieces(pieces),
             () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => Drafted::Silence,
             () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => Drafted::Rested,
@@ -492,7 +494,8 @@ impl Attached {
                     return;
                 };
                 let takes = self.shared.pace().draft_time(drafter, n);
-                let at_once = takes.is_some_and(|takes| self.session.spare() > takes.mul_f64(SURELY));
+                let enough = self.session.spare().min(DRAFTER_TIMEOUT);
+                let at_once = takes.is_some_and(|takes| enough > takes.mul_f64(SURELY));
                 let pieces = server.draft(prefix, n, lease.index(), at_once);
                 it.stream = Some(Stream::new(id, pieces, self.shared.activity[drafter].begin()));
             }
@@ -573,7 +576,12 @@ fn whole(count: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::StreamExt;
+    use futures_util::future::join_all;
+    use futures_util::stream;
+
     use super::*;
+    use crate::config::Upstream;
 
     #[test]
     fn what_drafters_do_while_the_target_waits_is_not_beside_its_pass() {
@@ -590,6 +598,25 @@ mod tests {
             ["0.00", "0.00", "0.50", "1.00", "1.00"]
         );
         assert!(beside(Duration::ZERO, Duration::ZERO, Duration::ZERO) < 0.1);
+    }
+
+    #[tokio::test]
+    async fn a_drafter_that_was_left_alone_for_long_is_heard_before_it_is_taken_for_silent() {
+        let url = "http://127.0.0.1:1";
+        let spoke = || async {
+            let mut drafter = Drafter::new(Server {
+                config: Upstream::at(url),
+                client: LlamaServer::new(url, None).unwrap(),
+                text: None,
+            });
+            let said = stream::iter([Ok(DraftPiece::Tokens(vec![(7, None)]))]).boxed();
+            let mut left_alone = Stream::new(1, said, Activity::default().begin());
+            left_alone.rest(DRAFTER_TIMEOUT + Duration::from_millis(50));
+            drafter.stream = Some(left_alone);
+            matches!(drafter.next().await, Drafted::Pieces(_))
+        };
+        let spoke = join_all(std::iter::repeat_with(spoke).take(20)).await;
+        assert!(spoke.iter().all(|spoke| *spoke), "{spoke:?}");
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub(super) struct Stream {
 }
 
 /// What tokens tell of how fast the drafter is.
-#[derive(Debug, PartialEq, Eq, Default)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Told {
     /// How long the first one took.
     pub(super) first: Option<Duration>,
