@@ -280,6 +280,28 @@ async fn verify_without_a_draft_compares_nothing_says_why_and_exits_12() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn bench_and_verify_say_that_the_draft_is_down() {
+    let target = LlamaServer::far_target(&["-np", "1", "--spec-draft-external-max", "16"]).await;
+    let servers = [
+        "--target",
+        target.url(),
+        "--draft",
+        "http://127.0.0.1:1",
+        "--max-tokens",
+        "4",
+    ];
+    for command in [
+        &["bench", "--kinds", "chat", "--rounds", "1"][..],
+        &["verify", "--count", "1"],
+    ] {
+        let output = tightwad(&[command, &servers[..], &["--json"]].concat());
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let why = report["undrafted"].as_str().unwrap_or_default();
+        assert!(why.contains("the draft http://127.0.0.1:1: "), "{report:#}");
+    }
+}
+
 /// A target that takes so many milliseconds for each answer, and no drafts.
 async fn undrafted_target(milliseconds: u64) -> FakeUpstream {
     FakeUpstream::start(move |seen| match seen.target.as_str() {

@@ -47,8 +47,8 @@ impl OwnProxy {
     }
 }
 
-/// Waits until the proxy can draft and has measured its servers, for at most `patience`, or until it knows its target and has
-/// no draft at all; then the reason why it cannot.
+/// Waits until the proxy can draft with any of its drafters and has measured its servers, for at most `patience`, or until it
+/// knows its target and has no draft at all; then the reason why it cannot.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
     let began = tokio::time::Instant::now();
     loop {
@@ -56,7 +56,10 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
             return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
         };
         let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
-        let reason = status["reason"].as_str();
+        let reason = status["reason"]
+            .as_str()
+            .map(str::to_owned)
+            .or_else(|| drafts_down(&status));
         let measuring = status["measuring"] == true && began.elapsed() < MEASURING.max(patience);
         let hopeless =
             status["target"]["healthy"] == true && status["drafts"] == serde_json::json!([]) && reason.is_some();
@@ -64,10 +67,24 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
             return Ok(None);
         }
         if !measuring && (hopeless || began.elapsed() >= patience) {
-            return Ok(Some(reason.unwrap_or("the proxy gives no reason").to_owned()));
+            return Ok(Some(reason.unwrap_or_else(|| "the proxy gives no reason".to_owned())));
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// What is wrong with the drafters, if that is so of all that there are.
+fn drafts_down(status: &Value) -> Option<String> {
+    let drafts = status["drafts"].as_array().filter(|drafts| !drafts.is_empty())?.iter();
+    let problem = |draft: &Value| {
+        Some(format!(
+            "the draft {}: {}",
+            draft["url"].as_str()?,
+            draft["problem"].as_str()?
+        ))
+    };
+    let problems = drafts.map(problem).collect::<Option<Vec<_>>>()?;
+    Some(problems.join(", "))
 }
 
 /// Whether the proxy answers in rounds, which it does for no request that wants to know token ids.
