@@ -8,22 +8,19 @@ use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
 use tokio::sync::watch as channel;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
 use super::activity::Activity;
 use super::crowd::Member;
-use super::draft_server::DraftServer;
 use super::draft_stream::{Piece, Stream};
-use super::slots::Lease;
+use super::drafter::{DRAFTER_TIMEOUT, Drafted, Drafter};
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
 use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
 use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
 
-/// A stream of the drafter that is silent for longer has failed.
-const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pauses after a failure: of the drafter from the first to the last, doubling; of the target always the first.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Pause after a failure of the target.
+const BACK_OFF: Duration = Duration::from_millis(100);
 
 /// A draft that takes so many times as long is there before the target's step ends.
 const SURELY: f64 = 1.5;
@@ -99,66 +96,6 @@ struct Attached {
     finished: bool,
 }
 
-struct Drafter {
-    server: Server,
-    /// As it is talked to.
-    spoken: Option<(Language, DraftServer)>,
-    stream: Option<Stream>,
-    lease: Option<Lease>,
-    /// What the session was last told of it.
-    available: bool,
-    back_off: Duration,
-    /// When it is tried again after a failure.
-    retry_at: Option<Instant>,
-}
-
-impl Drafter {
-    fn new(server: Server) -> Self {
-        Self {
-            server,
-            spoken: None,
-            stream: None,
-            lease: None,
-            available: false,
-            back_off: BACK_OFF.0,
-            retry_at: None,
-        }
-    }
-
-    /// Talks to it in this language from now on.
-    fn speak(&mut self, language: Language, target: &LlamaServer) {
-        if self.spoken.as_ref().is_some_and(|(spoken, _)| *spoken == language) {
-            return;
-        }
-        let server = DraftServer::new(&self.server, &language, target);
-        self.spoken = Some((language, server));
-    }
-
-    /// Whether the target knows a token of its drafts.
-    fn is_known(&self, token: Token) -> bool {
-        self.spoken.as_ref().is_some_and(|(language, _)| language.knows(token))
-    }
-
-    /// What it does next.
-    async fn next(&mut self) -> Drafted {
-        if let Some(stream) = &mut self.stream {
-            stream.rested().await;
-        }
-        let silent_at = self
-            .stream
-            .as_ref()
-            .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
-        tokio::select! {
-            // What has come counts, however long ago the last piece was heard.
-            biased;
-            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(Stream::next)) => Drafted::Pieces(pieces),
-            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => Drafted::Silence,
-            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => Drafted::Rested,
-            else => std::future::pending().await,
-        }
-    }
-}
-
 /// What there is to handle.
 enum Happened {
     Followed(Answer),
@@ -167,15 +104,6 @@ enum Happened {
     Drafted(usize, Drafted),
     /// The servers are seen differently.
     Seen,
-}
-
-/// What a drafter did.
-enum Drafted {
-    Pieces(Vec<Piece>),
-    /// Its stream was silent for too long.
-    Silence,
-    /// It may be tried again.
-    Rested,
 }
 
 impl Attached {
@@ -256,7 +184,7 @@ impl Attached {
             Err(error) => {
                 tracing::debug!("{error}");
                 if followed {
-                    self.follow_after(BACK_OFF.0);
+                    self.follow_after(BACK_OFF);
                 }
             }
         }
@@ -364,7 +292,7 @@ impl Attached {
                 pace.record_tokens(number, n, time, waits);
             }
             drop(pace);
-            drafter.back_off = BACK_OFF.0;
+            drafter.works();
             let class = |p| Class::of_probability(number, p);
             let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::untold(number), class));
             let tokens = tokens.into_iter().map(classed).collect();
@@ -403,8 +331,7 @@ impl Attached {
             let waits = self.session.is_waited_for(number, self.began.elapsed());
             self.shared.pace().record_silence(number, stream.silent(), waits);
         }
-        drafter.retry_at = Some(Instant::now() + drafter.back_off);
-        drafter.back_off = (2 * drafter.back_off).min(BACK_OFF.1);
+        drafter.failed();
         self.check_available();
     }
 
@@ -576,12 +503,7 @@ fn whole(count: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::StreamExt;
-    use futures_util::future::join_all;
-    use futures_util::stream;
-
     use super::*;
-    use crate::config::Upstream;
 
     #[test]
     fn what_drafters_do_while_the_target_waits_is_not_beside_its_pass() {
@@ -598,25 +520,6 @@ mod tests {
             ["0.00", "0.00", "0.50", "1.00", "1.00"]
         );
         assert!(beside(Duration::ZERO, Duration::ZERO, Duration::ZERO) < 0.1);
-    }
-
-    #[tokio::test]
-    async fn a_drafter_that_was_left_alone_for_long_is_heard_before_it_is_taken_for_silent() {
-        let url = "http://127.0.0.1:1";
-        let spoke = || async {
-            let mut drafter = Drafter::new(Server {
-                config: Upstream::at(url),
-                client: LlamaServer::new(url, None).unwrap(),
-                text: None,
-            });
-            let said = stream::iter([Ok(DraftPiece::Tokens(vec![(7, None)]))]).boxed();
-            let mut left_alone = Stream::new(1, said, Activity::default().begin());
-            left_alone.rest(DRAFTER_TIMEOUT + Duration::from_millis(50));
-            drafter.stream = Some(left_alone);
-            matches!(drafter.next().await, Drafted::Pieces(_))
-        };
-        let spoke = join_all(std::iter::repeat_with(spoke).take(20)).await;
-        assert!(spoke.iter().all(|spoke| *spoke), "{spoke:?}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod calibrate;
 mod crowd;
 mod draft_server;
 mod draft_stream;
+mod drafter;
 mod rounds;
 mod slots;
 mod stepper;

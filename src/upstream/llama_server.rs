@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use futures_util::{StreamExt, stream::BoxStream};
+use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 
 use super::WrittenTokens;
@@ -461,12 +461,9 @@ impl LlamaServer {
         let request = self.completion(written.write(&prefix), n, slot, !at_once);
         if at_once {
             let pieces = async move { server.draft_at_once(request).await };
-            let each = |pieces: Result<[DraftPiece; 2], _>| match pieces {
-                Ok(pieces) => pieces.map(Ok).to_vec(),
-                Err(error) => vec![Err(error)],
-            };
             return futures_util::stream::once(pieces)
-                .flat_map(move |pieces| futures_util::stream::iter(each(pieces)))
+                .map_ok(|pieces| futures_util::stream::iter(pieces.map(Ok)))
+                .try_flatten()
                 .boxed();
         }
         let start = async move {
