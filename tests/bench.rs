@@ -304,8 +304,17 @@ async fn bench_and_verify_say_that_the_draft_is_down() {
 
 /// A target that takes so many milliseconds for each answer, and no drafts.
 async fn undrafted_target(milliseconds: u64) -> FakeUpstream {
+    mortal_target(usize::MAX, milliseconds).await
+}
+
+/// ... and gives no more than so many answers.
+async fn mortal_target(answers: usize, milliseconds: u64) -> FakeUpstream {
+    let given = AtomicUsize::new(0);
     FakeUpstream::start(move |seen| match seen.target.as_str() {
-        "/v1/chat/completions" => [vec![wait(milliseconds)], streamed(wait(0))].concat(),
+        "/v1/chat/completions" if given.fetch_add(1, Ordering::Relaxed) < answers => {
+            [vec![wait(milliseconds)], streamed(wait(0))].concat()
+        }
+        "/v1/chat/completions" => vec![Act::Close],
         "/v1/models" | "/health" => answer_in_json("200 OK", r#"{"data":[{"id":"big"}]}"#),
         _ => answer_in_json("404 Not Found", "{}"),
     })
@@ -396,14 +405,7 @@ async fn bench_that_is_stopped_before_the_first_answers_prints_nothing_and_exits
 async fn a_bench_or_verify_whose_server_dies_keeps_the_figures_until_then() {
     for command in [&["bench", "--rounds", "60000"][..], &["verify"]] {
         // After the warming up, which asks for each of seven kinds twice.
-        let chats = AtomicUsize::new(0);
-        let target = FakeUpstream::start(move |seen| match seen.target.as_str() {
-            "/v1/chat/completions" if chats.fetch_add(1, Ordering::Relaxed) < 40 => streamed(wait(0)),
-            "/v1/chat/completions" => vec![Act::Close],
-            "/v1/models" | "/health" => answer_in_json("200 OK", r#"{"data":[{"id":"big"}]}"#),
-            _ => answer_in_json("404 Not Found", "{}"),
-        })
-        .await;
+        let target = mortal_target(40, 0).await;
         let url = target.url();
         let output = tightwad(&[command, &["--target", &url, "--json"]].concat());
         let report = printed(&output, 6);

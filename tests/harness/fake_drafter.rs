@@ -67,11 +67,7 @@ impl FakeDrafter {
                 .max_by_key(|rest| rest.len());
             let rest: Vec<u32> = known.into_iter().flatten().copied().take(request.n_predict).collect();
             texts.push(request.prompt.clone());
-            draft(
-                request,
-                &rest,
-                if rest.len() < request.n_predict { "eos" } else { "limit" },
-            )
+            all_it_knows(request, &rest, Duration::ZERO)
         })
         .await
     }
@@ -84,12 +80,7 @@ impl FakeDrafter {
                 .find_map(|text| text.strip_prefix(&request.prompt[..]))
                 .unwrap_or_default();
             let rest = &known[..known.len().min(request.n_predict)];
-            draft_slowly(
-                request,
-                rest,
-                if rest.len() < request.n_predict { "eos" } else { "limit" },
-                pause,
-            )
+            all_it_knows(request, rest, pause)
         })
         .await
     }
@@ -197,6 +188,12 @@ fn event(token: u32, n_predicted: usize) -> Act {
 /// A whole answer.
 pub fn draft(request: &Request, tokens: &[u32], stop_type: &str) -> Vec<Act> {
     draft_slowly(request, tokens, stop_type, Duration::ZERO)
+}
+
+/// A whole answer of a drafter for which the text ends where it knows no more.
+fn all_it_knows(request: &Request, rest: &[u32], pause: Duration) -> Vec<Act> {
+    let stop_type = if rest.len() < request.n_predict { "eos" } else { "limit" };
+    draft_slowly(request, rest, stop_type, pause)
 }
 
 /// A whole answer, with a pause before each token.
