@@ -471,6 +471,25 @@ fn a_target_that_is_down_is_named_and_exits_6() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_does_not_run_is_named_with_how_to_start_it() {
+    let target = undrafted_target(1).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("tightwad.yaml");
+    let proxy = free_port();
+    let yaml = format!("proxy: {{ port: {proxy}, target: {{ url: \"{}\" }} }}\n", target.url());
+    std::fs::write(&config, yaml).unwrap();
+    for command in ["bench", "verify"] {
+        let output = tightwad(&["-c", config.to_str().unwrap(), command]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(6), "{stderr}");
+        assert!(
+            stderr.contains(&format!("127.0.0.1:{proxy};")) && stderr.contains("`tightwad proxy start`"),
+            "{stderr}"
+        );
+    }
+}
+
 #[test]
 fn a_kind_that_is_none_exits_2_and_a_file_that_is_missing_4() {
     let kinds = tightwad(&["bench", "--target", "http://127.0.0.1:9", "--kinds", "prose"]);

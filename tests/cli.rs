@@ -350,6 +350,19 @@ fn a_model_that_is_no_gguf_exits_11() {
 }
 
 #[test]
+fn a_model_whose_download_broke_off_exits_11_and_is_named() {
+    let user = User::new();
+    let whole = fs::read(tiny_model()).unwrap();
+    fs::write(user.path("half.gguf"), &whole[..whole.len() / 2]).unwrap();
+    user.config(&format!(
+        "target: {{}}\nmodels: {{ big: {{ path: half.gguf }} }}\nbinaries: {{ llama_server: {} }}\n",
+        fake_llama_server().display()
+    ));
+    user.run(&["run", "target"])
+        .fails(11, &["half.gguf", "is truncated", "download it again"]);
+}
+
+#[test]
 fn a_missing_program_exits_4_and_names_it() {
     let user = User::new();
     user.config(&format!(
@@ -553,6 +566,22 @@ fn the_status_of_another_server_is_one_sentence_without_its_page() {
             "{ended:?}"
         );
     }
+}
+
+#[test]
+fn the_status_of_a_proxy_whose_target_is_down_is_shown_and_exits_6() {
+    let user = User::new();
+    let port = free_port();
+    user.config(&format!(
+        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+    ));
+    let _proxy = Running::start(user.tightwad(&["proxy", "start"]));
+    eventually(SOON, "the proxy listens", || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    let ended = user.run(&["proxy", "status"]);
+    ended.fails(6, &["no target that answers"]);
+    assert!(ended.stdout.contains("http://127.0.0.1:1: down"), "{ended:?}");
 }
 
 #[test]

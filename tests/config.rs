@@ -755,6 +755,21 @@ fn check_config_reports_the_open_listeners_of_the_example_as_its_only_problems()
 }
 
 #[test]
+fn check_config_warns_of_a_llama_server_that_is_not_on_this_host() {
+    let target = "target: {}\nmodels: { big: { path: /dev/null } }\n";
+    let warnings = |program: &str| {
+        let report = Place::with_file(&format!("{target}binaries: {{ llama_server: {program} }}")).check();
+        assert!(report.ok, "{report}");
+        report.warnings.join("\n")
+    };
+    let absent = warnings("/no/such/llama-server");
+    assert!(absent.contains("/no/such/llama-server is not on this host"), "{absent}");
+    // Whoever starts it may have it on another path.
+    assert_eq!(warnings("llama-server"), "");
+    assert_eq!(warnings("/bin/sh"), "");
+}
+
+#[test]
 fn check_config_shows_the_effective_values_without_secrets() {
     let report = Place::with_file(MINIMAL)
         .variable("TIGHTWAD_PROXY__AUTH_TOKEN", "s3cret")

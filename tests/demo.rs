@@ -4,7 +4,7 @@
 
 mod harness;
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -64,6 +64,22 @@ fn the_demo_shows_no_ratio_where_nothing_was_drafted() {
         11,
         "{table}"
     );
+}
+
+#[test]
+fn a_demo_that_is_stopped_sums_up_the_rows_until_then_and_exits_130() {
+    let mut demo = demo(&slow_target()).spawn().unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let row = lines.find(|line| line.starts_with("code ")).unwrap();
+    let id = rustix::process::Pid::from_child(&demo);
+    rustix::process::kill_process(id, rustix::process::Signal::INT).unwrap();
+    let rest: Vec<String> = lines.collect();
+    let total = rest.iter().find(|line| line.starts_with("total "));
+    assert!(
+        total.is_some_and(|line| line.contains("(ended early)")),
+        "{row}\n{rest:?}"
+    );
+    assert_eq!(demo.wait().unwrap().code(), Some(130));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream};
-use crate::upstream::{ChatServer, LlamaServer};
+use crate::upstream::{ChatError, ChatServer, LlamaServer};
 
 /// How long a proxy that runs may take to find out what its servers can.
 const RUNNING_PATIENCE: Duration = Duration::from_secs(3);
@@ -113,7 +113,15 @@ impl Deployment {
         } else {
             RUNNING_PATIENCE
         };
-        let undrafted = why_undrafted(&proxy, patience).await?;
+        let undrafted = match why_undrafted(&proxy, patience).await {
+            Err(ChatError::Unreachable { url, .. }) => {
+                let message = format!(
+                    "no proxy answers at {url}; start it with `tightwad proxy start`, or give --target for one of its own"
+                );
+                return Err(Failure::new(Exit::Unreachable, message));
+            }
+            known => known?,
+        };
 
         Ok(Self {
             attached: Contender {

@@ -63,6 +63,12 @@ Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, ke
 130 interrupted, 141 nobody reads the output any more.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
+const PROXY_EXAMPLES: &str = "\
+Examples:
+  tightwad -c cluster.yaml proxy start
+  tightwad proxy status --json | jq .counts
+  tightwad proxy stop";
+
 /// Many unlike GPUs on many machines behind one OpenAI-compatible endpoint, faster than the target model alone.
 #[derive(Debug, Parser)]
 #[command(name = "tightwad", version, after_help = EXAMPLES)]
@@ -81,7 +87,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// The OpenAI-compatible endpoint: start, stop, status.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = PROXY_EXAMPLES)]
     Proxy(ProxyCommand),
     /// Run this host's part in the foreground, as systemd does.
     #[command(

@@ -147,12 +147,19 @@ pub fn stop(config: &Config) -> Result<(), Failure> {
     }
 }
 
-/// `tightwad proxy status`.
+/// `tightwad proxy status`. A draft may be missing, but not the target.
 pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     let url = config::local_url(&proxy.host, proxy.port);
     let answer = status::fetch(&url, proxy.token()?.as_ref()).await?;
-    print_report(&answer, json, |answer| status::table(&url, answer))
+    print_report(&answer, json, |answer| status::table(&url, answer))?;
+    if answer["target"]["healthy"] == true {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Exit::Unreachable,
+        "the proxy has no target that answers, so it cannot answer either; start the target, or check where it is",
+    ))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::coordinator::Step;
 use super::exit::{Exit, Failure};
 use super::{coordinator, pid_file, plan, proxy, signals};
 use crate::cluster;
+use crate::cluster::gguf::ModelFile;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server};
 use crate::supervise::command::Role;
@@ -141,7 +142,9 @@ async fn server(
     let Some(launch) = stop.run_until_cancelled(prepared).await else {
         return Ok(());
     };
-    let mut service = Service::start(role, launch?, stop);
+    let launch = launch?;
+    ModelFile::check_complete(&model.1.path)?;
+    let mut service = Service::start(role, launch, stop);
     let state = service.state();
     let ended = tokio::select! {
         ended = service.ended() => ended,

@@ -102,7 +102,9 @@ pub fn table(url: &str, status: &Value) -> String {
     let drafts = status["drafts"].as_array().map_or(&[][..], Vec::as_slice);
     for draft in drafts {
         line("draft", &server(draft));
-        if let Some(outlook) = outlook(&draft["outlook"]) {
+        if draft["healthy"] == true
+            && let Some(outlook) = outlook(&draft["outlook"])
+        {
             line("", &outlook);
         }
     }
@@ -205,6 +207,18 @@ mod tests {
         ] {
             assert!(table.contains(part), "{part} is missing in\n{table}");
         }
+    }
+
+    #[test]
+    fn what_a_draft_is_worth_is_shown_while_it_is_there() {
+        let shown = |healthy: bool| {
+            let outlook = serde_json::json!({
+                "agreement": 0.9, "first_token_ms": 2.0, "token_ms": 1.0, "expected_speed_up": 1.7, "pays": true,
+            });
+            let draft = serde_json::json!({ "url": "http://d:1", "healthy": healthy, "outlook": outlook });
+            table("http://p:2", &serde_json::json!({ "drafts": [draft] })).contains("1.70x expected")
+        };
+        assert!(shown(true) && !shown(false));
     }
 
     #[test]

@@ -343,6 +343,15 @@ impl ModelFile {
         model.shape = first.shape(&model.tensors)?;
         Ok(model)
     }
+
+    /// Checks that no part of the model and no end of a file is missing, as after a download that broke off. What else may
+    /// be odd with it llama.cpp knows best.
+    pub fn check_complete(path: &Path) -> Result<(), ModelFileError> {
+        match Self::read(path) {
+            Err(error @ (ModelFileError::Truncated { .. } | ModelFileError::MissingPart { .. })) => Err(error),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The files of the parts after the first.

@@ -127,6 +127,12 @@ fn absent_files(config: &Config) -> Vec<Finding> {
                 .map(|file| (vec![section, "api_key_file"], file.as_path())),
         );
     }
+    // A bare name is looked for on the `PATH` of whoever starts it.
+    let llama_server = config.binaries.llama_server.as_path();
+    let starts_one = config.servers().next().is_some() || config.coordinator.is_some();
+    if starts_one && llama_server.components().count() > 1 {
+        named.push((vec!["binaries", "llama_server"], llama_server));
+    }
     if let Some(coordinator) = &config.coordinator {
         let models = config.models.iter();
         named.extend(models.map(|(name, model)| (vec!["models", name.as_str(), "path"], model.path.as_path())));

@@ -49,7 +49,9 @@ pub enum Unfit {
     #[error("{} is not a GGUF model (it does not begin with `GGUF`); download or convert it again", .0.display())]
     NotGguf(PathBuf),
     /// Another program has the port.
-    #[error("port {port} on {host} is in use; end the program that listens there, or choose another `port`")]
+    #[error(
+        "port {port} on {host} is in use; end the program that listens there, or choose another port (`port` in the config)"
+    )]
     PortInUse {
         /// Address.
         host: String,

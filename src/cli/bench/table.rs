@@ -71,6 +71,10 @@ pub fn table(report: &Report) -> String {
         );
     }
     text.push_str(LEGEND);
+    let undrafted = |group: &Group| group.modes.iter().any(Figures::is_undrafted);
+    if report.comparison.kinds.iter().any(undrafted) {
+        text.push_str(NO_DRAFT);
+    }
     text
 }
 
@@ -80,9 +84,9 @@ const HEAD: [&str; 11] = [
 
 const LEGEND: &str = "\
 tok/s: all tokens over all time, each answer from its first token to its last; median, p95: of the answers' own;
-no draft: nothing was drafted, so that the speed differs from the plain one by chance only;
 tok/step: per pass of the target; accepted: of the drafted tokens, the others are wasted; equal: to the plain texts
 ";
+const NO_DRAFT: &str = "no draft: nothing was drafted, so that the speed differs from the plain one by chance only\n";
 
 fn rows(text: &mut String, group: &Group) {
     for (index, figures) in group.modes.iter().enumerate() {

@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::TryFutureExt;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
+use super::question_set::unless_stopped;
 use super::{progress, proxy, signals};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::config::{self, Binaries, Model, Upstream};
@@ -96,10 +98,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
         ..section
     };
     let own_proxy = OwnProxy::start(listener, section)?;
-    let equal = tokio::select! {
-        equal = compare(options, &target_url, &url) => equal?,
-        () = stop.cancelled() => return Err(interrupted()),
-    };
+    let equal = compare(options, &target_url, &url, &stop).await?;
     if !options.once {
         serve_on(&url, &mut services, &stop).await?;
     }
@@ -149,8 +148,13 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
     Ok((Service::start(role, launch, servers), url))
 }
 
-/// Measures and prints; true when all answers are equal.
-async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result<bool, Failure> {
+/// Measures and prints, on Ctrl-C or when a server fails what has been measured until then; true when all answers are equal.
+async fn compare(
+    options: &Options,
+    target_url: &str,
+    proxy_url: &str,
+    stop: &CancellationToken,
+) -> Result<bool, Failure> {
     let contender = |mode, url: &str| {
         let server = ChatServer::new(url, None, None)?;
         Ok::<_, Failure>(Contender {
@@ -163,7 +167,8 @@ async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result
         contender(Mode::Plain, target_url)?,
         contender(Mode::Attached, proxy_url)?,
     ];
-    if let Some(reason) = why_undrafted(&contenders[1].server, PROBE_PATIENCE).await? {
+    let looking = why_undrafted(&contenders[1].server, PROBE_PATIENCE).map_err(Failure::from);
+    if let Some(reason) = unless_stopped(stop, looking).await? {
         eprintln!("note: answers will not be drafted: {reason}");
     }
     let prompts = Prompt::of_kinds(Prompt::shipped()?, &KINDS.map(str::to_owned))?;
@@ -183,7 +188,7 @@ async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result
     let mut rows = Vec::new();
     let mut told = Ok(());
     let mut measured = Measurements::default();
-    measure(&plan, &prompts, &contenders, &mut measured, |progress| {
+    let asking = measure(&plan, &prompts, &contenders, &mut measured, |progress| {
         if let Progress::Answered(samples) = progress
             && let Some(sample) = samples.first()
         {
@@ -193,12 +198,14 @@ async fn compare(options: &Options, target_url: &str, proxy_url: &str) -> Result
             }
             rows.push(row);
         }
-    })
-    .await?;
+    });
+    let asked = unless_stopped(stop, asking.map_err(Failure::from)).await;
     told?;
-    let report = rows::Report::of(rows, &measured);
-    table.foot(&report)?;
-    Ok(report.total.equal)
+    let report = rows::Report::of(rows, &measured, asked.is_ok());
+    if !report.rows.is_empty() {
+        table.foot(&report)?;
+    }
+    asked.map(|()| report.total.equal)
 }
 
 /// Serves until Ctrl-C, or until a server is given up.

@@ -19,6 +19,8 @@ pub struct Row {
 /// All rows and their sum.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
+    pub complete: bool,
     /// Each prompt.
     pub rows: Vec<Row>,
     /// Over all of them.
@@ -57,9 +59,10 @@ impl Row {
 }
 
 impl Report {
-    /// All answers.
-    pub fn of(rows: Vec<Row>, measured: &Measurements) -> Self {
+    /// All answers that there are.
+    pub fn of(rows: Vec<Row>, measured: &Measurements, complete: bool) -> Self {
         Self {
+            complete,
             rows,
             total: Figures::of(&measured.samples),
         }

@@ -55,13 +55,17 @@ impl Table {
 }
 
 fn foot(report: &Report) -> String {
+    let no_draft = if report.rows.iter().any(|row| row.figures.undrafted) {
+        "no draft: nothing was drafted, so that the speeds differ by chance only\n"
+    } else {
+        ""
+    };
     format!(
         "{:<10} {:<34} {:>6} {}\n\n\
          plain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the target; \
-         equal: whether both texts are the same;\n\
-         no draft: nothing was drafted, so that the speeds differ by chance only\n",
+         equal: whether both texts are the same\n{no_draft}",
         "total",
-        "",
+        if report.complete { "" } else { "(ended early)" },
         report.total.tokens,
         figures(&report.total)
     )
