@@ -491,6 +491,18 @@ async fn a_proxy_that_does_not_run_is_named_with_how_to_start_it() {
 }
 
 #[test]
+fn a_draft_for_a_proxy_that_runs_already_exits_2() {
+    let draft = [
+        "bench",
+        "--proxy",
+        "http://127.0.0.1:1",
+        "--draft",
+        "http://127.0.0.1:1",
+    ];
+    assert_eq!(tightwad(&draft).status.code(), Some(2));
+}
+
+#[test]
 fn a_kind_that_is_none_exits_2_and_a_file_that_is_missing_4() {
     let kinds = tightwad(&["bench", "--target", "http://127.0.0.1:9", "--kinds", "prose"]);
     assert_eq!(kinds.status.code(), Some(2));

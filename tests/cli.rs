@@ -585,6 +585,26 @@ fn the_status_of_a_proxy_whose_target_is_down_is_shown_and_exits_6() {
 }
 
 #[test]
+fn a_proxy_of_the_environment_is_not_for_a_users_own_machines() {
+    let user = User::new();
+    let (port, target) = (
+        free_port(),
+        serves("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{}"),
+    );
+    user.config(&format!(
+        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:{target}\" }} }}\n"
+    ));
+    let mut proxy = user.tightwad(&["proxy", "start"]);
+    proxy
+        .env("HTTP_PROXY", "http://127.0.0.1:1")
+        .env("http_proxy", "http://127.0.0.1:1");
+    let _proxy = Running::start(proxy);
+    eventually(SOON, "the target is found", || {
+        user.run(&["proxy", "status"]).code == Some(0)
+    });
+}
+
+#[test]
 fn proxy_stop_ends_the_proxy_and_a_second_start_is_refused_while_it_runs() {
     let user = User::new();
     let port = free_port();

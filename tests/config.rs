@@ -355,6 +355,10 @@ fn one_mistake_gives_one_line() {
             "tightwad.yaml:1: proxy.auth_token: expected a string, found something else; put it in quotes",
         ),
         (
+            "workers: [{ host: h, agent_token: 12345 }]",
+            "tightwad.yaml:1: workers.0.agent_token: expected a string, found something else; put it in quotes",
+        ),
+        (
             "proxy: { max_draft_tokens: many, target: { url: http://a } }",
             "tightwad.yaml:1: proxy.max_draft_tokens: expected `auto` or a number of tokens from 0 to 65535, found `many`",
         ),
@@ -726,7 +730,8 @@ fn the_proxy_takes_the_servers_of_its_own_file() {
     let (draft, target) = pool.proxy_upstreams();
     assert_eq!(draft, []);
     let expected = Upstream {
-        model_name: Some("big".into()),
+        // To name a model is to ask for a swap.
+        model_name: None,
         api_key: Some(Secret::new("k")),
         ..Upstream::at("http://10.0.0.1:8080")
     };
@@ -778,6 +783,14 @@ fn check_config_shows_the_effective_values_without_secrets() {
     let yaml = report.config.unwrap().to_yaml().unwrap();
     assert!(yaml.contains("***") && !yaml.contains("s3cret"), "{yaml}");
     assert!(yaml.contains("port: 8088"), "{yaml}");
+    // Some tokens have to be in a server's environment.
+    let target =
+        "target: { env: { HF_TOKEN: s3cret, CUDA_VISIBLE_DEVICES: '1' } }\nmodels: { big: { path: /dev/null } }";
+    let yaml = Place::with_file(target).check().config.unwrap().to_yaml().unwrap();
+    assert!(
+        !yaml.contains("s3cret") && yaml.contains("CUDA_VISIBLE_DEVICES: '1'"),
+        "{yaml}"
+    );
 }
 
 #[test]

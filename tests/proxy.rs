@@ -985,15 +985,32 @@ async fn a_running_answer_ends_before_the_proxy_does() {
 }
 
 #[tokio::test]
-async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
+async fn a_stream_that_takes_too_long_ends_with_an_error_event_when_the_proxy_ends() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::Hang]).await;
     let proxy = Proxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     proxy.shutdown.cancel();
     let text = tokio::time::timeout(SOON, response.text()).await;
+    let text = text.expect("it is not cut").unwrap();
+    let event = text.strip_prefix("data: 1\n\ndata: ").expect("an event");
+    let event: Value = serde_json::from_str(event).unwrap();
+    assert_eq!(event["error"]["code"], "shutting_down", "{event}");
+    target.was_left().await;
+    tokio::time::timeout(SOON, proxy.ended).await.unwrap().unwrap();
+    until("the connections to end", || target.open() == 0).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let target = FakeUpstream::start(move |_| vec![Act::Send(head.into()), chunk("{"), Act::Hang]).await;
+    let proxy = Proxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
+    let response = proxy.post(CHAT, "{}").send().await.unwrap();
+    proxy.shutdown.cancel();
+    let text = tokio::time::timeout(SOON, response.text()).await;
     assert!(
         text.expect("it is not cut").is_err(),
-        "a cut stream looks like a whole one"
+        "a cut answer looks like a whole one"
     );
     target.was_left().await;
     tokio::time::timeout(SOON, proxy.ended).await.unwrap().unwrap();

@@ -62,8 +62,9 @@ impl Relay {
         let address = listener.local_addr().map_err(io)?;
         let parcels = post_office().map_err(io)?;
         let accepting = tokio::spawn(accept(listener, server, parcels, delay / 2)).abort_handle();
+        let path = parsed.as_ref().map_or("", |url| url.path().trim_end_matches('/'));
         Ok(Self {
-            url: format!("http://{address}"),
+            url: format!("http://{address}{path}"),
             accepting,
         })
     }

@@ -17,7 +17,7 @@ pub struct Comparison {
     pub kinds: Vec<Group>,
     /// Over all prompts.
     pub total: Group,
-    /// Whether every text equals the plain one.
+    /// As [`Group::equal`], in total.
     pub equal: bool,
 }
 
@@ -144,10 +144,11 @@ impl Group {
         }
     }
 
-    /// Whether every text equals the plain one.
+    /// Whether every text of the proxy's equals the plain one. What llama-server's own drafting changes it cannot help.
     #[must_use]
     pub fn equal(&self) -> bool {
-        self.modes.iter().all(|figures| figures.differing.unwrap_or(0) == 0)
+        let attached = self.mode(Mode::Attached);
+        attached.is_none_or(|figures| figures.differing.unwrap_or(0) == 0)
     }
 
     /// The figures of a mode.
@@ -186,9 +187,10 @@ impl Figures {
 
     fn of(mode: Mode, samples: &[&Sample], blocks: &[&Block]) -> Self {
         let tokens: u64 = samples.iter().map(|sample| sample.answer.tokens).sum();
-        // The clock of an answer starts with its first token.
+        // The clock of an answer starts with its first token, if one was seen.
         let timed: u64 = samples
             .iter()
+            .filter(|sample| sample.answer.first_token.is_some())
             .map(|sample| sample.answer.tokens.saturating_sub(1))
             .sum();
         let time: Duration = samples.iter().map(|sample| sample.answer.duration).sum();

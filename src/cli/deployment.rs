@@ -23,11 +23,12 @@ pub struct Servers {
     /// key is sent to servers that are named here.
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
-    /// The proxy, which is asked for the drafted answers. With --target and without this, one is run in this process.
+    /// The proxy, which is asked for the drafted answers. With --target or --draft and without this, one is run in this
+    /// process.
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
-    /// The draft, for a proxy that is run in this process; may be given several times.
-    #[arg(long, value_name = "URL")]
+    /// The draft of a proxy that is run in this process, instead of the config's; may be given several times.
+    #[arg(long, value_name = "URL", conflicts_with = "proxy")]
     pub draft: Vec<String>,
 }
 
@@ -91,7 +92,7 @@ impl Deployment {
         let model = target.model_name.clone();
         let (proxy, own_proxy) = if let Some(url) = &servers.proxy {
             (ChatServer::new(url.trim_end_matches('/'), None, model)?, None)
-        } else if delay.is_some() || servers.target.is_some() {
+        } else if delay.is_some() || servers.target.is_some() || !servers.draft.is_empty() {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
             let url = format!("http://{}", listener.local_addr()?);
             let token = Secret::new(format!("{:032x}", rand::random::<u128>()));

@@ -147,7 +147,7 @@ enum ProxyCommand {
     /// Start it in the foreground; Ctrl-C or `tightwad proxy stop` ends it.
     #[command(after_help = "Example: tightwad -c cluster.yaml proxy start")]
     Start,
-    /// Stop it and wait until running answers are finished.
+    /// Stop it and wait until running answers are finished, for ten seconds at most.
     #[command(after_help = "Example: tightwad proxy stop")]
     Stop,
     /// Show its servers and how well drafting goes.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use reqwest::StatusCode;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -95,6 +96,9 @@ pub async fn answers_in_rounds(proxy: &ChatServer) -> Result<bool, ChatError> {
 
 /// Its status; `None` of a server that is no proxy of ours.
 async fn status(proxy: &ChatServer) -> Result<Option<Value>, ChatError> {
-    let status = proxy.get("/v1/tightwad/status", PATIENCE).await?;
-    Ok(serde_json::from_str(&status).ok())
+    match proxy.get("/v1/tightwad/status", PATIENCE).await {
+        Ok(status) => Ok(serde_json::from_str(&status).ok()),
+        Err(ChatError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(None),
+        Err(error) => Err(error),
+    }
 }

@@ -12,7 +12,7 @@ use crate::cluster::build;
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings, amount};
-use crate::config::{Config, Coordinator, Model};
+use crate::config::{self, Config, Coordinator, Model};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -268,11 +268,7 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
 
 /// The value of a variable, unless it is a key.
 fn shown<'a>(name: &str, value: &'a str) -> &'a str {
-    let upper = name.to_uppercase();
-    let secret = ["KEY", "TOKEN", "SECRET", "PASSWORD"]
-        .iter()
-        .any(|word| upper.contains(word));
-    if secret { "***" } else { value }
+    if config::is_secret(name) { "***" } else { value }
 }
 
 fn words(launch: &Launch) -> impl Iterator<Item = String> {

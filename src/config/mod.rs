@@ -38,7 +38,7 @@ pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};
 pub use resolve::local_url;
-pub use secret::Secret;
+pub use secret::{Secret, is_secret};
 
 /// The port of the section `draft`: a draft may share a machine with a target, whose port is another.
 pub const DEFAULT_DRAFT_PORT: u16 = 8081;

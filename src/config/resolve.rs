@@ -57,7 +57,8 @@ impl Config {
         let given = self.proxy.as_ref().and_then(|proxy| proxy.target.clone());
         let target = given.or_else(|| self.target.as_ref().map(of_server)).or_else(|| {
             self.coordinator.as_ref().map(|coordinator| Upstream {
-                model_name: self.model_name(None),
+                // Whichever runs: to name one is to ask for a swap.
+                model_name: None,
                 api_key: coordinator.api_key.clone(),
                 api_key_file: coordinator.api_key_file.clone(),
                 ..Upstream::at(local_url(&coordinator.host, coordinator.port))

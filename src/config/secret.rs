@@ -37,6 +37,14 @@ impl Serialize for Secret {
     }
 }
 
+/// Whether a variable of this name holds something that is not to be shown.
+#[must_use]
+pub fn is_secret(variable: &str) -> bool {
+    let upper = variable.to_uppercase();
+    let words = ["KEY", "TOKEN", "SECRET", "PASSWORD"];
+    words.iter().any(|word| upper.contains(word))
+}
+
 impl Proxy {
     /// The token that clients must send, from `auth_token` or read now from `auth_token_file`. None: no token is set.
     pub fn token(&self) -> Result<Option<Secret>, ConfigError> {

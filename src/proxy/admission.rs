@@ -6,7 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Method, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -16,6 +16,18 @@ use super::respond::Refusal;
 
 /// How long an unwanted body is read on, so that its sender finds our answer rather than a reset connection.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Largest body of a request that needs no token, in bytes; browsers ask for permission without any.
+const PERMISSION: u64 = 16 * 1024;
+
+/// The largest body that is read of a request, where those with a token may have `limit` bytes.
+pub(crate) fn limit(method: &Method, limit: u64) -> u64 {
+    if method == Method::OPTIONS {
+        limit.min(PERMISSION)
+    } else {
+        limit
+    }
+}
 
 /// Reads a body of at most `limit` bytes.
 pub(crate) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {

@@ -98,7 +98,8 @@ impl Exchange<'_> {
             admission::discard(body, &parts.headers);
             return Err(Refusal::Hidden);
         }
-        let body = admission::read(body, &parts.headers, settings.max_body_size).await?;
+        let limit = admission::limit(&parts.method, settings.max_body_size);
+        let body = admission::read(body, &parts.headers, limit).await?;
         let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
@@ -231,6 +232,7 @@ impl Exchange<'_> {
             self.dialect,
             self.app.settings.keepalive,
             self.app.target.shown(),
+            self.app.cut_off.clone(),
             self.running,
         )
     }

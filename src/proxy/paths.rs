@@ -83,9 +83,10 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    /// Looks at a path as the target will see it.
+    /// Looks at a path as the target will see it: servers decode it before they compare.
     pub(crate) fn of(method: &Method, path: &str) -> Self {
-        if let Some(label) = COMPLETIONS.into_iter().find(|it| *it == path) {
+        let decoded = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
+        if let Some(label) = COMPLETIONS.into_iter().find(|it| *it == decoded) {
             return Self {
                 label,
                 completion: method == Method::POST,
@@ -93,7 +94,7 @@ impl Route {
                 hidden: false,
             };
         }
-        let label = NAMED.into_iter().find(|it| *it == path).unwrap_or("other");
+        let label = NAMED.into_iter().find(|it| *it == decoded).unwrap_or("other");
         Self {
             label,
             completion: false,
@@ -138,6 +139,8 @@ mod tests {
     #[test]
     fn only_a_post_to_a_generating_path_is_a_completion() {
         assert!(Route::of(&Method::POST, "/v1/chat/completions").completion);
+        assert!(Route::of(&Method::POST, "/v1/chat/completion%73").completion);
+        assert!(!Route::of(&Method::POST, "/v1/chat/completion%2573").completion);
         assert!(!Route::of(&Method::OPTIONS, "/v1/chat/completions").completion);
         assert!(!Route::of(&Method::POST, "/v1/chat/completions/input_tokens").completion);
         assert!(!Route::of(&Method::POST, "/v1/embeddings").completion);

@@ -10,6 +10,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use reqwest::Response;
+use tokio_util::sync::CancellationToken;
 
 use super::events::{Boundary, WAITING};
 use super::paths::Dialect;
@@ -98,6 +99,8 @@ pub(super) struct Events {
     keepalive: Option<Duration>,
     /// The target's URL, for messages.
     target: String,
+    /// Cancelled when the proxy cannot go on with it.
+    cut_off: CancellationToken,
     running: Running,
 }
 
@@ -112,6 +115,7 @@ enum Step {
     Answered(Result<Response, Refusal>),
     Bytes(Bytes),
     Broken(reqwest::Error),
+    CutOff,
     End,
 }
 
@@ -131,7 +135,13 @@ impl Source {
 
 impl Events {
     /// Nothing was sent so far.
-    pub(super) fn new(dialect: Dialect, keepalive: Option<Duration>, target: &str, running: Running) -> Self {
+    pub(super) fn new(
+        dialect: Dialect,
+        keepalive: Option<Duration>,
+        target: &str,
+        cut_off: CancellationToken,
+        running: Running,
+    ) -> Self {
         let target = target.to_owned();
         Self {
             source: Source::Over,
@@ -139,6 +149,7 @@ impl Events {
             dialect,
             keepalive,
             target,
+            cut_off,
             running,
         }
     }
@@ -165,9 +176,11 @@ impl Events {
 
     async fn next(&mut self) -> Option<Bytes> {
         loop {
+            let step = self.cut_off.run_until_cancelled(self.source.step());
+            let step = async { step.await.unwrap_or(Step::CutOff) };
             let step = match self.keepalive {
-                None => self.source.step().await,
-                Some(keepalive) => match tokio::time::timeout(keepalive, self.source.step()).await {
+                None => step.await,
+                Some(keepalive) => match tokio::time::timeout(keepalive, step).await {
                     Ok(step) => step,
                     Err(_) if self.boundary.is_between_events() => return Some(Bytes::from_static(WAITING)),
                     Err(_) => continue,
@@ -191,6 +204,8 @@ impl Events {
                     };
                     return Some(self.fail(&refusal.event(self.dialect)));
                 }
+                Step::CutOff if matches!(self.source, Source::Over) => return None,
+                Step::CutOff => return Some(self.fail(&Refusal::ShuttingDown.event(self.dialect))),
                 Step::End => {
                     if !matches!(self.source, Source::Over) {
                         self.running.finishes();

@@ -50,6 +50,8 @@ pub(crate) enum Refusal {
         "the target at {url} answered a streamed request with `{content_type}` instead of an event stream: send it with `\"stream\": false`"
     )]
     NotAStream { url: String, content_type: String },
+    #[error("the proxy is shutting down; the request can be sent again once it is back")]
+    ShuttingDown,
 }
 
 impl Refusal {
@@ -62,7 +64,7 @@ impl Refusal {
             Self::BodyCut(_) | Self::NotJson(_) | Self::NotACount { .. } | Self::TooManyTokens { .. } => {
                 StatusCode::BAD_REQUEST
             }
-            Self::DrafterDown { .. } | Self::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
         }
     }
@@ -80,6 +82,7 @@ impl Refusal {
             Self::Unreachable { .. } => "target_unreachable",
             Self::BrokeOff { .. } => "target_broke_off",
             Self::NotAStream { .. } => "target_did_not_stream",
+            Self::ShuttingDown => "shutting_down",
         }
     }
 

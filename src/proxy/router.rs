@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, Method};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
+use tokio_util::sync::CancellationToken;
 
 use super::agreement::Agreement;
 use super::headers::X_REQUEST_ID;
@@ -34,6 +35,8 @@ pub(super) struct App {
     /// `None`: not measured.
     pub(super) agreement: Option<Arc<Agreement>>,
     pub(super) started: Instant,
+    /// Cancelled when the proxy ends and running answers have had their time.
+    pub(super) cut_off: CancellationToken,
 }
 
 impl App {
@@ -51,6 +54,7 @@ impl App {
             observed,
             agreement,
             started: Instant::now(),
+            cut_off: CancellationToken::new(),
         })
     }
 }

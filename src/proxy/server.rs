@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
@@ -31,8 +31,14 @@ pub enum ServeError {
     Target(#[from] TargetError),
 }
 
+/// How long streams have to tell their clients that they are cut off.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// How long a client may take for the head of a request, the silence before it included.
+const SLOWEST_HEAD: Duration = Duration::from_secs(120);
+
 /// Serves on `listener` until `shutdown`; then takes no more requests, gives the running ones `settings.drain` to end,
-/// and cuts the rest off.
+/// and cuts the rest off: streams with an error event.
 pub async fn serve(
     listener: TcpListener,
     settings: Settings,
@@ -40,12 +46,20 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let drain = settings.drain;
-    serve_router(listener, router(App::new(settings, engine)?), drain, shutdown).await;
+    let app = App::new(settings, engine)?;
+    let cut_off = app.cut_off.clone();
+    serve_router(listener, router(app), drain, shutdown, cut_off).await;
     Ok(())
 }
 
-/// As [`serve`], with any router.
-pub(crate) async fn serve_router(listener: TcpListener, router: Router, drain: Duration, shutdown: CancellationToken) {
+/// As [`serve`], with any router, which `cut_off` tells that the rest is cut off.
+pub(crate) async fn serve_router(
+    listener: TcpListener,
+    router: Router,
+    drain: Duration,
+    shutdown: CancellationToken,
+    cut_off: CancellationToken,
+) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -63,11 +77,17 @@ pub(crate) async fn serve_router(listener: TcpListener, router: Router, drain: D
         }
     }
     drop(listener);
-    let drained = tokio::time::timeout(drain, async { while connections.join_next().await.is_some() {} }).await;
-    if drained.is_err() {
+    if !all_end_within(drain, &mut connections).await {
         tracing::warn!(connections = connections.len(), "cutting off what is still running");
+        cut_off.cancel();
+        all_end_within(FAREWELL, &mut connections).await;
         connections.shutdown().await;
     }
+}
+
+async fn all_end_within(patience: Duration, connections: &mut JoinSet<()>) -> bool {
+    let all = async { while connections.join_next().await.is_some() {} };
+    tokio::time::timeout(patience, all).await.is_ok()
 }
 
 /// Serves one connection. Dropping it drops its request, and with it what goes on at the target.
@@ -75,7 +95,10 @@ async fn connection(socket: TcpStream, router: Router, shutdown: CancellationTok
     if let Err(error) = tune(&socket) {
         tracing::debug!(%error, "a connection's options could not be set");
     }
-    let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(SLOWEST_HEAD)
+        .serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -331,7 +331,9 @@ impl Progress {
         }
         let delta = &choice["delta"];
         let mut pieces = Vec::new();
-        if let Some(text) = delta["reasoning_content"].as_str().filter(|text| !text.is_empty()) {
+        // `reasoning_content` is llama.cpp's name for it, `reasoning` Ollama's and vLLM's.
+        let reasoning = delta["reasoning_content"].as_str().or(delta["reasoning"].as_str());
+        if let Some(text) = reasoning.filter(|text| !text.is_empty()) {
             self.answer.reasoning.push_str(text);
             pieces.push(Piece::Reasoning(text.to_owned()));
         }
@@ -439,6 +441,16 @@ mod tests {
             (answer.text.as_str(), answer.reasoning.as_str(), answer.tokens),
             ("ab", "hm", 7)
         );
+    }
+
+    #[test]
+    fn thoughts_are_thoughts_by_either_name_and_start_the_clock() {
+        for name in ["reasoning_content", "reasoning"] {
+            let thought = format!(r#"{{"choices":[{{"delta":{{"content":"","{name}":"hm"}}}}]}}"#);
+            let answer = events(&[&thought, r#"{"choices":[{"delta":{"content":"a"}}]}"#]).unwrap();
+            assert_eq!((answer.text.as_str(), answer.reasoning.as_str()), ("a", "hm"));
+            assert_eq!(answer.tokens, 2);
+        }
     }
 
     #[test]

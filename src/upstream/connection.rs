@@ -61,9 +61,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// To the server at `base` (without a path). Fails only when the system cannot set up TLS.
+    /// To the server at `base` (without a path), never through a proxy of the environment. Fails only when the system
+    /// cannot set up TLS.
     pub(super) fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
+            .no_proxy()
             .http1_only()
             .connect_timeout(Duration::from_secs(3))
             .pool_max_idle_per_host(32)

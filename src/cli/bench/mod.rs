@@ -15,6 +15,7 @@ use super::progress::{Countdown, Line};
 use super::question_set::{QuestionSet, unless_stopped};
 use super::signals;
 use crate::bench::{Comparison, Contender, Measurements, OwnDraft, Pair, Plan, Progress, Prompt, Tried, measure, pad};
+use crate::cluster::gguf::ModelFile;
 use crate::config::Config;
 
 /// Shown below the options.
@@ -243,11 +244,15 @@ fn pair(config: Option<&Config>) -> Result<Pair, Failure> {
     let target = config.target.as_ref().ok_or_else(|| missing("target"))?;
     let draft = config.draft.as_ref().ok_or_else(|| missing("draft"))?;
     let (name, model) = config.model_for(target.model.as_deref())?;
+    let (_, small) = config.model_for(draft.model.as_deref())?;
+    for model in [model, small] {
+        ModelFile::check_complete(&model.path)?;
+    }
     Ok(Pair {
         binaries: config.binaries.clone(),
         server: target.clone(),
         target: (name.to_owned(), model.clone()),
-        draft: config.model_for(draft.model.as_deref())?.1.clone(),
+        draft: small.clone(),
         draft_threads: draft.threads,
     })
 }

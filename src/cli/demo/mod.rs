@@ -15,6 +15,7 @@ use super::own_proxy::{OwnProxy, why_undrafted};
 use super::question_set::unless_stopped;
 use super::{progress, proxy, signals};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
+use crate::cluster::gguf::ModelFile;
 use crate::config::{self, Binaries, Model, Upstream};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
@@ -144,6 +145,7 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
     };
     let drafts = config::MaxDraftTokens::default();
     let launch = preflight::llama_server(role, &binaries, &server, (role.as_str(), &model), drafts).await?;
+    ModelFile::check_complete(path)?;
     let url = launch.url();
     Ok((Service::start(role, launch, servers), url))
 }

@@ -103,7 +103,8 @@ struct Prepared {
 async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let dialect = Dialect::of(parts.uri.path());
-    let body = match admission::read(body, &parts.headers, MOST_BODY).await {
+    let limit = admission::limit(&parts.method, MOST_BODY);
+    let body = match admission::read(body, &parts.headers, limit).await {
         Ok(body) => body,
         Err(refusal) => return refusal.response(dialect),
     };

@@ -96,7 +96,9 @@ pub async fn serve(
         models: names,
         api_key,
     };
-    let serving = serve_router(listener, front::router(front), drain, stop.clone());
+    // Its streams are told by the pool.
+    let cut_off = CancellationToken::new();
+    let serving = serve_router(listener, front::router(front), drain, stop.clone(), cut_off);
     let served = async { tokio::join!(driver.run(stop), serving) };
     tokio::select! {
         biased;
