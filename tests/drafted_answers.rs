@@ -18,6 +18,7 @@ use harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tightwad::config::Upstream;
+use tightwad::upstream::{DraftPiece, WrittenTokens};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -424,6 +425,35 @@ async fn drafts_that_begin_and_end_inside_of_characters_are_used() {
             let body = json!({ "prompt": prompt, "n_predict": 60, "return_tokens": true, "stream": stream });
             same_and_drafted(&stage.target, &proxy, "/completion", &with(body, sampling.clone())).await;
         }
+    }
+}
+
+#[tokio::test]
+async fn a_draft_has_as_many_tokens_as_were_asked_for_wherever_that_cuts_a_character() {
+    let draft = start_draft("tightwad-tiny-target-q8_0.gguf").await;
+    let client = tightwad::upstream::LlamaServer::new(draft.url(), None).expect("a client");
+    let drafted = async |prefix: &[i32], n: usize, at_once: bool| {
+        let pieces = client.draft(prefix.to_vec(), &mut WrittenTokens::default(), n, 0, at_once);
+        let tokens = |piece| match piece {
+            Ok(DraftPiece::Tokens(tokens)) => tokens.into_iter().map(|(token, _)| token).collect(),
+            Ok(DraftPiece::End { .. }) => Vec::new(),
+            Err(error) => panic!("{error}"),
+        };
+        let pieces: Vec<Vec<i32>> = pieces.map(tokens).collect().await;
+        pieces.concat()
+    };
+    let mut characters = draft.tokenize(&"\u{65e5}\u{672c}\u{8a9e}\u{1f600}".repeat(8)).await;
+    // Behind the first half of one the model says a character of three tokens.
+    characters.truncate(characters.len() - 2);
+    let letters = draft.tokenize("Count from 1 to 30. 1, 2, 3, 4, 5, 6,").await;
+    for n in 1..8 {
+        let whole = drafted(&characters, n, true).await;
+        assert_eq!(whole.len(), n);
+        assert_eq!(drafted(&characters, n, false).await, whole);
+        // Where nothing is missing nothing is asked for twice.
+        let before = draft.generated().await;
+        assert_eq!(drafted(&letters, n, false).await.len(), n);
+        assert_eq!(draft.generated().await - before, n as u64);
     }
 }
 

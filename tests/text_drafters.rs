@@ -5,7 +5,8 @@
 
 mod harness;
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -286,6 +287,40 @@ async fn a_server_with_several_models_needs_the_name_of_one() {
         .await;
     assert_eq!(status["drafts"][0]["healthy"], false, "{status}");
     same(&target, &proxy, &chat(PROMPTS[0])).await;
+}
+
+#[tokio::test]
+async fn the_only_model_of_a_server_is_the_one_that_it_has_now() {
+    let restarted = Arc::new(AtomicBool::new(false));
+    let model = {
+        let restarted = restarted.clone();
+        move || if restarted.load(Ordering::SeqCst) { "new" } else { "old" }
+    };
+    let upstream = FakeUpstream::start(move |seen| {
+        if seen.target == "/v1/models" {
+            let models = json!({ "object": "list", "data": [{ "id": model() }] });
+            return whole("200 OK", &models.to_string());
+        }
+        let body: Value = serde_json::from_slice(&seen.body).expect("JSON");
+        if body["model"] != model() {
+            return whole("404 Not Found", r#"{"error":{"message":"The model does not exist."}}"#);
+        }
+        vec![stream_head(), chunk("data: [DONE]\n\n"), Act::EndChunks]
+    })
+    .await;
+    let server = TextServer::new(&upstream.url(), None, Backend::Vllm, None).expect("a client");
+    let drafts = || async {
+        server
+            .complete("One,".into(), 7, 0)
+            .all(|piece| std::future::ready(piece.is_ok()))
+            .await
+    };
+    server.ready().await.expect("it is there");
+    assert!(drafts().await);
+    restarted.store(true, Ordering::SeqCst);
+    assert!(!drafts().await);
+    server.ready().await.expect("it is back");
+    assert!(drafts().await);
 }
 
 #[tokio::test]

@@ -166,9 +166,9 @@ async fn measure_drafter(
             }
         }
     };
-    let (completion, slowdown) = tokio::join!(completion, slowdown(Stepper::new(target, &key), drafting));
-    completion.map(drop)?;
-    if let Some(factor) = slowdown? {
+    // The completion is dropped, and so ended, when the measuring is over.
+    let (_completion, slowdown) = tokio::try_join!(completion, slowdown(Stepper::new(target, &key), drafting))?;
+    if let Some(factor) = slowdown {
         tracing::debug!("steps of the target take {factor:.2} times as long beside the drafter");
         shared.pace().calibrate_slowdown(number, factor);
     }
@@ -180,9 +180,7 @@ async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<
     let key = super::new_key();
     // The completion is dropped, and so ended, when the measuring is over. Useless tokens are seldom accepted, but may be.
     let completion = target.begin_endless(&key, 16 * ROUNDS * SIZES.len());
-    let (completion, costs) = tokio::join!(completion, step_costs(Stepper::new(target, &key), n_max));
-    completion.map(drop)?;
-    let costs = costs?;
+    let (_completion, costs) = tokio::try_join!(completion, step_costs(Stepper::new(target, &key), n_max))?;
     if costs.contains_key(&0) {
         let shown: Vec<String> = costs
             .iter()

@@ -27,7 +27,7 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
-use crate::speculation::{Load, Outlook, Pace, Policy};
+use crate::speculation::{Outlook, Pace};
 use crate::upstream::{LlamaServer, TextServer};
 use activity::Activity;
 use calibrate::Measured;
@@ -50,8 +50,8 @@ pub struct Settings {
     pub verification: VerificationMode,
 }
 
-/// Targets with faster plain steps (in microseconds) are not drafted for: following them costs more than drafts save.
-const FASTEST_STEP_US: f64 = 1500.0;
+/// Targets with faster plain steps are not drafted for: following them costs more than drafts save.
+const FASTEST_STEP: Duration = Duration::from_micros(1500);
 
 /// Draft servers and a target, watched.
 #[derive(Debug)]
@@ -188,10 +188,8 @@ impl Engine {
 
     /// Whether a step of the target is over sooner than a drafter can be asked.
     fn too_fast(&self) -> bool {
-        self.shared
-            .pace()
-            .step_us(0, Load::default())
-            .is_some_and(|us| us < FASTEST_STEP_US)
+        let plain = self.shared.pace().plain_step();
+        plain.is_some_and(|step| step < FASTEST_STEP)
     }
 
     /// What is known of both servers and how the drafting went so far.

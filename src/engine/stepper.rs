@@ -1,12 +1,15 @@
 //! Times the steps of a completion that is there for nothing else.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::speculation::Token;
 use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
 /// How long a step may wait for its draft.
 const HOLD_US: u64 = 200_000;
+
+/// For how long steps are timed at most. A target that others keep busy may never take one that tells anything.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A completion whose steps are timed one by one.
 pub(super) struct Stepper<'a> {
@@ -15,6 +18,7 @@ pub(super) struct Stepper<'a> {
     pos: usize,
     n_steps: u64,
     last: Token,
+    until: Instant,
 }
 
 impl<'a> Stepper<'a> {
@@ -26,13 +30,14 @@ impl<'a> Stepper<'a> {
             pos: 0,
             n_steps: 0,
             last: 0,
+            until: Instant::now() + PATIENCE,
         }
     }
 
     /// The next step that is seen, which is to verify `size` draft tokens: how many it did verify, and how long it took.
-    /// `None`: the completion has ended.
+    /// `None`: the completion has ended, or it has taken too long.
     pub(super) async fn step(&mut self, size: usize) -> Result<Option<(usize, Duration)>, UpstreamError> {
-        loop {
+        while Instant::now() < self.until {
             let tokens = vec![self.last; if self.n_steps > 0 { size } else { 0 }];
             let call = DraftCall {
                 key: self.key,
@@ -56,9 +61,10 @@ impl<'a> Stepper<'a> {
                 return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
             }
         }
+        Ok(None)
     }
 
-    /// Times some plain steps after one that may have begun in other circumstances; false: the completion has ended.
+    /// Times some plain steps after one that may have begun in other circumstances; false: no more steps are to be had.
     pub(super) async fn plain(&mut self, steps: usize, times: &mut Vec<Duration>) -> Result<bool, UpstreamError> {
         for i in 0..=steps {
             let Some((_, time)) = self.step(0).await? else {

@@ -51,7 +51,7 @@ pub async fn prove(target: &dyn Target) -> Result<(Vec<(usize, Duration)>, Vec<T
     let begun = Instant::now();
     let plain = target.verify(ask(0, &[], N)).await?;
     let plain_cost = begun.elapsed() / u32::try_from(plain.next.len().max(1)).unwrap_or(1);
-    let said = &plain.next[..plain.next.len() - usize::from(plain.ended)];
+    let said = &plain.next[..plain.next.len().saturating_sub(usize::from(plain.ended))];
     let text = target.text(&prompt, said).await?;
     if text.trim_end_matches('\u{fffd}') != own.trim_end_matches('\u{fffd}') {
         return Err(Flaw::Differs {

@@ -157,6 +157,8 @@ impl Rounds {
     }
 
     fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
+        // What ends the text is a token of its own.
+        let ended = verdict.ended && !verdict.next.is_empty();
         if verdict.next.is_empty() {
             self.computed.extend_from_slice(&self.draft[..self.asked]);
         }
@@ -171,7 +173,7 @@ impl Rounds {
             }
         }
         let room = self.limit - self.generated;
-        let ended = verdict.ended && tokens.len() <= room;
+        let ended = ended && tokens.len() <= room;
         tokens.truncate(room);
         self.generated += tokens.len();
         if ended {

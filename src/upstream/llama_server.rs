@@ -177,6 +177,13 @@ pub enum DraftPiece {
     },
 }
 
+impl DraftPiece {
+    fn is_end_of_text(&self) -> bool {
+        let why = StreamEnd::EndOfText;
+        matches!(self, Self::End { why: told, .. } if *told == why)
+    }
+}
+
 /// Why a draft ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamEnd {
@@ -419,6 +426,11 @@ impl LlamaServer {
         if answers.len() != prompts.len() || answers.iter().any(|one| one.tokens.is_empty()) {
             return Err(self.connection.malformed(COMPLETION, "not each prompt was continued"));
         }
+        // The request names none. Where the target alone would have cut its answer is not known here.
+        if answers.iter().any(|one| one.stop_type == "word") {
+            let own = "it stops at strings of its own (`--reverse-prompt`), so answers to it cannot be made in rounds";
+            return Err(self.connection.malformed(COMPLETION, own));
+        }
         answers.sort_by_key(|one| one.index);
         let generated = |one: One| Generated {
             ended: one.stop_type == "eos",
@@ -503,7 +515,9 @@ impl LlamaServer {
         let wanted = serde_json::json!({
             "n_predict": n, "id_slot": slot, "stream": stream, "cache_prompt": true, "return_tokens": true,
             "samplers": ["top_k"], "top_k": 1, "n_probs": 1,
-            "response_fields": ["tokens", "stop", "stop_type", "completion_probabilities", "timings/predicted_ms"],
+            "response_fields": [
+                "tokens", "stop", "stop_type", "tokens_predicted", "completion_probabilities", "timings/predicted_ms",
+            ],
         });
         let wanted = wanted.to_string();
         let body = format!("{{\"prompt\":[{prompt}],{}", &wanted[1..]);
@@ -543,12 +557,13 @@ impl Drafting {
                     return Some((Err(broke_off), self));
                 }
             };
-            if let Some(end) = event.end() {
+            let missing = event.tokens_predicted > self.received + event.tokens.len();
+            if let Some(end) = event.end().filter(|end| !missing || end.is_end_of_text()) {
                 if let Some(rest) = self.events.take() {
                     Connection::read_out(rest);
                 }
                 self.pending.push_back(end);
-            } else if event.tokens_predicted > self.received + event.tokens.len() {
+            } else if missing {
                 self.events = None;
                 let n = self.n.saturating_sub(self.received).max(1);
                 let prefix = WrittenTokens::default().write(&self.prefix).to_owned();

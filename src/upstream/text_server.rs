@@ -4,13 +4,12 @@
 //! `server/routes.go` (`GenerateHandler`), `POST /api/generate` with `raw`: one JSON object per line; OpenAI's API
 //! reference, "Completions (legacy)", and vLLM's `vllm/entrypoints/openai`: `POST /v1/completions`, server-sent events.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use serde_json::{Value, json};
-use tokio::sync::OnceCell;
 
 use super::StreamEnd;
 use super::connection::{Connection, UpstreamError, error_message};
@@ -38,8 +37,10 @@ pub enum TextPiece {
 pub struct TextServer {
     connection: Connection,
     backend: Backend,
-    /// The configured model, else the only one, once it is known.
-    model: Arc<OnceCell<String>>,
+    /// The configured model.
+    configured: Option<String>,
+    /// Where none is, the server's only one, when it was looked at last.
+    only: Arc<Mutex<Option<String>>>,
 }
 
 impl TextServer {
@@ -54,12 +55,15 @@ impl TextServer {
         Ok(Self {
             connection: Connection::new(base, key)?,
             backend,
-            model: Arc::new(OnceCell::new_with(model)),
+            configured: model,
+            only: Arc::default(),
         })
     }
 
     /// Whether it can continue texts now. Ollama is made to load the model, which may take a while.
     pub async fn ready(&self) -> Result<(), UpstreamError> {
+        // It may have another one by now.
+        *self.known() = None;
         let model = self.model().await?;
         if self.backend == Backend::Ollama {
             // Without a prompt it loads the model and says so.
@@ -141,17 +145,21 @@ impl TextServer {
         Ok(until_the_end.boxed())
     }
 
-    async fn model(&self) -> Result<&str, UpstreamError> {
-        let only = || async {
-            let models = self.connection.own_models().await?;
-            <[String; 1]>::try_from(models)
-                .map(|[model]| model)
-                .map_err(|models| UpstreamError::WhichModel {
-                    url: self.connection.url("/v1/models"),
-                    count: models.len(),
-                })
-        };
-        self.model.get_or_try_init(only).await.map(String::as_str)
+    async fn model(&self) -> Result<String, UpstreamError> {
+        if let Some(model) = self.configured.clone().or_else(|| self.known().clone()) {
+            return Ok(model);
+        }
+        let models = self.connection.own_models().await?;
+        let [model] = <[String; 1]>::try_from(models).map_err(|models| UpstreamError::WhichModel {
+            url: self.connection.url("/v1/models"),
+            count: models.len(),
+        })?;
+        *self.known() = Some(model.clone());
+        Ok(model)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<String>> {
+        self.only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -130,6 +130,8 @@ impl Vllm {
 
 impl ScoringServer for Vllm {
     async fn models(&self) -> Result<Vec<String>, UpstreamError> {
+        // Whoever looks at it now and then may see another version of it.
+        self.is_old.store(false, Ordering::Relaxed);
         self.server.connection.own_models().await
     }
 
