@@ -488,7 +488,7 @@ impl Pace {
     /// How long a step without a draft takes with nothing beside it; `None` before any was seen.
     #[must_use]
     pub fn plain_step(&self) -> Option<Duration> {
-        Some(Duration::from_secs_f64(self.step.us(0)? / 1e6))
+        Duration::try_from_secs_f64(self.step.us(0)? / 1e6).ok()
     }
 
     /// What steps cost, in milliseconds by the number of draft tokens; only sizes that were measured.
@@ -566,20 +566,18 @@ impl Drafter {
     }
 
     /// How long it takes while the target waits or is in a step. Where that was not measured it is taken from the other: who
-    /// slows down the target by so much is slowed down as much. What it does in time beside a step it does undisturbed too: a
-    /// drafter that is not waited for any more, since it once had a long prompt to read, would never show that otherwise.
+    /// slows down the target by so much is slowed down as much.
     fn timing(&self, target_waits: bool) -> Timing {
         let slowdown = self.slowdown.factor();
-        let us = |undisturbed: Average, beside_step: Average| {
-            Average(match (undisturbed.get(), beside_step.get()) {
-                (Some(undisturbed), Some(beside_step)) if target_waits => Some(undisturbed.min(beside_step)),
-                (undisturbed, beside_step) if target_waits => undisturbed.or(beside_step.map(|us| us / slowdown)),
-                (undisturbed, beside_step) => beside_step.or(undisturbed.map(|us| us * slowdown)),
-            })
+        let (known, other, factor) = if target_waits {
+            (self.undisturbed, self.beside_step, 1.0 / slowdown)
+        } else {
+            (self.beside_step, self.undisturbed, slowdown)
         };
+        let us = |known: Average, other: Average| Average(known.get().or(other.get().map(|us| us * factor)));
         Timing {
-            first_us: us(self.undisturbed.first_us, self.beside_step.first_us),
-            token_us: us(self.undisturbed.token_us, self.beside_step.token_us),
+            first_us: us(known.first_us, other.first_us),
+            token_us: us(known.token_us, other.token_us),
         }
     }
 
@@ -865,17 +863,6 @@ mod tests {
         assert_eq!(choose(&fast, &[], Some(silent)).wait_us, 0);
         let slow = measured(linear, 90_000.0, 90_000.0);
         assert_eq!(choose(&slow, &[], Some(FRESH)).wait_us, 0);
-    }
-
-    #[test]
-    fn a_drafter_that_had_a_long_prompt_to_read_is_waited_for_again() {
-        let mut pace = measured(linear, 2_000.0, 200.0);
-        for _ in 0..20 {
-            pace.record_silence(0, us(600_000.0), true);
-        }
-        assert_eq!(choose(&pace, &[], Some(FRESH)).wait_us, 0);
-        pace.record_first_token(0, us(3_000.0), false);
-        assert!(choose(&pace, &[], Some(FRESH)).wait_us > 0);
     }
 
     #[test]
