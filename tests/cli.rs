@@ -58,6 +58,19 @@ impl User {
         ))
     }
 
+    /// A proxy that listens and whose target is down.
+    fn proxy_without_target(&self) -> Running {
+        let port = free_port();
+        self.config(&format!(
+            "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+        ));
+        let proxy = Running::start(self.tightwad(&["proxy", "start"]));
+        eventually(SOON, "the proxy listens", || {
+            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        proxy
+    }
+
     fn run(&self, args: &[&str]) -> Ended {
         Ended::from(self.tightwad(args).output().unwrap())
     }
@@ -571,14 +584,7 @@ fn the_status_of_another_server_is_one_sentence_without_its_page() {
 #[test]
 fn the_status_of_a_proxy_whose_target_is_down_is_shown_and_exits_6() {
     let user = User::new();
-    let port = free_port();
-    user.config(&format!(
-        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
-    ));
-    let _proxy = Running::start(user.tightwad(&["proxy", "start"]));
-    eventually(SOON, "the proxy listens", || {
-        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
-    });
+    let _proxy = user.proxy_without_target();
     let ended = user.run(&["proxy", "status"]);
     ended.fails(6, &["no target that answers"]);
     assert!(ended.stdout.contains("http://127.0.0.1:1: down"), "{ended:?}");
@@ -607,14 +613,7 @@ fn a_proxy_of_the_environment_is_not_for_a_users_own_machines() {
 #[test]
 fn proxy_stop_ends_the_proxy_and_a_second_start_is_refused_while_it_runs() {
     let user = User::new();
-    let port = free_port();
-    user.config(&format!(
-        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
-    ));
-    let proxy = Running::start(user.tightwad(&["proxy", "start"]));
-    eventually(SOON, "the proxy listens", || {
-        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
-    });
+    let proxy = user.proxy_without_target();
     user.run(&["proxy", "start"]).fails(5, &["already runs"]);
     let stopped = user.run(&["proxy", "stop"]);
     assert_eq!(stopped.code, Some(0), "{stopped:?}");

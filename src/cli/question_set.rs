@@ -1,9 +1,8 @@
-//! What `bench` and `verify` ask, and how they end.
+//! What `bench` and `verify` ask.
 
 use std::path::PathBuf;
 
 use clap::Args;
-use tokio_util::sync::CancellationToken;
 
 use super::deployment::Deployment;
 use super::exit::{Exit, Failure};
@@ -62,13 +61,4 @@ impl QuestionSet {
             token_ids: false,
         }
     }
-}
-
-/// What comes of `work`, unless `stop` is cancelled before.
-pub async fn unless_stopped<T>(
-    stop: &CancellationToken,
-    work: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    let interrupted = || Failure::new(Exit::Interrupted, "interrupted before all was asked");
-    stop.run_until_cancelled(work).await.ok_or_else(interrupted)?
 }

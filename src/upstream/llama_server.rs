@@ -179,8 +179,13 @@ pub enum DraftPiece {
 
 impl DraftPiece {
     fn is_end_of_text(&self) -> bool {
-        let why = StreamEnd::EndOfText;
-        matches!(self, Self::End { why: told, .. } if *told == why)
+        matches!(
+            self,
+            Self::End {
+                why: StreamEnd::EndOfText,
+                ..
+            }
+        )
     }
 }
 

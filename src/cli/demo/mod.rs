@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
-use super::question_set::unless_stopped;
-use super::{progress, proxy, signals};
+use super::signals::{self, unless_stopped};
+use super::{progress, proxy};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::cluster::gguf::ModelFile;
 use crate::config::{self, Binaries, Model, Upstream};
@@ -81,10 +81,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
     let (draft, draft_url) = start(options, Role::Draft, &servers).await?;
     let mut services = [(Role::Target, target), (Role::Draft, draft)];
     for (role, service) in &mut services {
-        tokio::select! {
-            ready = progress::until_ready(*role, service) => ready?,
-            () = stop.cancelled() => return Err(interrupted()),
-        }
+        unless_stopped(&stop, progress::until_ready(*role, service).map_err(Failure::from)).await?;
     }
 
     let section = config::Proxy {
@@ -223,8 +220,4 @@ async fn serve_on(url: &str, services: &mut [(Role, Service); 2], stop: &Cancell
         ended = target.ended() => Ok(ended?),
         ended = draft.ended() => Ok(ended?),
     }
-}
-
-fn interrupted() -> Failure {
-    Failure::new(Exit::Interrupted, "interrupted before the table was complete")
 }
