@@ -30,7 +30,6 @@ let
     in
     if given == null then null else given // secret // { inherit host; };
 
-  coordinatorHosts = map (name: cluster.hosts.${name}) (topology.hostsOf "coordinator");
   coordinator = section "coordinator" { api_key_file = cfg.coordinator.apiKeyFile; };
 
   unchecked = (pkgs.formats.yaml { }).generate "cluster.yaml" cfg.settings;
@@ -72,10 +71,7 @@ in
         target = section "target" { api_key_file = cfg.target.apiKeyFile; };
         draft = section "draft" { api_key_file = cfg.draft.apiKeyFile; };
         coordinator =
-          if coordinator == null || coordinator.backend != null || coordinatorHosts == [ ] then
-            coordinator
-          else
-            coordinator // { backend = topology.backendOf (lib.head coordinatorHosts); };
+          if coordinator == null then null else coordinator // { backend = topology.coordinatorBackend; };
         workers = map (
           worker:
           worker

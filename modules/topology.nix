@@ -2,6 +2,7 @@
 { lib, cfg }:
 let
   inherit (cfg) cluster;
+  address = import ./address.nix { inherit lib; };
   having = role: lib.filterAttrs (_: entry: lib.elem role entry.roles) cluster.hosts;
 in
 rec {
@@ -23,9 +24,7 @@ rec {
   # Their addresses, as another machine sees them: this one reaches itself without its firewall.
   peersOf = role: lib.unique (lib.remove (here.address or null) (addressesOf role));
 
-  isLoopback = address: address == "localhost" || address == "::1" || lib.hasPrefix "127." address;
-  # However it is spelt: 0.0.0.0, 0, ::, [::], ::0.
-  isWildcard = address: builtins.match "[][0.:]+" address != null;
+  inherit (address) isLoopback isWildcard;
 
   # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
   # A pool beside a target is not what the proxy asks, and so an endpoint of its own.
@@ -53,6 +52,18 @@ rec {
       none = "cpu";
     }
     .${host.gpu};
+
+  # That of the coordinator's own GPUs; null where neither it nor a host says so.
+  coordinatorBackend =
+    let
+      hosts = lib.attrValues (having "coordinator");
+    in
+    if cluster.coordinator.backend or null != null then
+      cluster.coordinator.backend
+    else if hosts != [ ] then
+      backendOf (lib.head hosts)
+    else
+      null;
 
   # `cluster.workers` with the hosts' addresses and GPUs.
   workers = map (

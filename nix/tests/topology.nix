@@ -94,6 +94,10 @@ let
       interface = "wg0";
     };
   };
+  linesOf = text: lib.filter (line: line != "") (lib.splitString "\n" text);
+  rulesOf =
+    machine:
+    map (line: lib.head (lib.splitString " || " line)) (linesOf machine.firewall.extraCommands);
   server = machine "server" open;
   gaming-pc = machine "gaming-pc" open;
   mini-pc = machine "mini-pc" (lib.recursiveUpdate open { networking.nftables.enable = true; });
@@ -223,8 +227,22 @@ let
       [ 8088 ]
     ];
     "a worker's ports are open to the coordinator only" = [
-      gaming-pc.firewall.extraCommands
-      "iptables -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp -m multiport --dports 50052,50060,50051 -j nixos-fw-accept\n"
+      (rulesOf gaming-pc)
+      [
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50052 -j nixos-fw-accept"
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50060 -j nixos-fw-accept"
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50051 -j nixos-fw-accept"
+      ]
+    ];
+    "no command of the firewall can end its script" = [
+      (map (text: lib.filter (line: !lib.hasInfix " || " line) (linesOf text)) [
+        gaming-pc.firewall.extraCommands
+        gaming-pc.firewall.extraStopCommands
+      ])
+      [
+        [ ]
+        [ ]
+      ]
     ];
     "a draft's port is open to the proxy only, with nftables too" = [
       mini-pc.firewall.extraInputRules
@@ -253,5 +271,12 @@ let
   ) unmet;
 in
 lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
-  pkgs.runCommand "topology" { } "touch $out"
+  pkgs.runCommand "topology" {
+    # For firewall.sh.
+    passthru.firewall = {
+      start = gaming-pc.firewall.extraCommands;
+      stop = gaming-pc.firewall.extraStopCommands;
+      nftables = mini-pc.firewall.extraInputRules;
+    };
+  } "touch $out"
 )
