@@ -14,7 +14,6 @@ let
     enum
     listOf
     nullOr
-    port
     str
     submodule
     ;
@@ -44,6 +43,9 @@ let
     description: example:
     optional types.externalPath example
       "${description} Outside of the Nix store: a file that sops-nix, agenix or you put there. Default: none.";
+
+  # No 0: where it takes a free port, nobody else knows that.
+  port = types.ints.between 1 65535;
 
   backend = enum [
     "hip"
@@ -183,7 +185,7 @@ let
       freeform workerGpu
     )) [ ] "Its GPUs. Without any its server listens on port 50052.";
     agent_port =
-      key port 50051
+      key types.port 50051
         "Port of its agent, by which the coordinator knows how it is; 0: it has none, and its `ggml-rpc-server` simply runs, as where somebody starts it by hand.";
     agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
     cache_dir =

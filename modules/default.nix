@@ -100,7 +100,8 @@ in
     };
 
     interface = mkOption {
-      type = types.nullOr types.str;
+      # What Linux allows of that is more; the rules of the firewall hold the name as it stands here.
+      type = types.nullOr (types.strMatching "[A-Za-z0-9_.-]{1,15}");
       default = null;
       example = "wg0";
       description = ''
