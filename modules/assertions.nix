@@ -163,7 +163,10 @@ let
         "empty, and so is services.tightwad.cluster.workers: the pool has no GPU; list them, or make it a `target`"
       )
     ]
-    ++ devices [ "cluster" "coordinator" ] topology.coordinatorBackend cluster.coordinator.gpus
+    ++ devices [
+      "cluster"
+      "coordinator"
+    ] (topology.serverBackend "coordinator") cluster.coordinator.gpus
   );
 
   # Workers, by their place in the list.

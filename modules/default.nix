@@ -110,6 +110,17 @@ in
       '';
     };
 
+    waitUntilReady = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait for the units of this machine until these serve:
+        a target or a draft until its model is loaded, which takes minutes from a slow disk, a worker or a coordinator until
+        it can be asked. If off, a unit is `active` as soon as its process runs, `systemctl status` shows what that waits for,
+        and a model that cannot be loaded does not fail the switch. The proxy serves at once in any case.
+      '';
+    };
+
     openFirewall = mkOption {
       type = types.bool;
       default = false;

@@ -52,6 +52,7 @@ in
     tightwad-proxy = unitOf "proxy" {
       description = "Tightwad proxy: the OpenAI endpoint";
       computes = false;
+      servesAtOnce = true;
       credentials = {
         "proxy.auth_token_file" = cfg.proxy.authTokenFile;
       }

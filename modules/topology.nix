@@ -53,17 +53,20 @@ rec {
     }
     .${host.gpu};
 
-  # That of the coordinator's own GPUs; null where neither it nor a host says so.
-  coordinatorBackend =
+  # What the section of a role computes on: as it says, else by its host; null where neither says so. A target or a draft on
+  # a host without GPU says nothing: llama.cpp then finds the CPU.
+  serverBackend =
+    role:
     let
-      hosts = lib.attrValues (having "coordinator");
+      given = cluster.${role}.backend or null;
+      host = lib.findFirst (_: true) null (lib.attrValues (having role));
     in
-    if cluster.coordinator.backend or null != null then
-      cluster.coordinator.backend
-    else if hosts != [ ] then
-      backendOf (lib.head hosts)
+    if given != null then
+      given
+    else if host == null || (role != "coordinator" && host.gpu == "none") then
+      null
     else
-      null;
+      backendOf host;
 
   # `cluster.workers` with the hosts' addresses and GPUs.
   workers = map (

@@ -86,7 +86,16 @@ let
       inherit (config.networking) firewall;
       units = lib.attrNames units;
       secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) units;
-      reads = lib.mapAttrs (_: unit: unit.unitConfig.RequiresMountsFor or [ ]) units;
+      reads = lib.mapAttrs (_: unit: unit.unitConfig.WantsMountsFor or [ ]) units;
+      # What keeps a unit from starting for good is not tried again.
+      requires = lib.mapAttrs (
+        _: unit: unit.unitConfig.RequiresMountsFor or [ ] ++ unit.requires or [ ]
+      ) units;
+      starts = lib.mapAttrs (_: unit: unit.serviceConfig.ExecStart) units;
+      types = lib.mapAttrs (_: unit: unit.serviceConfig.Type) units;
+      environment = lib.mapAttrs (_: unit: unit.environment) units;
+      parts = lib.mapAttrs (_: file: file.settings) config.services.tightwad.roleFiles;
+      clusterFile = config.services.tightwad.configFile;
     };
   open = {
     services.tightwad = {
@@ -114,6 +123,44 @@ let
   withTarget = machine "server" {
     services.tightwad.cluster.target.port = 8082;
   };
+  # Three machines after an edit of the cluster: which units are others.
+  restarted =
+    edit:
+    lib.concatMap (
+      name:
+      let
+        before = (machine name open).starts;
+        after =
+          (machine name {
+            imports = [
+              open
+              { services.tightwad.cluster = edit; }
+            ];
+          }).starts;
+      in
+      map (unit: "${name}: ${unit}") (
+        lib.filter (unit: before.${unit} != after.${unit}) (lib.attrNames before)
+      )
+    ) (lib.attrNames cluster.hosts);
+  withTargets = machine "server" {
+    services.tightwad.cluster = {
+      hosts.server.roles = lib.mkForce [ "target" ];
+      hosts.server.gpu = lib.mkForce "cuda";
+      hosts.mini-pc.roles = lib.mkForce [
+        "draft"
+        "proxy"
+      ];
+      target.api_key_file = "/run/secrets/target";
+      proxy.max_draft_tokens = 4;
+      models.small.path = lib.mkForce "${fetched}";
+    };
+  };
+  # A model that Nix downloads.
+  fetched = pkgs.writeText "small.gguf" "GGUF";
+  isNeeded = path: builtins.hasContext path;
+  withFetched =
+    name: machine name { services.tightwad.cluster.models.small.path = lib.mkForce "${fetched}"; };
+  waiting = machine "server" { services.tightwad.waitUntilReady = true; };
   withoutProxy = machine "server" {
     services.tightwad.cluster.hosts.server.roles = lib.mkForce [ "coordinator" ];
   };
@@ -220,6 +267,105 @@ let
         tightwad-proxy = [ ];
         tightwad-worker = [ ];
         tightwad-draft = [ "/models/small.gguf" ];
+      }
+    ];
+    "a unit whose mount fails is tried again" = [
+      (server.requires // gaming-pc.requires // mini-pc.requires)
+      {
+        tightwad-coordinator = [ ];
+        tightwad-proxy = [ ];
+        tightwad-worker = [ ];
+        tightwad-draft = [ ];
+      }
+    ];
+    "a model that Nix downloads is needed by the hosts that read it only" = [
+      {
+        server = isNeeded (withFetched "server").parts.coordinator.models.small.path;
+        mini-pc = isNeeded (withFetched "mini-pc").parts.draft.models.small.path;
+        proxy = lib.any isNeeded (
+          map (model: model.path) (lib.attrValues (withFetched "server").parts.proxy.models)
+        );
+        worker = (withFetched "gaming-pc").parts.worker ? models;
+        cluster-file = isNeeded (withFetched "mini-pc").settings.models.small.path;
+      }
+      {
+        server = true;
+        mini-pc = true;
+        proxy = false;
+        worker = false;
+        cluster-file = false;
+      }
+    ];
+    "an edit of the draft restarts the draft" = [
+      (restarted { draft.slots = 2; })
+      [ "mini-pc: tightwad-draft" ]
+    ];
+    "and one that concerns the proxy restarts the proxy too" = [
+      (restarted { draft.port = 8090; })
+      [
+        "mini-pc: tightwad-draft"
+        "server: tightwad-proxy"
+      ]
+    ];
+    "another worker restarts the coordinator, and no worker" = [
+      (restarted {
+        workers = [
+          {
+            name = "laptop";
+            host = "10.0.0.8";
+          }
+        ];
+      })
+      [ "server: tightwad-coordinator" ]
+    ];
+    "an edit of the proxy restarts the proxy" = [
+      (restarted { proxy.keepalive_seconds = 5; })
+      [ "server: tightwad-proxy" ]
+    ];
+    "a model's context restarts those that read it" = [
+      (restarted { models.small.ctx_size = 4096; })
+      [
+        "mini-pc: tightwad-draft"
+        "server: tightwad-coordinator"
+      ]
+    ];
+    "a target has its own model and the proxy's limit of draft tokens" = [
+      withTargets.parts
+      {
+        target = {
+          target = withTargets.settings.target;
+          models.big = withTargets.settings.models.big;
+          proxy = {
+            port = 0;
+            max_draft_tokens = 4;
+          };
+        };
+      }
+    ];
+    "a target and a draft have the backend of their host" = [
+      (map (role: withTargets.settings.${role}.backend or null) [
+        "target"
+        "draft"
+      ])
+      [
+        "cuda"
+        null
+      ]
+    ];
+    "`switch` waits for no model" = [
+      (server.types // gaming-pc.types // mini-pc.types)
+      {
+        tightwad-coordinator = "exec";
+        tightwad-proxy = "notify";
+        tightwad-worker = "exec";
+        tightwad-draft = "exec";
+      }
+    ];
+    "but where it is to" = [
+      waiting.types
+      {
+        tightwad-coordinator = "notify";
+        tightwad-proxy = "notify";
       }
     ];
     "clients reach the proxy on the interface, and not the coordinator on loopback" = [
