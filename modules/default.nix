@@ -26,6 +26,7 @@ in
     ./coordinator.nix
     ./draft.nix
     ./firewall.nix
+    ./local-key.nix
     ./proxy.nix
     ./target.nix
     ./worker.nix

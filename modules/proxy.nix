@@ -55,6 +55,7 @@ in
       servesAtOnce = true;
       credentials = {
         "proxy.auth_token_file" = cfg.proxy.authTokenFile;
+        local_key = topology.localKeyFile;
       }
       // drafts
       // target;

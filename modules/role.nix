@@ -32,6 +32,11 @@ let
     inherit lib computes;
     inherit (cfg) gpu;
   };
+  # Not `requires`: what is missing at the start is tried again.
+  awaited = [
+    "network-online.target"
+  ]
+  ++ lib.optional (secrets ? local_key) "tightwad-local-key.service";
   groups =
     (hardening.SupplementaryGroups or [ ])
     ++ lib.optional (models != [ ] && cfg.modelGroup != null) cfg.modelGroup;
@@ -40,8 +45,8 @@ in
   inherit description;
   wantedBy = [ "multi-user.target" ];
   # It listens on an address of this machine, which has to be there.
-  wants = [ "network-online.target" ];
-  after = [ "network-online.target" ];
+  wants = awaited;
+  after = awaited;
   # Not RequiresMountsFor: a mount that fails would end the attempt to start before there is a process, and `Restart` is about
   # processes.
   unitConfig = lib.optionalAttrs (models != [ ]) { WantsMountsFor = map escaped models; };

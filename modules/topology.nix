@@ -42,6 +42,23 @@ rec {
     else
       lib.head (addressesOf role);
 
+  # Where this machine's units find the key that they share; null where no target and no draft here asks for it, which those do
+  # that only this machine reaches and that have no key of their own.
+  localKeyFile =
+    let
+      asksForIt =
+        role:
+        let
+          section = cfg.settings.${role};
+        in
+        cfg.${role}.enable
+        && cfg.settings ? ${role}
+        && isLoopback (section.host or "127.0.0.1")
+        && !(section ? api_key_file)
+        && !section.allow_unauthenticated;
+    in
+    if asksForIt "target" || asksForIt "draft" then "/run/tightwad-local-key/key" else null;
+
   # llama.cpp's name of what drives a host's GPUs.
   backendOf =
     host:

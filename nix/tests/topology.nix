@@ -80,22 +80,23 @@ let
         config
         ;
       units = lib.filterAttrs (name: _: lib.hasPrefix "tightwad-" name) config.systemd.services;
+      roles = removeAttrs units [ "tightwad-local-key" ];
     in
     {
       inherit (config.services.tightwad) settings;
       inherit (config.networking) firewall;
       units = lib.attrNames units;
-      secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) units;
-      reads = lib.mapAttrs (_: unit: unit.unitConfig.WantsMountsFor or [ ]) units;
+      secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) roles;
+      after = lib.mapAttrs (_: unit: unit.after) roles;
+      reads = lib.mapAttrs (_: unit: unit.unitConfig.WantsMountsFor or [ ]) roles;
       # What keeps a unit from starting for good is not tried again.
       requires = lib.mapAttrs (
         _: unit: unit.unitConfig.RequiresMountsFor or [ ] ++ unit.requires or [ ]
-      ) units;
-      starts = lib.mapAttrs (_: unit: unit.serviceConfig.ExecStart) units;
-      types = lib.mapAttrs (_: unit: unit.serviceConfig.Type) units;
-      environment = lib.mapAttrs (_: unit: unit.environment) units;
+      ) roles;
+      starts = lib.mapAttrs (_: unit: unit.serviceConfig.ExecStart) roles;
+      types = lib.mapAttrs (_: unit: unit.serviceConfig.Type) roles;
+      environment = lib.mapAttrs (_: unit: unit.environment) roles;
       parts = lib.mapAttrs (_: file: file.settings) config.services.tightwad.roleFiles;
-      clusterFile = config.services.tightwad.configFile;
     };
   open = {
     services.tightwad = {
@@ -160,6 +161,15 @@ let
   isNeeded = path: builtins.hasContext path;
   withFetched =
     name: machine name { services.tightwad.cluster.models.small.path = lib.mkForce "${fetched}"; };
+  withLocalKey = machine "server" {
+    services.tightwad.cluster = {
+      hosts.server.roles = lib.mkForce [
+        "target"
+        "proxy"
+      ];
+      target.port = 8082;
+    };
+  };
   waiting = machine "server" { services.tightwad.waitUntilReady = true; };
   withoutProxy = machine "server" {
     services.tightwad.cluster.hosts.server.roles = lib.mkForce [ "coordinator" ];
@@ -252,6 +262,43 @@ let
         tightwad-worker = [ "workers.gaming-pc.agent_token_file:/run/secrets/worker" ];
         tightwad-draft = [ "draft.api_key_file:/run/secrets/draft" ];
       }
+    ];
+    "a target behind a proxy of its machine shares a key with that, made at the boot" = [
+      withLocalKey.secrets
+      {
+        tightwad-proxy = [
+          "draft.api_key_file:/run/secrets/draft"
+          "local_key:/run/tightwad-local-key/key"
+          "proxy.auth_token_file:/run/secrets/proxy"
+        ];
+        tightwad-target = [ "local_key:/run/tightwad-local-key/key" ];
+      }
+    ];
+    "and where everybody may use it there is none" = [
+      (machine "server" {
+        services.tightwad.cluster = {
+          hosts.server.roles = lib.mkForce [ "target" ];
+          target = {
+            port = 8082;
+            host = "127.0.0.1";
+            allow_unauthenticated = true;
+          };
+        };
+      }).units
+      [ "tightwad-target" ]
+    ];
+    "units are started after the key is made" = [
+      withLocalKey.after
+      (lib.genAttrs
+        [
+          "tightwad-proxy"
+          "tightwad-target"
+        ]
+        (_: [
+          "network-online.target"
+          "tightwad-local-key.service"
+        ])
+      )
     ];
     "from where this machine has it" = [
       (lib.elem "draft.api_key_file:/etc/keys/draft" withOwnPath.secrets.tightwad-proxy)
