@@ -18,6 +18,8 @@ let
     submodule
     ;
 
+  generations = import ./generations.nix { inherit lib; };
+
   freeform =
     options:
     submodule {
@@ -247,6 +249,10 @@ let
         example = "rocm";
         description = "What drives its GPUs.";
       };
+      inherit (lib.mapAttrs (_: generation: mkOption (generation // { default = null; })) generations)
+        cudaCapabilities
+        rocmGpuTargets
+        ;
     };
   };
 

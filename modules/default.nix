@@ -17,6 +17,18 @@ let
   topology = import ./topology.nix { inherit lib cfg; };
   inherit (pkgs.stdenv.hostPlatform) system;
   llamaCpp = "llama-cpp-${if cfg.gpu == "none" then "cpu" else cfg.gpu}";
+  build =
+    self.packages.${system}.${llamaCpp}
+      or (throw "services.tightwad.gpu: this flake has no ${llamaCpp} for ${system}; choose another gpu, or set services.tightwad.llamaCpp.package");
+  # What differs from the build that the flake has by itself.
+  generations = lib.filterAttrs (_: list: list != null) (
+    {
+      cuda = { inherit (cfg) cudaCapabilities; };
+      rocm = { inherit (cfg) rocmGpuTargets; };
+    }
+    .${cfg.gpu} or { }
+  );
+  inherit (import ./generations.nix { inherit lib; }) cudaCapabilities rocmGpuTargets;
 in
 {
   imports = [
@@ -69,6 +81,21 @@ in
       '';
     };
 
+    cudaCapabilities = mkOption (
+      cudaCapabilities
+      // {
+        default = topology.here.cudaCapabilities or null;
+        defaultText = literalMD "`cudaCapabilities` of this machine's entry of `cluster.hosts`";
+      }
+    );
+    rocmGpuTargets = mkOption (
+      rocmGpuTargets
+      // {
+        default = topology.here.rocmGpuTargets or null;
+        defaultText = literalMD "`rocmGpuTargets` of this machine's entry of `cluster.hosts`";
+      }
+    );
+
     package = mkOption {
       type = types.package;
       default = self.packages.${system}.tightwad;
@@ -79,10 +106,8 @@ in
 
     llamaCpp.package = mkOption {
       type = types.package;
-      default =
-        self.packages.${system}.${llamaCpp}
-          or (throw "services.tightwad.gpu: this flake has no ${llamaCpp} for ${system}; choose another gpu, or set services.tightwad.llamaCpp.package");
-      defaultText = literalMD "`llama-cpp-cpu`, `-cuda`, `-rocm` or `-vulkan` of this flake, by `gpu`";
+      default = if generations == { } then build else build.override generations;
+      defaultText = literalMD "`llama-cpp-cpu`, `-cuda`, `-rocm` or `-vulkan` of this flake, by `gpu`, for `cudaCapabilities` or `rocmGpuTargets`";
       example = literalExpression "inputs.tightwad.packages.x86_64-linux.llama-cpp-vulkan";
       description = ''
         The llama.cpp whose `llama-server` and `ggml-rpc-server` this machine runs. A pool works with one build of

@@ -61,6 +61,10 @@ in
     XDG_CACHE_HOME = "/var/cache/${name}";
     XDG_RUNTIME_DIR = "/run/${name}";
     XDG_STATE_HOME = "/var/lib/${name}";
+  }
+  # The drivers of a system that is newer than the build need a newer C library than the build has.
+  // lib.optionalAttrs (computes && cfg.gpu == "vulkan" && cfg.llamaCpp.package ? vulkanDriverFiles) {
+    VK_DRIVER_FILES = cfg.llamaCpp.package.vulkanDriverFiles;
   };
 
   serviceConfig =

@@ -35,8 +35,10 @@ in
 {
   default = shell packages.llama-cpp-cpu [ ];
 }
-// lib.optionalAttrs (packages ? llama-cpp-cuda) {
+// {
   cuda = shell packages.llama-cpp-cuda [ ];
+}
+// lib.optionalAttrs (packages ? llama-cpp-rocm) {
   rocm = shell packages.llama-cpp-rocm [
     pkgs.rocmPackages.rocm-smi
     pkgs.rocmPackages.rocminfo

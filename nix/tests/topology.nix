@@ -96,6 +96,7 @@ let
       starts = lib.mapAttrs (_: unit: unit.serviceConfig.ExecStart) roles;
       types = lib.mapAttrs (_: unit: unit.serviceConfig.Type) roles;
       environment = lib.mapAttrs (_: unit: unit.environment) roles;
+      devices = lib.mapAttrs (_: unit: unit.serviceConfig.DeviceAllow or [ ]) roles;
       parts = lib.mapAttrs (_: file: file.settings) config.services.tightwad.roleFiles;
     };
   open = {
@@ -169,6 +170,13 @@ let
       ];
       target.port = 8082;
     };
+  };
+  # With drivers of its own nixpkgs.
+  mesa = pkgs.writeText "mesa" "";
+  withDrivers = machine "gaming-pc" {
+    services.tightwad.llamaCpp.package = lib.mkForce (
+      self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-vulkan.override { inherit mesa; }
+    );
   };
   waiting = machine "server" { services.tightwad.waitUntilReady = true; };
   withoutProxy = machine "server" {
@@ -397,6 +405,24 @@ let
       [
         "cuda"
         null
+      ]
+    ];
+    "Vulkan's drivers are of the nixpkgs that llama.cpp is of" = [
+      withDrivers.environment.tightwad-worker.VK_DRIVER_FILES
+      "${mesa}/share/vulkan/icd.d:/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${pkgs.stdenv.hostPlatform.parsed.cpu.name}.json"
+    ];
+    "and nobody else has any" = [
+      (lib.filter (unit: server.environment.${unit} ? VK_DRIVER_FILES) server.units)
+      [ ]
+    ];
+    "the GPU of WSL may be opened, with the others" = [
+      (map (lib.elem "/dev/dxg rw") [
+        server.devices.tightwad-coordinator
+        withDrivers.devices.tightwad-worker
+      ])
+      [
+        true
+        true
       ]
     ];
     "`switch` waits for no model" = [
