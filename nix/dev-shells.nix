@@ -17,6 +17,7 @@ let
         pkgs.cargo-nextest
         pkgs.clippy
         pkgs.deadnix
+        pkgs.iproute2
         pkgs.nixfmt
         pkgs.rust-analyzer
         pkgs.rustc

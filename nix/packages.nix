@@ -14,6 +14,13 @@ let
       };
     }) (capabilities // { cudaSupport = true; });
   tightwad = pkgs.callPackage ./package.nix { };
+  # Every file of tests/vm is a test with virtual machines.
+  vmTests = lib.mapAttrs' (
+    file: _:
+    lib.nameValuePair "vm-test-${lib.removeSuffix ".nix" file}" (
+      import (./tests/vm + "/${file}") { inherit self pkgs; }
+    )
+  ) (builtins.readDir ./tests/vm);
 in
 {
   inherit tightwad;
@@ -24,6 +31,7 @@ in
   options-doc = import ./options-doc.nix { inherit self pkgs; };
   tiny-models = pkgs.callPackage ./tiny-models.nix { };
 }
+// vmTests
 // lib.optionalAttrs isx86_64 {
   llama-cpp-rocm = llama-cpp pkgs { rocmSupport = true; };
 }

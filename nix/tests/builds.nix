@@ -82,6 +82,26 @@ let
       (here [ (gpu "rocm" { cudaCapabilities = [ "9.0" ]; }) ]).drvPath
       llama-cpp-rocm.drvPath
     ];
+    "a laptop can run the checks: those that take long are packages" = [
+      (lib.filter (name: builtins.match ".*(cuda|rocm|vulkan|pool|speculation).*" name != null) (
+        lib.attrNames self.checks.x86_64-linux
+      ))
+      [ ]
+    ];
+    "and virtual machines are tested by packages" = [
+      (lib.filter (lib.hasPrefix "vm-test-") (lib.attrNames self.packages.x86_64-linux))
+      [
+        "vm-test-pool"
+        "vm-test-speculation"
+      ]
+    ];
+    "the tests of networks have what they need, and are not skipped" = [
+      (lib.subtractLists (map lib.getName self.checks.x86_64-linux.tests.nativeBuildInputs) [
+        "iproute2"
+        "util-linux"
+      ])
+      [ ]
+    ];
     "the module may be imported twice" = [
       (here [
         { imports = [ self.nixosModules.default ]; }
