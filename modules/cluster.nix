@@ -88,7 +88,7 @@ let
     allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of llama-server; they win over those that Tightwad gives. Not where it listens (`host`, `port`), and no secrets: everybody can read the store.";
+        "More arguments of llama-server; they win over those that Tightwad gives. Not `--host`, `--port`, `--model` and `--rpc`, which keys of this file set, and no secrets: everybody can read the store.";
     env =
       key (attrsOf str) { }
         "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
@@ -100,6 +100,9 @@ let
       // {
         host = optional str "192.168.1.50" defaultHost;
         port = key port defaultPort "Port to listen on. Roles of one machine need ports of their own.";
+        backend =
+          optional backend "cuda"
+            "What it computes on: it serves only when llama.cpp finds a GPU of this kind. Left out: follows from `gpu` of the host with this role.";
         model =
           optional str example
             "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";

@@ -151,15 +151,17 @@ in
     configFile = mkOption {
       type = types.package;
       readOnly = true;
-      description = "The cluster file, checked. It is the same on every host but for the paths of secrets.";
+      description = ''
+        The cluster file, checked. It is the same on every host but for the paths of secrets, and names the models without
+        making the host download them. The units read parts of it, one for each role, so that an edit of the cluster restarts
+        only the units whose part changes.
+      '';
     };
     roleFiles = mkOption {
       type = types.attrsOf types.package;
       readOnly = true;
-      description = ''
-        The files of this machine's units by role, checked: the sections of the cluster file that the role reads. A change of
-        the cluster restarts the units whose file is another then.
-      '';
+      internal = true;
+      description = "The files that this machine's units read, by role, checked.";
     };
   };
 

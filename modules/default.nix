@@ -126,7 +126,7 @@ in
     };
 
     interface = mkOption {
-      # What Linux allows of that is more; the rules of the firewall hold the name as it stands here.
+      # Linux allows more characters; the rules of the firewall contain the name as it stands here.
       type = types.nullOr (types.strMatching "[A-Za-z0-9_.-]{1,15}");
       default = null;
       example = "wg0";
@@ -140,10 +140,11 @@ in
       type = types.bool;
       default = false;
       description = ''
-        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait for the units of this machine until these serve:
-        a target or a draft until its model is loaded, which takes minutes from a slow disk, a worker or a coordinator until
-        it can be asked. If off, a unit is `active` as soon as its process runs, `systemctl status` shows what that waits for,
-        and a model that cannot be loaded does not fail the switch. The proxy serves at once in any case.
+        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait until the units of this machine serve
+        (`Type=notify` in place of `exec`). A target or a draft serves when its model is loaded, which takes minutes from a slow
+        disk; a role on a GPU serves when llama.cpp finds that GPU. If false, a unit is active as soon as its process runs,
+        `systemctl status` shows what it waits for, and a model that does not load fails no switch. The proxy serves at once in
+        either case.
       '';
     };
 

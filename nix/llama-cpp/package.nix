@@ -92,7 +92,7 @@ in
     passthru =
       (old.passthru or { })
       // lib.optionalAttrs (vulkanSupport && mesa != null) {
-        # For VK_DRIVER_FILES. NVIDIA's driver is of the system's kernel, and does not ask for a newer C library.
+        # For VK_DRIVER_FILES. NVIDIA's driver has to be that of the system's kernel.
         vulkanDriverFiles = lib.concatStringsSep ":" [
           "${mesa}/share/vulkan/icd.d"
           "/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${stdenv.hostPlatform.parsed.cpu.name}.json"
