@@ -25,7 +25,12 @@
       formatter = eachSystem ({ pkgs, ... }: pkgs.nixfmt-tree);
 
       overlays.default = import ./nix/overlay.nix;
-      nixosModules.default = lib.modules.importApply ./modules { inherit self; };
+      nixosModules.default = {
+        _class = "nixos";
+        # Imported twice it is one module.
+        key = "tightwad#nixosModules.default";
+        imports = [ (lib.modules.importApply ./modules { inherit self; }) ];
+      };
       templates.default = {
         path = ./nix/template;
         description = "A cluster of four NixOS hosts: a pool of two, a target with the proxy, and a draft";

@@ -8,6 +8,7 @@
 let
   cfg = config.services.tightwad;
   topology = import ./topology.nix { inherit lib cfg; };
+  address = import ./address.nix { inherit lib; };
   inherit (cfg) cluster settings;
   inherit (lib) optional;
   enabled = lib.filter (role: cfg.${role}.enable) topology.roles;
@@ -40,17 +41,58 @@ let
     "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
-  addresses = lib.mapAttrsToList (
-    name: host:
-    refuse (topology.isWildcard host.address)
+  # Names are looked up when the units start; here it is only seen whether the text can be one.
+  wellFormed =
+    path: text:
+    refuse (
+      text != null && !topology.isWildcard text && !address.isIP text && !address.isName text
+    ) path "`${toString text}` is neither an IP address nor a host name; correct it";
+  hostNames = lib.attrNames cluster.hosts;
+  addresses = lib.concatLists (
+    lib.imap0 (
+      number: name:
+      let
+        text = cluster.hosts.${name}.address;
+        at = [
+          "cluster"
+          "hosts"
+          name
+          "address"
+        ];
+        same =
+          other:
+          let
+            theirs = cluster.hosts.${other}.address;
+          in
+          theirs == text || (address.isIP text && address.parse theirs == address.parse text);
+        other = lib.findFirst same null (lib.take number hostNames);
+      in
       [
-        "cluster"
-        "hosts"
-        name
-        "address"
+        (wellFormed at text)
+        (refuse (topology.isWildcard text) at
+          "${text} is every address and none that others can reach; give the host's own on the private network"
+        )
+        (refuse (address.isMapped text) at
+          "`${text}` is an IPv4 address in the form of IPv6, which no peer has; give the IPv4 address"
+        )
+        (refuse (
+          other != null
+        ) at "`${text}` is the address of `${toString other}` already; give each host its own")
+        # The stand-in for nixpkgs of the tests has no such option.
+        (refuse (address.isIPv6 text && !(config.networking.enableIPv6 or true)) at
+          "`${text}` is an IPv6 address, and networking.enableIPv6 is off on this machine; turn that on, or give an IPv4 address"
+        )
       ]
-      "${host.address} is every address and none that others can reach; give the host's own on the private network"
-  ) cluster.hosts;
+    ) hostNames
+  );
+  listening = lib.mapAttrsToList (
+    role: section:
+    wellFormed [
+      "cluster"
+      role
+      "host"
+    ] section.host
+  ) sections;
 
   alone = map (
     role:
@@ -65,6 +107,67 @@ let
       + "services.tightwad.cluster.hosts.${cfg.host}.roles"
     )
   ) (lib.remove "worker" topology.roles);
+
+  # A section that describes a server which nobody starts.
+  unused =
+    map
+      (
+        role:
+        refuse
+          (
+            cluster.hosts != { }
+            && cluster.${role} != null
+            && topology.hostsOf role == [ ]
+            && !cfg.${role}.enable
+          )
+          [ "cluster" role ]
+          "no host has the role `${role}`; give it to one of services.tightwad.cluster.hosts, or remove the section"
+      )
+      [
+        "target"
+        "draft"
+      ];
+
+  # llama.cpp's names of devices begin with what drives them.
+  devicePrefix = {
+    cpu = "CPU";
+    cuda = "CUDA";
+    hip = "ROCm";
+    metal = "MTL";
+    vulkan = "Vulkan";
+  };
+  devices =
+    path: backend: gpus:
+    lib.imap0 (
+      number: gpu:
+      refuse
+        (
+          backend != null
+          && gpu.device != null
+          && builtins.match "${devicePrefix.${backend}}[0-9]*" gpu.device == null
+        )
+        (
+          path
+          ++ [
+            "gpus"
+            (toString number)
+            "device"
+          ]
+        )
+        "`${toString gpu.device}` is not a device of the backend ${backend}, which follows from `gpu` of the host; correct the one or the other"
+    ) gpus;
+  coordinatorGpus = lib.optionals (cluster.coordinator != null) (
+    [
+      (refuse (cluster.workers == [ ] && cluster.coordinator.gpus == [ ])
+        [ "cluster" "coordinator" "gpus" ]
+        "empty, and so is services.tightwad.cluster.workers: the pool has no GPU; list them, or make it a `target`"
+      )
+    ]
+    ++ devices [
+      "cluster"
+      "coordinator"
+    ] (topology.serverBackend "coordinator") cluster.coordinator.gpus
+  );
 
   # Workers, by their place in the list.
   workers = lib.concatLists (
@@ -83,10 +186,12 @@ let
           "missing; give the worker an address here, or a `name` that services.tightwad.cluster.hosts has"
           + lib.optionalString (worker.name != null) " (`${worker.name}` is not one)"
         ))
+        (wellFormed (at "host") worker.host)
         (refuse (worker.host != null && topology.isWildcard worker.host) (at "host")
           "${toString worker.host} would offer RPC, which has no password, on all interfaces; give the host's address on the private network"
         )
       ]
+      ++ devices [ "cluster" "workers" (toString number) ] worker.backend worker.gpus
     ) topology.workers
   );
   own = lib.head topology.ownWorkers;
@@ -216,17 +321,17 @@ let
       number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
     ) cluster.workers;
 
-  # What llama.cpp's programs are given beside the keys of the file must not be a secret, and not move a listener: the firewall
-  # and the other hosts know it by those keys.
+  # Arguments of llama.cpp's programs must not hold a secret, and must not override what a key of the file says: the firewall
+  # and the other hosts go by the key.
   programs =
     let
       program =
         {
           path,
           given,
-          listening,
-          # Where such a thing belongs.
-          listener,
+          # What of the program has keys in the file: its arguments by the keys to change.
+          keys,
+          # Where a secret belongs.
           file,
         }:
         let
@@ -236,7 +341,6 @@ let
             lib.filter lib.isString (lib.toList (given.extra_args or [ ]))
           );
           secret = lib.filter (flag: builtins.match "(--api-key|--hf-token|-hft).*" flag != null) flags;
-          moving = lib.filter (flag: lib.elem flag listening) flags;
           variables = lib.filter (name: builtins.match ".*(API_KEY|TOKEN)" name != null) (
             lib.attrNames (given.env or { })
           );
@@ -245,10 +349,16 @@ let
           (refuse (secret != [ ]) (at [ "extra_args" ])
             "must not hold `${lib.head secret}`: everybody can read the store and the process list; its own key belongs to the file that ${file} names"
           )
-          (refuse (moving != [ ]) (at [
-            "extra_args"
-          ]) "must not hold `${lib.head moving}`: ${listener} say where it listens; change them")
         ]
+        ++ map (
+          { arguments, key }:
+          let
+            overriding = lib.filter (flag: lib.elem flag arguments) flags;
+          in
+          refuse (overriding != [ ]) (at [
+            "extra_args"
+          ]) "must not hold `${lib.head overriding}`: that is set by ${key}"
+        ) keys
         ++ map (
           name:
           refuse true
@@ -258,16 +368,40 @@ let
             ])
             "a secret in the configuration can be read by everybody in the Nix store; its own key belongs to the file that ${file} names"
         ) variables;
-      listening = [
+      hostAndPort = [
         "--host"
         "--port"
+      ];
+      ofLlamaServer = listener: [
+        {
+          arguments = hostAndPort;
+          key = listener;
+        }
+        {
+          arguments = [
+            "-m"
+            "--model"
+            "-mu"
+            "--model-url"
+            "-hf"
+            "-hfr"
+            "--hf-repo"
+            "-dr"
+            "--docker-repo"
+          ];
+          key = "`path` of services.tightwad.cluster.models";
+        }
+        {
+          arguments = [ "--rpc" ];
+          key = "services.tightwad.cluster.workers";
+        }
       ];
     in
     lib.concatMap program (
       lib.mapAttrsToList (role: given: {
         path = [ role ];
-        inherit given listening;
-        listener = "`host` and `port` of services.tightwad.cluster.${role}";
+        inherit given;
+        keys = ofLlamaServer "`host` and `port` of services.tightwad.cluster.${role}";
         file = "services.tightwad.${role}.apiKeyFile";
       }) (removeAttrs sections [ "proxy" ])
       ++ lib.mapAttrsToList (name: given: {
@@ -275,8 +409,8 @@ let
           "models"
           name
         ];
-        inherit given listening;
-        listener = "`host` and `port` of the section that runs the model";
+        inherit given;
+        keys = ofLlamaServer "`host` and `port` of the section that runs the model";
         file = "`apiKeyFile` of the role that runs the model";
       }) cluster.models
       ++ lib.imap0 (number: given: {
@@ -285,11 +419,15 @@ let
           (toString number)
         ];
         inherit given;
-        listening = listening ++ [
-          "-H"
-          "-p"
+        keys = [
+          {
+            arguments = hostAndPort ++ [
+              "-H"
+              "-p"
+            ];
+            key = "the worker's `host` and its GPUs' `rpc_port`";
+          }
         ];
-        listener = "the worker's `host` and its GPUs' `rpc_port`";
         file = "services.tightwad.worker.agentTokenFile";
       }) cluster.workers
     );
@@ -380,6 +518,7 @@ let
       };
     in
     config.allowUnfree or false
+    || builtins.getEnv "NIXPKGS_ALLOW_UNFREE" == "1"
     || lib.any (name: lib.hasPrefix "nvidia" name || lib.hasPrefix "cuda" name) (
       config.allowUnfreePackages or [ ]
     )
@@ -397,7 +536,7 @@ let
     ]
     ++ lib.mapAttrsToList (
       name: host:
-      refuse (builtins.match "[0-9.]+|[0-9a-fA-F:]+" host.address == null)
+      refuse (address.isName host.address)
         [
           "cluster"
           "hosts"
@@ -407,27 +546,31 @@ let
         "`${host.address}` is a name, and services.tightwad.openFirewall makes rules of addresses; give its IP address, or open the ports yourself"
     ) cluster.hosts
   );
+  # ROCm needs the kernel's driver and nothing in /run/opengl-driver.
   needsDriver =
     lib.elem cfg.gpu [
       "cuda"
       "vulkan"
     ]
     && lib.any (role: role != "proxy") enabled;
+  driver = refuse (needsDriver && !config.hardware.graphics.enable) [ "gpu" ] (
+    "\"${cfg.gpu}\" needs the driver in /run/opengl-driver, where llama.cpp looks for it; set hardware.graphics.enable = true"
+  );
 in
 {
-  config.warnings = lib.optional (cfg.enable && needsDriver && !config.hardware.graphics.enable) (
-    "${option [ "gpu" ]}: \"${cfg.gpu}\" needs the driver in /run/opengl-driver, which hardware.graphics.enable puts there, "
-    + "and that is off; without it llama.cpp finds no GPU"
-  );
   config.assertions = lib.mkIf cfg.enable (
     [
       known
       gpu
       cuda
+      driver
     ]
     ++ addresses
+    ++ listening
     ++ alone
     ++ sectioned
+    ++ unused
+    ++ coordinatorGpus
     ++ workers
     ++ ownWorker
     ++ tokens

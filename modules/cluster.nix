@@ -14,10 +14,11 @@ let
     enum
     listOf
     nullOr
-    port
     str
     submodule
     ;
+
+  generations = import ./generations.nix { inherit lib; };
 
   freeform =
     options:
@@ -44,6 +45,9 @@ let
     description: example:
     optional types.externalPath example
       "${description} Outside of the Nix store: a file that sops-nix, agenix or you put there. Default: none.";
+
+  # No 0: where it takes a free port, nobody else knows that.
+  port = types.ints.between 1 65535;
 
   backend = enum [
     "hip"
@@ -84,7 +88,7 @@ let
     allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of llama-server; they win over those that Tightwad gives. Not where it listens (`host`, `port`), and no secrets: everybody can read the store.";
+        "More arguments of llama-server; they win over those that Tightwad gives. Not `--host`, `--port`, `--model` and `--rpc`, which keys of this file set, and no secrets: everybody can read the store.";
     env =
       key (attrsOf str) { }
         "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
@@ -96,6 +100,9 @@ let
       // {
         host = optional str "192.168.1.50" defaultHost;
         port = key port defaultPort "Port to listen on. Roles of one machine need ports of their own.";
+        backend =
+          optional backend "cuda"
+            "What it computes on: it serves only when llama.cpp finds a GPU of this kind. Left out: follows from `gpu` of the host with this role.";
         model =
           optional str example
             "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
@@ -183,7 +190,7 @@ let
       freeform workerGpu
     )) [ ] "Its GPUs. Without any its server listens on port 50052.";
     agent_port =
-      key port 50051
+      key types.port 50051
         "Port of its agent, by which the coordinator knows how it is; 0: it has none, and its `ggml-rpc-server` simply runs, as where somebody starts it by hand.";
     agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
     cache_dir =
@@ -245,6 +252,10 @@ let
         example = "rocm";
         description = "What drives its GPUs.";
       };
+      inherit (lib.mapAttrs (_: generation: mkOption (generation // { default = null; })) generations)
+        cudaCapabilities
+        rocmGpuTargets
+        ;
     };
   };
 

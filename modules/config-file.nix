@@ -1,5 +1,5 @@
-# The file that the binary reads: `cluster` without `hosts`, with what follows from them, and with the paths where this
-# machine has its secrets.
+# The files that the binary reads: the whole cluster for people, and for each unit the part that its role reads. They are made
+# of `cluster` without `hosts`, with what follows from them, and with the paths where this machine has its secrets.
 {
   config,
   lib,
@@ -9,8 +9,9 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.tightwad;
-  inherit (cfg) cluster;
+  inherit (cfg) cluster settings;
   topology = import ./topology.nix { inherit lib cfg; };
+  yaml = pkgs.formats.yaml { };
 
   # A key without a value is left to the binary.
   pruned =
@@ -23,26 +24,116 @@ let
       value;
 
   section =
-    role: secret:
+    role: more:
     let
       given = cluster.${role};
       host = if given.host != null then given.host else topology.listenAddress role;
     in
-    if given == null then null else given // secret // { inherit host; };
+    if given == null then null else given // more // { inherit host; };
+  server =
+    role:
+    section role {
+      api_key_file = cfg.${role}.apiKeyFile;
+      backend = topology.serverBackend role;
+    };
+  workers = map (
+    worker:
+    worker
+    // lib.optionalAttrs (topology.isOwnWorker worker) { agent_token_file = cfg.worker.agentTokenFile; }
+  ) topology.workers;
 
-  coordinatorHosts = map (name: cluster.hosts.${name}) (topology.hostsOf "coordinator");
-  coordinator = section "coordinator" { api_key_file = cfg.coordinator.apiKeyFile; };
+  # Without the string context of `path`: a file that only names a model does not make the host download it.
+  named = model: model // { path = builtins.unsafeDiscardStringContext model.path; };
 
-  unchecked = (pkgs.formats.yaml { }).generate "cluster.yaml" cfg.settings;
+  # What `tightwad run ROLE` reads. A change of anything else leaves the unit as it is.
+  parts =
+    let
+      reads = names: lib.intersectAttrs (lib.genAttrs names (_: null)) settings;
+      computes = role: {
+        models = topology.modelsOf role;
+        # The binary takes port 0 for one that is not the target's.
+        proxy =
+          let
+            max_draft_tokens = cluster.proxy.max_draft_tokens or null;
+          in
+          if max_draft_tokens == null then
+            null
+          else
+            {
+              port = 0;
+              inherit max_draft_tokens;
+            };
+      };
+      # What the proxy has to know of a server that it asks.
+      asked =
+        role:
+        lib.optionalAttrs (settings ? ${role}) {
+          ${role} = lib.intersectAttrs {
+            host = null;
+            port = null;
+            model = null;
+            api_key_file = null;
+            allow_unauthenticated = null;
+          } settings.${role};
+        };
+      askedModels =
+        role:
+        lib.optionalAttrs (settings ? ${role}) (
+          lib.mapAttrs (_: model: { inherit (named model) path default; }) (topology.modelsOf role)
+        );
+      behindProxy =
+        lib.optional (cluster.proxy.target or null == null) (
+          if cluster.target != null then "target" else "coordinator"
+        )
+        ++ lib.optional (lib.elem (cluster.proxy.draft or null) [
+          null
+          [ ]
+        ]) "draft";
+    in
+    {
+      worker = reads [ "binaries" ] // {
+        workers = lib.filter topology.isOwnWorker workers;
+      };
+      coordinator =
+        reads [
+          "coordinator"
+          "workers"
+          "binaries"
+        ]
+        // computes "coordinator";
+      target =
+        reads [
+          "target"
+          "binaries"
+        ]
+        // computes "target";
+      draft =
+        reads [
+          "draft"
+          "binaries"
+        ]
+        // computes "draft";
+      proxy =
+        reads [ "proxy" ]
+        // lib.mergeAttrsList (map asked behindProxy)
+        // {
+          models = lib.mergeAttrsList (map askedModels behindProxy);
+        };
+    };
+
   checked =
-    pkgs.runCommand "cluster.yaml"
+    name: settings:
+    let
+      unchecked = yaml.generate name settings;
+    in
+    pkgs.runCommand name
       {
         inherit unchecked;
-        passthru = { inherit unchecked; };
+        passthru = { inherit settings unchecked; };
         preferLocalBuild = true;
       }
       ''
-        if ! ${lib.getExe cfg.package} -c $unchecked check-config; then
+        if ! ${lib.getExe cfg.package} -c $unchecked check-config --portable; then
           echo "services.tightwad.cluster: the keys named above are those of this option; correct them there" >&2
           exit 1
         fi
@@ -52,7 +143,7 @@ in
 {
   options.services.tightwad = {
     settings = mkOption {
-      type = (pkgs.formats.yaml { }).type;
+      inherit (yaml) type;
       readOnly = true;
       internal = true;
       description = "What the cluster file says on this machine.";
@@ -60,29 +151,35 @@ in
     configFile = mkOption {
       type = types.package;
       readOnly = true;
-      description = "The cluster file, checked. It is the same on every host but for the paths of secrets.";
+      description = ''
+        The cluster file, checked. It is the same on every host but for the paths of secrets, and names the models without
+        making the host download them. The units read parts of it, one for each role, so that an edit of the cluster restarts
+        only the units whose part changes.
+      '';
+    };
+    roleFiles = mkOption {
+      type = types.attrsOf types.package;
+      readOnly = true;
+      internal = true;
+      description = "The files that this machine's units read, by role, checked.";
     };
   };
 
   config = {
     services.tightwad = {
       settings = pruned {
-        inherit (cluster) models binaries;
+        inherit (cluster) binaries;
+        inherit workers;
+        models = lib.mapAttrs (_: named) cluster.models;
         proxy = section "proxy" { auth_token_file = cfg.proxy.authTokenFile; };
-        target = section "target" { api_key_file = cfg.target.apiKeyFile; };
-        draft = section "draft" { api_key_file = cfg.draft.apiKeyFile; };
-        coordinator =
-          if coordinator == null || coordinator.backend != null || coordinatorHosts == [ ] then
-            coordinator
-          else
-            coordinator // { backend = topology.backendOf (lib.head coordinatorHosts); };
-        workers = map (
-          worker:
-          worker
-          // lib.optionalAttrs (topology.isOwnWorker worker) { agent_token_file = cfg.worker.agentTokenFile; }
-        ) topology.workers;
+        target = server "target";
+        draft = server "draft";
+        coordinator = server "coordinator";
       };
-      configFile = checked;
+      configFile = checked "cluster.yaml" settings;
+      roleFiles = lib.genAttrs (lib.filter (role: cfg.${role}.enable) topology.roles) (
+        role: checked "tightwad-${role}.yaml" (pruned parts.${role})
+      );
     };
     # Where the command `tightwad` looks for it.
     environment.etc = lib.mkIf cfg.enable { "tightwad/cluster.yaml".source = cfg.configFile; };

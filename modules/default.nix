@@ -17,6 +17,18 @@ let
   topology = import ./topology.nix { inherit lib cfg; };
   inherit (pkgs.stdenv.hostPlatform) system;
   llamaCpp = "llama-cpp-${if cfg.gpu == "none" then "cpu" else cfg.gpu}";
+  build =
+    self.packages.${system}.${llamaCpp}
+      or (throw "services.tightwad.gpu: this flake has no ${llamaCpp} for ${system}; choose another gpu, or set services.tightwad.llamaCpp.package");
+  # What differs from the build that the flake has by itself.
+  generations = lib.filterAttrs (_: list: list != null) (
+    {
+      cuda = { inherit (cfg) cudaCapabilities; };
+      rocm = { inherit (cfg) rocmGpuTargets; };
+    }
+    .${cfg.gpu} or { }
+  );
+  inherit (import ./generations.nix { inherit lib; }) cudaCapabilities rocmGpuTargets;
 in
 {
   imports = [
@@ -26,6 +38,7 @@ in
     ./coordinator.nix
     ./draft.nix
     ./firewall.nix
+    ./local-key.nix
     ./proxy.nix
     ./target.nix
     ./worker.nix
@@ -68,6 +81,21 @@ in
       '';
     };
 
+    cudaCapabilities = mkOption (
+      cudaCapabilities
+      // {
+        default = topology.here.cudaCapabilities or null;
+        defaultText = literalMD "`cudaCapabilities` of this machine's entry of `cluster.hosts`";
+      }
+    );
+    rocmGpuTargets = mkOption (
+      rocmGpuTargets
+      // {
+        default = topology.here.rocmGpuTargets or null;
+        defaultText = literalMD "`rocmGpuTargets` of this machine's entry of `cluster.hosts`";
+      }
+    );
+
     package = mkOption {
       type = types.package;
       default = self.packages.${system}.tightwad;
@@ -78,10 +106,8 @@ in
 
     llamaCpp.package = mkOption {
       type = types.package;
-      default =
-        self.packages.${system}.${llamaCpp}
-          or (throw "services.tightwad.gpu: this flake has no ${llamaCpp} for ${system}; choose another gpu, or set services.tightwad.llamaCpp.package");
-      defaultText = literalMD "`llama-cpp-cpu`, `-cuda`, `-rocm` or `-vulkan` of this flake, by `gpu`";
+      default = if generations == { } then build else build.override generations;
+      defaultText = literalMD "`llama-cpp-cpu`, `-cuda`, `-rocm` or `-vulkan` of this flake, by `gpu`, for `cudaCapabilities` or `rocmGpuTargets`";
       example = literalExpression "inputs.tightwad.packages.x86_64-linux.llama-cpp-vulkan";
       description = ''
         The llama.cpp whose `llama-server` and `ggml-rpc-server` this machine runs. A pool works with one build of
@@ -100,12 +126,25 @@ in
     };
 
     interface = mkOption {
-      type = types.nullOr types.str;
+      # Linux allows more characters; the rules of the firewall contain the name as it stands here.
+      type = types.nullOr (types.strMatching "[A-Za-z0-9_.-]{1,15}");
       default = null;
       example = "wg0";
       description = ''
         Network interface by which the hosts and the clients reach this machine; `openFirewall` opens its ports there. Left
         out: on every interface.
+      '';
+    };
+
+    waitUntilReady = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait until the units of this machine serve
+        (`Type=notify` in place of `exec`). A target or a draft serves when its model is loaded, which takes minutes from a slow
+        disk; a role on a GPU serves when llama.cpp finds that GPU. If false, a unit is active as soon as its process runs,
+        `systemctl status` shows what it waits for, and a model that does not load fails no switch. The proxy serves at once in
+        either case.
       '';
     };
 

@@ -3,6 +3,7 @@
 let
   cfg = config.services.tightwad;
   topology = import ./topology.nix { inherit lib cfg; };
+  inherit (import ./address.nix { inherit lib; }) isIPv6;
   inherit (cfg) settings;
   inherit (lib) optional;
   enabled = role: cfg.${role}.enable && settings ? ${role};
@@ -42,7 +43,6 @@ let
           ]
         );
   rules = lib.concatMap (rule: map (from: rule // { inherit from; }) rule.from) restricted;
-  isIPv6 = lib.hasInfix ":";
 
   words = list: lib.concatStringsSep " " (lib.concatLists list);
   inputRule =
@@ -59,18 +59,27 @@ let
         ''accept comment "tightwad ${role}"''
       ]
     ];
-  command =
+  # A rule for each port: of several in one rule iptables takes 15.
+  commands =
     verb:
     { ports, from, ... }:
-    words [
-      [ "${if isIPv6 from then "ip6tables" else "iptables"} -${verb} nixos-fw" ]
-      (optional (cfg.interface != null) "-i ${lib.escapeShellArg cfg.interface}")
-      [
-        "-s ${lib.escapeShellArg from}"
-        "-p tcp -m multiport --dports ${lib.concatMapStringsSep "," toString ports}"
-        "-j nixos-fw-accept"
+    map (
+      port:
+      words [
+        [ "${if isIPv6 from then "ip6tables" else "iptables"} -w -${verb} nixos-fw" ]
+        (optional (cfg.interface != null) "-i ${cfg.interface}")
+        [ "-s ${from} -p tcp --dport ${toString port} -j nixos-fw-accept" ]
       ]
-    ];
+    ) ports;
+  # NixOS puts these into a script that ends at the first failure, before it has closed the machine. A rule that fails leaves
+  # its own port closed, and the script goes on.
+  startCommands =
+    rule:
+    map (
+      command:
+      "${command} || echo '<4>services.tightwad.openFirewall: this rule for the ${rule.role} failed, and its port stays closed: ${command}' >&2"
+    ) (commands "A" rule);
+  stopCommands = rule: map (command: "${command} 2>/dev/null || true") (commands "D" rule);
   lines = lib.concatMapStrings (line: line + "\n");
 in
 {
@@ -85,8 +94,8 @@ in
       (lib.mkIf (backend == "nftables") { extraInputRules = lines (map inputRule rules); })
       # NixOS refuses these with another backend.
       (lib.mkIf (backend == "iptables") {
-        extraCommands = lines (map (command "A") rules);
-        extraStopCommands = lines (map (rule: "${command "D" rule} 2>/dev/null || true") rules);
+        extraCommands = lines (lib.concatMap startCommands rules);
+        extraStopCommands = lines (lib.concatMap stopCommands rules);
       })
     ];
   };

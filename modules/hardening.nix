@@ -14,15 +14,18 @@ let
     "char-nvidia-uvm"
     "char-nvidiactl"
   ];
+  # The GPU of a Windows machine, whatever its maker, under WSL.
+  wsl = "/dev/dxg";
   devices = {
     none = [ ];
-    cuda = nvidia;
+    cuda = nvidia ++ [ wsl ];
     rocm = [
       "char-drm"
       "char-kfd"
+      wsl
     ];
     # NVIDIA's Vulkan driver goes by its own devices as well.
-    vulkan = [ "char-drm" ] ++ nvidia;
+    vulkan = [ "char-drm" ] ++ nvidia ++ [ wsl ];
   };
 in
 {

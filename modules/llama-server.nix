@@ -36,7 +36,10 @@ in
     "tightwad-${role}" = unitOf role {
       description = "Tightwad ${role}: the llama-server ${purpose}";
       models = lib.mapAttrsToList (_: model: model.path) (topology.modelsOf role);
-      credentials."${role}.api_key_file" = cfg.${role}.apiKeyFile;
+      credentials = {
+        "${role}.api_key_file" = cfg.${role}.apiKeyFile;
+        local_key = topology.localKeyFile;
+      };
       serviceConfig = {
         # It is ready when the model answers. That takes minutes from a slow disk; the binary knows when to give up.
         TimeoutStartSec = "infinity";

@@ -52,8 +52,10 @@ in
     tightwad-proxy = unitOf "proxy" {
       description = "Tightwad proxy: the OpenAI endpoint";
       computes = false;
+      servesAtOnce = true;
       credentials = {
         "proxy.auth_token_file" = cfg.proxy.authTokenFile;
+        local_key = topology.localKeyFile;
       }
       // drafts
       // target;

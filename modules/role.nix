@@ -19,6 +19,8 @@ role:
   models ? [ ],
   # Paths of secrets by the names under which the binary asks for them; null: there is none.
   credentials ? { },
+  # Whether it serves at once, whatever goes on behind it. Others wait for a model or a GPU.
+  servesAtOnce ? false,
   # Directives of this role alone.
   serviceConfig ? { },
 }:
@@ -30,6 +32,11 @@ let
     inherit lib computes;
     inherit (cfg) gpu;
   };
+  # Not `requires`: what is missing at the start is tried again.
+  awaited = [
+    "network-online.target"
+  ]
+  ++ lib.optional (secrets ? local_key) "tightwad-local-key.service";
   groups =
     (hardening.SupplementaryGroups or [ ])
     ++ lib.optional (models != [ ] && cfg.modelGroup != null) cfg.modelGroup;
@@ -38,9 +45,11 @@ in
   inherit description;
   wantedBy = [ "multi-user.target" ];
   # It listens on an address of this machine, which has to be there.
-  wants = [ "network-online.target" ];
-  after = [ "network-online.target" ];
-  unitConfig = lib.optionalAttrs (models != [ ]) { RequiresMountsFor = map escaped models; };
+  wants = awaited;
+  after = awaited;
+  # Not RequiresMountsFor: a mount that fails would end the attempt to start before there is a process, and `Restart` is about
+  # processes.
+  unitConfig = lib.optionalAttrs (models != [ ]) { WantsMountsFor = map escaped models; };
   # What is missing may come back: a mount, a driver, a secret. It is tried again for ever, more and more seldom.
   startLimitIntervalSec = 0;
 
@@ -52,6 +61,10 @@ in
     XDG_CACHE_HOME = "/var/cache/${name}";
     XDG_RUNTIME_DIR = "/run/${name}";
     XDG_STATE_HOME = "/var/lib/${name}";
+  }
+  # The drivers of a system that is newer than the build need a newer C library than the build has.
+  // lib.optionalAttrs (computes && cfg.gpu == "vulkan" && cfg.llamaCpp.package ? vulkanDriverFiles) {
+    VK_DRIVER_FILES = cfg.llamaCpp.package.vulkanDriverFiles;
   };
 
   serviceConfig =
@@ -61,14 +74,16 @@ in
         [
           (lib.getExe cfg.package)
           "-c"
-          # The store path and not the file in /etc: a change of the cluster restarts the unit.
-          cfg.configFile
+          # A store path of its own: what of the cluster concerns this role restarts the unit, and nothing else does.
+          cfg.roleFiles.${role}
           "run"
           role
         ]
         ++ arguments
       );
-      Type = "notify";
+      # It tells systemd when it is ready in any case, which `systemctl status` shows. With `notify` whoever starts it waits
+      # for that.
+      Type = if servesAtOnce || cfg.waitUntilReady then "notify" else "exec";
       NotifyAccess = "main";
       WatchdogSec = 60;
 

@@ -2,6 +2,7 @@
 { lib, cfg }:
 let
   inherit (cfg) cluster;
+  address = import ./address.nix { inherit lib; };
   having = role: lib.filterAttrs (_: entry: lib.elem role entry.roles) cluster.hosts;
 in
 rec {
@@ -23,9 +24,7 @@ rec {
   # Their addresses, as another machine sees them: this one reaches itself without its firewall.
   peersOf = role: lib.unique (lib.remove (here.address or null) (addressesOf role));
 
-  isLoopback = address: address == "localhost" || address == "::1" || lib.hasPrefix "127." address;
-  # However it is spelt: 0.0.0.0, 0, ::, [::], ::0.
-  isWildcard = address: builtins.match "[][0.:]+" address != null;
+  inherit (address) isLoopback isWildcard;
 
   # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
   # A pool beside a target is not what the proxy asks, and so an endpoint of its own.
@@ -43,6 +42,23 @@ rec {
     else
       lib.head (addressesOf role);
 
+  # Where this machine's units find the key that they share; null where no target and no draft here asks for it, which those do
+  # that only this machine reaches and that have no key of their own.
+  localKeyFile =
+    let
+      asksForIt =
+        role:
+        let
+          section = cfg.settings.${role};
+        in
+        cfg.${role}.enable
+        && cfg.settings ? ${role}
+        && isLoopback (section.host or "127.0.0.1")
+        && !(section ? api_key_file)
+        && !section.allow_unauthenticated;
+    in
+    if asksForIt "target" || asksForIt "draft" then "/run/tightwad-local-key/key" else null;
+
   # llama.cpp's name of what drives a host's GPUs.
   backendOf =
     host:
@@ -53,6 +69,21 @@ rec {
       none = "cpu";
     }
     .${host.gpu};
+
+  # What the section of a role computes on: as it says, else by its host; null where neither says so. A target or a draft on
+  # a host without GPU says nothing: llama.cpp then finds the CPU.
+  serverBackend =
+    role:
+    let
+      given = cluster.${role}.backend or null;
+      host = lib.findFirst (_: true) null (lib.attrValues (having role));
+    in
+    if given != null then
+      given
+    else if host == null || (role != "coordinator" && host.gpu == "none") then
+      null
+    else
+      backendOf host;
 
   # `cluster.workers` with the hosts' addresses and GPUs.
   workers = map (

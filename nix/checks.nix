@@ -1,3 +1,4 @@
+# What a laptop can run. The builds for GPUs and the tests of virtual machines are packages: nix build .#vm-test-pool
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -60,8 +61,15 @@ let
       '';
 in
 tests
-// named "package" (removeAttrs packages [ "default" ])
-// named "dev-shell" self.devShells.${system}
+// named "package" {
+  inherit (packages)
+    llama-cpp-cpu
+    options-doc
+    tightwad
+    tiny-models
+    ;
+}
+// named "dev-shell" { inherit (self.devShells.${system}) default; }
 // named "template" (lib.mapAttrs evaluated templateHosts)
 // {
   clippy = cargo "clippy" [ pkgs.clippy ] "cargo clippy --locked --all-targets -- -D warnings";
@@ -71,9 +79,16 @@ tests
       "RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items";
   format-nix = overNixFiles "format-nix" pkgs.nixfmt "nixfmt --check";
   format-rust = cargo "format-rust" [ pkgs.rustfmt ] "cargo fmt --check";
-  # All of them, with the real llama.cpp and the tiny models; the package runs those that need neither.
-  tests = cargo "tests" [ ] ''
-    export HOME=$TMPDIR TIGHTWAD_LLAMA_CPP=${packages.llama-cpp-cpu}
-    cargo test --locked --no-fail-fast
-  '';
+  # All of them, with the real llama.cpp and the tiny models; the package runs those that need neither. Those of networks make
+  # some of their own.
+  tests =
+    cargo "tests"
+      [
+        pkgs.iproute2
+        pkgs.util-linux
+      ]
+      ''
+        export HOME=$TMPDIR TIGHTWAD_LLAMA_CPP=${packages.llama-cpp-cpu}
+        cargo test --locked --no-fail-fast
+      '';
 }

@@ -17,6 +17,7 @@ let
         pkgs.cargo-nextest
         pkgs.clippy
         pkgs.deadnix
+        pkgs.iproute2
         pkgs.nixfmt
         pkgs.rust-analyzer
         pkgs.rustc
@@ -35,8 +36,10 @@ in
 {
   default = shell packages.llama-cpp-cpu [ ];
 }
-// lib.optionalAttrs (packages ? llama-cpp-cuda) {
+// {
   cuda = shell packages.llama-cpp-cuda [ ];
+}
+// lib.optionalAttrs (packages ? llama-cpp-rocm) {
   rocm = shell packages.llama-cpp-rocm [
     pkgs.rocmPackages.rocm-smi
     pkgs.rocmPackages.rocminfo

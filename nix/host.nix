@@ -22,6 +22,7 @@ lib.evalModules {
           environment.systemPackages = option (types.listOf types.package) [ ];
           hardware.graphics.enable = option types.bool false;
           networking = {
+            enableIPv6 = option types.bool true;
             hostName = option types.str "nixos";
             nftables.enable = option types.bool false;
             firewall = {

@@ -3,22 +3,35 @@ let
   inherit (pkgs) lib;
   inherit (pkgs.stdenv.hostPlatform) isx86_64 system;
   llama-cpp = from: from.callPackage ./llama-cpp/package.nix;
-  # CUDA is unfree. It is allowed here, for one package, so that nobody has to allow it to evaluate this flake.
-  withCuda = import pkgs.path {
-    inherit system;
-    config.allowUnfreePredicate = import ./cuda-licence.nix { inherit lib; };
-  };
+  # CUDA is unfree. It is allowed here, for one package, so that nobody has to allow it to evaluate this flake. nixpkgs has to
+  # know other `cudaCapabilities` too: Jetson has a CUDA of its own.
+  withCuda =
+    capabilities:
+    llama-cpp (import pkgs.path {
+      inherit system;
+      config = capabilities // {
+        allowUnfreePredicate = import ./cuda-licence.nix { inherit lib; };
+      };
+    }) (capabilities // { cudaSupport = true; });
   tightwad = pkgs.callPackage ./package.nix { };
+  # Every file of tests/vm is a test with virtual machines.
+  vmTests = lib.mapAttrs' (
+    file: _:
+    lib.nameValuePair "vm-test-${lib.removeSuffix ".nix" file}" (
+      import (./tests/vm + "/${file}") { inherit self pkgs; }
+    )
+  ) (builtins.readDir ./tests/vm);
 in
 {
   inherit tightwad;
   default = tightwad;
   llama-cpp-cpu = llama-cpp pkgs { };
+  llama-cpp-cuda = lib.makeOverridable withCuda { };
   llama-cpp-vulkan = llama-cpp pkgs { vulkanSupport = true; };
   options-doc = import ./options-doc.nix { inherit self pkgs; };
   tiny-models = pkgs.callPackage ./tiny-models.nix { };
 }
+// vmTests
 // lib.optionalAttrs isx86_64 {
-  llama-cpp-cuda = llama-cpp withCuda { cudaSupport = true; };
   llama-cpp-rocm = llama-cpp pkgs { rocmSupport = true; };
 }

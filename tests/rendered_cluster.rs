@@ -1,4 +1,4 @@
-//! A rendered cluster file of four hosts, run on one machine: what its units would run answers.
+//! The rendered files of a cluster of four hosts, run on one machine: what its units would run answers.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,9 +14,9 @@ use serde_json::json;
 const SOON: Duration = Duration::from_secs(20);
 
 #[tokio::test]
-async fn the_roles_of_a_rendered_cluster_file_answer_with_drafts_and_from_the_pool() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.json");
-    let mut cluster = Cluster::start(&file);
+async fn the_roles_of_a_rendered_cluster_answer_with_drafts_and_from_the_pool_each_from_its_own_file() {
+    let rendered = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered");
+    let mut cluster = Cluster::start(&rendered);
     cluster
         .shows("proxy", "that it drafts", SOON, |status| {
             status["verification"] == "attached" && status["drafts"][0]["healthy"] == true && status["reason"].is_null()

@@ -353,15 +353,23 @@ fn a_standard_error_that_is_not_the_journals_gets_lines_for_people() {
 
 #[test]
 fn a_config_is_right_where_neither_its_models_nor_its_secrets_are() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered/cluster.json");
-    let output = Command::new(env!("CARGO_BIN_EXE_tightwad"))
-        .arg("-c")
-        .arg(file)
-        .args(["check-config", "--json"])
-        .env_clear()
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{output:?}");
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&report["ok"], &report["problems"]), (&json!(true), &json!([])));
+    let rendered = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rendered");
+    let files: Vec<PathBuf> = fs::read_dir(rendered)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    // The whole, and what each of five roles reads.
+    assert_eq!(files.len(), 6, "{files:?}");
+    for file in files {
+        let output = Command::new(env!("CARGO_BIN_EXE_tightwad"))
+            .arg("-c")
+            .arg(&file)
+            .args(["check-config", "--json"])
+            .env_clear()
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}: {output:?}", file.display());
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&report["ok"], &report["problems"]), (&json!(true), &json!([])));
+    }
 }

@@ -5,16 +5,20 @@
   config,
   fetchFromGitHub,
   llama-cpp,
+  # The Vulkan drivers to go with the build, which have to be of its C library; null: those of the system it runs on.
+  mesa ? null,
   spirv-headers,
+  stdenv,
   cudaSupport ? config.cudaSupport,
   rocmSupport ? config.rocmSupport,
   vulkanSupport ? false,
-  # NVIDIA's generations to compile for: by default those of RTX 20, 30 and 40. Newer GPUs compile the last one's code when
-  # they first run it. Each adds minutes to the build.
+  # NVIDIA's generations to compile for: by default those of RTX 20, 30, 40 and 50 (and of a DGX Spark, which runs the code of
+  # the last one). Each adds minutes to the build.
   cudaCapabilities ? [
     "7.5"
     "8.6"
     "8.9"
+    "12.0"
   ],
   # AMD's, as `rocminfo` names them: by default those of RX 7900.
   rocmGpuTargets ? [ "gfx1100" ],
@@ -84,6 +88,16 @@ in
       $out/bin/llama-server --help | grep --fixed-strings -e --spec-draft-external-max
       runHook postInstallCheck
     '';
+
+    passthru =
+      (old.passthru or { })
+      // lib.optionalAttrs (vulkanSupport && mesa != null) {
+        # For VK_DRIVER_FILES. NVIDIA's driver has to be that of the system's kernel.
+        vulkanDriverFiles = lib.concatStringsSep ":" [
+          "${mesa}/share/vulkan/icd.d"
+          "/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${stdenv.hostPlatform.parsed.cpu.name}.json"
+        ];
+      };
 
     meta = old.meta // {
       mainProgram = "llama-server";

@@ -4,8 +4,8 @@
 
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
-    # With its own nixpkgs every host has the llama.cpp that was tested. For `gpu = "vulkan"` let it follow yours, because the
-    # driver of the host and llama.cpp then have to be of one C library:
+    # With its own nixpkgs every host has the llama.cpp that was tested. For an NVIDIA GPU with `gpu = "vulkan"` let it follow
+    # yours, because NVIDIA's driver and llama.cpp then have to be of one C library:
     # tightwad.inputs.nixpkgs.follows = "nixpkgs";
     # Replace OWNER by the account whose repository this is.
     tightwad.url = "github:OWNER/tightwad";

@@ -12,6 +12,7 @@ let
       host = machine [
         {
           networking.hostName = "one";
+          hardware.graphics.enable = true;
           services.tightwad.cluster = sound;
         }
         fault
@@ -27,6 +28,7 @@ let
       made = builtins.deepSeq [
         failed
         services.tightwad.settings
+        services.tightwad.interface
         (lib.mapAttrs (_: unit: unit.serviceConfig) (
           lib.filterAttrs (name: _: lib.hasPrefix "tightwad" name) systemd.services
         ))
@@ -69,6 +71,7 @@ let
       small.path = "/models/small.gguf";
     };
   };
+  together = imports: { inherit imports; };
   cluster = changes: { services.tightwad.cluster = changes; };
   worker = changes: cluster { workers = lib.mkForce [ ({ name = "one"; } // changes) ]; };
 
@@ -89,10 +92,63 @@ let
     services.tightwad.cluster.hosts.one.gpu = "cuda";
   };
 
+  # As nixpkgs does: the variable, which an impure evaluation sees, allows what the configuration does not.
+  cudaWithoutUnfree = {
+    "CUDA without unfree" = cluster { hosts.one.gpu = "cuda"; };
+    "CUDA with another unfree package" = allowing [ "steam" ];
+  };
+  unfreeByVariable = builtins.getEnv "NIXPKGS_ALLOW_UNFREE" == "1";
+
   # Near to a fault, and none.
-  accepted = {
+  accepted = lib.optionalAttrs unfreeByVariable cudaWithoutUnfree // {
     "a draft that everybody may use" = draftWithoutKey { allow_unauthenticated = true; };
     "CUDA with NVIDIA's driver allowed" = allowing [ "nvidia-x11" ];
+    "a host with a name, where the firewall is not opened" = cluster {
+      hosts.two.address = lib.mkForce "two.example";
+    };
+    "peers with IPv6" = together [
+      (cluster { hosts.two.address = lib.mkForce "fd00::2"; })
+      { services.tightwad.openFirewall = true; }
+    ];
+    "a worker with a GPU of its host's kind" = cluster {
+      hosts.one.gpu = "rocm";
+      workers = lib.mkForce [
+        {
+          name = "one";
+          agent_token_file = "/run/secrets/worker";
+          gpus = [
+            {
+              name = "first";
+              vram_gb = 24;
+              device = "ROCm0";
+            }
+          ];
+        }
+      ];
+    };
+    "a target that only this machine's own option runs" = together [
+      (cluster {
+        target.port = 8082;
+        coordinator.api_key_file = "/run/secrets/pool";
+      })
+      { services.tightwad.target.enable = true; }
+    ];
+    "a coordinator without workers, with GPUs of its own" = cluster {
+      hosts.one = {
+        roles = lib.mkForce [
+          "coordinator"
+          "proxy"
+        ];
+        gpu = "vulkan";
+      };
+      workers = lib.mkForce [ ];
+      coordinator.gpus = [
+        {
+          name = "first";
+          vram_gb = 24;
+        }
+      ];
+    };
     "firewalld, and its ports opened by hand" = {
       networking.firewall.backend = "firewalld";
     };
@@ -106,7 +162,7 @@ let
     };
   };
   # The faults with what their messages have to begin with, or, of those that Nix throws, to hold.
-  asserted = {
+  faults = {
     host-not-in-the-cluster = {
       fault = {
         networking.hostName = lib.mkForce "three";
@@ -180,6 +236,155 @@ let
       };
       option = "services.tightwad.cluster.models.small.extra_args: must not hold `--port`";
     };
+    address-with-an-octet-of-300 = {
+      fault = cluster { hosts.two.address = lib.mkForce "192.168.1.300"; };
+      option = "services.tightwad.cluster.hosts.two.address: `192.168.1.300` is neither";
+    };
+    address-with-a-zone = {
+      fault = cluster { hosts.two.address = lib.mkForce "fe80::1%eth0"; };
+      option = "services.tightwad.cluster.hosts.two.address: `fe80::1%eth0` is neither";
+    };
+    address-of-ipv4-in-ipv6 = {
+      fault = cluster { hosts.two.address = lib.mkForce "::ffff:10.0.0.2"; };
+      option = "services.tightwad.cluster.hosts.two.address: `::ffff:10.0.0.2` is an IPv4";
+    };
+    address-of-two-hosts = {
+      fault = cluster { hosts.two.address = lib.mkForce "10.0.0.1"; };
+      option = "services.tightwad.cluster.hosts.two.address: `10.0.0.1` is the address of `one`";
+    };
+    address-of-two-hosts-in-two-spellings = {
+      fault = cluster {
+        hosts.one.address = lib.mkForce "fd00::1";
+        hosts.two.address = lib.mkForce "fd00:0::1";
+      };
+      option = "services.tightwad.cluster.hosts.two.address: `fd00:0::1` is the address of `one`";
+    };
+    ipv6-peer-without-ipv6 = {
+      fault = {
+        networking.enableIPv6 = false;
+        services.tightwad.cluster.hosts.two.address = lib.mkForce "fd00::2";
+      };
+      option = "services.tightwad.cluster.hosts.two.address: `fd00::2` is an IPv6 address";
+    };
+    address-to-listen-on-with-an-octet-of-300 = {
+      fault = cluster { proxy.host = "10.0.0.300"; };
+      option = "services.tightwad.cluster.proxy.host: `10.0.0.300` is neither";
+    };
+    address-of-a-worker-with-an-octet-of-300 = {
+      fault = worker { host = "10.0.0.300"; };
+      option = "services.tightwad.cluster.workers.0.host: `10.0.0.300` is neither";
+    };
+    draft-that-no-host-runs = {
+      fault = cluster { hosts.two.roles = lib.mkForce [ ]; };
+      option = "services.tightwad.cluster.draft: no host";
+    };
+    target-that-no-host-runs = {
+      fault = cluster { target.port = 8082; };
+      option = "services.tightwad.cluster.target: no host";
+    };
+    coordinator-without-workers-and-gpus = {
+      fault = cluster {
+        hosts.one.roles = lib.mkForce [
+          "coordinator"
+          "proxy"
+        ];
+        workers = lib.mkForce [ ];
+      };
+      option = "services.tightwad.cluster.coordinator.gpus: empty";
+    };
+    device-of-a-worker-without-gpu = {
+      fault = worker {
+        gpus = [
+          {
+            name = "first";
+            vram_gb = 16;
+            device = "CUDA0";
+          }
+        ];
+      };
+      option = "services.tightwad.cluster.workers.0.gpus.0.device: `CUDA0`";
+    };
+    device-of-rocm-on-a-host-with-cuda = {
+      fault = together [
+        (cluster { hosts.two.gpu = "cuda"; })
+        (cluster {
+          workers = [
+            {
+              name = "two";
+              gpus = [
+                {
+                  name = "first";
+                  vram_gb = 16;
+                }
+                {
+                  name = "second";
+                  vram_gb = 16;
+                  device = "ROCm0";
+                }
+              ];
+            }
+          ];
+        })
+      ];
+      option = "services.tightwad.cluster.workers.1.gpus.1.device: `ROCm0`";
+    };
+    device-of-a-coordinator-without-gpu = {
+      fault = cluster {
+        coordinator.gpus = [
+          {
+            name = "first";
+            vram_gb = 24;
+            device = "Vulkan0";
+          }
+        ];
+      };
+      option = "services.tightwad.cluster.coordinator.gpus.0.device: `Vulkan0`";
+    };
+    model-among-the-arguments = {
+      fault = cluster {
+        draft.extra_args = [
+          "-m"
+          "/models/other.gguf"
+        ];
+      };
+      option = "services.tightwad.cluster.draft.extra_args: must not hold `-m`";
+    };
+    model-among-the-arguments-of-a-model = {
+      fault = cluster { models.big.extra_args = [ "--model=/models/other.gguf" ]; };
+      option = "services.tightwad.cluster.models.big.extra_args: must not hold `--model`";
+    };
+    workers-among-the-arguments = {
+      fault = cluster {
+        coordinator.extra_args = [
+          "--rpc"
+          "10.0.0.9:50052"
+        ];
+      };
+      option = "services.tightwad.cluster.coordinator.extra_args: must not hold `--rpc`";
+    };
+    address-among-the-arguments = {
+      fault = cluster {
+        coordinator.extra_args = [
+          "--host"
+          "0.0.0.0"
+        ];
+      };
+      option = "services.tightwad.cluster.coordinator.extra_args: must not hold `--host`";
+    };
+    cuda-without-the-driver-of-the-system = {
+      fault = together [
+        (allowing [ "nvidia-x11" ])
+        { hardware.graphics.enable = lib.mkForce false; }
+      ];
+      option = "services.tightwad.gpu: \"cuda\" needs the driver";
+    };
+    vulkan-without-the-driver-of-the-system = {
+      fault = together [
+        (cluster { hosts.one.gpu = "vulkan"; })
+        { hardware.graphics.enable = lib.mkForce false; }
+      ];
+      option = "services.tightwad.gpu: \"vulkan\" needs the driver";
+    };
     host-on-all-interfaces = {
       fault = cluster { hosts.two.address = lib.mkForce "0.0.0.0"; };
       option = "services.tightwad.cluster.hosts.two.address: 0.0.0.0";
@@ -195,14 +400,6 @@ let
     gpu-of-two-minds = {
       fault.services.tightwad.gpu = "vulkan";
       option = "services.tightwad.gpu: \"vulkan\" is not what";
-    };
-    cuda-without-unfree = {
-      fault = cluster { hosts.one.gpu = "cuda"; };
-      option = "services.tightwad.gpu: \"cuda\" needs";
-    };
-    cuda-with-another-unfree-package = {
-      fault = allowing [ "steam" ];
-      option = "services.tightwad.gpu: \"cuda\" needs";
     };
     proxy-without-token = {
       fault = cluster { proxy.auth_token_file = lib.mkForce null; };
@@ -303,7 +500,14 @@ let
         services.tightwad.openFirewall = true;
         services.tightwad.cluster.hosts.two.address = lib.mkForce "two.example";
       };
-      option = "services.tightwad.cluster.hosts.two.address: `two.example`";
+      option = "services.tightwad.cluster.hosts.two.address: `two.example` is a name";
+    };
+    firewall-rule-of-what-could-be-hexadecimal = {
+      fault = {
+        services.tightwad.openFirewall = true;
+        services.tightwad.cluster.hosts.two.address = lib.mkForce "cafe";
+      };
+      option = "services.tightwad.cluster.hosts.two.address: `cafe` is a name";
     };
     firewall-without-rules-of-addresses = {
       fault = {
@@ -313,7 +517,52 @@ let
       option = "services.tightwad.openFirewall: NixOS gives firewalld";
     };
   };
+  asserted =
+    lib.optionalAttrs (!unfreeByVariable) (
+      lib.mapAttrs (_: fault: {
+        inherit fault;
+        option = "services.tightwad.gpu: \"cuda\" needs NVIDIA's driver, which is unfree";
+      }) cudaWithoutUnfree
+    )
+    // faults;
   thrown = {
+    port-zero-of-the-proxy = {
+      fault = cluster { proxy.port = 0; };
+      option = "services.tightwad.cluster.proxy.port";
+    };
+    port-zero-of-a-draft = {
+      fault = cluster { draft.port = lib.mkForce 0; };
+      option = "services.tightwad.cluster.draft.port";
+    };
+    port-zero-of-a-coordinator = {
+      fault = cluster { coordinator.port = 0; };
+      option = "services.tightwad.cluster.coordinator.port";
+    };
+    port-zero-of-a-gpu = {
+      fault = worker {
+        agent_token_file = "/run/secrets/worker";
+        gpus = [
+          {
+            name = "first";
+            vram_gb = 24;
+            rpc_port = 0;
+          }
+        ];
+      };
+      option = "rpc_port";
+    };
+    interface-with-a-quote = {
+      fault.services.tightwad.interface = "wg0'";
+      option = "services.tightwad.interface";
+    };
+    interface-with-a-blank = {
+      fault.services.tightwad.interface = "wg 0";
+      option = "services.tightwad.interface";
+    };
+    interface-with-a-name-that-is-too-long = {
+      fault.services.tightwad.interface = "a-very-long-interface";
+      option = "services.tightwad.interface";
+    };
     misspelt-option = {
       fault.services.tightwad.openFirewal = true;
       option = "services.tightwad.openFirewal";

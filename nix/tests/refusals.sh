@@ -22,6 +22,12 @@ while IFS=$'\t' read -r fault option; do
   fi
 done < <(python3 -c 'import json, sys; [print(*pair, sep="\t") for pair in json.load(sys.stdin).items()]' <<<"$options")
 
+# What it refuses and what it takes are other things with this variable.
+if ! log=$(NIXPKGS_ALLOW_UNFREE=1 "$nix" eval --impure "$checks.name" "$@" 2>&1); then
+  printf 'refusals: with NIXPKGS_ALLOW_UNFREE=1: %s\n' "$log" >&2
+  failed=1
+fi
+
 if [ -n "${TIGHTWAD-}" ]; then
   file=$(mktemp)
   trap 'rm -f "$file"' EXIT

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Runs every role of the template's four hosts on this machine, for where no VM can run: each from the cluster file and the
-ExecStart of its host, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
+"""Runs every role of the template's four hosts on this machine, for where no VM can run: each from the file and the ExecStart
+of its unit, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
 answer. Addresses become loopback ones, GPUs the CPU, and the models those of tests/models; the rest is as it is rendered.
 
 usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: a stand-in whose YAML is plain JSON text)
@@ -22,12 +22,13 @@ import urllib.request
 PATIENCE = 120  # seconds
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # For a test of the same where there is no Nix.
-RENDERED = REPOSITORY / "tests/rendered/cluster.json"
+RENDERED = REPOSITORY / "tests/rendered"
 HOSTS = """builtins.mapAttrs (_: host: {
   file = host.config.services.tightwad.configFile.unchecked.text;
-  units = builtins.mapAttrs (_: unit: unit.serviceConfig) (removeAttrs host.config.systemd.services
-    (builtins.filter (name: builtins.match "tightwad-.*" name == null)
-      (builtins.attrNames host.config.systemd.services)));
+  roles = builtins.mapAttrs (role: file: {
+    file = file.unchecked.text;
+    service = host.config.systemd.services."tightwad-${role}".serviceConfig;
+  }) host.config.services.tightwad.roleFiles;
 })"""
 
 
@@ -43,17 +44,27 @@ def hosts(nix, nixpkgs):
     return json.loads(evaluated.stdout)
 
 
-def here(text):
-    """What of a host's file has to be different on this machine."""
+def is_rendered(name, text):
+    """Whether tests/rendered has what the template renders."""
+    file = RENDERED / f"{name}.json"
+    assert file.exists() and json.loads(file.read_text()) == json.loads(text), (
+        f"{file} is not what the template renders; it should be:\n{text}"
+    )
+
+
+def here(text, small):
+    """What of a file has to be different on this machine; `small` is the model of the draft."""
     config = json.loads(text.replace("127.0.0.1", "127.0.77.1").replace("192.168.1.", "127.0.77."))
-    small = config["draft"]["model"]
-    for name, model in config["models"].items():
+    for name, model in config.get("models", {}).items():
         file = "tightwad-tiny-draft-f16.gguf" if name == small else "tightwad-tiny-target-q8_0.gguf"
         model |= {"path": str(REPOSITORY / "tests/models" / file), "ctx_size": 1024}
-    config["coordinator"] |= {"backend": "cpu", "gpus": []}
-    for worker in config["workers"]:
+    if "coordinator" in config:
+        config["coordinator"] |= {"backend": "cpu", "gpus": []}
+    for worker in config.get("workers", []):
         worker |= {"backend": "cpu", "gpus": [{"name": "CPU", "vram_gb": 1}]}
-    for section in ["coordinator", "target", "draft"]:
+    for section in ["target", "draft"]:
+        config.get(section, {}).pop("backend", None)
+    for section in {"coordinator", "target", "draft"} & config.keys():
         config[section] |= {"slots": 1, "threads": 1}
     return config
 
@@ -122,12 +133,14 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         try:
             for host in hosts(nix, nixpkgs).values():
-                assert json.loads(host["file"]) == json.loads(RENDERED.read_text()), (
-                    f"{RENDERED} is not what the template renders; it should be:\n{host['file']}"
-                )
-                config = here(host["file"])
-                for name, service in host["units"].items():
-                    units.append(Unit(pathlib.Path(work) / name, service, config, keys, tightwad, llama_cpp))
+                is_rendered("cluster", host["file"])
+                small = json.loads(host["file"])["draft"]["model"]
+                config = here(host["file"], small)
+                for role, part in host["roles"].items():
+                    is_rendered(role, part["file"])
+                    folder = pathlib.Path(work) / f"tightwad-{role}"
+                    own = here(part["file"], small)
+                    units.append(Unit(folder, part["service"], own, keys, tightwad, llama_cpp))
             for unit in units:
                 unit.ready()
                 print(f"roles: {unit.name} is ready")

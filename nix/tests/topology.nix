@@ -80,13 +80,24 @@ let
         config
         ;
       units = lib.filterAttrs (name: _: lib.hasPrefix "tightwad-" name) config.systemd.services;
+      roles = removeAttrs units [ "tightwad-local-key" ];
     in
     {
       inherit (config.services.tightwad) settings;
       inherit (config.networking) firewall;
       units = lib.attrNames units;
-      secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) units;
-      reads = lib.mapAttrs (_: unit: unit.unitConfig.RequiresMountsFor or [ ]) units;
+      secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) roles;
+      after = lib.mapAttrs (_: unit: unit.after) roles;
+      reads = lib.mapAttrs (_: unit: unit.unitConfig.WantsMountsFor or [ ]) roles;
+      # What keeps a unit from starting for good is not tried again.
+      requires = lib.mapAttrs (
+        _: unit: unit.unitConfig.RequiresMountsFor or [ ] ++ unit.requires or [ ]
+      ) roles;
+      starts = lib.mapAttrs (_: unit: unit.serviceConfig.ExecStart) roles;
+      types = lib.mapAttrs (_: unit: unit.serviceConfig.Type) roles;
+      environment = lib.mapAttrs (_: unit: unit.environment) roles;
+      devices = lib.mapAttrs (_: unit: unit.serviceConfig.DeviceAllow or [ ]) roles;
+      parts = lib.mapAttrs (_: file: file.settings) config.services.tightwad.roleFiles;
     };
   open = {
     services.tightwad = {
@@ -94,6 +105,10 @@ let
       interface = "wg0";
     };
   };
+  linesOf = text: lib.filter (line: line != "") (lib.splitString "\n" text);
+  rulesOf =
+    machine:
+    map (line: lib.head (lib.splitString " || " line)) (linesOf machine.firewall.extraCommands);
   server = machine "server" open;
   gaming-pc = machine "gaming-pc" open;
   mini-pc = machine "mini-pc" (lib.recursiveUpdate open { networking.nftables.enable = true; });
@@ -110,6 +125,60 @@ let
   withTarget = machine "server" {
     services.tightwad.cluster.target.port = 8082;
   };
+  # Three machines after an edit of the cluster: which units are others.
+  restarted =
+    edit:
+    lib.concatMap (
+      name:
+      let
+        before = (machine name open).starts;
+        after =
+          (machine name {
+            imports = [
+              open
+              { services.tightwad.cluster = edit; }
+            ];
+          }).starts;
+      in
+      map (unit: "${name}: ${unit}") (
+        lib.filter (unit: before.${unit} != after.${unit}) (lib.attrNames before)
+      )
+    ) (lib.attrNames cluster.hosts);
+  withTargets = machine "server" {
+    services.tightwad.cluster = {
+      hosts.server.roles = lib.mkForce [ "target" ];
+      hosts.server.gpu = lib.mkForce "cuda";
+      hosts.mini-pc.roles = lib.mkForce [
+        "draft"
+        "proxy"
+      ];
+      target.api_key_file = "/run/secrets/target";
+      proxy.max_draft_tokens = 4;
+      models.small.path = lib.mkForce "${fetched}";
+    };
+  };
+  # A model that Nix downloads.
+  fetched = pkgs.writeText "small.gguf" "GGUF";
+  isNeeded = path: builtins.hasContext path;
+  withFetched =
+    name: machine name { services.tightwad.cluster.models.small.path = lib.mkForce "${fetched}"; };
+  withLocalKey = machine "server" {
+    services.tightwad.cluster = {
+      hosts.server.roles = lib.mkForce [
+        "target"
+        "proxy"
+      ];
+      target.port = 8082;
+    };
+  };
+  # With drivers of its own nixpkgs.
+  mesa = pkgs.writeText "mesa" "";
+  withDrivers = machine "gaming-pc" {
+    services.tightwad.llamaCpp.package = lib.mkForce (
+      self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-vulkan.override { inherit mesa; }
+    );
+  };
+  waiting = machine "server" { services.tightwad.waitUntilReady = true; };
   withoutProxy = machine "server" {
     services.tightwad.cluster.hosts.server.roles = lib.mkForce [ "coordinator" ];
   };
@@ -202,6 +271,43 @@ let
         tightwad-draft = [ "draft.api_key_file:/run/secrets/draft" ];
       }
     ];
+    "a target behind a proxy of its machine shares a key with that, made at the boot" = [
+      withLocalKey.secrets
+      {
+        tightwad-proxy = [
+          "draft.api_key_file:/run/secrets/draft"
+          "local_key:/run/tightwad-local-key/key"
+          "proxy.auth_token_file:/run/secrets/proxy"
+        ];
+        tightwad-target = [ "local_key:/run/tightwad-local-key/key" ];
+      }
+    ];
+    "and where everybody may use it there is none" = [
+      (machine "server" {
+        services.tightwad.cluster = {
+          hosts.server.roles = lib.mkForce [ "target" ];
+          target = {
+            port = 8082;
+            host = "127.0.0.1";
+            allow_unauthenticated = true;
+          };
+        };
+      }).units
+      [ "tightwad-target" ]
+    ];
+    "units are started after the key is made" = [
+      withLocalKey.after
+      (lib.genAttrs
+        [
+          "tightwad-proxy"
+          "tightwad-target"
+        ]
+        (_: [
+          "network-online.target"
+          "tightwad-local-key.service"
+        ])
+      )
+    ];
     "from where this machine has it" = [
       (lib.elem "draft.api_key_file:/etc/keys/draft" withOwnPath.secrets.tightwad-proxy)
       true
@@ -218,13 +324,144 @@ let
         tightwad-draft = [ "/models/small.gguf" ];
       }
     ];
+    "a unit whose mount fails is tried again" = [
+      (server.requires // gaming-pc.requires // mini-pc.requires)
+      {
+        tightwad-coordinator = [ ];
+        tightwad-proxy = [ ];
+        tightwad-worker = [ ];
+        tightwad-draft = [ ];
+      }
+    ];
+    "a model that Nix downloads is needed by the hosts that read it only" = [
+      {
+        server = isNeeded (withFetched "server").parts.coordinator.models.small.path;
+        mini-pc = isNeeded (withFetched "mini-pc").parts.draft.models.small.path;
+        proxy = lib.any isNeeded (
+          map (model: model.path) (lib.attrValues (withFetched "server").parts.proxy.models)
+        );
+        worker = (withFetched "gaming-pc").parts.worker ? models;
+        cluster-file = isNeeded (withFetched "mini-pc").settings.models.small.path;
+      }
+      {
+        server = true;
+        mini-pc = true;
+        proxy = false;
+        worker = false;
+        cluster-file = false;
+      }
+    ];
+    "an edit of the draft restarts the draft" = [
+      (restarted { draft.slots = 2; })
+      [ "mini-pc: tightwad-draft" ]
+    ];
+    "and one that concerns the proxy restarts the proxy too" = [
+      (restarted { draft.port = 8090; })
+      [
+        "mini-pc: tightwad-draft"
+        "server: tightwad-proxy"
+      ]
+    ];
+    "another worker restarts the coordinator, and no worker" = [
+      (restarted {
+        workers = [
+          {
+            name = "laptop";
+            host = "10.0.0.8";
+          }
+        ];
+      })
+      [ "server: tightwad-coordinator" ]
+    ];
+    "an edit of the proxy restarts the proxy" = [
+      (restarted { proxy.keepalive_seconds = 5; })
+      [ "server: tightwad-proxy" ]
+    ];
+    "a model's context restarts those that read it" = [
+      (restarted { models.small.ctx_size = 4096; })
+      [
+        "mini-pc: tightwad-draft"
+        "server: tightwad-coordinator"
+      ]
+    ];
+    "a target has its own model and the proxy's limit of draft tokens" = [
+      withTargets.parts
+      {
+        target = {
+          target = withTargets.settings.target;
+          models.big = withTargets.settings.models.big;
+          proxy = {
+            port = 0;
+            max_draft_tokens = 4;
+          };
+        };
+      }
+    ];
+    "a target and a draft have the backend of their host" = [
+      (map (role: withTargets.settings.${role}.backend or null) [
+        "target"
+        "draft"
+      ])
+      [
+        "cuda"
+        null
+      ]
+    ];
+    "Vulkan's drivers are of the nixpkgs that llama.cpp is of" = [
+      withDrivers.environment.tightwad-worker.VK_DRIVER_FILES
+      "${mesa}/share/vulkan/icd.d:/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${pkgs.stdenv.hostPlatform.parsed.cpu.name}.json"
+    ];
+    "and nobody else has any" = [
+      (lib.filter (unit: server.environment.${unit} ? VK_DRIVER_FILES) server.units)
+      [ ]
+    ];
+    "the GPU of WSL may be opened, with the others" = [
+      (map (lib.elem "/dev/dxg rw") [
+        server.devices.tightwad-coordinator
+        withDrivers.devices.tightwad-worker
+      ])
+      [
+        true
+        true
+      ]
+    ];
+    "`switch` waits for no model" = [
+      (server.types // gaming-pc.types // mini-pc.types)
+      {
+        tightwad-coordinator = "exec";
+        tightwad-proxy = "notify";
+        tightwad-worker = "exec";
+        tightwad-draft = "exec";
+      }
+    ];
+    "but where it is to" = [
+      waiting.types
+      {
+        tightwad-coordinator = "notify";
+        tightwad-proxy = "notify";
+      }
+    ];
     "clients reach the proxy on the interface, and not the coordinator on loopback" = [
       server.firewall.interfaces.wg0.allowedTCPPorts
       [ 8088 ]
     ];
     "a worker's ports are open to the coordinator only" = [
-      gaming-pc.firewall.extraCommands
-      "iptables -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp -m multiport --dports 50052,50060,50051 -j nixos-fw-accept\n"
+      (rulesOf gaming-pc)
+      [
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50052 -j nixos-fw-accept"
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50060 -j nixos-fw-accept"
+        "iptables -w -A nixos-fw -i wg0 -s 10.0.0.1 -p tcp --dport 50051 -j nixos-fw-accept"
+      ]
+    ];
+    "no command of the firewall can end its script" = [
+      (map (text: lib.filter (line: !lib.hasInfix " || " line) (linesOf text)) [
+        gaming-pc.firewall.extraCommands
+        gaming-pc.firewall.extraStopCommands
+      ])
+      [
+        [ ]
+        [ ]
+      ]
     ];
     "a draft's port is open to the proxy only, with nftables too" = [
       mini-pc.firewall.extraInputRules
@@ -253,5 +490,12 @@ let
   ) unmet;
 in
 lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
-  pkgs.runCommand "topology" { } "touch $out"
+  pkgs.runCommand "topology" {
+    # For firewall.sh.
+    passthru.firewall = {
+      start = gaming-pc.firewall.extraCommands;
+      stop = gaming-pc.firewall.extraStopCommands;
+      nftables = mini-pc.firewall.extraInputRules;
+    };
+  } "touch $out"
 )

@@ -14,7 +14,7 @@ let
         ];
       }
       ''
-        python3 ${../../tests/models/inflate.py} ${models}/tightwad-tiny-target-q8_0.gguf $out --size 256M --type f16 --embd 1024
+        python3 ${../../../tests/models/inflate.py} ${models}/tightwad-tiny-target-q8_0.gguf $out --size 256M --type f16 --embd 1024
       '';
   # The test's network numbers the machines in the order of their names.
   cluster = {
@@ -61,6 +61,7 @@ pkgs.testers.runNixOSTest {
     imports = [ self.nixosModules.default ];
     services.tightwad = {
       inherit cluster;
+      waitUntilReady = true;
       interface = "eth1";
       openFirewall = true;
     };
