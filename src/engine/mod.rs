@@ -38,7 +38,7 @@ use slots::Slots;
 use watch::{Server, Sight, Watcher};
 
 /// What the engine needs to know, with the keys read.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// The drafters and their API keys.
     pub drafts: Vec<(Upstream, Option<Secret>)>,
@@ -48,6 +48,20 @@ pub struct Settings {
     pub max_draft_tokens: MaxDraftTokens,
     /// How the target is to verify.
     pub verification: VerificationMode,
+    /// A llama-server that takes no task for longer has stalled. A pass over a batch of a prompt takes its time, too.
+    pub stall_after: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            drafts: Vec::new(),
+            target: None,
+            max_draft_tokens: MaxDraftTokens::default(),
+            verification: VerificationMode::default(),
+            stall_after: Duration::from_secs(60),
+        }
+    }
 }
 
 /// Targets with faster plain steps are not drafted for: following them costs more than drafts save.
