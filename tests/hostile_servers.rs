@@ -7,18 +7,20 @@ mod harness;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use harness::fake_ollama::{self, FakeOllama};
-use harness::fake_upstream::{Act, FakeUpstream, Seen, chunk, json as whole, send, stream_head};
+use futures_util::StreamExt;
+use harness::fake_upstream::{Act, FakeUpstream, Seen, json as whole, send, stream_head};
 use harness::llama_server::{Program, free_port};
 use harness::wait::eventually;
 use serde_json::{Value, json};
-use tightwad::config::{self, Upstream};
+use tightwad::config::{self, Backend, Upstream};
 use tightwad::engine::{self, Engine};
 use tightwad::proxy::{self, Settings};
+use tightwad::upstream::{DraftPiece, LlamaServer, TextPiece, TextServer, WrittenTokens};
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// What the proxy may hold in memory, whatever the servers behind it send. Without requests it holds less than 20 MB.
@@ -218,11 +220,11 @@ async fn a_target_that_tells_absurd_numbers_ends_neither_the_proxy_nor_its_watch
         ),
         (
             "/draft",
-            json!({ "state": "running", "pos": 0, "tokens": [1], "n_steps": 2, "step_n": u64::MAX, "step_us": u64::MAX }),
+            json!({ "state": "running", "tokens": [1], "step_n": u64::MAX, "step_us": u64::MAX }),
         ),
         (
             "/draft",
-            json!({ "state": "running", "pos": 0, "tokens": [1], "n_steps": 2, "step_n": 2_000_000_000, "step_batch": 2_000_000_001 }),
+            json!({ "state": "running", "tokens": [1], "step_n": 2_000_000_000, "step_batch": 2_000_000_001 }),
         ),
         (
             "/v1/models",
@@ -232,12 +234,22 @@ async fn a_target_that_tells_absurd_numbers_ends_neither_the_proxy_nor_its_watch
         let is_well = Arc::new(AtomicBool::new(false));
         let target = FakeUpstream::start({
             let is_well = is_well.clone();
+            let steps = AtomicU64::new(0);
             move |seen| {
-                if seen.target == path && !is_well.load(Ordering::SeqCst) {
-                    whole("200 OK", &answer.to_string())
-                } else {
-                    llama_server(seen)
+                if seen.target != path || is_well.load(Ordering::SeqCst) {
+                    return llama_server(seen);
                 }
+                let mut answer = answer.clone();
+                if path == "/draft" {
+                    let body: Value = serde_json::from_slice(&seen.body).unwrap();
+                    let steps = steps.fetch_add(1, Ordering::SeqCst);
+                    answer["n_steps"] = json!(steps);
+                    answer["pos"] = answer.get("pos").unwrap_or(&body["pos"]).clone();
+                    if steps > 100 {
+                        answer["state"] = json!("done");
+                    }
+                }
+                whole("200 OK", &answer.to_string())
             }
         })
         .await;
@@ -300,62 +312,66 @@ async fn an_answer_without_an_end_is_given_up_and_is_not_kept_in_memory() {
     }
 }
 
+/// A draft server that says this again and again.
+async fn endless_drafter(forever: impl Into<Vec<u8>>) -> FakeUpstream {
+    let forever = forever.into();
+    FakeUpstream::start(move |_| vec![stream_head(), Act::Forever(forever.clone())]).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_draft_without_an_end_is_cut_at_what_was_asked_for() {
-    let event = |tokens: usize| {
-        let tokens = vec![1; tokens];
+    let event = |tokens: &[u32]| {
         format!(
             "data: {}\n\n",
             json!({ "tokens": tokens, "stop": false, "tokens_predicted": 1 })
         )
     };
-    for forever in [event(1000), "data: ".to_owned() + &"x".repeat(64 << 10)] {
-        let target = FakeUpstream::start(waits_for_drafts).await;
-        let drafter = FakeUpstream::start(move |seen| {
-            let is_a_draft = seen.target == "/completion" && seen.body.starts_with(br#"{"prompt":[1,2,1,2,0"#);
-            if is_a_draft {
-                vec![stream_head(), Act::Forever(forever.clone().into_bytes())]
-            } else {
-                llama_server(seen)
-            }
-        })
-        .await;
-        let proxy = Process::start(&target.url(), &drafter.url(), "llamacpp").await;
-        proxy
-            .shows("that the drafter is usable", |status| {
-                status["drafts"][0]["healthy"] == true
-            })
-            .await;
-        let _ = proxy.chat(&json!({ "messages": [] })).send().await;
-        assert!(
-            drafter
-                .seen()
-                .iter()
-                .any(|seen| seen.body.starts_with(br#"{"prompt":[1,2,1,2,0"#))
-        );
-        proxy.is_small();
+    let drafted = |server: LlamaServer, at_once| async move {
+        let pieces = server.draft(vec![1], &mut WrittenTokens::default(), 4, 0, at_once);
+        timeout(Duration::from_secs(5), pieces.collect::<Vec<_>>())
+            .await
+            .expect("an end")
+    };
+    for forever in [event(&[7]), event(&[7, 7, 7]), event(&[7; 1000])] {
+        let drafter = endless_drafter(forever).await;
+        let pieces = drafted(LlamaServer::new(&drafter.url(), None).unwrap(), false).await;
+        let tokens = pieces.iter().flatten().map(|piece| match piece {
+            DraftPiece::Tokens(tokens) => tokens.len(),
+            DraftPiece::End { .. } => 0,
+        });
+        assert_eq!(tokens.sum::<usize>(), 4, "{pieces:?}");
+        assert!(matches!(pieces.last(), Some(Ok(DraftPiece::End { .. }))), "{pieces:?}");
+    }
+    for at_once in [false, true] {
+        let drafter = endless_drafter("data: ".to_owned() + &"x".repeat(64 << 10)).await;
+        let pieces = drafted(LlamaServer::new(&drafter.url(), None).unwrap(), at_once).await;
+        let [Err(error)] = &pieces[..] else {
+            panic!("{pieces:?}")
+        };
+        assert!(error.to_string().contains("longer than"), "{error}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn text_without_an_end_from_a_drafter_is_cut_too() {
-    for forever in [vec![b'x'; 64 << 10], fake_line("aaaaaaaaaaaaaaaa")] {
-        let target = FakeUpstream::start(waits_for_drafts).await;
-        let drafter = FakeOllama::start(move |_| vec![fake_ollama::head(), Act::Forever(forever.clone())]).await;
-        let proxy = Process::start(&target.url(), &drafter.url(), "ollama").await;
-        proxy
-            .shows("that the drafter is usable", |status| {
-                status["drafts"][0]["healthy"] == true
-            })
-            .await;
-        let _ = proxy.chat(&json!({ "messages": [] })).send().await;
-        assert!(!drafter.asked().is_empty(), "{}", proxy.program.log());
-        proxy.is_small();
+    let line = json!({ "response": "a".repeat(100), "done": false }).to_string();
+    for (forever, is_cut) in [(line.clone() + "\n", true), (line, false)] {
+        let drafter = endless_drafter(forever).await;
+        let server = TextServer::new(&drafter.url(), None, Backend::Ollama, Some("tiny".to_owned())).unwrap();
+        let pieces = timeout(
+            Duration::from_secs(5),
+            server.complete("so".to_owned(), 4, 0).collect::<Vec<_>>(),
+        )
+        .await;
+        let pieces = pieces.expect("an end");
+        assert_eq!(
+            matches!(pieces.last(), Some(Ok(TextPiece::End(_)))),
+            is_cut,
+            "{:?}",
+            pieces.last()
+        );
+        assert_eq!(matches!(pieces.last(), Some(Err(_))), !is_cut, "{:?}", pieces.last());
     }
-}
-
-fn fake_line(text: &str) -> Vec<u8> {
-    format!("{}\n", json!({ "response": text, "done": false })).into_bytes()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -411,7 +427,15 @@ async fn a_prediction_is_read_no_further_than_the_context() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_name_of_a_drafted_completion_is_not_logged() {
-    let target = FakeUpstream::start(waits_for_drafts).await;
+    let target = FakeUpstream::start(|seen| match seen.target.as_str() {
+        "/draft" => {
+            let body: Value = serde_json::from_slice(&seen.body).unwrap();
+            let refused = json!({ "state": "refused", "pos": body["pos"], "tokens": [], "reason": "it has a picture" });
+            whole("200 OK", &refused.to_string())
+        }
+        _ => waits_for_drafts(seen),
+    })
+    .await;
     let drafter = FakeUpstream::start(llama_server).await;
     let proxy = Process::start(&target.url(), &drafter.url(), "llamacpp").await;
     proxy
