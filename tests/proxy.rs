@@ -586,13 +586,44 @@ async fn a_request_that_meets_a_closed_connection_is_sent_once_more_on_a_fresh_o
 }
 
 #[tokio::test]
-async fn a_request_is_not_sent_a_third_time() {
+async fn a_request_whose_own_connection_closes_is_not_sent_again() {
     let target = FakeUpstream::start(|_| vec![Act::Close]).await;
     let proxy = Proxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
     let error = error_of(response, StatusCode::BAD_GATEWAY).await;
     assert_eq!(error["code"], "target_broke_off");
-    assert_eq!(target.seen().len(), 2);
+    assert_eq!(target.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_request_is_not_sent_a_third_time() {
+    let target = FakeUpstream::start(|seen| match seen.number {
+        0 => json("200 OK", "{}"),
+        _ => vec![Act::Close],
+    })
+    .await;
+    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
+    assert_eq!(response.bytes().await.unwrap(), "{}");
+    let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
+    let error = error_of(response, StatusCode::BAD_GATEWAY).await;
+    assert_eq!(error["code"], "target_broke_off");
+    assert_eq!(target.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn as_many_connections_to_the_target_stay_open_as_are_used() {
+    let target = FakeUpstream::start(|_| [vec![wait(20)], json("200 OK", "{}")].concat()).await;
+    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    for _ in 0..5 {
+        let answers = (0..24).map(|_| proxy.post(CHAT, UNSTREAMED).send());
+        for answer in futures_util::future::join_all(answers).await {
+            assert_eq!(answer.unwrap().bytes().await.unwrap(), "{}");
+        }
+    }
+    assert_eq!(target.seen().len(), 120);
+    let opened = target.accepted();
+    assert!(opened <= 30, "{opened} connections for 24 requests at a time");
 }
 
 // What is refused

@@ -78,6 +78,7 @@ pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
         target: proxy.target.as_ref().map(with_key),
         max_draft_tokens: proxy.max_draft_tokens,
         verification: proxy.verification,
+        ..engine::Settings::default()
     };
     Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
 }

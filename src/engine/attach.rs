@@ -14,6 +14,7 @@ use super::activity::Activity;
 use super::crowd::Member;
 use super::draft_stream::{Piece, Stream};
 use super::drafter::{DRAFTER_TIMEOUT, Drafted, Drafter};
+use super::prediction;
 use super::watch::{Language, Server, Sight};
 use super::{Counts, Shared};
 use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
@@ -40,11 +41,14 @@ pub(super) async fn run(
     prediction: Option<String>,
     counts: channel::Sender<Counts>,
 ) {
+    let sight = shared.sight.subscribe();
     let prediction = match prediction {
-        Some(text) => servers.target.tokenize(&text).await.unwrap_or_default(),
+        Some(text) => {
+            let seen = sight.borrow().clone();
+            prediction::tokens(&seen, text, async |text| servers.target.tokenize(&text).await).await
+        }
         None => Vec::new(),
     };
-    let sight = shared.sight.subscribe();
     let mut attached = Attached {
         session: Session::new(&prediction, servers.drafts.len()),
         follow: None,
@@ -161,7 +165,7 @@ impl Attached {
                 }
                 DraftState::Unknown | DraftState::Done | DraftState::Refused => {
                     if let Some(reason) = &answer.reason {
-                        tracing::debug!("not drafting for {}: {reason}", self.key);
+                        tracing::debug!("the target refuses drafts for an answer: {reason}");
                     }
                     if answer.state == DraftState::Done {
                         self.count(answer);

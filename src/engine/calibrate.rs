@@ -27,8 +27,9 @@ const ROUNDS: usize = 3;
 const SETTLED: f64 = 0.95;
 /// No new step begins after this time.
 const BOUND: Duration = Duration::from_secs(5);
-/// Calls by which the way to the target is measured.
+/// Calls by which the way to the target is measured, and how long they may take.
 const CALLS: usize = 3;
+const CALLS_BOUND: Duration = Duration::from_secs(2);
 
 /// What a drafter is to continue, and by how many tokens.
 const TEXT: (&str, usize) = ("Once upon a time there was a small", 8);
@@ -154,8 +155,6 @@ async fn measure_drafter(
         // It would hardly show beside the target either.
         Err(_) => return Ok(()),
     }
-    let key = super::new_key();
-    let completion = target.begin_endless(&key, 16 * TURNS * STEPS);
     let drafting = || async {
         loop {
             let (mut pieces, began) = (draft(BESIDE), Instant::now());
@@ -166,9 +165,9 @@ async fn measure_drafter(
             }
         }
     };
-    // The completion is dropped, and so ended, when the measuring is over.
-    let (_completion, slowdown) = tokio::try_join!(completion, slowdown(Stepper::new(target, &key), drafting))?;
-    if let Some(factor) = slowdown {
+    let key = super::new_key();
+    let slowdown = slowdown(Stepper::new(target, &key), drafting);
+    if let Some(factor) = beside_completion(target, &key, TURNS * STEPS, slowdown).await? {
         tracing::debug!("steps of the target take {factor:.2} times as long beside the drafter");
         shared.pace().calibrate_slowdown(number, factor);
     }
@@ -176,11 +175,13 @@ async fn measure_drafter(
 }
 
 async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
-    measure_way(shared, target).await?;
+    // A target that has nothing to do for a call and takes longer is busy with something else.
+    timeout(CALLS_BOUND, measure_way(shared, target))
+        .await
+        .unwrap_or(Ok(()))?;
     let key = super::new_key();
-    // The completion is dropped, and so ended, when the measuring is over. Useless tokens are seldom accepted, but may be.
-    let completion = target.begin_endless(&key, 16 * ROUNDS * SIZES.len());
-    let (_completion, costs) = tokio::try_join!(completion, step_costs(Stepper::new(target, &key), n_max))?;
+    let costs = step_costs(Stepper::new(target, &key), n_max);
+    let costs = beside_completion(target, &key, ROUNDS * SIZES.len(), costs).await?;
     if costs.contains_key(&0) {
         let shown: Vec<String> = costs
             .iter()
@@ -190,6 +191,26 @@ async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<
         shared.pace().calibrate(costs);
     }
     Ok(())
+}
+
+/// What comes of `measuring` a completion of so many steps, which ends with it. The target may never begin it.
+async fn beside_completion<T>(
+    target: &LlamaServer,
+    key: &str,
+    steps: usize,
+    measuring: impl Future<Output = Result<T, UpstreamError>>,
+) -> Result<T, UpstreamError> {
+    // Useless tokens are seldom accepted, but may be.
+    let completion = async {
+        match target.begin_endless(key, 16 * steps).await {
+            Ok(_answer) => std::future::pending().await,
+            Err(error) => error,
+        }
+    };
+    tokio::select! {
+        measured = measuring => measured,
+        error = completion => Err(error),
+    }
 }
 
 /// How long the target takes to answer a call that it has nothing to do for.

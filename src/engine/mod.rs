@@ -5,11 +5,14 @@
 
 mod activity;
 mod attach;
+mod background;
 mod calibrate;
 mod crowd;
 mod draft_server;
 mod draft_stream;
 mod drafter;
+mod occupancy;
+mod prediction;
 mod rounds;
 mod slots;
 mod stepper;
@@ -30,15 +33,18 @@ use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Outlook, Pace};
 use crate::upstream::{LlamaServer, TextServer};
 use activity::Activity;
+use background::{contained, kept_running};
 use calibrate::Measured;
 use crowd::Crowd;
+use occupancy::Occupancy;
+pub use occupancy::Occupied;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::Slots;
 use watch::{Server, Sight, Watcher};
 
 /// What the engine needs to know, with the keys read.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// The drafters and their API keys.
     pub drafts: Vec<(Upstream, Option<Secret>)>,
@@ -48,6 +54,20 @@ pub struct Settings {
     pub max_draft_tokens: MaxDraftTokens,
     /// How the target is to verify.
     pub verification: VerificationMode,
+    /// A llama-server that takes no task for longer has stalled. A pass over a batch of a prompt takes its time, too.
+    pub stall_after: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            drafts: Vec::new(),
+            target: None,
+            max_draft_tokens: MaxDraftTokens::default(),
+            verification: VerificationMode::default(),
+            stall_after: Duration::from_secs(60),
+        }
+    }
 }
 
 /// Targets with faster plain steps are not drafted for: following them costs more than drafts save.
@@ -61,6 +81,7 @@ pub struct Engine {
     target: Option<LlamaServer>,
     /// The target, if it can be asked in rounds.
     rounds: Option<Arc<RoundsTarget>>,
+    occupancy: Occupancy,
     watcher: AbortHandle,
 }
 
@@ -124,13 +145,21 @@ impl Engine {
             .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
-        let watcher = Watcher::new(drafts.clone(), target.clone(), slots.clone(), settings.verification);
         let rounds = match &target {
             Some(server) => RoundsTarget::of(server, target_key)?.map(Arc::new),
             None => None,
         };
+        let occupancy = Occupancy::default();
+        let watcher = {
+            let (drafts, target, slots, occupancy) = (drafts.clone(), target.clone(), slots.clone(), occupancy.clone());
+            let (mode, stall_after) = (settings.verification, settings.stall_after);
+            move || {
+                let (drafts, target, slots) = (drafts.clone(), target.clone(), slots.clone());
+                Watcher::new(drafts, target, slots, mode, occupancy.clone(), stall_after)
+            }
+        };
         let shared = Arc::new(Shared {
-            sight: channel::Sender::new(watcher.first_sight()),
+            sight: channel::Sender::new(watcher().first_sight()),
             slots,
             crowd: Crowd::default(),
             activity: drafts.iter().map(|_| Activity::default()).collect(),
@@ -142,24 +171,36 @@ impl Engine {
                 MaxDraftTokens::AtMost(n) => usize::from(n),
             },
         });
-        let calibration = target
-            .as_ref()
-            .map(|server| calibrate::run(shared.clone(), server.client.clone(), drafts.clone()));
-        let trying = rounds.clone().map(|target| {
-            let drafts = drafts.iter().map(|server| server.client.clone()).collect();
-            RoundsTarget::watch(target, shared.clone(), drafts)
-        });
-        let watching = watcher.run(shared.sight.clone());
-        let watching = async move {
-            tokio::join!(watching, OptionFuture::from(calibration), OptionFuture::from(trying));
+        let background = {
+            let (shared, drafts, target, rounds) = (shared.clone(), drafts.clone(), target.clone(), rounds.clone());
+            async move {
+                let clients = || drafts.iter().map(|server| server.client.clone()).collect();
+                let watching = kept_running("the watching of the servers", || watcher().run(shared.sight.clone()));
+                let measuring = OptionFuture::from(target.as_ref().map(|target| {
+                    let measure = || calibrate::run(shared.clone(), target.client.clone(), drafts.clone());
+                    kept_running("the measuring of the servers", measure)
+                }));
+                let trying = OptionFuture::from(rounds.as_ref().map(|rounds| {
+                    let try_out = || RoundsTarget::watch(rounds.clone(), shared.clone(), clients());
+                    kept_running("the trying of the target", try_out)
+                }));
+                tokio::join!(watching, measuring, trying);
+            }
         };
         Ok(Arc::new(Self {
-            watcher: tokio::spawn(watching).abort_handle(),
+            watcher: tokio::spawn(background).abort_handle(),
             shared,
             drafts,
             target: target.map(|server| server.client),
             rounds,
+            occupancy,
         }))
+    }
+
+    /// The target gets a request, and has it until the value is dropped.
+    #[must_use]
+    pub fn occupy(&self) -> Occupied {
+        self.occupancy.begin()
     }
 
     /// A drafting session for a completion that is about to be sent to the target, or `None` when its target cannot verify
@@ -182,7 +223,7 @@ impl Engine {
         Some(Attachment {
             key,
             progress,
-            task: tokio::spawn(run).abort_handle(),
+            task: tokio::spawn(contained("the drafting of an answer", run)).abort_handle(),
         })
     }
 
@@ -192,14 +233,41 @@ impl Engine {
         plain.is_some_and(|step| step < FASTEST_STEP)
     }
 
+    /// The target as last seen.
+    #[must_use]
+    pub fn target(&self) -> ServerStatus {
+        self.shared.sight.borrow().target.clone()
+    }
+
+    /// The drafters as last seen.
+    #[must_use]
+    pub fn drafters(&self) -> Vec<ServerStatus> {
+        let sight = self.shared.sight.borrow();
+        sight.drafts.iter().map(|draft| draft.status.clone()).collect()
+    }
+
+    /// How drafts are verified now.
+    #[must_use]
+    pub fn verification(&self) -> Verification {
+        let verification = self.shared.sight.borrow().verification;
+        let rounds = self.asked_in_rounds(verification);
+        if rounds.is_some_and(|rounds| rounds.reason().is_some()) {
+            return Verification::None;
+        }
+        verification
+    }
+
+    fn asked_in_rounds(&self, verification: Verification) -> Option<&RoundsTarget> {
+        self.rounds.as_deref().filter(|_| verification.is_in_rounds())
+    }
+
     /// What is known of both servers and how the drafting went so far.
     #[must_use]
     pub fn status(&self) -> Status {
         let sight = self.shared.sight.borrow().clone();
         let measuring = *self.shared.measured() != Measured::all(&sight);
         let (mut verification, mut reason) = (sight.verification, sight.reason);
-        let in_rounds = self.rounds.as_ref().filter(|_| verification.is_in_rounds());
-        if let Some(rounds) = in_rounds {
+        if let Some(rounds) = self.asked_in_rounds(verification) {
             if let Some(flaw) = rounds.reason() {
                 (verification, reason) = (Verification::None, Some(flaw));
             } else if reason.is_none() {

@@ -8,6 +8,7 @@ use futures_util::future::join_all;
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, timeout_at};
 
+use super::prediction;
 use super::slots::Lease;
 use super::watch::{Server, Sight};
 use super::{Counts, Engine, Shared, Verification};
@@ -196,6 +197,12 @@ impl Drafting {
 
     pub(crate) fn target_url(&self) -> &str {
         &self.url
+    }
+
+    /// The tokens of what the client expects of the answer.
+    pub(crate) async fn predicted(&self, text: String) -> Vec<Token> {
+        let seen = self.shared.sight.borrow().clone();
+        prediction::tokens(&seen, text, async |text| self.target.tokens(&text).await).await
     }
 
     pub(crate) fn pace(&self) -> MutexGuard<'_, Pace> {

@@ -1,6 +1,8 @@
 //! Times the steps of a completion that is there for nothing else.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
 
 use crate::speculation::Token;
 use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
@@ -37,7 +39,7 @@ impl<'a> Stepper<'a> {
     /// The next step that is seen, which is to verify `size` draft tokens: how many it did verify, and how long it took.
     /// `None`: the completion has ended, or it has taken too long.
     pub(super) async fn step(&mut self, size: usize) -> Result<Option<(usize, Duration)>, UpstreamError> {
-        while Instant::now() < self.until {
+        loop {
             let tokens = vec![self.last; if self.n_steps > 0 { size } else { 0 }];
             let call = DraftCall {
                 key: self.key,
@@ -47,7 +49,10 @@ impl<'a> Stepper<'a> {
                 hold_us: HOLD_US,
                 wait: true,
             };
-            let answer = self.target.offer(&call).await?;
+            let Ok(answer) = timeout_at(self.until, self.target.offer(&call)).await else {
+                return Ok(None);
+            };
+            let answer = answer?;
             self.pos += answer.tokens.len();
             self.last = answer.tokens.last().copied().unwrap_or(self.last);
             match answer.state {
@@ -61,7 +66,6 @@ impl<'a> Stepper<'a> {
                 return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
             }
         }
-        Ok(None)
     }
 
     /// Times some plain steps after one that may have begun in other circumstances; false: no more steps are to be had.

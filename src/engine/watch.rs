@@ -7,6 +7,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 use tracing::Level;
 
+use super::occupancy::Occupancy;
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
@@ -28,6 +29,9 @@ const LOADING: &str = "it is loading its model";
 const NOT_UP_YET: &str = "it is not up yet: ";
 /// … for so long: servers that are started together with the proxy take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Time between two questions whether the target takes tasks.
+const TASK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A configured server and its client.
 #[derive(Debug, Clone)]
@@ -109,6 +113,8 @@ pub struct Watcher {
     drafts: Vec<Draft>,
     target: Option<Server>,
     mode: VerificationMode,
+    occupancy: Occupancy,
+    stall_after: Duration,
 }
 
 #[derive(Debug)]
@@ -128,9 +134,17 @@ type Pair = (Props, Props);
 type Compared = (Pair, Result<Comparison, UpstreamError>);
 
 impl Watcher {
-    /// Watches these servers; each drafter has its slots.
+    /// Watches these servers; each drafter has its slots, and the target has stalled when it has requests and takes no
+    /// task for `stall_after`.
     #[must_use]
-    pub fn new(drafts: Vec<Server>, target: Option<Server>, slots: Vec<Slots>, mode: VerificationMode) -> Self {
+    pub fn new(
+        drafts: Vec<Server>,
+        target: Option<Server>,
+        slots: Vec<Slots>,
+        mode: VerificationMode,
+        occupancy: Occupancy,
+        stall_after: Duration,
+    ) -> Self {
         let draft = |(server, slots)| Draft {
             server,
             slots,
@@ -142,13 +156,16 @@ impl Watcher {
             drafts: drafts.into_iter().zip(slots).map(draft).collect(),
             target,
             mode,
+            occupancy,
+            stall_after,
         }
     }
 
     /// What is known before the first look.
     #[must_use]
     pub fn first_sight(&self) -> Sight {
-        self.judge(&Look::before(self.target.as_ref()), &self.not_seen()).0
+        self.judge(&Look::before(self.target.as_ref()), false, &self.not_seen())
+            .0
     }
 
     fn not_seen(&self) -> Vec<Look> {
@@ -168,22 +185,26 @@ impl Watcher {
                     .boxed()
             })
             .collect();
+        let mut stalls = stalls(self.target.clone(), self.occupancy.clone(), self.stall_after);
         let mut target = Look::before(self.target.as_ref());
+        let mut stalled = false;
         let mut drafts = self.not_seen();
         let mut comparisons: FuturesUnordered<BoxFuture<'static, (usize, Compared)>> = FuturesUnordered::new();
         loop {
             tokio::select! {
                 Some(look) = target_looks.next() => target = look,
+                Some(now) = stalls.next() => stalled = now,
                 Some((number, look)) = draft_looks.next() => {
-                    drafts[number] = look;
+                    self.drafts[number].resize_slots(&look);
                     self.drafts[number].compare_again = true;
+                    drafts[number] = look;
                 }
                 Some((number, compared)) = comparisons.next() => {
                     self.drafts[number].comparing = false;
                     self.drafts[number].compared = Some(compared);
                 }
             }
-            let (seen, missing) = self.judge(&target, &drafts);
+            let (seen, missing) = self.judge(&target, stalled, &drafts);
             for (number, pair) in missing {
                 comparisons.extend(self.compare(number, pair));
             }
@@ -205,12 +226,19 @@ impl Watcher {
     }
 
     /// What the last looks come to, and the pairs that have yet to be compared.
-    fn judge(&self, target: &Look, looks: &[Look]) -> (Sight, Vec<(usize, Pair)>) {
+    fn judge(&self, target: &Look, stalled: bool, looks: &[Look]) -> (Sight, Vec<(usize, Pair)>) {
         let mut sight = Sight {
             target: target.status.clone(),
             model: target.props.clone(),
             ..Sight::default()
         };
+        if stalled && target.status.healthy {
+            sight.target.healthy = false;
+            sight.target.problem = Some(format!(
+                "it has taken no task for {} s, though it answers how it is: it hangs, or reads a very long prompt",
+                self.stall_after.as_secs()
+            ));
+        }
         match verification(self.mode, self.target.as_ref(), target) {
             Ok((verification, n_max)) => {
                 sight.verification = verification;
@@ -271,6 +299,15 @@ enum Fit {
 }
 
 impl Draft {
+    /// Takes in for how many completions at once the drafter can draft, where that is known.
+    fn resize_slots(&self, look: &Look) {
+        match (&look.props, self.server.config.backend) {
+            (Some(props), _) => self.slots.resize(props.total_slots),
+            (None, Backend::Llamacpp) => {}
+            (None, _) => self.slots.resize(TEXT_SLOTS),
+        }
+    }
+
     fn fits(&self, look: &Look, verification: Verification, target: Option<&Props>) -> Fit {
         let text = || match target {
             Some(target) if verification == Verification::Attached => Some(Language::Text {
@@ -279,7 +316,6 @@ impl Draft {
             _ => None,
         };
         if self.server.config.backend != Backend::Llamacpp {
-            self.slots.resize(TEXT_SLOTS);
             return match text() {
                 Some(language) => Fit::Fits { language, but: None },
                 None => Fit::Not(format!(
@@ -296,7 +332,6 @@ impl Draft {
                 pair: None,
             };
         };
-        self.slots.resize(props.total_slots);
         let Some(target) = target else {
             // Who scores prompts does not tell its vocabulary so; a text is compared when it is tried.
             return Fit::Fits {
@@ -358,6 +393,26 @@ fn looks(server: Option<Server>) -> BoxStream<'static, Look> {
     .boxed()
 }
 
+/// Tells whether a llama-server takes no task, as often as that is asked: only while it has requests or may hang over one,
+/// because one that nobody uses may sleep, and is woken by such a question.
+fn stalls(server: Option<Server>, occupancy: Occupancy, after: Duration) -> BoxStream<'static, bool> {
+    let Some(server) = server.filter(|server| server.config.backend == Backend::Llamacpp) else {
+        return stream::pending().boxed();
+    };
+    let asks = (server, occupancy, Duration::ZERO, 0);
+    stream::unfold(asks, move |(server, occupancy, pause, seen)| async move {
+        tokio::time::sleep(pause).await;
+        let changes = occupancy.since(seen).await;
+        if server.client.takes_tasks(after).await {
+            Some((false, (server, occupancy, TASK_INTERVAL, changes)))
+        } else {
+            // It is asked again whether it has requests or not.
+            Some((true, (server, occupancy, Duration::ZERO, seen)))
+        }
+    })
+    .boxed()
+}
+
 struct Look {
     status: ServerStatus,
     /// Of a llama-server that answers.
@@ -407,9 +462,13 @@ async fn look_at(server: &Server) -> Look {
     match answer {
         Ok(()) => status.healthy = true,
         // Something answers that is no llama-server, or no longer one with our routes.
-        Err(UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }) if text.is_none() => {
+        Err(error @ (UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Malformed { .. }))
+            if text.is_none() =>
+        {
             status.healthy = true;
-            status.problem = Some("it answers, but not like llama-server; set `backend` to what it is".into());
+            status.problem = Some(format!(
+                "it answers, but not like llama-server; set `backend` to what it is ({error})"
+            ));
         }
         Err(UpstreamError::Refused { status: 503, .. }) => status.problem = Some(LOADING.into()),
         Err(error) => status.problem = Some(error.to_string()),

@@ -13,8 +13,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::config::Upstream;
+use crate::http::client;
 use crate::observe::Observed;
-use crate::upstream::sse::Data;
+use crate::upstream::sse::data;
 
 /// The paths whose answers are compared: OpenAI's chat and text completions, which llama-server, Ollama and vLLM have too.
 const PATHS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
@@ -22,6 +23,8 @@ const PATHS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
 const LARGEST: usize = 64 * 1024;
 /// Most bytes of an answer that are looked at: enough for the first tokens, also with an event for each.
 const LOOKED_AT: usize = 64 * 1024;
+/// Most bytes of the drafter's answer.
+const LONGEST: usize = 1 << 20;
 /// Most tokens that the drafter is asked for.
 const MAX_TOKENS: u64 = 64;
 /// How long it may take for them.
@@ -67,7 +70,7 @@ impl Agreement {
     pub(super) fn new(drafter: Upstream) -> Result<Self, reqwest::Error> {
         Ok(Self {
             drafter,
-            client: reqwest::Client::builder().no_proxy().timeout(PATIENCE).build()?,
+            client: client::builder().timeout(PATIENCE).build()?,
             sums: Mutex::default(),
             asking: Arc::default(),
         })
@@ -106,7 +109,7 @@ impl Agreement {
             post = post.bearer_auth(key.expose());
         }
         match post.send().await.and_then(reqwest::Response::error_for_status) {
-            Ok(answer) => text(&answer.bytes().await.ok()?),
+            Ok(answer) => text(&client::bytes(answer, LONGEST).await.ok()?),
             Err(error) => {
                 tracing::debug!(%error, "the drafter's agreement could not be measured");
                 None
@@ -198,10 +201,8 @@ fn text(answer: &[u8]) -> Option<String> {
     if let Ok(answer) = serde_json::from_slice::<Value>(answer) {
         return piece(&answer);
     }
-    let events = Data::default().push(answer);
-    let events = events
-        .iter()
-        .filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    let events = answer.split_inclusive(|byte| *byte == b'\n').filter_map(data);
+    let events = events.filter_map(|event| serde_json::from_slice::<Value>(event).ok());
     let text: String = events.filter_map(|event| piece(&event)).collect();
     (!text.is_empty()).then_some(text)
 }

@@ -104,6 +104,7 @@ impl Exchange<'_> {
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
+            self.running.occupies(self.app.engine.occupy());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             streamed = asked.streamed;
             if !settings.fallback_on_draft_failure {
@@ -127,7 +128,7 @@ impl Exchange<'_> {
         }
         if let Some(agreement) = &self.app.agreement
             && self.route.completion
-            && self.app.engine.status().verification == Verification::None
+            && self.app.engine.verification() == Verification::None
             && let Some(question) = agreement.question(self.route.label, &body)
         {
             self.running.is_compared(question);
@@ -167,11 +168,11 @@ impl Exchange<'_> {
     }
 
     fn refuse_without_drafter(&self) -> Result<(), Refusal> {
-        let drafts = self.app.engine.status().drafts;
-        if drafts.iter().any(|draft| draft.server.healthy) {
+        let drafts = self.app.engine.drafters();
+        if drafts.iter().any(|draft| draft.healthy) {
             return Ok(());
         }
-        match drafts.into_iter().next().map(|draft| draft.server) {
+        match drafts.into_iter().next() {
             Some(draft) => Err(Refusal::DrafterDown {
                 url: draft.url,
                 problem: draft.problem.unwrap_or_else(|| "it does not answer".to_owned()),

@@ -9,7 +9,7 @@ use tokio::sync::watch as channel;
 
 use super::agreement::Question;
 use super::paths::Route;
-use crate::engine::{Attachment, Counts};
+use crate::engine::{Attachment, Counts, Occupied};
 use crate::observe::metrics::Ended;
 use crate::observe::recent::Record;
 use crate::observe::{Observed, Outcome};
@@ -23,6 +23,8 @@ const LONGEST_PATH: usize = 128;
 pub(super) struct Running {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
+    /// It is the target's to answer.
+    occupied: Option<Occupied>,
     /// The client predicted the answer, and is told what came of it.
     predicted: bool,
     /// What the drafter may be asked too.
@@ -45,6 +47,7 @@ impl Running {
         Self {
             observed: Arc::clone(observed),
             attachment: None,
+            occupied: None,
             predicted: false,
             question: None,
             rounds: None,
@@ -62,6 +65,11 @@ impl Running {
     /// The client asked for a stream.
     pub(super) fn streams(&mut self) {
         self.streamed = true;
+    }
+
+    /// The target has this request until it ends.
+    pub(super) fn occupies(&mut self, target: Occupied) {
+        self.occupied = Some(target);
     }
 
     /// Drafts for this request from now on until it ends.

@@ -25,7 +25,7 @@ pub(super) async fn health() -> Json<Value> {
 
 /// `GET /readyz`: the target answers.
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
-    let target = app.engine.status().target;
+    let target = app.engine.target();
     if target.healthy {
         return Json(json!({ "status": "ready" })).into_response();
     }

@@ -1,5 +1,6 @@
 //! The connection to the target.
 
+use std::cell::Cell;
 use std::error::Error;
 use std::future::Future;
 use std::io::ErrorKind;
@@ -8,18 +9,36 @@ use std::time::{Duration, Instant};
 use axum::http::{HeaderMap, HeaderValue, Method, Uri, header};
 use bytes::Bytes;
 use reqwest::{Client, RequestBuilder, Response, Url};
+use tower::util::MapRequestLayer;
 
 use super::respond::Refusal;
 use crate::config::Secret;
+use crate::http::client;
 
 /// A server that does not take a connection within this time is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// llama-server closes idle connections after 5 s, and each holds one of its few threads until then.
+/// llama-server closes idle connections after 5 s, and each holds one of its threads until then.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Most idle connections: as many as llama-server has threads for. A busy proxy that kept fewer would open a connection for
+/// nearly every request.
+const MOST_IDLE: usize = 1024;
 
 /// A pooled connection that was closed already shows that at once; what breaks later broke over our request.
 const AT_ONCE: Duration = Duration::from_secs(1);
+
+tokio::task_local! {
+    /// Whether a connection was begun for the request that the task sends.
+    static CONNECTS: Cell<bool>;
+}
+
+/// Notes that a connection is begun.
+fn connects<T>(connection: T) -> T {
+    // One that nobody waits for any more is begun outside of a request's task.
+    let _ = CONNECTS.try_with(|connects| connects.set(true));
+    connection
+}
 
 /// The server that answers.
 #[derive(Debug)]
@@ -56,10 +75,7 @@ pub(crate) struct Outgoing {
 impl Target {
     pub(crate) fn new(base: &Url, api_key: Option<&Secret>) -> Result<Self, TargetError> {
         let client = || {
-            Client::builder()
-                .no_proxy()
-                .redirect(reqwest::redirect::Policy::none())
-                .referer(false)
+            client::builder()
                 .connect_timeout(CONNECT_TIMEOUT)
                 .tcp_nodelay(true)
                 .tcp_keepalive(Duration::from_secs(20))
@@ -79,7 +95,10 @@ impl Target {
             base: base.clone(),
             shown: shown.as_str().trim_end_matches('/').to_owned(),
             authorization: authorization.transpose()?,
-            pooled: client().pool_max_idle_per_host(4).build()?,
+            pooled: client()
+                .pool_max_idle_per_host(MOST_IDLE)
+                .connector_layer(MapRequestLayer::new(connects))
+                .build()?,
             fresh: client().pool_max_idle_per_host(0).build()?,
         })
     }
@@ -113,12 +132,14 @@ impl Target {
         let (pooled, fresh, url) = (self.pooled.clone(), self.fresh.clone(), self.shown.clone());
         async move {
             let begun = Instant::now();
-            let answer = match request.clone().built(&pooled).send().await {
-                Err(error) if was_closed(&error) && begun.elapsed() < AT_ONCE => {
+            let sent = request.clone().built(&pooled).send();
+            let sent = async { (sent.await, !CONNECTS.with(Cell::get)) };
+            let answer = match CONNECTS.scope(Cell::new(false), sent).await {
+                (Err(error), true) if was_closed(&error) && begun.elapsed() < AT_ONCE => {
                     tracing::debug!(%error, "the connection was closed already, trying a fresh one");
                     request.built(&fresh).send().await
                 }
-                answer => answer,
+                (answer, _) => answer,
             };
             answer.map_err(|error| {
                 let cause = root_cause(&error);

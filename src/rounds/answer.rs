@@ -105,7 +105,7 @@ impl Telling {
             return Ok(None);
         };
         let prediction = match prediction {
-            Some(text) => target.tokens(&text).await.unwrap_or_default(),
+            Some(text) => drafting.predicted(text).await,
             None => Vec::new(),
         };
         let style = Style::new(request.endpoint, prompt.model.clone());

@@ -9,11 +9,14 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::sse::Data;
+use super::sse::data;
 use crate::config::Secret;
+use crate::http::client::{self, ReadError};
 
 /// How long a connection may take to come about.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// Most bytes of an answer in one piece, of an event, and of an error.
+const LONGEST: (usize, usize, usize) = (16 << 20, 4 << 20, 64 << 10);
 /// How long a server may take to end the stream of an answer that is complete.
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -164,8 +167,7 @@ impl Answer {
 /// An HTTP client for servers that this user's own machines run: never through a proxy of the environment, and with a
 /// connection per request, because llama-server closes idle ones whenever it likes and a POST must not be sent twice.
 pub fn client() -> Result<Client, ChatError> {
-    Client::builder()
-        .no_proxy()
+    client::builder()
         .pool_max_idle_per_host(0)
         .connect_timeout(CONNECT_PATIENCE)
         .build()
@@ -193,7 +195,9 @@ impl ChatServer {
     pub async fn get(&self, path: &str, patience: Duration) -> Result<String, ChatError> {
         let request = self.client.get(format!("{}{path}", self.url)).timeout(patience);
         let response = self.send(request).await?;
-        response.text().await.map_err(|error| unreachable(&self.url, &error))
+        let text = client::bytes(response, LONGEST.0).await;
+        let text = text.map_err(|error| unread(&self.url, error))?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Asks, calls `on_piece` with every piece as it comes, and returns the whole. `prediction` is a text that much of the
@@ -212,20 +216,18 @@ impl ChatServer {
             .json(&body);
         let mut answer = Progress::begin();
         let response = self.send(request).await?;
-        let mut data = Data::default();
-        let mut stream = response.bytes_stream();
-        while let Some(bytes) = stream.next().await {
-            let bytes = bytes.map_err(|error| unreachable(&self.url, &error))?;
-            for event in data.push(&bytes) {
-                if event == "[DONE]" {
-                    // Who leaves before the stream ends has cancelled, to the one that serves it.
-                    let end = async { while let Some(Ok(_)) = stream.next().await {} };
-                    let _ = tokio::time::timeout(END_PATIENCE, end).await;
-                    return Ok(answer.finish());
-                }
-                for piece in answer.event(&self.url, &event)? {
-                    on_piece(&piece)?;
-                }
+        let mut lines = Box::pin(client::lines(response, LONGEST.1));
+        while let Some(line) = lines.next().await {
+            let line = line.map_err(|error| unread(&self.url, error))?;
+            let Some(event) = data(&line) else { continue };
+            if event == b"[DONE]" {
+                // Who leaves before the stream ends has cancelled, to the one that serves it.
+                let end = async { while let Some(Ok(_)) = lines.next().await {} };
+                let _ = tokio::time::timeout(END_PATIENCE, end).await;
+                return Ok(answer.finish());
+            }
+            for piece in answer.event(&self.url, event)? {
+                on_piece(&piece)?;
             }
         }
         Err(ChatError::BrokenOff {
@@ -301,8 +303,8 @@ impl Progress {
         }
     }
 
-    fn event(&mut self, url: &str, event: &str) -> Result<Vec<Piece>, ChatError> {
-        let event: Value = serde_json::from_str(event).map_err(|cause| ChatError::Malformed {
+    fn event(&mut self, url: &str, event: &[u8]) -> Result<Vec<Piece>, ChatError> {
+        let event: Value = serde_json::from_slice(event).map_err(|cause| ChatError::Malformed {
             url: url.to_owned(),
             cause,
         })?;
@@ -382,10 +384,21 @@ pub fn unreachable(url: &str, error: &reqwest::Error) -> ChatError {
     }
 }
 
+/// The failure to read what a server answers.
+fn unread(url: &str, error: ReadError) -> ChatError {
+    match error {
+        ReadError::Broken(error) => unreachable(url, &error),
+        error => ChatError::BrokenOff {
+            url: url.to_owned(),
+            message: error.to_string(),
+        },
+    }
+}
+
 /// The failure that a server answered with.
 pub async fn refused(url: &str, response: Response) -> ChatError {
     let status = response.status();
-    let text = response.text().await.unwrap_or_default();
+    let text = client::beginning(response, LONGEST.2).await;
     let message = serde_json::from_str::<Value>(&text)
         .ok()
         .and_then(|body| {
@@ -422,7 +435,7 @@ mod tests {
     fn events(events: &[&str]) -> Result<Answer, ChatError> {
         let mut progress = Progress::begin();
         for event in events {
-            progress.event("http://there", event)?;
+            progress.event("http://there", event.as_bytes())?;
         }
         Ok(progress.finish())
     }
@@ -495,15 +508,15 @@ mod tests {
         let pause = || std::thread::sleep(Duration::from_millis(5));
         pause();
         progress
-            .event("u", r#"{"choices":[{"delta":{"content":"a"}}]}"#)
+            .event("u", br#"{"choices":[{"delta":{"content":"a"}}]}"#)
             .unwrap();
         pause();
         progress
-            .event("u", r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#)
+            .event("u", br#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#)
             .unwrap();
         pause();
         progress
-            .event("u", r#"{"choices":[],"usage":{"completion_tokens":2}}"#)
+            .event("u", br#"{"choices":[],"usage":{"completion_tokens":2}}"#)
             .unwrap();
         let (sent, last) = (progress.sent, progress.last.unwrap());
         let answer = progress.finish();

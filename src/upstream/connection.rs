@@ -2,20 +2,40 @@
 
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream::BoxStream};
-use reqwest::header::CONTENT_TYPE;
+use reqwest::header::{CONTENT_TYPE, LOCATION};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Secret;
+use crate::http::client::{self, ReadError};
 
 /// What a server knows by itself it tells within this time, or not at all.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Most bytes of an answer that says something of the server, or a few tokens.
+pub(super) const SHORT: usize = 4 << 20;
+/// Most bytes of an answer that repeats a prompt as token ids.
+pub(super) const LONG: usize = 16 << 20;
+/// Most bytes of a line of a stream: a few tokens.
+const LINE: usize = 256 << 10;
+/// Most pieces of an answer that are read behind its last word.
+const REST: usize = 16;
+/// Most bytes of an error that are read …
+const ERROR: usize = 64 << 10;
+/// … and most characters of it that are shown.
+const SHOWN: usize = 300;
+
 /// Why a server behind us gave no answer that can be used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum UpstreamError {
+    /// No answer in time.
+    #[error("{url} does not answer in time")]
+    TimedOut {
+        /// What was asked.
+        url: String,
+    },
     /// No connection, or it broke.
     #[error("{url} is unreachable: {cause}")]
     Unreachable {
@@ -64,8 +84,7 @@ impl Connection {
     /// To the server at `base` (without a path), never through a proxy of the environment. Fails only when the system
     /// cannot set up TLS.
     pub(super) fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .no_proxy()
+        let http = client::builder()
             .http1_only()
             .connect_timeout(Duration::from_secs(3))
             .pool_max_idle_per_host(32)
@@ -90,9 +109,14 @@ impl Connection {
 
     /// A GET that is answered soon, in JSON.
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        let request = self.http.get(self.url(path)).timeout(PATIENCE);
+        self.get_within(path, PATIENCE).await
+    }
+
+    /// A GET that is answered within this time, in JSON.
+    pub(super) async fn get_within<T: DeserializeOwned>(&self, path: &str, time: Duration) -> Result<T, UpstreamError> {
+        let request = self.http.get(self.url(path)).timeout(time);
         let response = self.send(path, request).await?;
-        self.read(path, response).await
+        self.read(path, response, SHORT).await
     }
 
     /// The models that `GET /v1/models` lists, without those that adapt another one (`parent`: LoRA, in servers of vLLM's
@@ -113,19 +137,20 @@ impl Connection {
         Ok(own.map(|model| model.id).collect())
     }
 
-    /// A POST that is answered in JSON; without a timeout it may take as long as it likes.
+    /// A POST that is answered in JSON of at most `limit` bytes; without a timeout it may take as long as it likes.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
         timeout: Option<Duration>,
+        limit: usize,
     ) -> Result<T, UpstreamError> {
         let mut request = self.request(path, body);
         if let Some(timeout) = timeout {
             request = request.timeout(timeout);
         }
         let response = self.send(path, request).await?;
-        self.read(path, response).await
+        self.read(path, response, limit).await
     }
 
     /// As [`Self::post`] without a timeout, and never sent twice.
@@ -133,10 +158,11 @@ impl Connection {
         &self,
         path: &str,
         body: &impl Serialize,
+        limit: usize,
     ) -> Result<T, UpstreamError> {
         let request = self.with_key(self.request(path, body));
         let response = self.accepted(path, request.send().await).await?;
-        self.read(path, response).await
+        self.read(path, response, limit).await
     }
 
     /// A POST that is not sent yet.
@@ -183,16 +209,22 @@ impl Connection {
         if response.status().is_success() {
             return Ok(response);
         }
-        let status = response.status().as_u16();
-        let body = response.text().await.unwrap_or_default();
-        let message = serde_json::from_str::<serde_json::Value>(&body)
-            .ok()
-            .and_then(|body| error_message(body.get("error")?))
-            .unwrap_or(body);
+        let status = response.status();
+        let location = response.headers().get(LOCATION).filter(|_| status.is_redirection());
+        let message = if let Some(location) = location {
+            let location = String::from_utf8_lossy(location.as_bytes());
+            format!("it redirects to {location}, and redirects are not followed; correct the URL in the config")
+        } else {
+            let body = client::beginning(response, ERROR).await;
+            serde_json::from_str::<serde_json::Value>(&body)
+                .ok()
+                .and_then(|body| error_message(body.get("error")?))
+                .unwrap_or(body)
+        };
         Err(UpstreamError::Refused {
             url: self.url(path),
-            status,
-            message,
+            status: status.as_u16(),
+            message: excerpt(&message),
         })
     }
 
@@ -201,12 +233,10 @@ impl Connection {
         &self,
         path: &str,
         response: reqwest::Response,
+        limit: usize,
     ) -> Result<T, UpstreamError> {
-        let body = response
-            .bytes()
-            .await
-            .map_err(|error| unreachable(self.url(path), &error))?;
-        serde_json::from_slice(&body).map_err(|error| self.malformed(path, &error.to_string()))
+        let answer = client::json(response, limit).await;
+        answer.map_err(|error| unread(self.url(path), error))
     }
 
     /// The lines of an answer as they come, without their ends.
@@ -214,14 +244,10 @@ impl Connection {
         &self,
         path: &str,
         response: reqwest::Response,
-    ) -> BoxStream<'static, Result<BytesMut, UpstreamError>> {
+    ) -> BoxStream<'static, Result<Bytes, UpstreamError>> {
         let url = self.url(path);
-        let lines = Lines {
-            bytes: response.bytes_stream().boxed(),
-            buffer: BytesMut::new(),
-        };
-        futures_util::stream::unfold(lines, |mut lines| async move { Some((lines.next().await?, lines)) })
-            .map(move |line| line.map_err(|error| unreachable(url.clone(), &error)))
+        client::lines(response, LINE)
+            .map(move |line| line.map_err(|error| unread(url.clone(), error)))
             .boxed()
     }
 
@@ -230,7 +256,7 @@ impl Connection {
     pub(super) fn read_out(rest: impl Stream + Send + 'static) {
         tokio::spawn(tokio::time::timeout(
             PATIENCE,
-            rest.for_each(|_| std::future::ready(())),
+            rest.take(REST).for_each(|_| std::future::ready(())),
         ));
     }
 
@@ -238,7 +264,7 @@ impl Connection {
     pub(super) fn malformed(&self, path: &str, cause: &str) -> UpstreamError {
         UpstreamError::Malformed {
             url: self.url(path),
-            cause: cause.to_owned(),
+            cause: excerpt(cause),
         }
     }
 
@@ -257,8 +283,32 @@ pub(super) fn error_message(error: &serde_json::Value) -> Option<String> {
     message.as_str().map(str::to_owned)
 }
 
+/// The beginning of a message, which may be as long as its sender likes.
+fn excerpt(message: &str) -> String {
+    let mut characters = message.trim().chars();
+    let mut excerpt: String = characters.by_ref().take(SHOWN).collect();
+    if characters.next().is_some() {
+        excerpt.push('…');
+    }
+    excerpt
+}
+
+/// Why an answer could not be read.
+fn unread(url: String, error: ReadError) -> UpstreamError {
+    match error {
+        ReadError::Broken(error) => unreachable(url, &error),
+        error => UpstreamError::Malformed {
+            url,
+            cause: excerpt(&error.to_string()),
+        },
+    }
+}
+
 /// Names the innermost cause, which says more than reqwest's own words.
 fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
+    if error.is_timeout() && !error.is_connect() {
+        return UpstreamError::TimedOut { url };
+    }
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
         cause = inner;
@@ -266,27 +316,5 @@ fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
     UpstreamError::Unreachable {
         url,
         cause: cause.to_string(),
-    }
-}
-
-/// Splits a body into lines.
-struct Lines<S> {
-    bytes: S,
-    buffer: BytesMut,
-}
-
-impl<S: Stream<Item = reqwest::Result<Bytes>> + Unpin> Lines<S> {
-    async fn next(&mut self) -> Option<reqwest::Result<BytesMut>> {
-        loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line = self.buffer.split_to(end);
-                self.buffer.advance(1);
-                return Some(Ok(line));
-            }
-            match self.bytes.next().await? {
-                Ok(chunk) => self.buffer.extend_from_slice(&chunk),
-                Err(error) => return Some(Err(error)),
-            }
-        }
     }
 }

@@ -5,10 +5,12 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::WrittenTokens;
-use super::connection::{Connection, PATIENCE, UpstreamError};
+use super::connection::{Connection, LONG, PATIENCE, SHORT, UpstreamError};
+use super::sse::data;
 use crate::config::Secret;
 use crate::speculation::{Spelled, Token};
 
@@ -24,6 +26,7 @@ pub struct LlamaServer {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Props {
     /// Requests served at once.
+    #[serde(deserialize_with = "count::<_, _, MOST_SLOTS>")]
     pub total_slots: usize,
     /// The model's name.
     #[serde(default)]
@@ -38,7 +41,7 @@ pub struct Props {
     #[serde(default)]
     pub build_info: String,
     /// Most draft tokens per step; absent without our patch, 0 when drafting is turned off.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "maybe_count::<_, _, MOST_DRAFTED>")]
     pub draft_external_max: Option<usize>,
     /// What holds for a request that says nothing else.
     #[serde(default)]
@@ -49,8 +52,35 @@ pub struct Props {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct GenerationSettings {
     /// Tokens that a slot has room for; 0 when it is not told.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_ctx: usize,
+}
+
+/// Most slots of a llama-server (`LLAMA_MAX_SEQ`).
+const MOST_SLOTS: i64 = 256;
+/// Most draft tokens of a step: they have to fit the physical batch, which has 512 tokens unless its owner wants more.
+const MOST_DRAFTED: i64 = 1024;
+/// Most tokens of a vocabulary; 262144 is the largest known.
+const MOST_TOKENS: i64 = 1 << 22;
+/// Most of anything else that a llama-server counts.
+const ANY: i64 = (1 << 31) - 1;
+/// Longest step, in microseconds: an hour.
+const LONGEST_STEP_US: i64 = 3_600_000_000;
+
+/// Reads a count. One that is negative or beyond 63 bits is an error, one beyond `MOST` counts as that: it sizes what is
+/// kept of the server.
+fn count<'de, D: Deserializer<'de>, T: TryFrom<i64>, const MOST: i64>(deserializer: D) -> Result<T, D::Error> {
+    let told = i64::deserialize(deserializer)?;
+    T::try_from(told.min(MOST)).map_err(|_| D::Error::custom(format!("{told} is not a count")))
+}
+
+/// As [`count`], of a count that may be left out.
+fn maybe_count<'de, D: Deserializer<'de>, T: TryFrom<i64>, const MOST: i64>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    let told = Option::<i64>::deserialize(deserializer)?;
+    let count = |told: i64| T::try_from(told.min(MOST)).map_err(|_| D::Error::custom(format!("{told} is not a count")));
+    told.map(count).transpose()
 }
 
 /// What a `POST /completion` generated after one of its prompts.
@@ -88,37 +118,37 @@ pub struct DraftAnswer {
     #[serde(default)]
     pub reason: Option<String>,
     /// Position of the first of `tokens`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub pos: usize,
     /// Committed tokens from `pos` on.
     #[serde(default)]
     pub tokens: Vec<Token>,
     /// Tokens of the prompt.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_prompt: usize,
     /// Most draft tokens that the next step would verify.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
     pub n_max: usize,
     /// Steps so far.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_steps: u64,
     /// Draft tokens verified so far.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_drafted: u64,
     /// Draft tokens accepted so far.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_accepted: u64,
     /// Draft tokens verified in the last step.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
     pub step_n: usize,
     /// Draft tokens accepted in the last step.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
     pub step_accepted: usize,
     /// Tokens in the last step, of all completions and prompts that it brought forward.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub step_batch: usize,
     /// Duration of the last step in microseconds.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count::<_, _, LONGEST_STEP_US>")]
     pub step_us: u64,
 }
 
@@ -178,6 +208,14 @@ pub enum DraftPiece {
 }
 
 impl DraftPiece {
+    /// The end of a draft that the server did not end.
+    fn cut() -> Self {
+        Self::End {
+            why: StreamEnd::Length,
+            took: None,
+        }
+    }
+
     fn is_end_of_text(&self) -> bool {
         matches!(
             self,
@@ -269,10 +307,21 @@ impl LlamaServer {
         self.connection.get::<serde::de::IgnoredAny>("/health").await.map(drop)
     }
 
+    /// Whether it comes back to its tasks within this time: `GET /slots`, which is a task like any other, while the rest is
+    /// answered by threads that know nothing of the model's. A server without that path does not tell.
+    pub async fn takes_tasks(&self, time: Duration) -> bool {
+        let slots = self.connection.get_within::<serde::de::IgnoredAny>("/slots", time);
+        !matches!(slots.await, Err(UpstreamError::TimedOut { .. }))
+    }
+
     /// Whether anything that is not an error of the server itself comes back from `GET /v1/models`.
     pub async fn answers(&self) -> Result<(), UpstreamError> {
         match self.connection.get::<serde::de::IgnoredAny>("/v1/models").await {
-            Err(UpstreamError::Refused { status, .. }) if status < 500 && status != 401 && status != 403 => Ok(()),
+            Err(UpstreamError::Refused { status, .. })
+                if (400..500).contains(&status) && status != 401 && status != 403 =>
+            {
+                Ok(())
+            }
             other => other.map(drop),
         }
     }
@@ -295,6 +344,7 @@ impl LlamaServer {
         }
         #[derive(Deserialize)]
         struct Meta {
+            #[serde(deserialize_with = "count::<_, _, MOST_TOKENS>")]
             n_vocab: usize,
         }
         let models: Models = self.connection.get("/v1/models").await?;
@@ -316,7 +366,10 @@ impl LlamaServer {
             content: String,
         }
         let body = serde_json::json!({ "tokens": tokens });
-        let answer: Answer = self.connection.post("/detokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self
+            .connection
+            .post("/detokenize", &body, Some(PATIENCE), SHORT)
+            .await?;
         Ok(answer.content)
     }
 
@@ -327,7 +380,7 @@ impl LlamaServer {
             tokens: Vec<Token>,
         }
         let body = serde_json::json!({ "content": text, "parse_special": true });
-        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE), LONG).await?;
         Ok(answer.tokens)
     }
 
@@ -350,7 +403,7 @@ impl LlamaServer {
             Bytes(Vec<u8>),
         }
         let body = serde_json::json!({ "content": text, "parse_special": true, "with_pieces": true });
-        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE), LONG).await?;
         let spelled = |Entry { id, piece }| Spelled {
             token: id,
             bytes: match piece {
@@ -368,7 +421,7 @@ impl LlamaServer {
             tokens: Vec<Token>,
         }
         let body = serde_json::json!({ "content": text, "add_special": true, "parse_special": true });
-        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self.connection.post("/tokenize", &body, Some(PATIENCE), LONG).await?;
         Ok(answer.tokens)
     }
 
@@ -379,7 +432,10 @@ impl LlamaServer {
             prompt: String,
         }
         let body = serde_json::json!({ "messages": messages });
-        let answer: Answer = self.connection.post("/apply-template", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self
+            .connection
+            .post("/apply-template", &body, Some(PATIENCE), LONG)
+            .await?;
         Ok(answer.prompt)
     }
 
@@ -424,7 +480,7 @@ impl LlamaServer {
             return_tokens: true,
             response_fields: ["index", "tokens", "stop_type"],
         };
-        let mut answers = match self.connection.post(COMPLETION, &body, None).await? {
+        let mut answers = match self.connection.post(COMPLETION, &body, None, SHORT).await? {
             Answer::Several(several) => several,
             Answer::Single(one) => vec![one],
         };
@@ -446,7 +502,15 @@ impl LlamaServer {
 
     /// Offers draft tokens to a running completion, and learns what it has committed.
     pub async fn offer(&self, call: &DraftCall<'_>) -> Result<DraftAnswer, UpstreamError> {
-        self.connection.post("/draft", call, None).await
+        let answer: DraftAnswer = self.connection.post("/draft", call, None, LONG).await?;
+        if answer.pos != call.pos {
+            let cause = format!(
+                "asked for the tokens from {} on, it tells those from {} on",
+                call.pos, answer.pos
+            );
+            return Err(self.connection.malformed("/draft", &cause));
+        }
+        Ok(answer)
     }
 
     /// Begins a completion that goes on whatever it says, and whose steps can be drafted for under `key`; dropping the
@@ -477,7 +541,7 @@ impl LlamaServer {
         let server = self.clone();
         let request = self.completion(written.write(&prefix), n, slot, !at_once);
         if at_once {
-            let pieces = async move { server.draft_at_once(request).await };
+            let pieces = async move { server.draft_at_once(request, n).await };
             return futures_util::stream::once(pieces)
                 .map_ok(|pieces| futures_util::stream::iter(pieces.map(Ok)))
                 .try_flatten()
@@ -503,16 +567,17 @@ impl LlamaServer {
             .boxed()
     }
 
-    /// The answer to a request that is not streamed.
-    async fn draft_at_once(&self, request: reqwest::RequestBuilder) -> Result<[DraftPiece; 2], UpstreamError> {
+    /// The answer to a request for at most `n` tokens that is not streamed.
+    async fn draft_at_once(
+        &self,
+        request: reqwest::RequestBuilder,
+        n: usize,
+    ) -> Result<[DraftPiece; 2], UpstreamError> {
         let response = self.connection.send(COMPLETION, request).await?;
-        let event: CompletionEvent = self.connection.read(COMPLETION, response).await?;
-        let cut = DraftPiece::End {
-            why: StreamEnd::Length,
-            took: None,
-        };
-        let end = event.end().unwrap_or(cut);
-        Ok([DraftPiece::Tokens(event.tokens()), end])
+        let event: CompletionEvent = self.connection.read(COMPLETION, response, SHORT).await?;
+        let mut tokens = event.tokens();
+        tokens.truncate(n);
+        Ok([DraftPiece::Tokens(tokens), event.end().unwrap_or(DraftPiece::cut())])
     }
 
     /// A request to continue a prompt, which is given by its tokens with commas between.
@@ -573,14 +638,22 @@ impl Drafting {
                 let n = self.n.saturating_sub(self.received).max(1);
                 let prefix = WrittenTokens::default().write(&self.prefix).to_owned();
                 let request = self.server.completion(&prefix, n, self.slot, false);
-                match self.server.draft_at_once(request).await {
+                match self.server.draft_at_once(request, n).await {
                     Ok(pieces) => self.pending.extend(pieces),
                     Err(error) => return Some((Err(error), self)),
                 }
             } else if !event.tokens.is_empty() {
-                self.received += event.tokens.len();
-                self.prefix.extend_from_slice(&event.tokens);
-                self.pending.push_back(DraftPiece::Tokens(event.tokens()));
+                let room = self.n.saturating_sub(self.received);
+                let mut tokens = event.tokens();
+                tokens.truncate(room);
+                self.received += tokens.len();
+                self.prefix.extend(tokens.iter().map(|(token, _)| token));
+                self.pending.push_back(DraftPiece::Tokens(tokens));
+                if event.tokens.len() > room {
+                    // A server that says more than it was asked for is not listened to any longer.
+                    self.events = None;
+                    self.pending.push_back(DraftPiece::cut());
+                }
             }
         }
     }
@@ -594,8 +667,7 @@ fn events(connection: &Connection, response: reqwest::Response) -> Events {
         .filter_map(move |line| {
             let event = line
                 .map(|line| {
-                    let data = line.strip_prefix(b"data:")?;
-                    let event = serde_json::from_slice(data);
+                    let event = serde_json::from_slice(data(&line)?);
                     Some(event.map_err(|error| connection.malformed(COMPLETION, &error.to_string())))
                 })
                 .transpose();

@@ -7,11 +7,14 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Generated;
-use super::connection::{Connection, UpstreamError};
+use super::connection::{Connection, SHORT, UpstreamError};
 use crate::config::Secret;
 use crate::speculation::Token;
 
 pub(super) const COMPLETIONS: &str = "/v1/completions";
+
+/// Most bytes of an answer that says something of each token of a prompt.
+pub(super) const SCORES: usize = 64 << 20;
 
 /// What a server that scores prompts said of a text and a draft after it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -85,7 +88,10 @@ impl ModelConnection {
         struct Choice {
             text: String,
         }
-        let answer: Answer = self.connection.post(COMPLETIONS, &self.named(body), None).await?;
+        let answer: Answer = self
+            .connection
+            .post(COMPLETIONS, &self.named(body), None, SHORT)
+            .await?;
         let choice = answer.choices.into_iter().next();
         choice
             .map(|choice| choice.text)

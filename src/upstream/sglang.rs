@@ -11,8 +11,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Generated;
-use super::connection::{PATIENCE, UpstreamError};
-use super::scoring::{ModelConnection, Scores, ScoringServer, Tokenized};
+use super::connection::{LONG, PATIENCE, SHORT, UpstreamError};
+use super::scoring::{ModelConnection, SCORES, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
 
@@ -77,7 +77,11 @@ impl ScoringServer for Sglang {
             tokens: Vec<Token>,
         }
         let body = self.server.named(prompt);
-        let answer: Answer = self.server.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self
+            .server
+            .connection
+            .post("/tokenize", &body, Some(PATIENCE), LONG)
+            .await?;
         Ok(Tokenized {
             tokens: answer.tokens,
             n_ctx: None,
@@ -96,7 +100,7 @@ impl ScoringServer for Sglang {
         let answer: Answer = self
             .server
             .connection
-            .post("/detokenize", &body, Some(PATIENCE))
+            .post("/detokenize", &body, Some(PATIENCE), SHORT)
             .await?;
         Ok(answer.text)
     }
@@ -113,7 +117,7 @@ impl ScoringServer for Sglang {
             body["logprob_start_len"] = json!(context.len().saturating_sub(1));
             body["top_logprobs_num"] = json!(1);
         }
-        let answer: Answer = self.server.connection.post(GENERATE, &body, None).await?;
+        let answer: Answer = self.server.connection.post(GENERATE, &body, None, SCORES).await?;
         let meta = answer.meta_info;
         let mut likeliest = rows(
             draft,

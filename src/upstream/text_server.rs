@@ -12,13 +12,17 @@ use futures_util::stream::{self, BoxStream};
 use serde_json::{Value, json};
 
 use super::StreamEnd;
-use super::connection::{Connection, UpstreamError, error_message};
+use super::connection::{Connection, SHORT, UpstreamError, error_message};
+use super::sse;
 use crate::config::{Backend, Secret};
 
 /// How long Ollama may take to load a model. It gives up loading when the client that asked for it goes away.
 const LOADING_PATIENCE: Duration = Duration::from_secs(120);
 /// For how long Ollama keeps the model after each request; its own default is 5 minutes.
 const KEEP_ALIVE: &str = "15m";
+
+/// Most bytes of a token's text; the longest known are runs of some hundred blanks.
+const LONGEST_TOKEN: usize = 1024;
 
 /// Text from the server as it comes.
 pub type TextStream = BoxStream<'static, Result<TextPiece, UpstreamError>>;
@@ -70,7 +74,7 @@ impl TextServer {
             let body = json!({ "model": model, "stream": false, "keep_alive": KEEP_ALIVE });
             let _loaded: Value = self
                 .connection
-                .post("/api/generate", &body, Some(LOADING_PATIENCE))
+                .post("/api/generate", &body, Some(LOADING_PATIENCE), SHORT)
                 .await?;
         }
         Ok(())
@@ -130,10 +134,18 @@ impl TextServer {
             let pieces = pieces.map_or_else(|error| vec![Err(error)], |told| told.into_iter().map(Ok).collect());
             stream::iter(pieces)
         });
-        let until_the_end = stream::unfold(Some((pieces, broke_off)), |answer| async move {
-            let (mut pieces, broke_off) = answer?;
+        let room = n.saturating_mul(LONGEST_TOKEN);
+        let until_the_end = stream::unfold(Some((pieces, broke_off, room)), |answer| async move {
+            let (mut pieces, broke_off, room) = answer?;
             match pieces.next().await {
-                Some(Ok(text @ TextPiece::Text(_))) => Some((Ok(text), Some((pieces, broke_off)))),
+                // A server that says more than it was asked for is not listened to any longer.
+                Some(Ok(TextPiece::Text(text))) if text.len() > room => {
+                    Some((Ok(TextPiece::End(StreamEnd::Length)), None))
+                }
+                Some(Ok(TextPiece::Text(text))) => {
+                    let room = room - text.len();
+                    Some((Ok(TextPiece::Text(text)), Some((pieces, broke_off, room))))
+                }
                 Some(Ok(end)) => {
                     Connection::read_out(pieces);
                     Some((Ok(end), None))
@@ -168,7 +180,7 @@ fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, Upst
     let data = if backend == Backend::Ollama {
         Some(line)
     } else {
-        line.strip_prefix(b"data:")
+        sse::data(line)
     };
     let Some(data) = data.map(<[u8]>::trim_ascii).filter(|data| !data.is_empty()) else {
         return Ok(Vec::new());

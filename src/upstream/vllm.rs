@@ -18,8 +18,8 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::Generated;
-use super::connection::{PATIENCE, UpstreamError};
-use super::scoring::{COMPLETIONS, ModelConnection, Scores, ScoringServer, Tokenized};
+use super::connection::{LONG, PATIENCE, SHORT, UpstreamError};
+use super::scoring::{COMPLETIONS, ModelConnection, SCORES, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
 
@@ -86,7 +86,7 @@ impl Vllm {
         let answer = self
             .server
             .connection
-            .post_once(GENERATE, &self.server.named(body))
+            .post_once(GENERATE, &self.server.named(body), SCORES)
             .await?;
         self.read(GENERATE, answer, draft)
     }
@@ -98,7 +98,7 @@ impl Vllm {
             body["prompt_logprobs"] = json!(1);
         }
         let body = self.server.named(body);
-        let answer = self.server.connection.post(COMPLETIONS, &body, None).await?;
+        let answer = self.server.connection.post(COMPLETIONS, &body, None, SCORES).await?;
         self.read(COMPLETIONS, answer, draft)
     }
 
@@ -142,7 +142,11 @@ impl ScoringServer for Vllm {
             max_model_len: usize,
         }
         let body = self.server.named(prompt);
-        let answer: Answer = self.server.connection.post("/tokenize", &body, Some(PATIENCE)).await?;
+        let answer: Answer = self
+            .server
+            .connection
+            .post("/tokenize", &body, Some(PATIENCE), LONG)
+            .await?;
         Ok(Tokenized {
             tokens: answer.tokens,
             n_ctx: Some(answer.max_model_len),
@@ -159,7 +163,7 @@ impl ScoringServer for Vllm {
         let answer: Answer = self
             .server
             .connection
-            .post("/detokenize", &body, Some(PATIENCE))
+            .post("/detokenize", &body, Some(PATIENCE), SHORT)
             .await?;
         Ok(answer.prompt)
     }

@@ -22,6 +22,8 @@ pub enum Act {
     Chunk(Vec<u8>),
     /// Ends a chunked body.
     EndChunks,
+    /// Sends these bytes again and again, as one chunk of a chunked body each time, until the other side goes away.
+    Forever(Vec<u8>),
     /// Does nothing for a while.
     Wait(Duration),
     /// Does nothing until the other side goes away.
@@ -235,6 +237,11 @@ async fn answer(writer: &mut OwnedWriteHalf, log: &Log, acts: Vec<Act>) -> bool 
             Act::Send(bytes) => bytes,
             Act::Chunk(bytes) => [format!("{:x}\r\n", bytes.len()).as_bytes(), &bytes, b"\r\n"].concat(),
             Act::EndChunks => b"0\r\n\r\n".to_vec(),
+            Act::Forever(bytes) => {
+                let chunk = [format!("{:x}\r\n", bytes.len()).as_bytes(), &bytes, b"\r\n"].concat();
+                while writer.write_all(&chunk).await.is_ok() {}
+                return false;
+            }
             Act::Wait(time) => {
                 tokio::time::sleep(time).await;
                 continue;

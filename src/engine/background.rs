@@ -1,0 +1,68 @@
+//! Tasks beside the answers, and what becomes of one that panics: the log says so, and the rest goes on.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures_util::future::FutureExt;
+use tokio::time::sleep;
+
+/// Pause before a task that panicked is begun anew.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Runs what `begin` makes; where that panics, runs another one after a pause.
+pub(super) async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: impl FnMut() -> F) {
+    while let Err(panic) = AssertUnwindSafe(async { begin().await }).catch_unwind().await {
+        let reason = reason(&*panic);
+        tracing::error!(
+            "{what} has failed ({reason}) and is begun anew; this is an error in Tightwad, please report it"
+        );
+        sleep(PAUSE).await;
+    }
+}
+
+/// Runs a task; where that panics, it is over.
+pub(super) async fn contained(what: &str, task: impl Future<Output = ()>) {
+    if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+        let reason = reason(&*panic);
+        tracing::error!("{what} has failed ({reason}); this is an error in Tightwad, please report it");
+    }
+}
+
+/// The message of a panic.
+fn reason(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no reason given")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_begun_anew_until_it_ends() {
+        let begun = Cell::new(0);
+        let task = || {
+            begun.set(begun.get() + 1);
+            let panics = begun.get() < 3;
+            // Some panic before they are polled.
+            assert!(begun.get() != 1, "at once");
+            async move {
+                tokio::task::yield_now().await;
+                assert!(!panics, "later");
+            }
+        };
+        kept_running("the task", task).await;
+        assert_eq!(begun.get(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_takes_nothing_with_it() {
+        contained("the task", async { panic!("at {}", 1) }).await;
+        let panic = AssertUnwindSafe(async { panic!("at {}", 1) }).catch_unwind().await;
+        assert_eq!(reason(&*panic.unwrap_err()), "at 1");
+    }
+}
