@@ -827,6 +827,7 @@ fn everything() -> Config {
         backend: Backend::Llamacpp,
         api_key: Some(Secret::new("k")),
         api_key_file: Some("f".into()),
+        asks_local_key: false,
     };
     let server = Server {
         host: "h".into(),
@@ -834,6 +835,8 @@ fn everything() -> Config {
         model: Some("m".into()),
         slots: 1,
         threads: Some(1),
+        backend: Some(GpuBackend::Cuda),
+        stall_seconds: 1,
         api_key: Some(Secret::new("k")),
         api_key_file: Some("f".into()),
         allow_unauthenticated: false,

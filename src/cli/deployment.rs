@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
-use crate::config::{self, Config, Secret, Upstream};
+use crate::config::{self, Config, Secret, Upstream, local_key};
 use crate::upstream::{ChatError, ChatServer, LlamaServer};
 
 /// How long a proxy that runs may take to find out what its servers can.
@@ -19,8 +19,8 @@ const STARTING_PATIENCE: Duration = Duration::from_secs(15);
 /// Where the servers are, if not where the config says.
 #[derive(Debug, Args)]
 pub struct Servers {
-    /// The target, which is asked directly for the plain answers. With this no config is read, unless -c names one; no
-    /// key is sent to servers that are named here.
+    /// The target, which is asked directly for the plain answers. With this no config is read, unless -c names one; the
+    /// only key that is sent to servers that are named here is this host's own, to those on a loopback address.
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
     /// The proxy, which is asked for the drafted answers. With --target or --draft and without this, one is run in this
@@ -55,7 +55,7 @@ impl Deployment {
     /// target and the draft.
     pub async fn find(servers: &Servers, config: Option<&Config>, delay: Option<Duration>) -> Result<Self, Failure> {
         let (drafts, target) = config.map(Config::proxy_upstreams).unwrap_or_default();
-        let target = servers.target.as_ref().map(Upstream::at).or(target).ok_or_else(|| {
+        let target = servers.target.as_deref().map(named).or(target).ok_or_else(|| {
             Failure::new(
                 Exit::Config,
                 "the config names no target; set `proxy.target`, or give --target",
@@ -64,7 +64,7 @@ impl Deployment {
         let drafts = if servers.draft.is_empty() {
             drafts
         } else {
-            servers.draft.iter().map(Upstream::at).collect()
+            servers.draft.iter().map(String::as_str).map(named).collect()
         };
         let mut target = with_key(target)?;
         let mut drafts = drafts.into_iter().map(with_key).collect::<Result<Vec<_>, _>>()?;
@@ -149,6 +149,15 @@ impl Deployment {
             Some(proxy) => proxy.close().await,
             None => Ok(()),
         }
+    }
+}
+
+/// A server by its URL alone.
+fn named(url: &str) -> Upstream {
+    let is_local = reqwest::Url::parse(url).is_ok_and(|url| url.host_str().is_some_and(config::is_loopback));
+    Upstream {
+        asks_local_key: is_local && matches!(local_key::existing(), Ok(Some(_))),
+        ..Upstream::at(url)
     }
 }
 

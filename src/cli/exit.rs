@@ -87,6 +87,7 @@ impl From<Unfit> for Failure {
             Unfit::NotGguf(_) => Exit::BrokenModel,
             Unfit::PortInUse { .. } => Exit::PortInUse,
             Unfit::CannotListen { .. } => Exit::Config,
+            Unfit::Mute(_) => Exit::Other,
         };
         Self::new(exit, unfit.to_string())
     }

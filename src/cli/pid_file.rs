@@ -1,19 +1,28 @@
 //! The file that tells `stop` and `proxy stop` whom to stop.
 //!
-//! Its lock, not its content, says whether somebody runs: the kernel drops the lock with the process, so neither a crash
-//! nor a recycled process id can mislead.
+//! Its lock says whether somebody runs: the kernel drops the lock with the process. Its content says who: the process id and
+//! the time at which that process started, so that another process which got the same number later is never meant.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fmt;
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::exit::{Exit, Failure};
+use crate::config::local_key::own_folder;
 
 /// Pause between two looks at whether it has ended.
 const POLL: Duration = Duration::from_millis(50);
+/// A look holds the lock for less than this.
+const A_LOOK: Duration = Duration::from_millis(300);
+/// Nobody else reads the file or takes its lock.
+const PRIVATE: u32 = 0o600;
+/// More bytes than two numbers have.
+const LONGEST: u64 = 64;
 
 /// A running instance's claim; the lock is held until this is dropped.
 #[derive(Debug)]
@@ -40,13 +49,20 @@ impl PidFile {
             fs::create_dir_all(folder)?;
         }
         let mut file = open(&path)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Claimed::By(read_pid(&mut file)?)),
-            Err(TryLockError::Error(error)) => return Err(error.into()),
+        // It may be one of an older version, or was copied.
+        file.set_permissions(Permissions::from_mode(PRIVATE))?;
+        let began = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                // Somebody may just be looking.
+                Err(TryLockError::WouldBlock) if began.elapsed() < A_LOOK => std::thread::sleep(POLL / 5),
+                Err(TryLockError::WouldBlock) => return Err(Claimed::By(Process::read(&mut file)?.pid)),
+                Err(TryLockError::Error(error)) => return Err(error.into()),
+            }
         }
         file.set_len(0)?;
-        write!(file, "{}", std::process::id())?;
+        write!(file, "{}", Process::this()?)?;
         Ok(Self { _locked: file })
     }
 }
@@ -89,15 +105,17 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
     if !is_locked(&file)? {
         return Ok(Stopped::NotRunning);
     }
-    let number = read_pid(&mut file)?;
-    let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("the pid file holds no process id"))?;
+    let known = Process::read(&mut file)?;
+    let number = known.pid;
+    let pid = Pid::from_raw(number).ok_or_else(nobody)?;
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
         Err(rustix::io::Errno::SRCH) => return Ok(Stopped::NotRunning),
         Err(error) => return Err(error.into()),
     };
-    // The handle cannot come to mean another process. That it means the right one shows when the lock is still held.
-    if !is_locked(&file)? {
+    // From here on the handle cannot come to mean another process. That it means the one that wrote the file shows when that
+    // one started at the same time, and still holds the lock.
+    if start_time(number) != Some(known.started) || !is_locked(&file)? {
         return Ok(Stopped::NotRunning);
     }
     pidfd_send_signal(&process, Signal::TERM)?;
@@ -121,52 +139,70 @@ fn open(path: &PathBuf) -> io::Result<File> {
         .write(true)
         .create(true)
         .truncate(false)
+        .mode(PRIVATE)
         .open(path)
 }
 
+/// Whether somebody runs. The lock of a look is shared, so that looks are no hindrance to each other.
 fn is_locked(file: &File) -> io::Result<bool> {
-    match file.try_lock() {
+    match file.try_lock_shared() {
         Ok(()) => file.unlock().map(|()| false),
         Err(TryLockError::WouldBlock) => Ok(true),
         Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
-fn read_pid(file: &mut File) -> io::Result<i32> {
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
-    text.trim()
-        .parse()
-        .map_err(|_| io::Error::other("the pid file holds no process id"))
+/// A process, as the file names it: `1234 567890`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Process {
+    pid: i32,
+    /// In ticks of the kernel's clock since the machine started.
+    started: u64,
+}
+
+impl Process {
+    fn this() -> io::Result<Self> {
+        let pid = std::process::id().cast_signed();
+        let started = start_time(pid).ok_or_else(|| io::Error::other("/proc does not tell when this process started"))?;
+        Ok(Self { pid, started })
+    }
+
+    fn read(file: &mut File) -> io::Result<Self> {
+        let mut text = String::new();
+        file.take(LONGEST).read_to_string(&mut text)?;
+        let (pid, started) = text.split_once(' ').ok_or_else(nobody)?;
+        Ok(Self {
+            pid: pid.parse().map_err(|_| nobody())?,
+            started: started.trim().parse().map_err(|_| nobody())?,
+        })
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.pid, self.started)
+    }
+}
+
+fn nobody() -> io::Error {
+    io::Error::other("the pid file names no process; delete it once you have ended what it was for")
+}
+
+/// When a process started; `None` of one that does not exist (proc(5), `/proc/PID/stat`).
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may have spaces and parentheses of its own; the state follows, which is field 3.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(22 - 3)?.parse().ok()
 }
 
 /// `$XDG_RUNTIME_DIR/tightwad/`, else `$XDG_STATE_HOME/tightwad/`, else `~/.local/state/tightwad/`.
 fn path(name: &str) -> io::Result<PathBuf> {
-    folder(&["XDG_RUNTIME_DIR", "XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.pid")))
+    own_folder(&["XDG_RUNTIME_DIR", "XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.pid")))
 }
 
 /// Where something that runs in the background writes its log: `$XDG_STATE_HOME/tightwad/`, else
 /// `~/.local/state/tightwad/`.
 pub fn log_path(name: &str) -> io::Result<PathBuf> {
-    folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.log")))
-}
-
-/// The folder in the first of the variables that is set, else in the user's home.
-fn folder(variables: &[&str]) -> io::Result<PathBuf> {
-    let absolute = |variable: &str| {
-        std::env::var_os(variable)
-            .map(PathBuf::from)
-            .filter(|folder| folder.is_absolute())
-    };
-    variables
-        .iter()
-        .find_map(|variable| absolute(variable))
-        // That of a system user may be `/`.
-        .or_else(|| {
-            absolute("HOME")
-                .filter(|home| home.parent().is_some())
-                .map(|home| home.join(".local/state"))
-        })
-        .map(|base| base.join("tightwad"))
-        .ok_or_else(|| io::Error::other(format!("this user has no home; set {}", variables.join(" or "))))
+    own_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.log")))
 }

@@ -75,7 +75,7 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
         .unwrap_or_default();
     let llama_server = &config.binaries.llama_server;
     let draft_tokens = match preflight::program(llama_server) {
-        Ok(program) => preflight::external_draft(Role::Coordinator, &program, drafts).await,
+        Ok(program) => preflight::external_draft(Role::Coordinator, &program, drafts).await?,
         Err(missing) => {
             notes.push(missing.to_string());
             None

@@ -8,7 +8,7 @@ use super::{coordinator, pid_file, plan, proxy, signals};
 use crate::cluster;
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::worker::{WorkerError, own_entry};
-use crate::config::{self, Config, Loaded, Server};
+use crate::config::{self, Config, Loaded, Server, local_key};
 use crate::supervise::command::Role;
 use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight;
@@ -137,6 +137,7 @@ async fn server(
         serving: format!("{} serves", model.0),
     };
     notifier.status(&words.starting);
+    let server = &with_local_key(role, server)?;
     let prepared = preflight::llama_server(role, &config.binaries, server, model, drafts);
     // It may ask a GPU that wakes up.
     let Some(launch) = stop.run_until_cancelled(prepared).await else {
@@ -152,4 +153,25 @@ async fn server(
     };
     service.stop().await;
     Ok(ended?)
+}
+
+/// The section with the key that this host's roles share, if it has none and listens on a loopback address.
+fn with_local_key(role: Role, server: &Server) -> Result<Server, Failure> {
+    if !server.asks_local_key() {
+        return Ok(server.clone());
+    }
+    let local = local_key::obtain()?;
+    tracing::info!(
+        "the {role} on {}:{} asks for the key in {}: this host's proxy, chat, bench and verify send it, and so does \
+         `curl -H \"Authorization: Bearer $(cat {})\"`; `{role}.api_key_file` sets another, and \
+         `{role}.allow_unauthenticated: true` none",
+        server.host,
+        server.port,
+        local.path.display(),
+        local.path.display()
+    );
+    Ok(Server {
+        api_key: Some(local.key),
+        ..server.clone()
+    })
 }

@@ -1,6 +1,6 @@
-//! Ctrl-C and SIGTERM, and what they end.
+//! Ctrl-C, SIGTERM and SIGHUP, and what they end.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -17,9 +17,23 @@ pub fn stop_token_after(this: impl FnOnce() + Send + 'static) -> io::Result<Canc
     let stop = CancellationToken::new();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    // A program whose terminal is closed ends; elsewhere the signal asks for a new reading of the config.
+    let has_terminal = io::stdin().is_terminal() || io::stderr().is_terminal();
     let token = stop.clone();
     tokio::spawn(async move {
-        either(&mut interrupt, &mut terminate).await;
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+                _ = hang_up.recv() => {}
+            }
+            if has_terminal {
+                tracing::info!("the terminal is closed (SIGHUP)");
+                break;
+            }
+            tracing::warn!("SIGHUP is ignored: a changed config takes a restart");
+        }
         tracing::info!("stopping");
         this();
         token.cancel();

@@ -1,7 +1,8 @@
 //! `tightwad start`: the coordinator in the background, followed until its model answers.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -357,7 +358,8 @@ fn open_log(path: &Path) -> io::Result<File> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    File::create(path)
+    // What a server says may hold parts of prompts.
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
 fn last_lines(log: &Path) -> Vec<String> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::supervise::notify;
+use crate::supervise::environment;
 
 /// Printing a version takes milliseconds; a GPU driver that wakes up takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
 pub async fn build(llama_server: &Path) -> Option<String> {
     let mut command = Command::new(llama_server);
     command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
-    notify::hide_from(&mut command);
+    environment::give(&mut command, &[]);
     let output = timeout(PATIENCE, command.output()).await.ok()?.ok()?;
     parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
 }

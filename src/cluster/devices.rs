@@ -19,7 +19,7 @@ use super::build;
 use super::plan::{Device, KnownFrom};
 use super::rpc_probe::Told;
 use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
-use crate::supervise::{command, notify};
+use crate::supervise::{command, environment};
 
 /// An agent answers from memory.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
@@ -315,6 +315,7 @@ async fn own(llama_server: &Path, coordinator: &Coordinator) -> Found {
 
 async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Device>, String> {
     let mut command = tokio::process::Command::new(llama_server);
+    environment::give(&mut command, &[]);
     command
         .arg("--list-devices")
         .envs(
@@ -326,7 +327,6 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    notify::hide_from(&mut command);
     let output = timeout(LIST_PATIENCE, command.output())
         .await
         .map_err(|_| "no answer within 30 s".to_owned())?

@@ -418,6 +418,9 @@ impl Plan {
             model: None,
             slots: coordinator.slots,
             threads: coordinator.threads,
+            // The plan names its devices.
+            backend: None,
+            stall_seconds: coordinator.stall_seconds,
             api_key: coordinator.api_key.clone(),
             api_key_file: coordinator.api_key_file.clone(),
             allow_unauthenticated: coordinator.allow_unauthenticated,

@@ -715,7 +715,7 @@ impl Swap {
         let (retry, gave_up) = if failure.worker {
             (Some(now + self.set_back(LOST_PAUSE)), false)
         } else {
-            match self.restarts.died(ready, failure.curable, JITTER) {
+            match self.restarts.died(ready, failure.curable.into(), JITTER) {
                 Decision::Again(pause) => (Some(now + pause.min(DEATH_PAUSE)), false),
                 Decision::GiveUp if failure.curable => (Some(now + GAVE_UP_PAUSE), true),
                 Decision::GiveUp => (None, true),

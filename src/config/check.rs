@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::environment::Environment;
 use super::load::{Reading, read};
 use super::origin::{Finding, key_path};
-use super::{Config, ConfigError, Problem, is_secret, resolve, validate};
+use super::{Config, ConfigError, Problem, resolve, validate};
 
 /// What `check-config` found. Serialises to `{ok, file, problems, warnings}`.
 #[derive(Debug, Clone, Serialize)]
@@ -97,18 +97,9 @@ pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> Ch
 }
 
 impl Config {
-    /// The configuration as YAML, every key written out, secrets as `***`, those in variables of a server too.
+    /// The configuration as YAML, every key written out, secrets as `***`, those in variables and arguments of a server too.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
-        let mut config = self.clone();
-        let servers = config.target.iter_mut().chain(&mut config.draft).map(|it| &mut it.env);
-        let coordinator = config.coordinator.iter_mut().map(|it| &mut it.env);
-        let workers = config.workers.iter_mut().map(|it| &mut it.env);
-        for (variable, value) in servers.chain(coordinator).chain(workers).flatten() {
-            if is_secret(variable) {
-                "***".clone_into(value);
-            }
-        }
-        serde_yaml::to_string(&config).map_err(|error| {
+        serde_yaml::to_string(self).map_err(|error| {
             ConfigError::Invalid(vec![Problem {
                 message: format!("cannot be written as YAML: {error}"),
                 ..Problem::default()

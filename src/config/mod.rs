@@ -11,6 +11,7 @@
 //! | `decode` | values into the types below |
 //! | `validate` | what the types cannot say |
 //! | `resolve`, `secret` | what the sections mean together; tokens from files |
+//! | `local_key` | the key that the servers of one host share |
 //! | `credentials` | the files that systemd hands over in place of those |
 //! | `error`, `origin` | the sentences, and where they point |
 
@@ -21,6 +22,7 @@ mod environment;
 mod error;
 mod expand;
 pub mod load;
+pub mod local_key;
 mod origin;
 mod resolve;
 mod secret;
@@ -38,7 +40,7 @@ pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};
 pub use resolve::local_url;
-pub use secret::{Secret, is_secret};
+pub use secret::{Secret, is_secret, shown_arguments};
 
 /// The port of the section `draft`: a draft may share a machine with a target, whose port is another.
 pub const DEFAULT_DRAFT_PORT: u16 = 8081;
@@ -46,6 +48,8 @@ pub const DEFAULT_DRAFT_PORT: u16 = 8081;
 pub const DEFAULT_RPC_PORT: u16 = 50052;
 /// Most GiB of model parts that a worker keeps on disk.
 pub const DEFAULT_CACHE_GB: f64 = 32.0;
+/// Seconds in which a llama-server that answers something makes a token.
+pub const DEFAULT_STALL_SECONDS: u64 = 30;
 /// The port of a worker's agent.
 pub const DEFAULT_AGENT_PORT: u16 = 50051;
 
@@ -171,6 +175,9 @@ pub struct Upstream {
     /// File that holds the API key.
     #[serde(default)]
     pub api_key_file: Option<PathBuf>,
+    /// Whether it asks for the [`local_key`] of this host.
+    #[serde(skip)]
+    pub asks_local_key: bool,
 }
 
 /// What kind of server an [`Upstream`] is.
@@ -204,15 +211,24 @@ pub struct Server {
     pub slots: u16,
     /// CPU threads. None: llama-server's choice.
     pub threads: Option<u16>,
-    /// Key that clients of this server send. Prefer `api_key_file`.
+    /// What it computes on. With a kind of GPU it waits for one and never computes on the CPU instead. None: what llama.cpp
+    /// finds.
+    pub backend: Option<GpuBackend>,
+    /// Seconds without a new token, while something is being answered, after which llama-server is started anew; 0:
+    /// never.
+    pub stall_seconds: u64,
+    /// Key that clients of this server send. Prefer `api_key_file`. On a loopback address the roles of this host share a
+    /// random one if none is set: see [`local_key`].
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
-    /// Listen on a non-loopback address without a key.
+    /// Ask nobody for a key, whatever the address.
     pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
+    #[serde(serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
     /// More environment variables.
+    #[serde(serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
 
@@ -224,6 +240,8 @@ impl Default for Server {
             model: None,
             slots: 4,
             threads: None,
+            backend: None,
+            stall_seconds: DEFAULT_STALL_SECONDS,
             api_key: None,
             api_key_file: None,
             allow_unauthenticated: false,
@@ -265,8 +283,10 @@ pub struct Coordinator {
     /// Listen on a non-loopback address without a key.
     pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
+    #[serde(serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
     /// More environment variables; they win over ours.
+    #[serde(serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
 
@@ -282,7 +302,7 @@ impl Default for Coordinator {
             swap_on_request: false,
             drain_seconds: 30,
             wait_seconds: 120,
-            stall_seconds: 30,
+            stall_seconds: DEFAULT_STALL_SECONDS,
             api_key: None,
             api_key_file: None,
             allow_unauthenticated: false,
@@ -318,7 +338,8 @@ pub struct Worker {
     pub name: Option<String>,
     /// IPv4 address or name that the coordinator reaches it by.
     pub host: String,
-    /// What its GPUs are driven by. None: what llama.cpp finds.
+    /// What its GPUs are driven by. With a kind of GPU it waits for one and never lends its CPU instead. None: what llama.cpp
+    /// finds.
     #[serde(default)]
     pub backend: Option<GpuBackend>,
     /// Its GPUs.
@@ -341,10 +362,10 @@ pub struct Worker {
     #[serde(default)]
     pub cache_dir: Option<PathBuf>,
     /// More arguments of ggml-rpc-server; they win over ours.
-    #[serde(default)]
+    #[serde(default, serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
     /// More environment variables; they win over ours.
-    #[serde(default)]
+    #[serde(default, serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
 
@@ -397,7 +418,7 @@ pub struct Model {
     #[serde(default)]
     pub default: bool,
     /// More arguments of llama-server for this model.
-    #[serde(default)]
+    #[serde(default, serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
 }
 

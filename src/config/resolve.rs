@@ -1,11 +1,13 @@
 //! What the sections mean together: which model, which servers.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::error::{closest, list};
 use super::origin::{Finding, key_path};
 use super::{
-    Backend, Config, ConfigError, DEFAULT_RPC_PORT, Gpu, GpuBackend, Model, Upstream, Worker, is_loopback, is_wildcard,
+    Backend, Config, ConfigError, DEFAULT_RPC_PORT, Gpu, GpuBackend, Model, Server, Upstream, Worker, is_loopback,
+    is_wildcard,
 };
 
 /// [`Config::model_for`] with a bare sentence as the error.
@@ -44,17 +46,24 @@ impl Config {
     /// and `target` (else `coordinator`) run.
     #[must_use]
     pub fn proxy_upstreams(&self) -> (Vec<Upstream>, Option<Upstream>) {
-        let of_server = |server: &super::Server| Upstream {
+        let of_server = |server: &Server| Upstream {
             model_name: self.model_name(server.model.as_deref()),
             api_key: server.api_key.clone(),
             api_key_file: server.api_key_file.clone(),
+            asks_local_key: server.asks_local_key(),
             ..Upstream::at(local_url(&server.host, server.port))
         };
-        let mut drafts = self.proxy.as_ref().map_or(Vec::new(), |proxy| proxy.draft.clone());
+        // A URL may name a server of this file as well.
+        let given = |upstream: &Upstream| Upstream {
+            asks_local_key: self.servers().any(|(_, server)| upstream.is_keyless_at(server)),
+            ..upstream.clone()
+        };
+        let drafts = self.proxy.iter().flat_map(|proxy| &proxy.draft);
+        let mut drafts: Vec<Upstream> = drafts.map(given).collect();
         if drafts.is_empty() {
             drafts.extend(self.draft.as_ref().map(of_server));
         }
-        let given = self.proxy.as_ref().and_then(|proxy| proxy.target.clone());
+        let given = self.proxy.as_ref().and_then(|proxy| proxy.target.as_ref().map(given));
         let target = given.or_else(|| self.target.as_ref().map(of_server)).or_else(|| {
             self.coordinator.as_ref().map(|coordinator| Upstream {
                 // Whichever runs: to name one is to ask for a swap.
@@ -82,7 +91,27 @@ impl Upstream {
             backend: Backend::Llamacpp,
             api_key: None,
             api_key_file: None,
+            asks_local_key: false,
         }
+    }
+
+    /// Whether this is the loopback address of a server that asks for the host's local key, given without a key.
+    fn is_keyless_at(&self, server: &Server) -> bool {
+        let keyless = self.api_key.is_none() && self.api_key_file.is_none();
+        let there = reqwest::Url::parse(&self.url).is_ok_and(|url| {
+            url.host_str().is_some_and(is_loopback) && url.port_or_known_default() == Some(server.port)
+        });
+        keyless && there && server.asks_local_key()
+    }
+}
+
+impl Server {
+    /// Whether it listens where only this machine reaches it, and no key is set: then it asks for the host's
+    /// [`local_key`](super::local_key), so that no web page and no other user can use it.
+    #[must_use]
+    pub fn asks_local_key(&self) -> bool {
+        let has_key = self.api_key.is_some() || self.api_key_file.is_some();
+        !has_key && !self.allow_unauthenticated && is_loopback(&self.host)
     }
 }
 
@@ -156,14 +185,36 @@ impl GpuBackend {
     /// What llama.cpp calls a host's device with this number.
     #[must_use]
     pub fn device_name(self, number: usize) -> String {
-        let prefix = match self {
+        match self {
+            Self::Cpu => "CPU".to_owned(),
+            gpu => format!("{gpu}{number}"),
+        }
+    }
+
+    /// Whether llama.cpp calls a device of this kind so.
+    #[must_use]
+    pub fn is_named(self, device: &str) -> bool {
+        let number = device.strip_prefix(&self.to_string());
+        number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
+    }
+
+    /// The kind if it is one of GPUs.
+    #[must_use]
+    pub fn gpu(self) -> Option<Self> {
+        (self != Self::Cpu).then_some(self)
+    }
+}
+
+/// As llama.cpp's device names begin.
+impl fmt::Display for GpuBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
             Self::Hip => "ROCm",
             Self::Cuda => "CUDA",
             Self::Vulkan => "Vulkan",
             Self::Metal => "MTL",
-            Self::Cpu => return "CPU".to_owned(),
-        };
-        format!("{prefix}{number}")
+            Self::Cpu => "CPU",
+        })
     }
 }
 

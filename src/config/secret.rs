@@ -1,10 +1,11 @@
 //! Tokens and keys: never shown, and best kept in files of their own.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
-use super::{ConfigError, Coordinator, Proxy, Server, Upstream, Worker};
+use super::{local_key, ConfigError, Coordinator, Proxy, Server, Upstream, Worker};
 
 /// A string that never shows in logs or in the output of `check-config`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -27,22 +28,74 @@ impl Secret {
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("***")
+        f.write_str(HIDDEN)
     }
 }
 
 impl Serialize for Secret {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str("***")
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(HIDDEN)
     }
 }
+
+/// What stands in the place of a secret.
+const HIDDEN: &str = "***";
 
 /// Whether a variable of this name holds something that is not to be shown.
 #[must_use]
 pub fn is_secret(variable: &str) -> bool {
     let upper = variable.to_uppercase();
-    let words = ["KEY", "TOKEN", "SECRET", "PASSWORD"];
+    let words = ["KEY", "TOKEN", "SECRET", "PASSW", "AUTH", "CREDENTIAL"];
     words.iter().any(|word| upper.contains(word))
+}
+
+/// Whether the argument after this one holds something that is not to be shown: `--api-key`, `--hf-token`, `-hft`.
+fn is_secret_option(option: &str) -> bool {
+    let Some(name) = option.strip_prefix('-') else { return false };
+    let mut words = name.split(['-', '_']);
+    let is_secret = words.any(|word| ["key", "token", "secret", "password"].contains(&word));
+    name == "hft" || (is_secret && !name.ends_with("-file"))
+}
+
+/// Whether a URL holds a user's password.
+fn has_password(value: &str) -> bool {
+    let rest = value.split_once("://").map(|(_, rest)| rest);
+    rest.is_some_and(|rest| rest.split('/').next().is_some_and(|authority| authority.contains('@')))
+}
+
+/// Arguments as they may be shown: without the values of `--api-key` and its like.
+#[must_use]
+pub fn shown_arguments(arguments: &[String]) -> Vec<String> {
+    let mut value_is_secret = false;
+    let shown = arguments.iter().map(|argument| {
+        if std::mem::take(&mut value_is_secret) {
+            return HIDDEN.to_owned();
+        }
+        match argument.split_once('=') {
+            Some((option, _)) if is_secret_option(option) => format!("{option}={HIDDEN}"),
+            _ => {
+                value_is_secret = is_secret_option(argument);
+                argument.clone()
+            }
+        }
+    });
+    shown.collect()
+}
+
+/// Serialises arguments as they may be shown.
+pub(super) fn hide_keys<S: Serializer>(arguments: &[String], serializer: S) -> Result<S::Ok, S::Error> {
+    shown_arguments(arguments).serialize(serializer)
+}
+
+/// Serialises variables without the values of those that hold secrets.
+pub(super) fn hide_values<S: Serializer>(
+    variables: &BTreeMap<String, String>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(variables.iter().map(|(name, value)| {
+        let hidden = is_secret(name) || has_password(value);
+        (name, if hidden { HIDDEN } else { value.as_str() })
+    }))
 }
 
 impl Proxy {
@@ -57,15 +110,23 @@ impl Proxy {
 }
 
 impl Upstream {
-    /// The key to send to this server, from `api_key` or read now from `api_key_file`. None: no key is set.
+    /// The key to send to this server, from `api_key` or read now from `api_key_file`, else the host's local key if it asks
+    /// for that. None: no key is set.
     pub fn api_key(&self) -> Result<Option<Secret>, ConfigError> {
+        if self.asks_local_key {
+            return Ok(Some(local_key::obtain()?.key));
+        }
         resolve(self.api_key.as_ref(), self.api_key_file.as_deref(), "api_key_file")
     }
 }
 
 impl Server {
-    /// The key that clients must send, from `api_key` or read now from `api_key_file`. None: no key is set.
+    /// The key that clients must send, from `api_key` or read now from `api_key_file`, else the host's local key if it asks
+    /// for that. None: it asks for none.
     pub fn api_key(&self) -> Result<Option<Secret>, ConfigError> {
+        if self.asks_local_key() {
+            return Ok(Some(local_key::obtain()?.key));
+        }
         resolve(self.api_key.as_ref(), self.api_key_file.as_deref(), "api_key_file")
     }
 }
@@ -100,9 +161,39 @@ fn resolve(inline: Option<&Secret>, file: Option<&Path>, key: &str) -> Result<Op
         path: path.to_owned(),
         reason,
     };
-    let text = std::fs::read_to_string(path).map_err(|error| fail(format!("cannot be read: {error}")))?;
+    read(path).map(Some).map_err(fail)
+}
+
+/// The secret that a file holds; why not, if it holds none.
+pub(super) fn read(path: &Path) -> Result<Secret, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
     match text.trim() {
-        "" => Err(fail("is empty; it should hold the token in one line".into())),
-        secret => Ok(Some(Secret::new(secret))),
+        "" => Err("is empty; it should hold the token in one line".into()),
+        secret => Ok(Secret::new(secret)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_shown_without_keys() {
+        let arguments = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        for (given, shown) in [
+            ("--api-key hush -t 2", "--api-key *** -t 2"),
+            ("--api-key=hush -t 2", "--api-key=*** -t 2"),
+            ("--hf-token hush -hft hush", "--hf-token *** -hft ***"),
+            ("--api-key-file /f --image-min-tokens 5", "--api-key-file /f --image-min-tokens 5"),
+            ("-t 2 --api-key", "-t 2 --api-key"),
+        ] {
+            assert_eq!(shown_arguments(&arguments(given)), arguments(shown));
+        }
+    }
+
+    #[test]
+    fn a_url_with_a_password_is_not_shown() {
+        assert!(has_password("http://me:hush@proxy:3128/"));
+        assert!(!has_password("http://proxy:3128/a@b"));
     }
 }

@@ -48,7 +48,7 @@ impl Child {
 
     /// As [`Self::spawn`]; with a listener its standard input stays open until it is stopped.
     pub async fn spawn_with(role: Role, launch: &Launch, listener: Option<Listener>) -> io::Result<Self> {
-        let mut command = parent_bound::command(&launch.program, &launch.args);
+        let mut command = parent_bound::command(launch);
         let stdin = if listener.is_some() {
             Stdio::piped()
         } else {
@@ -61,9 +61,6 @@ impl Child {
             .kill_on_drop(true);
         // A group of its own, so that Ctrl-C reaches the supervisor alone and it decides in which order things end.
         command.process_group(0);
-        for (name, value) in &launch.env {
-            command.env(name, value.expose());
-        }
         let mut process = parent_bound::spawn(command).await?;
         let pid = process
             .id()
@@ -193,9 +190,16 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listene
     }
 }
 
-/// Warnings of llama-server about what is meant to be: a request that its client has ended, and a prompt of which every token
-/// is in the cache.
-const ROUTINE: [&str; 3] = ["cancel task", "need to evaluate at least 1 token", "n_past was set to"];
+/// Warnings of llama-server about what is meant to be: a request that its client has ended, a prompt of which every token is in
+/// the cache, one cache for all slots that is larger than the context of each, and a page that may not read answers.
+const ROUTINE: [&str; 6] = [
+    "cancel task",
+    "need to evaluate at least 1 token",
+    "n_past was set to",
+    "possible training context overflow",
+    "exceeds the training context of the model",
+    "(CORS) skip non-localhost origin",
+];
 
 /// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request. A
 /// ggml-rpc-server gives no level, and tells of every part of a model.

@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddrV4;
+use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -27,6 +29,10 @@ pub struct Launch {
     pub args: Vec<OsString>,
     /// Environment variables beside the inherited ones. They may hold keys.
     pub env: Vec<(String, Secret)>,
+    /// The kind of GPU without which it is not to be started. Each start looks for them and names them with `--device`.
+    pub gpus: Option<GpuBackend>,
+    /// How long it may make no token while it answers something; zero: for ever.
+    pub stall: Duration,
 }
 
 /// What a server is for.
@@ -160,8 +166,14 @@ fn launch(
             args.option("--kv-unified-per-slot", model.ctx_size.to_string());
         }
     }
+    let extra_args = || model.extra_args.iter().chain(&server.extra_args);
+    let names_devices = extra_args().any(|argument| ["--device", "-dev"].contains(&argument.as_str()));
+    if server.backend == Some(GpuBackend::Cpu) && !names_devices {
+        args.option("--device", "none");
+    }
+    // No page of another machine may read an answer. As a variable, since older builds of llama.cpp do not know the option.
+    let mut env: Vec<(String, Secret)> = vec![("LLAMA_ARG_CORS_ORIGINS".into(), Secret::new("localhost"))];
     // Keys never go on the command line, where every user of the machine can read them.
-    let mut env: Vec<(String, Secret)> = Vec::new();
     if let Some(file) = &server.api_key_file {
         args.option("--api-key-file", file);
     } else if let Some(key) = &server.api_key {
@@ -173,12 +185,13 @@ fn launch(
             .iter()
             .map(|(name, value)| (name.clone(), Secret::new(value.clone()))),
     );
-    args.0
-        .extend(model.extra_args.iter().chain(&server.extra_args).map(OsString::from));
+    args.0.extend(extra_args().map(OsString::from));
     Launch {
         program,
         args: args.0,
         env,
+        gpus: server.backend.and_then(GpuBackend::gpu).filter(|_| !names_devices),
+        stall: Duration::from_secs(server.stall_seconds),
     }
 }
 
@@ -199,6 +212,18 @@ impl Launch {
     pub fn value_of(&self, option: &str) -> Option<&str> {
         let at = self.args.iter().rposition(|arg| arg == option)?;
         self.args.get(at + 1)?.to_str()
+    }
+
+    /// A key that it takes from its clients.
+    #[must_use]
+    pub fn api_key(&self) -> Option<Secret> {
+        let of_env = || self.env.iter().rfind(|(name, _)| name == "LLAMA_API_KEY").map(|(_, key)| key.clone());
+        let first_line = |file: &str| {
+            let text = std::fs::read_to_string(Path::new(file)).ok()?;
+            text.lines().find(|line| !line.is_empty()).map(Secret::new)
+        };
+        let of_file = || self.value_of("--api-key-file").and_then(first_line);
+        self.value_of("--api-key").map(Secret::new).or_else(of_file).or_else(of_env)
     }
 
     /// Where it will listen.
@@ -296,6 +321,31 @@ mod tests {
     }
 
     #[test]
+    fn a_kind_of_gpu_is_asked_for_unless_the_file_names_devices() {
+        let server = |backend, extra_args: &[&str]| Server {
+            backend,
+            extra_args: extra_args.iter().map(|it| (*it).to_owned()).collect(),
+            ..Server::default()
+        };
+        let launch = |server: &Server| llama_server("llama-server", server, "m", &model(), None);
+        let cuda = Some(GpuBackend::Cuda);
+        assert_eq!(launch(&server(cuda, &[])).gpus, cuda);
+        assert_eq!(launch(&server(cuda, &["-dev", "none"])).gpus, None);
+        let cpu = launch(&server(Some(GpuBackend::Cpu), &[]));
+        assert_eq!((cpu.gpus, cpu.value_of("--device")), (None, Some("none")));
+        let moved = launch(&server(Some(GpuBackend::Cpu), &["--device", "CUDA1"]));
+        assert_eq!(moved.value_of("--device"), Some("CUDA1"));
+        assert_eq!(launch(&server(None, &[])).value_of("--device"), None);
+    }
+
+    #[test]
+    fn pages_of_other_machines_may_not_read_answers() {
+        let launch = llama_server("llama-server", &Server::default(), "m", &model(), None);
+        let origins = ("LLAMA_ARG_CORS_ORIGINS".to_owned(), Secret::new("localhost"));
+        assert!(launch.env.contains(&origins), "{launch:?}");
+    }
+
+    #[test]
     fn extra_arguments_come_last_so_that_they_win() {
         let server = Server {
             extra_args: vec!["--port".into(), "9999".into()],
@@ -351,7 +401,7 @@ mod tests {
         let launch = llama_server("llama-server", &server, "m", &model(), None);
         assert!(!line(&launch).contains("hush"));
         assert!(!format!("{launch:?}").contains("hush"));
-        assert_eq!(launch.env, [("LLAMA_API_KEY".to_owned(), Secret::new("hush"))]);
+        assert_eq!(launch.api_key(), Some(Secret::new("hush")));
     }
 
     #[test]

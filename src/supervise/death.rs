@@ -4,6 +4,10 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
+use super::devices::Missing;
+use super::restart::Prospect;
+use super::stall::Stalled;
+
 /// A death: the cause as far as it can be told, and the last lines.
 #[derive(Debug, Clone)]
 pub struct Death {
@@ -30,6 +34,12 @@ pub enum Cause {
     OtherBuild(String),
     /// An instruction that this processor does not have.
     IllegalInstruction,
+    /// It was ended, since it did nothing any more.
+    Stalled(Stalled),
+    /// It was not started, since there is no device of its kind.
+    NoDevice(Missing),
+    /// It was to compute on a device that is not there; its own words.
+    UnknownDevice(String),
     /// It could not be started at all.
     NotStarted(String),
     /// Another exit code.
@@ -53,9 +63,10 @@ const SIGNS: &[Sign] = &[
     ("out of memory", Cause::OutOfMemory),
     ("failed to allocate", Cause::OutOfMemory),
     ("bad_alloc", Cause::OutOfMemory),
+    ("invalid device:", Cause::UnknownDevice),
+    ("error: unknown device", Cause::UnknownDevice),
     ("error: invalid argument", Cause::BadArgument),
     ("error: unknown argument", Cause::BadArgument),
-    ("error: unknown device", Cause::BadArgument),
     ("error while handling argument", Cause::BadArgument),
     ("error loading model", Cause::ModelNotLoaded),
     ("failed to load model", Cause::ModelNotLoaded),
@@ -80,19 +91,41 @@ impl Death {
     /// A child that could not even be started.
     #[must_use]
     pub fn not_started(error: &std::io::Error) -> Self {
-        Self {
-            cause: Cause::NotStarted(error.to_string()),
-            last_lines: Vec::new(),
+        Cause::NotStarted(error.to_string()).into()
+    }
+
+    /// The device that it waits for, if it was not started for want of one.
+    #[must_use]
+    pub fn missing(&self) -> Option<&Missing> {
+        match &self.cause {
+            Cause::NoDevice(missing) => Some(missing),
+            _ => None,
         }
     }
 
     /// Whether the same start may go better next time.
     #[must_use]
     pub fn is_curable(&self) -> bool {
-        !matches!(
-            self.cause,
-            Cause::ModelNotLoaded(_) | Cause::BadArgument(_) | Cause::IllegalInstruction
-        )
+        self.prospect() != Prospect::Hopeless
+    }
+
+    /// What to expect of the same start again.
+    #[must_use]
+    pub fn prospect(&self) -> Prospect {
+        match self.cause {
+            Cause::ModelNotLoaded(_) | Cause::BadArgument(_) | Cause::IllegalInstruction => Prospect::Hopeless,
+            Cause::NoDevice(_) => Prospect::Waits,
+            _ => Prospect::Open,
+        }
+    }
+}
+
+impl From<Cause> for Death {
+    fn from(cause: Cause) -> Self {
+        Self {
+            cause,
+            last_lines: Vec::new(),
+        }
     }
 }
 
@@ -146,6 +179,18 @@ impl fmt::Display for Death {
             Cause::IllegalInstruction => f.write_str(
                 "it used an instruction that this processor does not have; use a llama-server built for this machine, \
                  or try `extra_args: [--no-repack]`",
+            ),
+            Cause::Stalled(stalled @ Stalled::Still(_)) => write!(
+                f,
+                "{stalled} while it should answer, so it was ended; give more `stall_seconds` if one batch of a prompt takes \
+                 longer"
+            ),
+            Cause::Stalled(stalled @ Stalled::Stopped(_)) => write!(f, "{stalled}, so it was ended"),
+            Cause::NoDevice(missing) => missing.fmt(f),
+            Cause::UnknownDevice(words) => write!(
+                f,
+                "a device that it is to compute on is not there ({words}); check `backend` and `device` in the config, and \
+                 the GPU's driver"
             ),
             Cause::NotStarted(error) => write!(f, "it could not be started: {error}"),
             Cause::Code(0) => f.write_str("it ended by itself"),

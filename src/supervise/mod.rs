@@ -10,14 +10,20 @@
 //! | [`restart`] | when to start again, when to give up (pure) |
 //! | [`service`] | keeps one server running |
 //! | [`notify`] | what systemd, which supervises us, is told |
+//! | [`stall`] | whether a server still generates |
+//! | [`devices`] | what a server computes on |
+//! | [`environment`] | what a child inherits |
 //! | [`sockets`] | who listens and who is connected, without touching a port |
 
 pub mod child;
 pub mod command;
 pub mod death;
+pub mod devices;
+pub mod environment;
 pub mod notify;
 pub mod parent_bound;
 pub mod preflight;
 pub mod restart;
 pub mod service;
 pub mod sockets;
+pub mod stall;

@@ -94,7 +94,10 @@ impl Notifier {
                     State::Waiting { death, pause } => {
                         *attempt = attempt.saturating_add(1);
                         let seconds = pause.as_secs_f32();
-                        Some(format!("restarting in {seconds:.1} s, attempt {attempt}: {death}"))
+                        Some(match death.missing() {
+                            Some(missing) => format!("{missing}; looking again in {seconds:.1} s"),
+                            None => format!("restarting in {seconds:.1} s, attempt {attempt}: {death}"),
+                        })
                     }
                     State::Stopped => Some("stopped".to_owned()),
                     State::GaveUp { death } => Some(format!("gave up: {death}")),

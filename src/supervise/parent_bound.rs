@@ -14,7 +14,8 @@ use std::sync::{LazyLock, mpsc};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
-use super::notify;
+use super::command::Launch;
+use super::environment;
 
 /// Name of the hidden subcommand that ends in [`become_program`].
 pub const SUBCOMMAND: &str = "exec-child";
@@ -38,17 +39,17 @@ pub fn become_program(parent: u32, program: &OsString, args: &[OsString]) -> io:
     Command::new(program).args(args).exec()
 }
 
-/// The command that starts `program` through [`become_program`].
+/// The command that starts a program through [`become_program`].
 #[must_use]
-pub fn command(program: &OsString, args: &[OsString]) -> tokio::process::Command {
+pub fn command(launch: &Launch) -> tokio::process::Command {
     let mut command = tokio::process::Command::new(OWN_BINARY);
+    environment::give(&mut command, &launch.env);
     command
         .arg0("tightwad")
         .arg(SUBCOMMAND)
         .arg("--parent")
         .arg(std::process::id().to_string());
-    command.arg("--").arg(program).args(args);
-    notify::hide_from(&mut command);
+    command.arg("--").arg(&launch.program).args(&launch.args);
     command
 }
 

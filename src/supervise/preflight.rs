@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use super::command::{self, EXTERNAL_DRAFT_OPTION, Launch, Role};
-use super::notify;
+use super::environment;
 use crate::config::{Binaries, MaxDraftTokens, Model, Server};
 
 /// A file that opens like this is a model.
@@ -48,6 +48,13 @@ pub enum Unfit {
     /// It is no model.
     #[error("{} is not a GGUF model (it does not begin with `GGUF`); download or convert it again", .0.display())]
     NotGguf(PathBuf),
+    /// Its help does not come.
+    #[error(
+        "`{} --help` does not answer within {} s, so it is not known whether it can verify drafts; see whether the machine is \
+         overloaded or its GPU driver hangs, and try again",
+        .0.display(), HELP_PATIENCE.as_secs()
+    )]
+    Mute(PathBuf),
     /// Another program has the port.
     #[error(
         "port {port} on {host} is in use; end the program that listens there, or choose another port (`port` in the config)"
@@ -85,7 +92,7 @@ pub async fn llama_server(
     }
     let external_draft = match role {
         Role::Draft | Role::Rpc => None,
-        Role::Target | Role::Coordinator => external_draft(role, &program, drafts).await,
+        Role::Target | Role::Coordinator => external_draft(role, &program, drafts).await?,
     };
     let launch = command::llama_server(program, server, name, gguf, external_draft);
     let (host, port) = launch.address();
@@ -94,17 +101,19 @@ pub async fn llama_server(
 }
 
 /// The draft tokens per step to prepare a llama-server for, if its binary can verify drafts.
-pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Option<u16> {
-    let wanted = command::external_draft(drafts)?;
-    if takes_external_drafts(program).await {
-        return Some(wanted);
+pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Result<Option<u16>, Unfit> {
+    let Some(wanted) = command::external_draft(drafts) else {
+        return Ok(None);
+    };
+    if takes_external_drafts(program).await? {
+        return Ok(Some(wanted));
     }
     tracing::warn!(
         "{} cannot verify drafts (it has no option {EXTERNAL_DRAFT_OPTION}), so the {role} runs without; build one that can \
          with scripts/llama-cpp",
         program.display()
     );
-    None
+    Ok(None)
 }
 
 /// Finds a program, by path or on `PATH`.
@@ -178,18 +187,19 @@ pub fn free_port() -> io::Result<u16> {
 }
 
 /// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print
-/// its help cannot; its start will tell why.
-async fn takes_external_drafts(llama_server: &Path) -> bool {
+/// its help cannot; its start will tell why. One that is too slow may be faster the next time.
+async fn takes_external_drafts(llama_server: &Path) -> Result<bool, Unfit> {
     let mut command = tokio::process::Command::new(llama_server);
+    environment::give(&mut command, &[]);
     command
         .arg("--help")
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    notify::hide_from(&mut command);
     match tokio::time::timeout(HELP_PATIENCE, command.output()).await {
-        Ok(Ok(help)) => String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION),
-        _ => false,
+        Ok(Ok(help)) => Ok(String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION)),
+        Ok(Err(_)) => Ok(false),
+        Err(_) => Err(Unfit::Mute(llama_server.to_owned())),
     }
 }
 

@@ -20,6 +20,24 @@ pub enum Decision {
     GiveUp,
 }
 
+/// What to expect of the same start again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prospect {
+    /// It may go better.
+    Open,
+    /// It cannot go better.
+    Hopeless,
+    /// It goes well once something is there that is not yet, however long that takes.
+    Waits,
+}
+
+/// Of a start that may go better, or not.
+impl From<bool> for Prospect {
+    fn from(curable: bool) -> Self {
+        if curable { Self::Open } else { Self::Hopeless }
+    }
+}
+
 /// The deaths so far.
 #[derive(Debug, Clone, Default)]
 pub struct Restarts {
@@ -28,9 +46,8 @@ pub struct Restarts {
 }
 
 impl Restarts {
-    /// A child died after it had been ready for `ready` (`None`: it never was). `curable` says whether the same start
-    /// may go better next time, and `jitter` is a random number from 0 to 1.
-    pub fn died(&mut self, ready: Option<Duration>, curable: bool, jitter: f64) -> Decision {
+    /// A child died after it had been ready for `ready` (`None`: it never was). `jitter` is a random number from 0 to 1.
+    pub fn died(&mut self, ready: Option<Duration>, prospect: Prospect, jitter: f64) -> Decision {
         if let Some(ready) = ready {
             self.failed_starts = 0;
             self.deaths = if ready >= STABLE {
@@ -39,9 +56,11 @@ impl Restarts {
                 self.deaths.saturating_add(1)
             };
         } else {
-            self.failed_starts += 1;
             self.deaths = self.deaths.saturating_add(1);
-            if !curable || self.failed_starts >= MOST_FAILED_STARTS {
+            if prospect != Prospect::Waits {
+                self.failed_starts += 1;
+            }
+            if prospect == Prospect::Hopeless || self.failed_starts >= MOST_FAILED_STARTS {
                 return Decision::GiveUp;
             }
         }
@@ -80,7 +99,7 @@ mod tests {
         #[test]
         fn a_child_that_never_becomes_ready_is_given_up_after_exactly_so_many_starts(jitter in 0.0..=1.0) {
             let mut restarts = Restarts::default();
-            let starts = (1..100).find(|_| restarts.died(None, true, jitter) == Decision::GiveUp);
+            let starts = (1..100).find(|_| restarts.died(None, Prospect::Open, jitter) == Decision::GiveUp);
             prop_assert_eq!(starts, Some(MOST_FAILED_STARTS));
         }
 
@@ -88,7 +107,7 @@ mod tests {
         fn a_child_that_becomes_ready_is_never_given_up(lives in prop::collection::vec(0_u64..200, 1..50)) {
             let mut restarts = Restarts::default();
             for seconds in lives {
-                let decision = restarts.died(Some(Duration::from_secs(seconds)), true, 0.5);
+                let decision = restarts.died(Some(Duration::from_secs(seconds)), Prospect::Open, 0.5);
                 prop_assert!(matches!(decision, Decision::Again(_)));
             }
         }
@@ -97,14 +116,22 @@ mod tests {
         fn after_a_stable_minute_the_pause_is_the_first_one_again(deaths in 1_u32..20) {
             let mut restarts = Restarts::default();
             for _ in 0..deaths {
-                restarts.died(Some(Duration::ZERO), true, 1.0);
+                restarts.died(Some(Duration::ZERO), Prospect::Open, 1.0);
             }
-            prop_assert_eq!(restarts.died(Some(STABLE), true, 1.0), Decision::Again(FIRST_PAUSE));
+            prop_assert_eq!(restarts.died(Some(STABLE), Prospect::Open, 1.0), Decision::Again(FIRST_PAUSE));
+        }
+    }
+
+    #[test]
+    fn a_start_that_waits_for_something_is_never_given_up() {
+        let mut restarts = Restarts::default();
+        for _ in 0..100 {
+            assert!(matches!(restarts.died(None, Prospect::Waits, 0.5), Decision::Again(_)));
         }
     }
 
     #[test]
     fn a_start_that_cannot_go_better_is_given_up_at_once() {
-        assert_eq!(Restarts::default().died(None, false, 0.5), Decision::GiveUp);
+        assert_eq!(Restarts::default().died(None, Prospect::Hopeless, 0.5), Decision::GiveUp);
     }
 }

@@ -1,5 +1,6 @@
 //! Keeps one server running.
 
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -8,9 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::child::{Child, Tail};
 use super::command::{Launch, Role};
-use super::death::Death;
+use super::death::{Cause, Death};
 use super::restart::{Decision, Restarts};
-use super::sockets;
+use super::stall::{self, Stalled, until_stalled};
+use super::{devices, sockets};
 
 /// Pause between two looks at a server that starts.
 const POLL: Duration = Duration::from_millis(150);
@@ -20,6 +22,8 @@ const POLL_PATIENCE: Duration = Duration::from_secs(2);
 const STILL_LOADING: Duration = Duration::from_secs(10);
 /// How long a server that is asked to end may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// The same of one that hangs.
+const BROKEN_PATIENCE: Duration = Duration::from_millis(200);
 /// The same of a ggml-rpc-server, which has nothing to save.
 pub const RPC_STOP_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -174,8 +178,8 @@ enum After {
 
 async fn keep_running(role: Role, launch: Launch, after: After, report: Report, stop: CancellationToken) {
     let mut restarts = Restarts::default();
+    let mut awaited = None;
     loop {
-        report.state.send_replace(State::Starting);
         let (death, ready) = match one_life(role, &launch, &report, &stop).await {
             Life::Stopped => break,
             Life::Died { death, ready } => (death, ready),
@@ -186,16 +190,22 @@ async fn keep_running(role: Role, launch: Launch, after: After, report: Report, 
             report.state.send_replace(State::GaveUp { death });
             return;
         }
-        match restarts.died(ready, death.is_curable(), rand::random()) {
+        match restarts.died(ready, death.prospect(), rand::random()) {
             Decision::GiveUp => {
                 report.state.send_replace(State::GaveUp { death });
                 return;
             }
             Decision::Again(pause) => {
-                tracing::error!(
-                    "the {role} server died: {death}; starting it again in {:.1} s",
-                    pause.as_secs_f32()
-                );
+                let missing = death.missing().cloned();
+                if missing.is_none() {
+                    tracing::error!(
+                        "the {role} server died: {death}; starting it again in {:.1} s",
+                        pause.as_secs_f32()
+                    );
+                } else if missing != awaited {
+                    tracing::error!("the {role} server is not started: {death}; looking again until there is one");
+                }
+                awaited = missing;
                 report.state.send_replace(State::Waiting { death, pause });
                 tokio::select! {
                     () = sleep(pause) => {}
@@ -222,16 +232,32 @@ enum Life {
     Died { death: Death, ready: Option<Duration> },
 }
 
-async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &CancellationToken) -> Life {
-    let mut child = match Child::spawn(role, launch).await {
-        Ok(child) => child,
-        Err(error) => {
-            return Life::Died {
-                death: Death::not_started(&error),
-                ready: None,
-            };
-        }
+/// What a life is watched with.
+struct Watched {
+    child: Child,
+    http: reqwest::Client,
+}
+
+/// Starts the server once its devices are there.
+async fn begin(role: Role, launch: &Launch) -> Result<Watched, Death> {
+    let launch = match role {
+        // It says itself what it computes on, and is asked for that.
+        Role::Rpc => launch.clone(),
+        _ => devices::choose(role, launch).await.map_err(Cause::NoDevice)?,
     };
+    let http = stall::client().map_err(|error| Death::not_started(&error))?;
+    let child = Child::spawn(role, &launch).await;
+    let child = child.map_err(|error| Death::not_started(&error))?;
+    Ok(Watched { child, http })
+}
+
+async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &CancellationToken) -> Life {
+    let Watched { mut child, http } = match stop.run_until_cancelled(begin(role, launch)).await {
+        None => return Life::Stopped,
+        Some(Ok(begun)) => begun,
+        Some(Err(death)) => return Life::Died { death, ready: None },
+    };
+    report.state.send_replace(State::Starting);
     report.tail.send_replace(child.tail());
     let pid = child.pid();
     let began = Instant::now();
@@ -241,11 +267,13 @@ async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
     };
     tracing::info!(pid, "the {role} server starts at {place}");
     let mut ready = None;
-    let status = {
+    let end = {
         let watch_it = async {
             match role {
                 Role::Rpc => until_listening(launch).await,
-                Role::Target | Role::Draft | Role::Coordinator => until_ready(role, &launch.url(), &report.state).await,
+                Role::Target | Role::Draft | Role::Coordinator => {
+                    until_ready(role, &http, &launch.url(), &report.state).await;
+                }
             }
             ready = Some(Instant::now());
             tracing::info!(
@@ -254,39 +282,52 @@ async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
                 began.elapsed().as_secs_f32()
             );
             report.state.send_replace(State::Ready { pid });
-            std::future::pending::<()>().await;
+            until_stalled(&http, &launch.url(), launch.api_key().as_ref(), pid, launch.stall).await
         };
         tokio::select! {
-            status = child.wait() => Some(status),
-            () = stop.cancelled() => None,
-            () = watch_it => None,
+            status = child.wait() => End::Itself(status),
+            () = stop.cancelled() => End::Asked,
+            stalled = watch_it => End::Stalled(stalled),
         }
     };
-    match status {
-        None => {
-            let patience = if role == Role::Rpc {
-                RPC_STOP_PATIENCE
-            } else {
-                STOP_PATIENCE
-            };
-            if let Err(error) = child.stop(patience).await {
-                tracing::warn!(pid, "could not wait for the {role} server: {error}");
-            }
+    let patience = match (&end, role) {
+        (End::Stalled(_), _) => BROKEN_PATIENCE,
+        (_, Role::Rpc) => RPC_STOP_PATIENCE,
+        _ => STOP_PATIENCE,
+    };
+    let mut stop_it = async || {
+        if let Err(error) = child.stop(patience).await {
+            tracing::warn!(pid, "could not wait for the {role} server: {error}");
+        }
+    };
+    let death = match end {
+        End::Asked => {
+            stop_it().await;
             tracing::info!(pid, "the {role} server is stopped");
-            Life::Stopped
+            return Life::Stopped;
         }
-        Some(Err(error)) => Life::Died {
-            death: Death::not_started(&error),
-            ready: None,
-        },
-        Some(Ok(status)) => {
-            let death = Death::explain(status, child.last_lines().await);
-            Life::Died {
-                death,
-                ready: ready.map(|since| since.elapsed()),
-            }
+        End::Stalled(stalled) => {
+            tracing::error!(pid, "the {role} server hangs: {stalled}; ending it");
+            stop_it().await;
+            Cause::Stalled(stalled).into()
         }
+        End::Itself(Err(error)) => Death::not_started(&error),
+        End::Itself(Ok(status)) => Death::explain(status, child.last_lines().await),
+    };
+    Life::Died {
+        death,
+        ready: ready.map(|since| since.elapsed()),
     }
+}
+
+/// Why a life is over.
+enum End {
+    /// Its process has ended.
+    Itself(std::io::Result<ExitStatus>),
+    /// It is to end.
+    Asked,
+    /// It does nothing any more.
+    Stalled(Stalled),
 }
 
 /// Returns once it listens. Connecting to a ggml-rpc-server would make us its only client.
@@ -299,17 +340,12 @@ async fn until_listening(launch: &Launch) {
 
 /// Returns once `/health` says 200. A model of 100 GB from a slow disk loads for minutes, so there is no bound: the
 /// process is alive, and whoever waits sees it in the state and the log.
-async fn until_ready(role: Role, url: &str, report: &watch::Sender<State>) {
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(POLL_PATIENCE)
-        .build()
-        .unwrap_or_default();
+async fn until_ready(role: Role, http: &reqwest::Client, url: &str, report: &watch::Sender<State>) {
     let health = format!("{url}/health");
     let began = Instant::now();
     let mut told = began;
     loop {
-        match client.get(&health).send().await {
+        match http.get(&health).timeout(POLL_PATIENCE).send().await {
             Ok(answer) if answer.status().is_success() => return,
             Ok(_) => {
                 report.send_if_modified(|state| {

@@ -80,6 +80,8 @@ impl Cluster {
                 std::fs::write(folder.join(key), SECRET).expect("a credential");
             }
         }
+        // The units of a host share it, each as a user of its own.
+        std::fs::write(folder.join("local_key"), SECRET).expect("a credential");
         let folder = folder.to_str().expect("a path in UTF-8");
         let own = [
             "XDG_RUNTIME_DIR",

@@ -249,7 +249,7 @@ impl Driver {
                 // Fresh servers know best what is free.
                 let prepared = async {
                     let plan = planner.plan(&model, Moment::Free(&probed)).await?;
-                    planner.launch(&model, &plan)
+                    planner.launch(&model, &plan).await
                 };
                 match unless(&cancel, prepared).await {
                     Ok(prepared) => Ok((leases, prepared)),

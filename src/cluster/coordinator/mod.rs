@@ -10,7 +10,7 @@
 //! | `prepare` | from a model's name to a command line |
 //! | `workers` | leases, and which worker was lost |
 //! | `server` | one life of the llama-server |
-//! | `load`, `stall` | how far a load is; whether tokens still come (both pure) |
+//! | `load` | how far a load is (pure) |
 
 mod driver;
 mod front;
@@ -20,7 +20,6 @@ mod pool;
 mod prepare;
 mod problem;
 mod server;
-mod stall;
 mod stream;
 mod workers;
 

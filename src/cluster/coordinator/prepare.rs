@@ -1,6 +1,7 @@
 //! From a model's name to a llama-server's command line.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::OnceCell;
@@ -63,20 +64,25 @@ impl Planner {
         self.config.models.get(&**name).ok_or_else(unknown)
     }
 
+    async fn program(&self) -> Result<PathBuf, Unready> {
+        let name = self.config.binaries.llama_server.clone();
+        unhurried(move || preflight::program(&name).map_err(|error| ever(&error))).await
+    }
+
     /// Plans the model over the devices that there are.
     pub(super) async fn plan(&self, name: &Name, moment: Moment<'_>) -> Result<Plan, Unready> {
         let model = self.model(name)?;
         let path = model.path.clone();
-        preflight::model(&path).map_err(|error| ever(&error))?;
-        let read = tokio::task::spawn_blocking(move || ModelFile::read(&path));
-        let file = read
-            .await
-            .map_err(|error| ever(&error))?
-            .map_err(|error| ever(&error))?;
-        let program = preflight::program(&self.config.binaries.llama_server).map_err(|error| ever(&error))?;
+        let file = unhurried(move || {
+            preflight::model(&path).map_err(|error| ever(&error))?;
+            ModelFile::read(&path).map_err(|error| ever(&error))
+        });
+        let (file, program) = (file.await?, self.program().await?);
         let max = self.config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
         let ask = || preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default());
-        let drafts = *self.drafts.get_or_init(ask).await;
+        // A program that was too slow to tell is asked again at the next plan.
+        let drafts = self.drafts.get_or_try_init(ask).await;
+        let drafts = *drafts.map_err(|error| Unready::Yet(error.to_string()))?;
         let want = plan::Settings::of(model, &self.coordinator, drafts).map_err(|error| ever(&error))?;
         let mut devices = self.devices(moment).await?;
         let plan = plan::plan(&file, &devices, &want).map_err(|error| match error {
@@ -135,9 +141,9 @@ impl Planner {
 
     /// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
     /// know.
-    pub(super) fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, Unready> {
+    pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, Unready> {
         let model = self.model(name)?;
-        let program = preflight::program(&self.config.binaries.llama_server).map_err(|error| ever(&error))?;
+        let program = self.program().await?;
         let port = preflight::free_port().map_err(|error| ever(&error))?;
         let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
         let behind = Coordinator {
@@ -166,6 +172,13 @@ impl Planner {
             own_free: own.map(|device| (device.name.clone(), device.free_bytes)).collect(),
         })
     }
+}
+
+/// What comes of work with files, which may lie on a disk that hangs: it never holds up the leases.
+async fn unhurried<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Unready> + Send + 'static,
+) -> Result<T, Unready> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| ever(&error))?
 }
 
 fn ever(error: &impl ToString) -> Unready {

@@ -1,7 +1,7 @@
 //! One life of the llama-server behind the front.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::StatusCode;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -9,20 +9,16 @@ use tokio::time::{sleep, timeout};
 
 use super::load::{self, Line};
 use super::pool::Message;
-use super::stall::{Slot, Stall};
 use super::workers::Workers;
 use crate::cluster::swap::{Event, Failure};
 use crate::config::Secret;
 use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::{Cause, Death};
+use crate::supervise::stall::{self, Stalled, until_stalled};
 
 /// Pause between two looks at a server that starts.
 const POLL: Duration = Duration::from_millis(100);
-/// Pause between two looks at one that runs.
-const LOOK: Duration = Duration::from_secs(1);
-/// Longest wait for the answer to a look.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a server that is asked to end may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for one that is broken.
@@ -51,7 +47,7 @@ pub(super) async fn run(run: Run) {
         epoch,
         launch,
         key,
-        stall,
+        stall: patience,
         workers,
         tell,
         mut stop,
@@ -71,37 +67,46 @@ pub(super) async fn run(run: Run) {
             Line::Log => false,
         })
     };
-    let mut child = match Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await {
-        Ok(child) => child,
+    let spawned = match stall::client() {
+        Ok(http) => {
+            let child = Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await;
+            child.map(|child| (http, child))
+        }
+        Err(error) => Err(error),
+    };
+    let (http, mut child) = match spawned {
+        Ok(spawned) => spawned,
         Err(error) => {
             let death = Death::not_started(&error);
             return send(&tell, Event::Died(epoch, failure(&death, &workers).await));
         }
     };
-    let _ = started.send(child.pid());
+    let pid = child.pid();
+    let _ = started.send(pid);
     let url = launch.url();
     let broken = {
         let looks = async {
-            let seconds = tokio::select! {
-                () = until_ready(&url) => {
+            let stalled = tokio::select! {
+                () = until_ready(&http, &url) => {
                     send(&tell, Event::Ready(epoch));
                     tokio::select! {
-                        stalled = until_stalled(&url, &key, stall) => Ok(stalled.as_secs()),
+                        stalled = until_stalled(&http, &url, Some(&key), pid, patience) => Ok(stalled),
                         lost = workers.until_disconnected() => Err(lost),
                     }
                 }
-                () = until_load_stalls(moved.subscribe()) => Ok(LOAD_STALL.as_secs()),
+                () = until_load_stalls(moved.subscribe()) => Ok(Stalled::Still(LOAD_STALL)),
             };
-            let (worker, why) = match seconds {
+            let (worker, why) = match stalled {
                 Err(lost) => (true, lost),
-                Ok(seconds) => {
+                Ok(stopped @ Stalled::Stopped(_)) => (false, stopped.to_string()),
+                Ok(still @ Stalled::Still(_)) => {
                     let lost = workers.who_is_lost(true).await;
                     let worker = lost.is_some();
                     let why = lost.unwrap_or_else(|| {
                         "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer"
                             .to_owned()
                     });
-                    (worker, format!("nothing has moved for {seconds} s: {why}"))
+                    (worker, format!("{still}: {why}"))
                 }
             };
             send(
@@ -165,19 +170,10 @@ async fn failure(death: &Death, workers: &Workers) -> Failure {
     }
 }
 
-fn client() -> reqwest::Client {
-    reqwest::Client::builder()
-        .no_proxy()
-        .timeout(PATIENCE)
-        .pool_max_idle_per_host(0)
-        .build()
-        .unwrap_or_default()
-}
-
-async fn until_ready(url: &str) {
-    let (client, health) = (client(), format!("{url}/health"));
+async fn until_ready(http: &reqwest::Client, url: &str) {
+    let health = format!("{url}/health");
     loop {
-        let answer = client.get(&health).send().await;
+        let answer = http.get(&health).send().await;
         if answer.is_ok_and(|answer| answer.status() == StatusCode::OK) {
             return;
         }
@@ -187,51 +183,4 @@ async fn until_ready(url: &str) {
 
 async fn until_load_stalls(mut moved: watch::Receiver<()>) {
     while let Ok(Ok(())) = timeout(LOAD_STALL, moved.changed()).await {}
-}
-
-/// Waits until nothing has moved for too long, and says how long that was.
-async fn until_stalled(url: &str, key: &Secret, patience: Duration) -> Duration {
-    if patience.is_zero() {
-        return std::future::pending().await;
-    }
-    let (client, slots) = (client(), format!("{url}/slots"));
-    let mut stall = Stall::new(patience, Instant::now());
-    loop {
-        let slots = match look(client.get(&slots).bearer_auth(key.expose())).await {
-            Look::Slots(slots) => Some(slots),
-            Look::Nothing => None,
-            Look::Refused(why) => {
-                tracing::warn!(
-                    "llama-server does not tell its slots ({why}), so that nobody notices if it hangs; take --no-slots out \
-                     of `extra_args`"
-                );
-                return std::future::pending().await;
-            }
-        };
-        if let Some(stalled) = stall.look(Instant::now(), slots) {
-            return stalled;
-        }
-        sleep(LOOK).await;
-    }
-}
-
-/// What comes of asking for the slots.
-enum Look {
-    Slots(Vec<Slot>),
-    /// No answer: it is busy, or hangs.
-    Nothing,
-    /// An answer, and it will never be another one.
-    Refused(String),
-}
-
-async fn look(request: reqwest::RequestBuilder) -> Look {
-    let Ok(answer) = request.send().await else {
-        return Look::Nothing;
-    };
-    let status = answer.status();
-    match answer.bytes().await {
-        Err(_) => Look::Nothing,
-        Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
-        Ok(body) => serde_json::from_slice(&body).map_or_else(|error| Look::Refused(error.to_string()), Look::Slots),
-    }
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::config::{Gpu, GpuBackend, Secret, Worker};
 use crate::supervise::command::{self, Launch};
@@ -47,10 +48,13 @@ pub fn rpc_server(
             .map(|(name, value)| (name.clone(), Secret::new(value.clone()))),
     );
     args.extend(worker.extra_args.iter().map(OsString::from));
+    let names_devices = worker.extra_args.iter().any(|it| ["--device", "-d"].contains(&it.as_str()));
     Ok(Launch {
         program: program.into(),
         args,
         env,
+        gpus: worker.backend.and_then(GpuBackend::gpu).filter(|_| !names_devices),
+        stall: Duration::ZERO,
     })
 }
 

@@ -36,8 +36,10 @@ use super::rpc_probe::ProbeError;
 use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
+use crate::supervise::devices::Missing;
 use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::restart;
 use crate::supervise::service::{GaveUp, Service};
 pub use own_entry::{NotFound, own_entry};
 
@@ -94,6 +96,14 @@ pub enum NoServer {
     Slow {
         /// Its port in the config.
         port: u16,
+    },
+    /// It sees no GPU of the worker's `backend`.
+    #[error("the ggml-rpc-server of port {port} is not lent: {missing}")]
+    NoDevice {
+        /// Its port in the config.
+        port: u16,
+        /// What it lacks.
+        missing: Missing,
     },
     /// It listens and does not answer.
     #[error(transparent)]
@@ -206,10 +216,11 @@ async fn with_agent(
 ) -> Result<(), WorkerError> {
     let listener = preflight::listen(&spec.host.to_string(), port).await?;
     let servers = servers::Servers::new(Arc::new(spec));
-    match servers.first_look(&stop).await {
+    match once_there_are_gpus(notifier, &stop, async || servers.first_look(&stop).await).await {
         Err(NoServer::Ended) => return Ok(()),
         looked => looked?,
     }
+    tracing::info!("worker {} lends {}", servers.spec().name, servers.shown().lent());
     let agent = Arc::new(http::Agent::new(servers, EXPIRY, token));
     tracing::info!(
         "worker {} is ready: its agent answers at {}",
@@ -222,7 +233,41 @@ async fn with_agent(
     Ok(())
 }
 
-async fn without_agent(spec: Spec, notifier: &Notifier, stop: &CancellationToken) -> Result<(), WorkerError> {
+/// What `look` shows as soon as each server sees a GPU of the worker's `backend`, however long that takes.
+async fn once_there_are_gpus<T>(
+    notifier: &Notifier,
+    stop: &CancellationToken,
+    look: impl AsyncFn() -> Result<T, NoServer>,
+) -> Result<T, NoServer> {
+    let mut said = None;
+    for attempt in 1.. {
+        let missing = match look().await {
+            Err(error @ NoServer::NoDevice { .. }) => error.to_string(),
+            looked => return looked,
+        };
+        let pause = restart::pause(attempt, rand::random());
+        notifier.status(&format!("{missing}; looking again in {:.1} s", pause.as_secs_f32()));
+        if said.as_ref() != Some(&missing) {
+            tracing::error!("{missing}; looking again until there is one");
+            said = Some(missing);
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+            break;
+        }
+    }
+    Err(NoServer::Ended)
+}
+
+async fn without_agent(mut spec: Spec, notifier: &Notifier, stop: &CancellationToken) -> Result<(), WorkerError> {
+    for endpoint in &mut spec.endpoints {
+        let look = once_there_are_gpus(notifier, stop, async || survey::look(endpoint, stop).await).await;
+        let devices = match look {
+            Err(NoServer::Ended) => return Ok(()),
+            look => look?.devices,
+        };
+        tracing::info!("worker {} lends {}", spec.name, servers::list(&devices));
+        endpoint.launch = survey::bound(endpoint, &devices)?;
+    }
     let name = format!("the ggml-rpc-server of worker {}", spec.name);
     let words = Words {
         starting: format!("starting {name}"),

@@ -154,10 +154,14 @@ impl Servers {
                 () = tidying.done() => {}
                 () = stop.cancelled() => return,
             }
-            if let Err(error) = look(&spec, &shown, &stop).await
-                && !matches!(error, NoServer::Ended)
-            {
-                tracing::warn!("cannot look at the devices: {error}");
+            match look(&spec, &shown, &stop).await {
+                Ok(()) | Err(NoServer::Ended) => {}
+                Err(error) => {
+                    if matches!(error, NoServer::NoDevice { .. }) {
+                        shown.forget_devices();
+                    }
+                    tracing::warn!("cannot look at the devices: {error}");
+                }
             }
         });
     }
@@ -231,8 +235,9 @@ async fn bring_up(
         preflight::port_free(&spec.host.to_string(), endpoint.port)?;
     }
     // One that dies takes its part of the model with it, and a fresh one in its place would look well and hold nothing.
-    for endpoint in &spec.endpoints {
-        services.push(Service::start_once(Role::Rpc, endpoint.launch.clone(), stop));
+    for (number, endpoint) in spec.endpoints.iter().enumerate() {
+        let launch = survey::bound(endpoint, &shown.devices(number))?;
+        services.push(Service::start_once(Role::Rpc, launch, stop));
     }
     shown.started(services);
     for (number, (endpoint, service)) in spec.endpoints.iter().zip(services.iter()).enumerate() {
@@ -310,6 +315,24 @@ impl Shown {
         }
     }
 
+    /// No plan is to count with GPUs that are gone.
+    fn forget_devices(&self) {
+        for endpoint in &mut self.view().endpoints {
+            endpoint.devices.clear();
+        }
+    }
+
+    fn devices(&self, number: usize) -> Vec<DeviceStatus> {
+        let view = self.view();
+        view.endpoints.get(number).map_or(Vec::new(), |endpoint| endpoint.devices.clone())
+    }
+
+    /// The devices of all endpoints, for people.
+    pub fn lent(&self) -> String {
+        let view = self.view();
+        list(view.endpoints.iter().flat_map(|endpoint| &endpoint.devices))
+    }
+
     fn started(&self, services: &[Service]) {
         for (endpoint, service) in self.view().endpoints.iter_mut().zip(services) {
             endpoint.service = Some((service.state(), service.tail()));
@@ -363,6 +386,13 @@ impl Shown {
             lines
         }
     }
+}
+
+/// Devices for people: `CUDA0 (NVIDIA GeForce RTX 4070)`.
+pub fn list<'a>(devices: impl IntoIterator<Item = &'a DeviceStatus>) -> String {
+    let devices = devices.into_iter();
+    let shown: Vec<String> = devices.map(|it| format!("{} ({})", it.name, it.description)).collect();
+    shown.join(", ")
 }
 
 impl EndpointView {

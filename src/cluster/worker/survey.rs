@@ -5,12 +5,15 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::servers::list;
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
 use crate::cluster::agent::DeviceStatus;
 use crate::cluster::rpc_probe::{Told, probe};
+use crate::config::GpuBackend;
 use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
+use crate::supervise::devices::{Missing, complaint};
 use crate::supervise::service::RPC_STOP_PATIENCE;
 use crate::supervise::{preflight, sockets};
 
@@ -49,11 +52,49 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<L
     };
     child.stop(RPC_STOP_PATIENCE).await.map_err(not_started)?;
     // It tells its devices' names only in its log, which is complete now.
-    let named = named(&child.last_lines().await);
-    told.map(|told| Look {
+    let lines = child.last_lines().await;
+    let told = told?;
+    let devices = devices(&told, checked(endpoint, &lines)?);
+    Ok(Look {
         protocol: told.protocol.to_string(),
-        devices: devices(&told, named),
+        devices,
     })
+}
+
+/// The devices by a server's first lines; of a worker with a `backend` those of that kind. A server that finds no GPU takes the
+/// CPU without a word.
+fn checked(endpoint: &EndpointSpec, lines: &[String]) -> Result<Vec<DeviceStatus>, NoServer> {
+    let mut devices = named(lines);
+    if let Some(kind) = endpoint.launch.gpus {
+        let only = || format!("its ggml-rpc-server finds only {}", list(&devices));
+        let found = complaint(lines).unwrap_or_else(only);
+        devices.retain(|device| kind.is_named(&device.name));
+        if devices.is_empty() {
+            return Err(missing(endpoint, kind, found));
+        }
+    }
+    Ok(devices)
+}
+
+/// The endpoint's server with the devices that it was seen to have: without one of them it ends, in place of taking the CPU.
+pub fn bound(endpoint: &EndpointSpec, devices: &[DeviceStatus]) -> Result<Launch, NoServer> {
+    let mut launch = endpoint.launch.clone();
+    let Some(kind) = launch.gpus.filter(|_| launch.value_of("--device").is_none()) else {
+        return Ok(launch);
+    };
+    if devices.is_empty() {
+        return Err(missing(endpoint, kind, "the last look at it found none".to_owned()));
+    }
+    let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+    launch.args.extend(["--device".into(), names.join(",").into()]);
+    Ok(launch)
+}
+
+fn missing(endpoint: &EndpointSpec, kind: GpuBackend, found: String) -> NoServer {
+    NoServer::NoDevice {
+        port: endpoint.port,
+        missing: Missing { kind, found },
+    }
 }
 
 /// The same server at another address: of two values of one option it takes the later one.

@@ -1,13 +1,130 @@
-//! Whether the server still generates. A worker that falls silent hangs it for ever, with all its sockets open, so what is
-//! watched are tokens.
+//! Whether a llama-server still generates. A worker that falls silent hangs it for ever, and so do some grammars, with all its
+//! sockets open: what is watched are tokens.
 
+use std::fmt;
+use std::io;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use tokio::time::sleep;
+
+use super::child::is_stopped;
+use crate::config::Secret;
+
+/// Pause between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// Longest wait for the answer to a look.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is wrong with a server that runs and does nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stalled {
+    /// Nothing has moved for so long.
+    Still(Duration),
+    /// A signal or a debugger has stopped its process for so long.
+    Stopped(Duration),
+}
+
+impl fmt::Display for Stalled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Still(still) => write!(f, "nothing has moved for {} s", still.as_secs()),
+            Self::Stopped(stopped) => write!(
+                f,
+                "its process has been stopped for {} s (SIGSTOP, or a debugger)",
+                stopped.as_secs()
+            ),
+        }
+    }
+}
+
+/// A client for looks at servers of this machine, never through a proxy of the environment.
+pub fn client() -> io::Result<reqwest::Client> {
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .timeout(PATIENCE)
+        .pool_max_idle_per_host(0);
+    client.build().map_err(io::Error::other)
+}
+
+/// Waits until the server at `url` has stalled for `patience`; for ever if that is zero. `pid` is that of its process.
+pub async fn until_stalled(
+    http: &reqwest::Client,
+    url: &str,
+    key: Option<&Secret>,
+    pid: u32,
+    patience: Duration,
+) -> Stalled {
+    if patience.is_zero() {
+        return std::future::pending().await;
+    }
+    let slots = format!("{url}/slots");
+    let mut stall = Stall::new(patience, Instant::now());
+    let mut runs = Instant::now();
+    let mut refused = None;
+    loop {
+        if !is_stopped(pid) {
+            runs = Instant::now();
+        }
+        if runs.elapsed() >= patience {
+            return Stalled::Stopped(runs.elapsed());
+        }
+        let request = http.get(&slots);
+        let request = match key {
+            Some(key) => request.bearer_auth(key.expose()),
+            None => request,
+        };
+        let stalled = match look(request).await {
+            Look::Slots(slots) => {
+                refused = None;
+                stall.look(Instant::now(), Some(slots))
+            }
+            Look::Nothing => stall.look(Instant::now(), None),
+            Look::Refused(why) => {
+                stall.answered(Instant::now());
+                if refused.as_ref() != Some(&why) {
+                    tracing::warn!(
+                        "{slots} answers {why}, so that nobody notices if the server hangs; take --no-slots and --api-key out \
+                         of `extra_args`"
+                    );
+                }
+                refused = Some(why);
+                None
+            }
+        };
+        if let Some(still) = stalled {
+            return Stalled::Still(still);
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// What comes of asking for the slots.
+enum Look {
+    Slots(Vec<Slot>),
+    /// No answer: it is busy, or hangs.
+    Nothing,
+    /// An answer without slots; the next one may have some.
+    Refused(String),
+}
+
+async fn look(request: reqwest::RequestBuilder) -> Look {
+    let Ok(answer) = request.send().await else {
+        return Look::Nothing;
+    };
+    let status = answer.status();
+    match answer.bytes().await {
+        Err(_) => Look::Nothing,
+        Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
+        Ok(body) => serde_json::from_slice(&body)
+            .map_or_else(|_| Look::Refused("with something else than its slots".to_owned()), Look::Slots),
+    }
+}
 
 /// What `GET /slots` tells of a slot: build b11434, `server_slot::to_json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-pub(super) struct Slot {
+struct Slot {
     is_processing: bool,
     #[serde(default)]
     id_task: i64,
@@ -35,14 +152,14 @@ const PROMPT: u32 = 10;
 
 /// The time since something moved.
 #[derive(Debug)]
-pub(super) struct Stall {
+struct Stall {
     patience: Duration,
     moved: Instant,
     slots: Vec<Slot>,
 }
 
 impl Stall {
-    pub(super) fn new(patience: Duration, now: Instant) -> Self {
+    fn new(patience: Duration, now: Instant) -> Self {
         Self {
             patience,
             moved: now,
@@ -50,10 +167,16 @@ impl Stall {
         }
     }
 
+    /// It answers, though not with its slots: it lives, and what it does is not known.
+    fn answered(&mut self, now: Instant) {
+        self.moved = now;
+        self.slots.clear();
+    }
+
     /// Takes in what `/slots` says (`None`: it did not answer), and says how long nothing has moved if that is too long. A
     /// server does not answer it in the middle of a batch, so that no answer is no news; and one that was idle when it was
     /// last heard of may have a prompt by now.
-    pub(super) fn look(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> Option<Duration> {
+    fn look(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> Option<Duration> {
         if let Some(slots) = slots {
             let idle = !slots.iter().any(|slot| slot.is_processing);
             if idle || slots != self.slots {

@@ -1,0 +1,132 @@
+//! The key that the servers of one host share.
+//!
+//! A llama-server on a loopback address without a key answers every program of the machine, and every web page that a browser on
+//! it shows. So a `target` or `draft` without a key asks for a random one. The roles of a host find it in the same place: the
+//! credential `local_key` of a systemd unit, else a file in the user's state folder, which the first role that looks for it
+//! makes.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::{ConfigError, Secret, secret};
+
+/// Name of the file and of the credential.
+const NAME: &str = "local_key";
+
+/// The key, and where it stands.
+#[derive(Debug, Clone)]
+pub struct LocalKey {
+    /// What servers ask for.
+    pub key: Secret,
+    /// The file that holds it.
+    pub path: PathBuf,
+}
+
+/// The key of this host; made now if this user has none yet.
+pub fn obtain() -> Result<LocalKey, ConfigError> {
+    let path = path().map_err(|error| refusal(Path::new(NAME), &error.to_string()))?;
+    if !path.exists() {
+        make(&path).map_err(|error| refusal(&path, &format!("cannot be made: {error}")))?;
+    }
+    read(path)
+}
+
+/// The key of this host, if there is one.
+pub fn existing() -> Result<Option<LocalKey>, ConfigError> {
+    match path() {
+        Ok(path) if path.exists() => read(path).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn read(path: PathBuf) -> Result<LocalKey, ConfigError> {
+    match secret::read(&path) {
+        Ok(key) => Ok(LocalKey { key, path }),
+        Err(reason) => Err(refusal(&path, &reason)),
+    }
+}
+
+fn refusal(path: &Path, reason: &str) -> ConfigError {
+    ConfigError::Secret {
+        key: "the key of this host's servers".to_owned(),
+        path: path.to_owned(),
+        reason: format!(
+            "{reason}; set `api_key_file` of the section, or `allow_unauthenticated: true` if every program and web page on \
+             this machine may use the server"
+        ),
+    }
+}
+
+fn path() -> io::Result<PathBuf> {
+    let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| Path::new(&folder).join(NAME));
+    match credential.filter(|credential| credential.exists()) {
+        Some(credential) => Ok(credential),
+        None => own_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(NAME)),
+    }
+}
+
+/// Makes the file, unless another process does so at the same moment.
+fn make(path: &Path) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let draft = path.with_extension(format!("{:016x}", rand::random::<u64>()));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&draft)?;
+    let written = writeln!(file, "{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>())
+        .and_then(|()| fs::hard_link(&draft, path));
+    fs::remove_file(&draft)?;
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The folder `tightwad` in that of the first of the variables that is set, else in `~/.local/state`.
+pub fn own_folder(variables: &[&str]) -> io::Result<PathBuf> {
+    let absolute = |variable: &str| {
+        std::env::var_os(variable)
+            .map(PathBuf::from)
+            .filter(|folder| folder.is_absolute())
+    };
+    variables
+        .iter()
+        .find_map(|variable| absolute(variable))
+        // That of a system user may be `/`.
+        .or_else(|| {
+            absolute("HOME")
+                .filter(|home| home.parent().is_some())
+                .map(|home| home.join(".local/state"))
+        })
+        .map(|base| base.join("tightwad"))
+        .ok_or_else(|| io::Error::other(format!("this user has no home; set {}", variables.join(" or "))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_first_who_comes_makes_the_key_and_all_read_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state/tightwad/local_key");
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| make(&path).unwrap());
+            }
+        });
+        let key = read(path.clone()).unwrap().key;
+        make(&path).unwrap();
+        assert_eq!(read(path.clone()).unwrap().key, key);
+        assert!(key.expose().len() >= 64);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        // No draft of it is left behind.
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+}
