@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 
 use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
+use super::bounded::{self, BodyError};
 use crate::config::{ConfigError, Secret, Worker};
 use crate::proxy::target::root_cause;
 
@@ -17,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
 /// A server that does not end by itself is killed after a second, and a GPU takes a while to be free.
 const RETURN_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Longest answer in bytes. A status with the last lines of several servers has some ten thousand.
+const MOST_BODY: usize = 1 << 20;
 
 /// A client of one worker's agent.
 #[derive(Debug, Clone)]
@@ -84,6 +89,14 @@ pub enum AgentError {
         /// What gave it away.
         reason: String,
     },
+    /// TLS or the resolver of this host cannot be set up.
+    #[error("worker {worker} cannot be asked: this host's HTTP client cannot be set up: {reason}")]
+    NoClient {
+        /// Its name.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
     /// The token's file cannot be read.
     #[error("worker {worker}: {reason}")]
     Token {
@@ -101,22 +114,26 @@ impl AgentClient {
             worker: worker.name().to_owned(),
             reason: error.to_string(),
         })?;
-        Ok(Self::at(worker.name(), worker.agent_url(), token))
+        Self::at(worker.name(), worker.agent_url(), token)
     }
 
     /// A client of the agent at a base URL.
-    #[must_use]
-    pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Self {
-        Self {
-            worker: worker.into(),
+    pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Result<Self, AgentError> {
+        let worker = worker.into();
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(Policy::none())
+            .connect_timeout(CONNECT_PATIENCE)
+            .build();
+        Ok(Self {
+            http: http.map_err(|error| AgentError::NoClient {
+                worker: worker.clone(),
+                reason: error.to_string(),
+            })?,
+            worker,
             url: url.into(),
             token,
-            http: reqwest::Client::builder()
-                .no_proxy()
-                .connect_timeout(CONNECT_PATIENCE)
-                .build()
-                .unwrap_or_default(),
-        }
+        })
     }
 
     /// Name of the worker.
@@ -186,12 +203,16 @@ impl AgentClient {
 
     async fn json<T: DeserializeOwned>(&self, answer: Response) -> Result<T, AgentError> {
         let status = answer.status();
-        let body = answer.bytes().await.map_err(|error| self.unreachable(&error))?;
-        serde_json::from_slice(&body).map_err(|_| AgentError::NotAnAgent {
+        let stranger = |reason: String| AgentError::NotAnAgent {
             worker: self.worker.clone(),
             url: self.url.clone(),
-            reason: format!("it answers {status} with something else"),
-        })
+            reason,
+        };
+        let body = bounded::body(answer, MOST_BODY).await.map_err(|error| match error {
+            BodyError::Broken(error) => self.unreachable(&error),
+            BodyError::TooLong(_) => stranger(error.to_string()),
+        })?;
+        serde_json::from_slice(&body).map_err(|_| stranger(format!("it answers {status} with something else")))
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> AgentError {
