@@ -33,6 +33,18 @@ impl Pool {
         command.output().unwrap()
     }
 
+    /// Plans with at most so many KiB of memory.
+    fn plan_within(&self, kib: u32) -> Output {
+        let command = format!("ulimit -v {kib}; exec \"$0\" plan");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &command, env!("CARGO_BIN_EXE_tightwad")]);
+        shell
+            .current_dir(self.0.path())
+            .env("HOME", self.0.path())
+            .output()
+            .unwrap()
+    }
+
     fn json(&self) -> Value {
         let output = self.plan(&["--json"]);
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
@@ -220,6 +232,31 @@ fn missing_and_broken_models_are_named_and_have_exit_codes_of_their_own() {
             "{sentence}"
         );
     }
+}
+
+#[test]
+fn a_small_file_that_claims_millions_of_tensors_is_refused_at_once_and_in_little_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("holes.gguf");
+    let counts = [50_000_000_u64, 0].map(u64::to_le_bytes).concat();
+    std::fs::write(&model, [b"GGUF\x03\0\0\0", counts.as_slice()].concat()).unwrap();
+    // As long as it must be for so many, and on the disk it takes one block.
+    std::fs::File::options()
+        .write(true)
+        .open(&model)
+        .unwrap()
+        .set_len(2 << 30)
+        .unwrap();
+    let pool = Pool::new(&yaml(&model, "", "[]"));
+    let began = std::time::Instant::now();
+    let output = pool.plan_within(500_000);
+    assert_eq!(output.status.code(), Some(11), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("it names 50000000 tensors"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 #[test]
