@@ -100,7 +100,7 @@ fn resolve(inline: Option<&Secret>, file: Option<&Path>, key: &str) -> Result<Op
         path: path.to_owned(),
         reason,
     };
-    let text = std::fs::read_to_string(path).map_err(|error| fail(format!("cannot be read: {error}")))?;
+    let text = super::load::read_text(path).map_err(|error| fail(format!("cannot be read: {error}")))?;
     match text.trim() {
         "" => Err(fail("is empty; it should hold the token in one line".into())),
         secret => Ok(Some(Secret::new(secret))),
