@@ -64,7 +64,19 @@ impl Cluster {
     }
 
     fn run(&self, part: &[&str]) -> Program {
-        Program::start(Path::new(TIGHTWAD), &self.args(&[&["run"], part].concat()))
+        let command = self.command("near", part);
+        let args: Vec<&str> = command.iter().map(String::as_str).collect();
+        Program::start(Path::new("env"), &args)
+    }
+
+    /// The arguments of `env` that run a part on a host, whose user has folders of their own.
+    fn command(&self, host: &str, part: &[&str]) -> Vec<String> {
+        let folder = self.file.with_file_name(host);
+        std::fs::create_dir_all(&folder).unwrap();
+        let folders = ["XDG_RUNTIME_DIR", "XDG_STATE_HOME"].map(|name| format!("{name}={}", folder.display()));
+        let args = self.args(&[&["run"], part].concat());
+        let args = [TIGHTWAD].into_iter().chain(args).map(str::to_owned);
+        folders.into_iter().chain(args).collect()
     }
 }
 
@@ -203,7 +215,11 @@ async fn two_coordinators_with_one_host_name_and_port_do_not_evict_each_other() 
         answer_of(request.bearer_auth("secret")).await.1["lease"].clone()
     };
     let before = lease().await;
-    let far = host.start(Path::new(TIGHTWAD), &cluster.args(&["run", "coordinator"]));
+    let command = cluster.command("far", &["coordinator"]);
+    let far = host.start(
+        Path::new("env"),
+        &command.iter().map(String::as_str).collect::<Vec<_>>(),
+    );
     let refused = eventually(Duration::from_secs(10), || async {
         let log = far.log();
         if log.contains("worker near is leased by the coordinator") {
