@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use super::bounded::{self, BodyError};
 use crate::config::{ConfigError, Secret, Worker};
-use crate::proxy::target::root_cause;
+use crate::upstream::failure;
 
 /// A host that is up answers the first packet in milliseconds.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
@@ -36,9 +36,7 @@ pub struct AgentClient {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
     /// Nobody answers, or not in time.
-    #[error(
-        "worker {worker} does not answer at {url} ({reason}); is its host up, and does `tightwad run worker` run there?"
-    )]
+    #[error("worker {worker} does not answer at {url} ({reason}); start `tightwad run worker {worker}` on its host")]
     Unreachable {
         /// Its name.
         worker: String,
@@ -48,10 +46,12 @@ pub enum AgentError {
         reason: String,
     },
     /// The token is wrong or missing.
-    #[error("worker {worker} refuses our token; give it the same `agent_token_file` on both hosts")]
+    #[error("worker {worker} is up at {url} and refuses our token; give it the same `agent_token_file` on both hosts")]
     Unauthorized {
         /// Its name.
         worker: String,
+        /// Its agent's URL.
+        url: String,
     },
     /// Somebody else has it, or we with a later epoch.
     #[error(
@@ -188,7 +188,8 @@ impl AgentClient {
         }
         let worker = self.worker.clone();
         if status == StatusCode::UNAUTHORIZED {
-            return Err(AgentError::Unauthorized { worker });
+            let url = self.url.clone();
+            return Err(AgentError::Unauthorized { worker, url });
         }
         let refusal: Refusal = self.json(answer).await?;
         Err(match (status, refusal.holder) {
@@ -216,13 +217,10 @@ impl AgentClient {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> AgentError {
-        if error.is_timeout() {
-            return self.silent();
-        }
         AgentError::Unreachable {
             worker: self.worker.clone(),
             url: self.url.clone(),
-            reason: root_cause(error),
+            reason: failure::explain(error),
         }
     }
 

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::upstream::failure::explain;
+
 /// Where the data begins when the file does not say otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Longest name of a key or of a tensor; llama.cpp's own tensor names have at most 64 bytes.
@@ -73,7 +75,7 @@ pub enum ModelFileError {
         of: u64,
     },
     /// It is there and cannot be read.
-    #[error("the model file {} cannot be read ({source}); check its permissions", .path.display())]
+    #[error("the model file {} cannot be read ({}); check its permissions", .path.display(), explain(.source))]
     Unreadable {
         /// The file.
         path: PathBuf,

@@ -26,6 +26,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Worker;
+use crate::upstream::failure::explain;
 
 /// The server's folder inside of the one that it is given.
 const PARTS: &str = "rpc";
@@ -67,7 +68,7 @@ pub struct Progress {
 
 /// The cache cannot be kept in order.
 #[derive(Debug, thiserror::Error)]
-#[error("the cache {} cannot be tidied ({source}); check its permissions and its disk, or set `cache_gb: 0`", .path.display())]
+#[error("the cache {} cannot be tidied ({}); check its permissions and its disk, or set `cache_gb: 0`", .path.display(), explain(.source))]
 pub struct CacheError {
     path: PathBuf,
     source: io::Error,
