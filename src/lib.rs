@@ -10,6 +10,7 @@
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
 //! | [`cluster`] | one model over the GPUs of several machines |
+//! | [`mod@count`] | numbers with their nouns |
 //! | [`supervise`] | child processes |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
@@ -18,6 +19,7 @@ pub mod bench;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod count;
 pub mod engine;
 pub mod observe;
 pub mod proxy;

@@ -180,7 +180,8 @@ fn the_plan_for_people_names_devices_layers_and_the_command() {
         "tiny: ",
         "RPC0",
         "RPC1",
-        "and output",
+        ", output",
+        "  w50052: CPU cpu\n",
         "It fits",
         "note: worker w50052 has no agent; its `vram_gb` is taken as free memory",
         "--rpc 127.0.0.1:50052,127.0.0.1:50053 --device RPC0,RPC1 --split-mode layer --tensor-split ",
@@ -188,6 +189,31 @@ fn the_plan_for_people_names_devices_layers_and_the_command() {
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }
+}
+
+#[test]
+fn a_plan_for_80_columns_breaks_between_words_and_its_command_can_be_pasted() {
+    let workers = format!("[ {}, {} ]", worker(50_052, 2.0), worker(50_053, 2.0));
+    let pool = Pool::new(&yaml(&target(), "", &workers));
+    let wide = String::from_utf8(pool.plan(&[]).stdout).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command.arg("plan").current_dir(pool.0.path()).env("COLUMNS", "80");
+    let narrow = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    // A path may be longer than a line.
+    let too_long = narrow
+        .lines()
+        .filter(|line| line.chars().count() > 80 && line.trim().contains(' '));
+    let too_long: Vec<&str> = too_long
+        .filter(|line| !line.trim_end_matches(" \\").trim().starts_with('/'))
+        .collect();
+    assert!(too_long.is_empty(), "{too_long:?}\n{narrow}");
+    let words = |text: &str| {
+        text.split_whitespace()
+            .filter(|word| *word != "\\")
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(words(&narrow), words(&wide));
 }
 
 #[test]
@@ -204,7 +230,11 @@ fn a_model_that_does_not_fit_exits_9_with_what_would_make_it_fit() {
         sentence.contains("tiny does not fit into the pool") && sentence.contains("one more worker with 1 GiB"),
         "{sentence}"
     );
-    assert!(String::from_utf8(output.stdout).unwrap().contains("It does not fit"));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("It does not fit") && !text.contains("--rpc"),
+        "no command for it: {text}"
+    );
     let plan = pool.json();
     assert_eq!(plan["fits"], false);
     assert!(
