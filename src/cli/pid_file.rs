@@ -163,7 +163,8 @@ struct Process {
 impl Process {
     fn this() -> io::Result<Self> {
         let pid = std::process::id().cast_signed();
-        let started = start_time(pid).ok_or_else(|| io::Error::other("/proc does not tell when this process started"))?;
+        let started =
+            start_time(pid).ok_or_else(|| io::Error::other("/proc does not tell when this process started"))?;
         Ok(Self { pid, started })
     }
 

@@ -12,11 +12,13 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
 use super::output::{print, print_report};
+use super::wrap::fitted;
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
 use crate::cluster::plan::amount;
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
+use crate::count::count;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -29,6 +31,9 @@ does not run. What is behind the proxy is only shown: see `tightwad proxy status
 const BOUND: Duration = Duration::from_millis(150);
 /// Pause between two looks with `--watch`.
 const WATCH: Duration = Duration::from_secs(1);
+
+/// Columns before what is said of a server.
+const INDENT: usize = 14;
 
 /// What `tightwad status` is asked.
 #[derive(Debug, clap::Args)]
@@ -81,7 +86,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
     }
     if !options.watch {
         let seen = look(config).await;
-        print_report(&json(&seen)?, options.json, |_| table(&seen))?;
+        print_report(&json(&seen)?, options.json, |_| fitted(&table(&seen), INDENT))?;
         return verdict(&seen);
     }
     let stop = signals::stop_token()?;
@@ -91,7 +96,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
         let text = match (options.json, terminal) {
             (true, _) => format!("{}\n", json(&seen)?),
             // From the top of the screen, of which the rest is cleared.
-            (false, true) => format!("\x1b[H\x1b[2J{}", table(&seen)),
+            (false, true) => format!("\x1b[H\x1b[2J{}", fitted(&table(&seen), INDENT)),
             (false, false) => format!("{}\n", table(&seen)),
         };
         print(text)?;
@@ -162,7 +167,15 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
         let agent = AgentClient::new(&worker).map_err(unknown)?;
         agent.status().await.map_err(unknown)
     };
-    Some(Seen::of(worker.agent_url(), timeout_at(give_up, asking).await.ok()))
+    let answer = timeout_at(give_up, asking).await.unwrap_or_else(|_| {
+        let (url, name) = (worker.agent_url(), worker.name());
+        let message = format!(
+            "no answer from {url} within {} ms; see whether its host is up and runs `tightwad run worker {name}`",
+            BOUND.as_millis()
+        );
+        Err(Failure::new(Exit::Unreachable, message))
+    });
+    Some(Seen::of(worker.agent_url(), Some(answer)))
 }
 
 impl<T> Seen<T> {
@@ -249,14 +262,6 @@ fn hints(seen: &Overview) -> Vec<String> {
         let model = told["model"].as_str().unwrap_or_default();
         hints.push(format!("once the cause is gone, `tightwad swap {model}` tries again"));
     }
-    for worker in &seen.workers {
-        if worker.agent.as_ref().is_some_and(|agent| !agent.up) {
-            let name = &worker.name;
-            hints.push(format!(
-                "see whether the host of {name} is up and runs `tightwad run worker {name}`"
-            ));
-        }
-    }
     let mut builds: Vec<&str> = seen
         .workers
         .iter()
@@ -287,7 +292,7 @@ fn table(seen: &Overview) -> String {
     if let Some(coordinator) = &seen.coordinator {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
-            Some(told) => of_coordinator(told, &mut line),
+            Some(told) => of_coordinator(told, &seen.workers, &mut line),
             None if coordinator.absent() => line("", "not running"),
             None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
         }
@@ -322,8 +327,15 @@ fn table(seen: &Overview) -> String {
     text
 }
 
-fn of_coordinator(told: &Value, line: &mut impl FnMut(&str, &str)) {
-    let step = Step::of(told);
+fn of_coordinator(told: &Value, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
+    let mut told = told.clone();
+    let problem = told["problem"].as_str().unwrap_or_default();
+    let mut down = workers.iter().filter(|worker| worker.problem().is_some());
+    // What is wrong with a worker stands below, with the worker.
+    if down.any(|worker| problem.contains(&format!("worker {} ", worker.name))) {
+        told["problem"] = "a worker is down".into();
+    }
+    let step = Step::of(&told);
     let progress = told["progress"].as_f64().filter(|_| step.progress.is_some());
     let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
     let since = told["state_seconds"]
@@ -331,11 +343,10 @@ fn of_coordinator(told: &Value, line: &mut impl FnMut(&str, &str)) {
         .map(|seconds| format!(", for {}", duration(seconds)));
     let (percent, since) = (percent.unwrap_or_default(), since.unwrap_or_default());
     line("", &format!("{}{percent}{}{since}", step.doing, step.detail));
-    let count = |name: &str| told[name].as_u64().unwrap_or_default();
-    line(
-        "",
-        &format!("{} answers run, {} requests wait", count("running"), count("waiting")),
-    );
+    let number = |name: &str| told[name].as_u64().unwrap_or_default();
+    let running = count(number("running"), "answer runs", "answers run");
+    let waiting = count(number("waiting"), "request waits", "requests wait");
+    line("", &format!("{running}, {waiting}"));
     for device in told["devices"].as_array().into_iter().flatten() {
         line("", device.as_str().unwrap_or_default());
     }

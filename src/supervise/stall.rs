@@ -10,11 +10,14 @@ use tokio::time::sleep;
 
 use super::child::is_stopped;
 use crate::config::Secret;
+use crate::http::client::{self, ReadError};
 
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_secs(1);
 /// Longest wait for the answer to a look.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest list of slots in bytes; a slot takes some thousand.
+const MOST_BODY: usize = 4 << 20;
 
 /// What is wrong with a server that runs and does nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +41,9 @@ impl fmt::Display for Stalled {
     }
 }
 
-/// A client for looks at servers of this machine, never through a proxy of the environment.
+/// A client for looks at servers of this machine.
 pub fn client() -> io::Result<reqwest::Client> {
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .timeout(PATIENCE)
-        .pool_max_idle_per_host(0);
+    let client = client::builder().timeout(PATIENCE).pool_max_idle_per_host(0);
     client.build().map_err(io::Error::other)
 }
 
@@ -114,11 +113,13 @@ async fn look(request: reqwest::RequestBuilder) -> Look {
         return Look::Nothing;
     };
     let status = answer.status();
-    match answer.bytes().await {
-        Err(_) => Look::Nothing,
-        Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
-        Ok(body) => serde_json::from_slice(&body)
-            .map_or_else(|_| Look::Refused("with something else than its slots".to_owned()), Look::Slots),
+    if !status.is_success() {
+        return Look::Refused(status.to_string());
+    }
+    match client::json(answer, MOST_BODY).await {
+        Ok(slots) => Look::Slots(slots),
+        Err(ReadError::Broken(_)) => Look::Nothing,
+        Err(_) => Look::Refused("with something else than its slots".to_owned()),
     }
 }
 

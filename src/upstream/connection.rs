@@ -8,6 +8,7 @@ use reqwest::header::{CONTENT_TYPE, LOCATION};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::failure;
 use crate::config::Secret;
 use crate::http::client::{self, ReadError};
 
@@ -41,11 +42,11 @@ pub enum UpstreamError {
     Unreachable {
         /// What was asked.
         url: String,
-        /// The innermost cause.
+        /// Why, in plain words.
         cause: String,
     },
     /// An answer with an error status, or an error in a stream.
-    #[error("{url} answered {status}: {message}")]
+    #[error("{}", failure::refused(.url, *.status, .message))]
     Refused {
         /// What was asked.
         url: String,
@@ -304,17 +305,11 @@ fn unread(url: String, error: ReadError) -> UpstreamError {
     }
 }
 
-/// Names the innermost cause, which says more than reqwest's own words.
+/// A timeout, or no connection.
 fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
     if error.is_timeout() && !error.is_connect() {
         return UpstreamError::TimedOut { url };
     }
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    UpstreamError::Unreachable {
-        url,
-        cause: cause.to_string(),
-    }
+    let cause = failure::explain(error);
+    UpstreamError::Unreachable { url, cause }
 }
