@@ -120,7 +120,7 @@ impl Default for Proxy {
             auth_token_file: None,
             allow_unauthenticated: false,
             max_tokens_limit: None,
-            max_body_size: 10 * 1024 * 1024,
+            max_body_size: 64 * 1024 * 1024,
             keepalive_seconds: 15,
         }
     }

@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Extension, Request, State};
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 
 use super::admission;
 use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY, X_REQUEST_ID};
-use super::paths::{Dialect, Route};
+use super::nesting;
+use super::paths::{Access, Dialect, Route};
 use super::relay::{self, Events};
 use super::respond::Refusal;
 use super::router::{App, RequestId};
 use super::running::Running;
 use super::target::Outgoing;
+use crate::config::Backend;
 use crate::engine::Verification;
 use crate::rounds;
 
@@ -94,9 +96,9 @@ impl Exchange<'_> {
     async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<Prepared, Refusal> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
-        if self.route.hidden {
+        if let Err(refusal) = self.access(&parts.headers) {
             admission::discard(body, &parts.headers);
-            return Err(Refusal::Hidden);
+            return Err(refusal);
         }
         let limit = admission::limit(&parts.method, settings.max_body_size);
         let body = admission::read(body, &parts.headers, limit).await?;
@@ -105,6 +107,9 @@ impl Exchange<'_> {
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
             let asked = admission::check(&body, settings.max_tokens_limit)?;
+            if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
+                return Err(Refusal::Drafter { name });
+            }
             streamed = asked.streamed;
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
@@ -124,6 +129,8 @@ impl Exchange<'_> {
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
+        } else {
+            admission::check_bounds(&body)?;
         }
         if let Some(agreement) = &self.app.agreement
             && self.route.completion
@@ -149,9 +156,20 @@ impl Exchange<'_> {
         })
     }
 
+    /// Whether clients get at this path.
+    fn access(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        match self.route.access {
+            Access::Draft => Err(Refusal::Hidden),
+            Access::Owners => Err(Refusal::Owners),
+            Access::Ollama if self.app.settings.backend != Backend::Ollama => Err(Refusal::not_ollama(headers)),
+            Access::Ollama | Access::Open => Ok(()),
+        }
+    }
+
     /// An answer in rounds, if the target is asked so and the request allows it.
     fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
         let drafting = self.app.engine.rounds()?;
+        let body = nesting::without_bom(body);
         let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }

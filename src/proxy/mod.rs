@@ -8,6 +8,7 @@
 //! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
 //! | `paths` | knows the target's paths |
 //! | `admission` | reads the body and refuses what cannot be answered |
+//! | `nesting`, `bounds` | refuse JSON, grammars and schemas that the target would not bear |
 //! | `forward` | sends it on and makes the answer |
 //! | `target` | the connection to the target |
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
@@ -19,9 +20,11 @@
 
 pub(crate) mod admission;
 mod agreement;
+mod bounds;
 pub(crate) mod events;
 mod forward;
 pub(crate) mod headers;
+mod nesting;
 pub(crate) mod paths;
 pub(crate) mod relay;
 pub(crate) mod respond;

@@ -1,11 +1,12 @@
 //! Everything that can go wrong, and how a client is told.
 
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use super::bounds::Excess;
 use super::paths::Dialect;
 
 /// Most of a target's own error that is quoted when that is not JSON.
@@ -18,10 +19,33 @@ pub(crate) enum Refusal {
     Unauthorized,
     #[error("there is nothing for clients at this path: drafts are exchanged between the proxy and the target")]
     Hidden,
+    #[error(
+        "there is nothing for clients at this path: it shows or changes what concerns all clients of the target; send the request to the target itself"
+    )]
+    Owners,
+    #[error("this is not Ollama: use an OpenAI connection with the base URL http://{host}/v1")]
+    NotOllama { host: String },
+    #[error(
+        "the model `{name}` only drafts for this endpoint: ask for the target's model (`GET /v1/models`), or leave `model` out"
+    )]
+    Drafter { name: String },
     #[error("this path takes GET and HEAD only")]
     MethodNotAllowed,
     #[error("the request body is larger than {limit} bytes: send less, or raise `proxy.max_body_size`")]
     TooLarge { limit: u64 },
+    #[error(
+        "the request body is compressed (`Content-Encoding: {encoding}`), which this endpoint does not read: send it as it is"
+    )]
+    Encoded { encoding: String },
+    #[error(
+        "the request body nests arrays and objects deeper than {} levels: flatten it",
+        super::nesting::DEEPEST
+    )]
+    TooDeep,
+    #[error("`{param}` {excess}: more can stop the target for everybody; simplify it")]
+    Unbearable { param: &'static str, excess: Excess },
+    #[error("a form cannot have a field `grammar`: send the request as a JSON object")]
+    GrammarInForm,
     #[error("the request body ended early: {0}")]
     BodyCut(String),
     #[error("the request body is not a JSON object: {0}")]
@@ -55,15 +79,28 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
+    /// For a client of Ollama that has sent `headers`.
+    pub(crate) fn not_ollama(headers: &HeaderMap) -> Self {
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        Self::NotOllama {
+            host: host.unwrap_or("HOST:PORT").to_owned(),
+        }
+    }
+
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Hidden => StatusCode::NOT_FOUND,
+            Self::Hidden | Self::Owners | Self::NotOllama { .. } | Self::Drafter { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyCut(_) | Self::NotJson(_) | Self::NotACount { .. } | Self::TooManyTokens { .. } => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::Encoded { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooDeep
+            | Self::Unbearable { .. }
+            | Self::GrammarInForm
+            | Self::BodyCut(_)
+            | Self::NotJson(_)
+            | Self::NotACount { .. }
+            | Self::TooManyTokens { .. } => StatusCode::BAD_REQUEST,
             Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
         }
@@ -72,9 +109,13 @@ impl Refusal {
     fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "invalid_api_key",
-            Self::Hidden => "not_found",
+            Self::Hidden | Self::Owners | Self::NotOllama { .. } => "not_found",
+            Self::Drafter { .. } => "model_not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::TooLarge { .. } => "body_too_large",
+            Self::Encoded { .. } => "unsupported_encoding",
+            Self::TooDeep => "nested_too_deep",
+            Self::Unbearable { .. } | Self::GrammarInForm => "too_complex",
             Self::BodyCut(_) => "body_incomplete",
             Self::NotJson(_) => "invalid_json",
             Self::NotACount { .. } | Self::TooManyTokens { .. } => "invalid_value",
@@ -88,7 +129,9 @@ impl Refusal {
 
     fn param(&self) -> Option<&'static str> {
         match self {
-            Self::NotACount { param, .. } | Self::TooManyTokens { param, .. } => Some(param),
+            Self::NotACount { param, .. } | Self::TooManyTokens { param, .. } | Self::Unbearable { param, .. } => {
+                Some(param)
+            }
             _ => None,
         }
     }

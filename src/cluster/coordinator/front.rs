@@ -111,7 +111,15 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let path = parts.uri.path();
     let waits =
         Route::of(&parts.method, path).completion || (parts.method == Method::POST && ALSO_WAIT.contains(&path));
-    let asked = waits.then(|| admission::check(&body, None).ok()).flatten();
+    let asked = if waits {
+        admission::check(&body, None).map(Some)
+    } else {
+        admission::check_bounds(&body).map(|()| None)
+    };
+    let asked = match asked {
+        Ok(asked) => asked,
+        Err(refusal) => return refusal.response(dialect),
+    };
     let prepared = Prepared {
         method: parts.method,
         uri: parts.uri,
