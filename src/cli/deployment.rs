@@ -154,5 +154,6 @@ impl Deployment {
 
 fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
     upstream.api_key = upstream.api_key()?;
+    upstream.draft_key = upstream.draft_key()?;
     Ok(upstream)
 }

@@ -171,6 +171,12 @@ pub struct Upstream {
     /// File that holds the API key.
     #[serde(default)]
     pub api_key_file: Option<PathBuf>,
+    /// Of a target that is a pool's coordinator: what it asks of those who draft. Prefer `draft_key_file`.
+    #[serde(default)]
+    pub draft_key: Option<Secret>,
+    /// File that holds that key.
+    #[serde(default)]
+    pub draft_key_file: Option<PathBuf>,
 }
 
 /// What kind of server an [`Upstream`] is.
@@ -262,6 +268,11 @@ pub struct Coordinator {
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
+    /// Key that proxies send to draft for its clients' answers. None: only proxies on its own host draft. Prefer
+    /// `draft_key_file`.
+    pub draft_key: Option<Secret>,
+    /// File that holds that key.
+    pub draft_key_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a key.
     pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
@@ -285,6 +296,8 @@ impl Default for Coordinator {
             stall_seconds: 30,
             api_key: None,
             api_key_file: None,
+            draft_key: None,
+            draft_key_file: None,
             allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: BTreeMap::new(),

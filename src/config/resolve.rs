@@ -61,6 +61,8 @@ impl Config {
                 model_name: None,
                 api_key: coordinator.api_key.clone(),
                 api_key_file: coordinator.api_key_file.clone(),
+                draft_key: coordinator.draft_key.clone(),
+                draft_key_file: coordinator.draft_key_file.clone(),
                 ..Upstream::at(local_url(&coordinator.host, coordinator.port))
             })
         });
@@ -82,6 +84,8 @@ impl Upstream {
             backend: Backend::Llamacpp,
             api_key: None,
             api_key_file: None,
+            draft_key: None,
+            draft_key_file: None,
         }
     }
 }

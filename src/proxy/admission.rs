@@ -6,7 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, Method, header};
+use axum::http::{HeaderMap, Method, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -31,27 +31,21 @@ pub(crate) fn limit(method: &Method, limit: u64) -> u64 {
     }
 }
 
-/// Reads a body of at most `limit` bytes that is not compressed, and not JSON nested deeper than servers bear.
-pub(crate) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
-    if let Some(encoding) = encoding(headers) {
+/// Refuses a body that cannot be looked into, and JSON that is nested deeper than servers bear.
+pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal> {
+    let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+    if let Some(encoding) = encodings.find(|it| !it.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity")) {
         let encoding = excerpt(&String::from_utf8_lossy(encoding.as_bytes()));
-        discard(body, headers);
         return Err(Refusal::Encoded { encoding });
     }
-    let body = collect(body, headers, limit).await?;
-    if nesting::is_too_deep(&body) {
+    if nesting::is_too_deep(body) {
         return Err(Refusal::TooDeep);
     }
-    Ok(body)
+    Ok(())
 }
 
-/// How a body is compressed.
-fn encoding(headers: &HeaderMap) -> Option<&HeaderValue> {
-    let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
-    encodings.find(|encoding| !encoding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity"))
-}
-
-async fn collect(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
+/// Reads a body of at most `limit` bytes.
+pub(crate) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
     let too_large = |body| {
         discard(body, headers);
         Err(Refusal::TooLarge { limit })

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 
 use super::admission;
-use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY, X_REQUEST_ID};
+use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
 use super::nesting;
 use super::paths::{Access, Dialect, Route};
 use super::relay::{self, Events};
@@ -71,13 +71,14 @@ impl Exchange<'_> {
             Err(refusal) => return self.refuse(&refusal),
         };
         let forwarded = self.app.target.send(outgoing);
+        let dialect = self.dialect;
         let mut answer = Box::pin(async move {
             if let Some(rounds) = rounds
                 && let Some(response) = rounds.response().await
             {
                 return Ok(response);
             }
-            forwarded.await
+            Ok(relay::explained(dialect, forwarded.await?).await)
         });
         let answered = match self.app.settings.keepalive.filter(|_| streamed) {
             None => answer.await,
@@ -102,6 +103,7 @@ impl Exchange<'_> {
         }
         let limit = admission::limit(&parts.method, settings.max_body_size);
         let body = admission::read(body, &parts.headers, limit).await?;
+        admission::check_form(&parts.headers, &body)?;
         let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
@@ -122,6 +124,7 @@ impl Exchange<'_> {
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
+                self.may_draft(&mut headers);
                 self.running.drafts_with(attachment);
                 if predicted {
                     self.running.is_predicted();
@@ -154,6 +157,15 @@ impl Exchange<'_> {
             streamed,
             rounds,
         })
+    }
+
+    /// Shows the target that its drafter may draft.
+    fn may_draft(&self, headers: &mut HeaderMap) {
+        let key = self.app.settings.target_draft_key.as_ref();
+        if let Some(Ok(mut key)) = key.map(|key| HeaderValue::from_str(key.expose())) {
+            key.set_sensitive(true);
+            headers.insert(X_DRAFT_AUTHORIZATION, key);
+        }
     }
 
     /// Whether clients get at this path.

@@ -5,6 +5,7 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | `server` | accepts connections, ends them |
+//! | `peer` | who is at the other end of a connection |
 //! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
 //! | `paths` | knows the target's paths |
 //! | `admission` | reads the body and refuses what cannot be answered |
@@ -26,6 +27,7 @@ mod forward;
 pub(crate) mod headers;
 mod nesting;
 pub(crate) mod paths;
+pub(crate) mod peer;
 pub(crate) mod relay;
 pub(crate) mod respond;
 mod router;
@@ -35,7 +37,7 @@ mod settings;
 mod status;
 pub(crate) mod target;
 pub(crate) mod token;
-mod usage;
+pub(crate) mod usage;
 
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

@@ -18,6 +18,8 @@ pub struct Settings {
     pub draft_models: Vec<String>,
     /// What the target wants as `Authorization: Bearer …`.
     pub target_api_key: Option<Secret>,
+    /// What a target that is a pool's coordinator asks of those who draft.
+    pub target_draft_key: Option<Secret>,
     /// What clients must send. None: everybody is served.
     pub auth_token: Option<Secret>,
     /// Largest `max_tokens` a request may ask for.
@@ -64,6 +66,7 @@ impl TryFrom<&config::Proxy> for Settings {
             backend: target.backend,
             draft_models: draft_models(proxy, target),
             target_api_key: target.api_key.clone(),
+            target_draft_key: target.draft_key.clone(),
             auth_token: proxy.auth_token.clone(),
             max_tokens_limit: proxy.max_tokens_limit,
             max_body_size: proxy.max_body_size,

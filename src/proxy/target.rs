@@ -116,7 +116,11 @@ impl Target {
             let answer = match request.clone().built(&pooled).send().await {
                 Err(error) if was_closed(&error) && begun.elapsed() < AT_ONCE => {
                     tracing::debug!(%error, "the connection was closed already, trying a fresh one");
-                    request.built(&fresh).send().await
+                    match request.built(&fresh).send().await {
+                        // It took the request and is gone.
+                        Err(again) if again.is_connect() => Err(error),
+                        answer => answer,
+                    }
                 }
                 answer => answer,
             };
