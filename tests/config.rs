@@ -441,6 +441,10 @@ fn a_bad_value_of_the_proxy_names_its_key_and_line() {
             "3: proxy.draft.api_key: given together with api_key_file",
         ),
         (
+            proxy("draft: { url: 'http://a', draft_key: x }"),
+            "3: proxy.draft.draft_key: is a key of the target: move it to proxy.target",
+        ),
+        (
             proxy("max_draft_tokens: 257"),
             "3: proxy.max_draft_tokens: 257 is more than 256",
         ),
@@ -757,13 +761,16 @@ fn the_proxy_takes_the_servers_of_its_own_file() {
     );
     assert_eq!(target.api_key.unwrap().expose(), "k");
 
-    let pool = config("proxy: {}\ncoordinator: { host: 10.0.0.1, api_key: k }\nmodels: { big: { path: a } }");
+    let pool = config(
+        "proxy: {}\ncoordinator: { host: 10.0.0.1, api_key: k, draft_key_file: d }\nmodels: { big: { path: a } }",
+    );
     let (draft, target) = pool.proxy_upstreams();
     assert_eq!(draft, []);
     let expected = Upstream {
         // To name a model is to ask for a swap.
         model_name: None,
         api_key: Some(Secret::new("k")),
+        draft_key_file: Some("d".into()),
         ..Upstream::at("http://10.0.0.1:8080")
     };
     assert_eq!(target, Some(expected));
@@ -859,6 +866,8 @@ fn everything() -> Config {
         api_key: Some(Secret::new("k")),
         api_key_file: Some("f".into()),
         asks_local_key: false,
+        draft_key: Some(Secret::new("k")),
+        draft_key_file: Some("f".into()),
     };
     let server = Server {
         host: "h".into(),
@@ -922,6 +931,8 @@ fn everything() -> Config {
             stall_seconds: 1,
             api_key: Some(Secret::new("k")),
             api_key_file: Some("f".into()),
+            draft_key: Some(Secret::new("k")),
+            draft_key_file: Some("f".into()),
             allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: [].into(),

@@ -163,5 +163,6 @@ fn named(url: &str) -> Upstream {
 
 fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
     upstream.api_key = upstream.api_key()?;
+    upstream.draft_key = upstream.draft_key()?;
     Ok(upstream)
 }

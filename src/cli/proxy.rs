@@ -118,6 +118,7 @@ fn resolved(config: &Config) -> Result<config::Proxy, Failure> {
 
 fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
     upstream.api_key = upstream.api_key()?;
+    upstream.draft_key = upstream.draft_key()?;
     Ok(upstream)
 }
 

@@ -138,6 +138,8 @@ fn absent_files(config: &Config) -> Vec<Finding> {
         named.extend(models.map(|(name, model)| (vec!["models", name.as_str(), "path"], model.path.as_path())));
         let key_file = coordinator.api_key_file.iter();
         named.extend(key_file.map(|file| (vec!["coordinator", "api_key_file"], file.as_path())));
+        let key_file = coordinator.draft_key_file.iter();
+        named.extend(key_file.map(|file| (vec!["coordinator", "draft_key_file"], file.as_path())));
     }
     if let Some(proxy) = &config.proxy {
         let token_file = proxy.auth_token_file.iter();
@@ -146,6 +148,8 @@ fn absent_files(config: &Config) -> Vec<Finding> {
         for (section, upstream) in drafts.chain(proxy.target.as_ref().map(|target| ("target", target))) {
             let key_file = upstream.api_key_file.as_deref();
             named.extend(key_file.map(|file| (vec!["proxy", section, "api_key_file"], file)));
+            let key_file = upstream.draft_key_file.as_deref();
+            named.extend(key_file.map(|file| (vec!["proxy", section, "draft_key_file"], file)));
         }
     }
     named.sort();

@@ -1,8 +1,9 @@
 //! Secrets that systemd hands to a unit (`LoadCredential=proxy.auth_token_file:/run/secrets/token`).
 //!
 //! The credential is named after the key of the cluster file whose file it takes the place of: `proxy.auth_token_file`,
-//! `proxy.target.api_key_file`, `proxy.draft.api_key_file` (of several drafts `proxy.draft.0.api_key_file`, …),
-//! `target.api_key_file`, `draft.api_key_file`, `coordinator.api_key_file`, `workers.NAME.agent_token_file`. So only root
+//! `proxy.target.api_key_file`, `proxy.target.draft_key_file`, `proxy.draft.api_key_file` (of several drafts
+//! `proxy.draft.0.api_key_file`, …), `target.api_key_file`, `draft.api_key_file`, `coordinator.api_key_file`,
+//! `coordinator.draft_key_file`, `workers.NAME.agent_token_file`. So only root
 //! need be able to read the file itself, whoever the unit runs as. A credential whose key the cluster file does not have
 //! does nothing: which parts ask for a token stands in one place.
 
@@ -20,6 +21,7 @@ pub(super) fn take(config: &mut Config, environment: &Environment) {
         replace(folder, "proxy.auth_token_file", &mut proxy.auth_token_file);
         if let Some(target) = &mut proxy.target {
             replace(folder, "proxy.target.api_key_file", &mut target.api_key_file);
+            replace(folder, "proxy.target.draft_key_file", &mut target.draft_key_file);
         }
         if let [only] = proxy.draft.as_mut_slice() {
             replace(folder, "proxy.draft.api_key_file", &mut only.api_key_file);
@@ -37,6 +39,7 @@ pub(super) fn take(config: &mut Config, environment: &Environment) {
     }
     if let Some(coordinator) = &mut config.coordinator {
         replace(folder, "coordinator.api_key_file", &mut coordinator.api_key_file);
+        replace(folder, "coordinator.draft_key_file", &mut coordinator.draft_key_file);
     }
     for worker in &mut config.workers {
         let name = format!("workers.{}.agent_token_file", worker.name());
@@ -90,6 +93,8 @@ mod tests {
             "target.api_key_file",
             "draft.api_key_file",
             "coordinator.api_key_file",
+            "proxy.target.draft_key_file",
+            "coordinator.draft_key_file",
             "workers.gaming-pc.agent_token_file",
             "workers.10.0.0.3.agent_token_file",
         ];
@@ -107,7 +112,10 @@ mod tests {
         let mut config = Config {
             proxy: Some(Proxy {
                 auth_token_file: secret.clone(),
-                target: Some(upstream()),
+                target: Some(Upstream {
+                    draft_key_file: secret.clone(),
+                    ..upstream()
+                }),
                 draft: vec![upstream()],
                 ..Proxy::default()
             }),
@@ -115,20 +123,24 @@ mod tests {
             draft: Some(server),
             coordinator: Some(Coordinator {
                 api_key_file: secret.clone(),
+                draft_key_file: secret.clone(),
                 ..Coordinator::default()
             }),
             workers: vec![worker(Some("gaming-pc"), "10.0.0.2"), worker(None, "10.0.0.3")],
             ..Config::default()
         };
         take(&mut config, &environment);
-        let proxy = config.proxy.unwrap();
+        let (proxy, coordinator) = (config.proxy.unwrap(), config.coordinator.unwrap());
+        let target = proxy.target.unwrap();
         let read = [
             proxy.auth_token_file,
-            proxy.target.unwrap().api_key_file,
+            target.api_key_file,
             proxy.draft[0].api_key_file.clone(),
             config.target.unwrap().api_key_file,
             config.draft.unwrap().api_key_file,
-            config.coordinator.unwrap().api_key_file,
+            coordinator.api_key_file,
+            target.draft_key_file,
+            coordinator.draft_key_file,
             config.workers[0].agent_token_file.clone(),
             config.workers[1].agent_token_file.clone(),
         ];

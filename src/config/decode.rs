@@ -88,7 +88,7 @@ fn describe(error: &Error, origins: &Origins) -> String {
     let secret = error
         .path
         .last()
-        .is_some_and(|key| ["auth_token", "api_key", "agent_token"].contains(&key.as_str()));
+        .is_some_and(|key| ["auth_token", "api_key", "draft_key", "agent_token"].contains(&key.as_str()));
     match &error.kind {
         Kind::UnknownField(word, known) => unknown_key(word, known, &error.path, origins),
         Kind::UnknownVariant(word, known) => match closest(word, known.iter().copied()) {

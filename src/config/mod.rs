@@ -124,7 +124,7 @@ impl Default for Proxy {
             auth_token_file: None,
             allow_unauthenticated: false,
             max_tokens_limit: None,
-            max_body_size: 10 * 1024 * 1024,
+            max_body_size: 64 * 1024 * 1024,
             keepalive_seconds: 15,
         }
     }
@@ -178,6 +178,12 @@ pub struct Upstream {
     /// Whether it asks for the [`local_key`] of this host.
     #[serde(skip)]
     pub asks_local_key: bool,
+    /// Of a target that is a pool's coordinator: what it asks of those who draft. Prefer `draft_key_file`.
+    #[serde(default)]
+    pub draft_key: Option<Secret>,
+    /// File that holds that key.
+    #[serde(default)]
+    pub draft_key_file: Option<PathBuf>,
 }
 
 /// What kind of server an [`Upstream`] is.
@@ -280,6 +286,11 @@ pub struct Coordinator {
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
+    /// Key that proxies send to draft for its clients' answers. None: only proxies on its own host draft. Prefer
+    /// `draft_key_file`.
+    pub draft_key: Option<Secret>,
+    /// File that holds that key.
+    pub draft_key_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a key.
     pub allow_unauthenticated: bool,
     /// More arguments of llama-server; they win over ours.
@@ -305,6 +316,8 @@ impl Default for Coordinator {
             stall_seconds: DEFAULT_STALL_SECONDS,
             api_key: None,
             api_key_file: None,
+            draft_key: None,
+            draft_key_file: None,
             allow_unauthenticated: false,
             extra_args: Vec::new(),
             env: BTreeMap::new(),

@@ -70,6 +70,8 @@ impl Config {
                 model_name: None,
                 api_key: coordinator.api_key.clone(),
                 api_key_file: coordinator.api_key_file.clone(),
+                draft_key: coordinator.draft_key.clone(),
+                draft_key_file: coordinator.draft_key_file.clone(),
                 ..Upstream::at(local_url(&coordinator.host, coordinator.port))
             })
         });
@@ -92,6 +94,8 @@ impl Upstream {
             api_key: None,
             api_key_file: None,
             asks_local_key: false,
+            draft_key: None,
+            draft_key_file: None,
         }
     }
 

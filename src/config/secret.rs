@@ -121,6 +121,15 @@ impl Upstream {
         }
         resolve(self.api_key.as_ref(), self.api_key_file.as_deref(), "api_key_file")
     }
+
+    /// The key to draft with, from `draft_key` or read now from `draft_key_file`. None: no key is set.
+    pub fn draft_key(&self) -> Result<Option<Secret>, ConfigError> {
+        resolve(
+            self.draft_key.as_ref(),
+            self.draft_key_file.as_deref(),
+            "proxy.target.draft_key_file",
+        )
+    }
 }
 
 impl Server {
@@ -141,6 +150,15 @@ impl Coordinator {
             self.api_key.as_ref(),
             self.api_key_file.as_deref(),
             "coordinator.api_key_file",
+        )
+    }
+
+    /// The key that drafters must send, from `draft_key` or read now from `draft_key_file`. None: no key is set.
+    pub fn draft_key(&self) -> Result<Option<Secret>, ConfigError> {
+        resolve(
+            self.draft_key.as_ref(),
+            self.draft_key_file.as_deref(),
+            "coordinator.draft_key_file",
         )
     }
 }

@@ -29,6 +29,12 @@ pub(super) fn problems(config: &Config) -> Vec<Finding> {
             coordinator.api_key.as_ref(),
             coordinator.api_key_file.as_deref(),
         );
+        check.secret(
+            &["coordinator"],
+            "draft_key",
+            coordinator.draft_key.as_ref(),
+            coordinator.draft_key_file.as_deref(),
+        );
         check.gpus(&["coordinator"], &coordinator.gpus);
         if config.models.is_empty() {
             check.found(&["models"], "missing; the coordinator needs a model");
@@ -210,6 +216,23 @@ impl Check {
             upstream.api_key.as_ref(),
             upstream.api_key_file.as_deref(),
         );
+        self.secret(
+            &["proxy", name],
+            "draft_key",
+            upstream.draft_key.as_ref(),
+            upstream.draft_key_file.as_deref(),
+        );
+        if name == "draft" && (upstream.draft_key.is_some() || upstream.draft_key_file.is_some()) {
+            let given = if upstream.draft_key.is_some() {
+                "draft_key"
+            } else {
+                "draft_key_file"
+            };
+            self.found(
+                &["proxy", name, given],
+                "is a key of the target: move it to proxy.target",
+            );
+        }
     }
 
     fn server(&mut self, config: &Config, name: &str, server: &Server) {

@@ -124,7 +124,7 @@ impl Engine {
     pub fn start(settings: Settings) -> Result<Arc<Self>, reqwest::Error> {
         let server = |(config, key): (Upstream, Option<Secret>)| {
             Ok(Server {
-                client: LlamaServer::new(&config.url, key)?,
+                client: LlamaServer::new(&config.url, key)?.with_draft_key(config.draft_key.clone()),
                 config,
                 text: None,
             })

@@ -532,6 +532,9 @@ fn attached(props: Option<&Props>) -> Result<(Verification, usize), String> {
     let Some(props) = props else {
         return Err(NOT_YET.into());
     };
+    if let Some(reason) = &props.draft_refused {
+        return Err(reason.clone());
+    }
     match props.draft_external_max {
         None => Err(format!(
             "the target is a stock llama-server ({}), which cannot verify drafts by itself; run the one of \

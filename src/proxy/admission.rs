@@ -12,6 +12,8 @@ use futures_util::StreamExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::bounds::{self, Bounded};
+use super::nesting;
 use super::respond::Refusal;
 
 /// How long an unwanted body is read on, so that its sender finds our answer rather than a reset connection.
@@ -27,6 +29,19 @@ pub(crate) fn limit(method: &Method, limit: u64) -> u64 {
     } else {
         limit
     }
+}
+
+/// Refuses a body that cannot be looked into, and JSON that is nested deeper than servers bear.
+pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal> {
+    let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+    if let Some(encoding) = encodings.find(|it| !it.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity")) {
+        let encoding = excerpt(&String::from_utf8_lossy(encoding.as_bytes()));
+        return Err(Refusal::Encoded { encoding });
+    }
+    if nesting::is_too_deep(body) {
+        return Err(Refusal::TooDeep);
+    }
+    Ok(())
 }
 
 /// Reads a body of at most `limit` bytes.
@@ -79,9 +94,42 @@ pub(crate) struct Asked {
     pub(crate) model: Option<String>,
 }
 
+/// Looks at the body of any other request: the target may read the bounded members on every path.
+pub(crate) fn check_bounds(body: &[u8]) -> Result<(), Refusal> {
+    match nesting::first_byte(body) {
+        Some(b'{') => fields_of(body).map(drop),
+        Some(b'[') => Ok(()),
+        _ if names_grammar(body) => Err(Refusal::GrammarInForm),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a form (`multipart/form-data`) has a field `grammar`, which llama-server reads as it does that of an object.
+fn names_grammar(body: &[u8]) -> bool {
+    const NAME: &[u8] = b"grammar";
+    body.windows(NAME.len()).enumerate().any(|(at, bytes)| {
+        let is_value = || {
+            let before = body[..at].trim_ascii_end();
+            let before = before.strip_suffix(b"\"").unwrap_or(before);
+            before.trim_ascii_end().ends_with(b"=")
+        };
+        bytes == NAME && is_value()
+    })
+}
+
+/// The members of interest, none of which is more than the target bears.
+fn fields_of(body: &[u8]) -> Result<Fields<'_>, Refusal> {
+    let fields: Fields<'_> = serde_json::from_slice(nesting::without_bom(body))?;
+    for (param, bounded, value) in &fields.bounded {
+        let excess = bounded.check(value.get());
+        excess.map_err(|excess| Refusal::Unbearable { param, excess })?;
+    }
+    Ok(fields)
+}
+
 /// Looks at the body of a completion request.
 pub(crate) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked, Refusal> {
-    let fields: Fields<'_> = serde_json::from_slice(body)?;
+    let fields = fields_of(body)?;
     for (param, value) in COUNTS.into_iter().zip(fields.counts) {
         if let Some(value) = value {
             check_count(param, value.get(), max_tokens_limit)?;
@@ -122,8 +170,8 @@ fn check_count(param: &'static str, value: &str, limit: Option<u64>) -> Result<(
     if value == "null" {
         return Ok(());
     }
-    let count = value.parse::<i64>().ok().filter(|count| *count >= -1);
-    let Some(given) = count else {
+    let count = value.parse::<i64>().ok().or_else(|| whole(value.parse().ok()?));
+    let Some(given) = count.filter(|count| *count >= -1) else {
         return Err(Refusal::NotACount {
             param,
             given: excerpt(value),
@@ -136,6 +184,14 @@ fn check_count(param: &'static str, value: &str, limit: Option<u64>) -> Result<(
         }
         _ => Ok(()),
     }
+}
+
+/// A number such as `5.0`, which servers take for 5.
+fn whole(number: f64) -> Option<i64> {
+    /// Every whole number up to here is exact.
+    const LARGEST: f64 = 9_007_199_254_740_992.0;
+    #[allow(clippy::cast_possible_truncation)]
+    (number.fract() == 0.0 && number.abs() <= LARGEST).then_some(number as i64)
 }
 
 fn excerpt(value: &str) -> String {
@@ -156,6 +212,8 @@ struct Fields<'a> {
     prediction: Option<&'a RawValue>,
     model: Option<&'a RawValue>,
     counts: [Option<&'a RawValue>; COUNTS.len()],
+    /// Each that comes: the target reads the last one, but parses them all.
+    bounded: Vec<(&'static str, Bounded, &'a RawValue)>,
 }
 
 impl<'de> Deserialize<'de> for Fields<'de> {
@@ -182,6 +240,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
                                 .ok_or_else(|| A::Error::custom("unknown count"))?;
                             *slot = Some(map.next_value()?);
                         }
+                        Key::Bounded(name, bounded) => fields.bounded.push((name, bounded, map.next_value()?)),
                         Key::Other => {
                             map.next_value::<IgnoredAny>()?;
                         }
@@ -200,6 +259,7 @@ enum Key {
     Model,
     /// Index into [`COUNTS`].
     Count(usize),
+    Bounded(&'static str, Bounded),
     Other,
 }
 
@@ -214,7 +274,9 @@ impl<'de> Deserialize<'de> for Key {
             }
 
             fn visit_str<E>(self, name: &str) -> Result<Key, E> {
-                let count = || COUNTS.iter().position(|it| *it == name);
+                let count = || COUNTS.iter().position(|it| *it == name).map(Key::Count);
+                let bounded = || bounds::MEMBERS.into_iter().find(|(it, _)| *it == name);
+                let bounded = || bounded().map(|(name, bounded)| Key::Bounded(name, bounded));
                 Ok(if name == "stream" {
                     Key::Stream
                 } else if name == "prediction" {
@@ -222,7 +284,7 @@ impl<'de> Deserialize<'de> for Key {
                 } else if name == "model" {
                     Key::Model
                 } else {
-                    count().map_or(Key::Other, Key::Count)
+                    count().or_else(bounded).unwrap_or(Key::Other)
                 })
             }
         }
@@ -302,13 +364,22 @@ mod tests {
 
     #[test]
     fn counts_are_whole_numbers_within_the_limit() {
-        for value in ["0", "1", "-1", "null", "4096"] {
+        for value in ["0", "1", "-1", "null", "4096", "5.0", "1e3", "-1.0"] {
             assert!(
                 check(format!(r#"{{"max_tokens":{value}}}"#).as_bytes(), None).is_ok(),
                 "{value}"
             );
         }
-        for value in ["-2", "1.5", "1e3", "\"10\"", "true", "[1]", "99999999999999999999"] {
+        for value in [
+            "-2",
+            "1.5",
+            "-2.0",
+            "1e300",
+            "\"10\"",
+            "true",
+            "[1]",
+            "99999999999999999999",
+        ] {
             for param in COUNTS {
                 let message = refused(&format!(r#"{{"{param}":{value}}}"#), None);
                 assert!(
@@ -323,8 +394,40 @@ mod tests {
     }
 
     #[test]
-    fn nesting_however_deep_is_no_reason_to_refuse() {
-        let body = format!(r#"{{"a":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
-        assert!(check(body.as_bytes(), None).is_ok());
+    fn a_byte_order_mark_is_no_part_of_the_json() {
+        let asked = check("\u{feff}{\"stream\":true}".as_bytes(), None).unwrap();
+        assert!(asked.streamed);
+    }
+
+    #[test]
+    fn what_the_target_would_not_bear_is_refused_on_every_path_and_however_it_is_written() {
+        for body in [
+            r#"{"repeat_last_n":500000000}"#,
+            r#"{"dry_penalty_last_n":5e8}"#,
+            r#"{"gramm\u0061r":"root ::= GROUPS"}"#,
+            r#"{"grammar":"root ::= GROUPS","grammar":"root ::= \"a\""}"#,
+            r#"{"grammar_triggers":[{"type":3,"value":"(a*)*b"}]}"#,
+        ] {
+            let body = body.replace("GROUPS", &"(".repeat(100_000));
+            let refused = check_bounds(body.as_bytes()).unwrap_err();
+            assert!(matches!(refused, Refusal::Unbearable { .. }), "{refused}");
+            assert!(check(body.as_bytes(), None).is_err());
+        }
+        for body in [
+            r#"{"repeat_last_n":-1,"dry_penalty_last_n":64,"grammar":null,"grammar_triggers":[]}"#,
+            r#"[{"grammar":"left to the target, which wants an object"}]"#,
+            "--b\r\nContent-Disposition: form-data; name=\"prompt\"\r\n\r\na grammar of \"grammar\"\r\n--b--",
+            "",
+        ] {
+            assert!(check_bounds(body.as_bytes()).is_ok(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_form_has_no_grammar_however_its_name_is_written() {
+        for name in ["\"grammar\"", "grammar", " \"grammar\"", "\t grammar"] {
+            let form = format!("--b\r\nContent-Disposition: form-data; name={name}\r\n\r\nroot ::= x\r\n--b--");
+            assert!(check_bounds(form.as_bytes()).is_err(), "{form}");
+        }
     }
 }

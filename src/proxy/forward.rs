@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Extension, Request, State};
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 
 use super::admission;
-use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY, X_REQUEST_ID};
-use super::paths::{Dialect, Route};
+use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
+use super::nesting;
+use super::paths::{Access, Dialect, Route};
 use super::relay::{self, Events};
 use super::respond::Refusal;
 use super::router::{App, RequestId};
 use super::running::Running;
 use super::target::Outgoing;
+use crate::config::Backend;
 use crate::engine::Verification;
 use crate::rounds;
 
@@ -69,13 +71,14 @@ impl Exchange<'_> {
             Err(refusal) => return self.refuse(&refusal),
         };
         let forwarded = self.app.target.send(outgoing);
+        let dialect = self.dialect;
         let mut answer = Box::pin(async move {
             if let Some(rounds) = rounds
                 && let Some(response) = rounds.response().await
             {
                 return Ok(response);
             }
-            forwarded.await
+            Ok(relay::explained(dialect, forwarded.await?).await)
         });
         let answered = match self.app.settings.keepalive.filter(|_| streamed) {
             None => answer.await,
@@ -94,18 +97,22 @@ impl Exchange<'_> {
     async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<Prepared, Refusal> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
-        if self.route.hidden {
+        if let Err(refusal) = self.access(&parts.headers) {
             admission::discard(body, &parts.headers);
-            return Err(Refusal::Hidden);
+            return Err(refusal);
         }
         let limit = admission::limit(&parts.method, settings.max_body_size);
         let body = admission::read(body, &parts.headers, limit).await?;
+        admission::check_form(&parts.headers, &body)?;
         let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
             self.running.occupies(self.app.engine.occupy());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
+            if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
+                return Err(Refusal::Drafter { name });
+            }
             streamed = asked.streamed;
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
@@ -118,6 +125,7 @@ impl Exchange<'_> {
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
+                self.may_draft(&mut headers);
                 self.running.drafts_with(attachment);
                 if predicted {
                     self.running.is_predicted();
@@ -125,6 +133,8 @@ impl Exchange<'_> {
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
+        } else {
+            admission::check_bounds(&body)?;
         }
         if let Some(agreement) = &self.app.agreement
             && self.route.completion
@@ -150,9 +160,29 @@ impl Exchange<'_> {
         })
     }
 
+    /// Shows the target that its drafter may draft.
+    fn may_draft(&self, headers: &mut HeaderMap) {
+        let key = self.app.settings.target_draft_key.as_ref();
+        if let Some(Ok(mut key)) = key.map(|key| HeaderValue::from_str(key.expose())) {
+            key.set_sensitive(true);
+            headers.insert(X_DRAFT_AUTHORIZATION, key);
+        }
+    }
+
+    /// Whether clients get at this path.
+    fn access(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        match self.route.access {
+            Access::Draft => Err(Refusal::Hidden),
+            Access::Owners => Err(Refusal::Owners),
+            Access::Ollama if self.app.settings.backend != Backend::Ollama => Err(Refusal::not_ollama(headers)),
+            Access::Ollama | Access::Open => Ok(()),
+        }
+    }
+
     /// An answer in rounds, if the target is asked so and the request allows it.
     fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
         let drafting = self.app.engine.rounds()?;
+        let body = nesting::without_bom(body);
         let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }

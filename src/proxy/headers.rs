@@ -7,6 +7,12 @@ use super::token::X_API_KEY;
 /// The name by which a drafter finds a completion at the target.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
 
+/// Shows the coordinator that a request comes from a drafter's proxy: the value is `coordinator.draft_key`.
+pub(crate) const X_DRAFT_AUTHORIZATION: HeaderName = HeaderName::from_static("x-draft-authorization");
+
+/// Makes llama-server generate on when the client hangs up, and give the answer to anybody who names the same id.
+const X_CONVERSATION_ID: HeaderName = HeaderName::from_static("x-conversation-id");
+
 /// The name of a request in the logs of everybody who handles it.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -28,7 +34,14 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 /// The headers of a client's request that the target gets. Our own are put in by who makes them.
 pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
-    for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, X_DRAFT_KEY] {
+    for name in [
+        header::HOST,
+        header::CONTENT_LENGTH,
+        header::EXPECT,
+        X_DRAFT_KEY,
+        X_DRAFT_AUTHORIZATION,
+        X_CONVERSATION_ID,
+    ] {
         headers.remove(name);
     }
     match credentials {

@@ -5,9 +5,11 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | `server` | accepts connections, ends them |
+//! | `peer` | who is at the other end of a connection |
 //! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
 //! | `paths` | knows the target's paths |
 //! | `admission` | reads the body and refuses what cannot be answered |
+//! | `nesting`, `bounds` | refuse JSON, grammars and schemas that the target would not bear |
 //! | `forward` | sends it on and makes the answer |
 //! | `target` | the connection to the target |
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
@@ -19,10 +21,13 @@
 
 pub(crate) mod admission;
 mod agreement;
+mod bounds;
 pub(crate) mod events;
 mod forward;
 pub(crate) mod headers;
+mod nesting;
 pub(crate) mod paths;
+pub(crate) mod peer;
 pub(crate) mod relay;
 pub(crate) mod respond;
 mod router;
@@ -32,7 +37,7 @@ mod settings;
 mod status;
 pub(crate) mod target;
 pub(crate) mod token;
-mod usage;
+pub(crate) mod usage;
 
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

@@ -47,8 +47,43 @@ const NAMED: [&str; 24] = [
     "/",
 ];
 
-/// What the drafter and the target talk over; no business of clients.
-const DRAFT: &[u8] = b"draft";
+/// What the drafter and the target talk over.
+const DRAFT: &str = "draft";
+
+/// Paths, and with `/*` everything below them, that show or change what other clients of the target do, that run programs
+/// or fetch pages on its host, or that manage its models. `None`: with any method.
+static HIDDEN: [(Option<Method>, &str); 15] = [
+    (None, DRAFT),
+    // llama-server's resumable streams: whoever names a conversation reads its answer.
+    (None, "v1/stream"),
+    (None, "v1/stream/*"),
+    (None, "v1/streams/*"),
+    (None, "tools"),
+    (None, "cors-proxy"),
+    (Some(Method::POST), "props"),
+    (Some(Method::POST), "lora-adapters"),
+    (Some(Method::POST), "slots/*"),
+    // llama-server in router mode.
+    (Some(Method::POST), "models"),
+    (Some(Method::POST), "models/*"),
+    (Some(Method::DELETE), "models"),
+    (Some(Method::DELETE), "models/*"),
+    (Some(Method::GET), "models/sse"),
+    (Some(Method::DELETE), "api/*"),
+];
+
+/// Ollama's own API, below this folder.
+const OLLAMA: &str = "api/*";
+
+/// Parts of [`OLLAMA`] that change what models there are.
+const OLLAMA_MANAGES: [&str; 6] = [
+    "api/pull",
+    "api/push",
+    "api/create",
+    "api/copy",
+    "api/delete",
+    "api/blobs/*",
+];
 
 /// How errors are written for the client of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +114,7 @@ pub(crate) struct Route {
     /// Whether its requests and answers are those of OpenAI's chat completions.
     pub(crate) chat: bool,
     /// Whether clients are kept out.
-    pub(crate) hidden: bool,
+    pub(crate) access: Access,
 }
 
 impl Route {
@@ -91,7 +126,7 @@ impl Route {
                 label,
                 completion: method == Method::POST,
                 chat: CHATS.contains(&label),
-                hidden: false,
+                access: Access::Open,
             };
         }
         let label = NAMED.into_iter().find(|it| *it == decoded).unwrap_or("other");
@@ -99,23 +134,70 @@ impl Route {
             label,
             completion: false,
             chat: false,
-            hidden: is_draft(path),
+            access: Access::of(method, path),
         }
     }
 }
 
-/// Whether a server may take `path` for `/draft`, however it is spelt.
-fn is_draft(path: &str) -> bool {
-    let decoded: Vec<u8> = percent_encoding::percent_decode_str(path).collect();
-    let mut segments = decoded
-        .split(|byte| *byte == b'/')
-        .filter(|segment| !segment.is_empty() && *segment != b".");
-    segments.next().is_some_and(|first| first.eq_ignore_ascii_case(DRAFT)) && segments.next().is_none()
+/// What clients are kept from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Nothing: the target answers.
+    Open,
+    /// What the drafter and the target talk over.
+    Draft,
+    /// What belongs to the target's owner.
+    Owners,
+    /// Ollama's API, which only a target that is Ollama has.
+    Ollama,
+}
+
+impl Access {
+    fn of(method: &Method, path: &str) -> Self {
+        let path = normalized(path);
+        let below = |pattern: &str| match pattern.strip_suffix('*') {
+            Some(folder) => path.starts_with(folder),
+            None => path == pattern,
+        };
+        if path == DRAFT {
+            return Self::Draft;
+        }
+        let hidden = HIDDEN
+            .iter()
+            .any(|(only, pattern)| only.as_ref().is_none_or(|only| only == method) && below(pattern));
+        if hidden || OLLAMA_MANAGES.into_iter().any(below) {
+            Self::Owners
+        } else if below(OLLAMA) {
+            Self::Ollama
+        } else {
+            Self::Open
+        }
+    }
+}
+
+/// A path as the most lenient server may read it: decoded, without empty segments and dots, in lower case.
+fn normalized(path: &str) -> String {
+    let decoded = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
+    let mut segments: Vec<&str> = Vec::new();
+    for segment in decoded.split('/') {
+        match segment {
+            "" | "." => {}
+            ".." => {
+                segments.pop();
+            }
+            segment => segments.push(segment),
+        }
+    }
+    segments.join("/").to_ascii_lowercase()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn access(method: Method, path: &str) -> Access {
+        Route::of(&method, path).access
+    }
 
     #[test]
     fn draft_is_hidden_however_it_is_spelt() {
@@ -128,12 +210,47 @@ mod tests {
             "/Draft",
             "/%2e/draft",
             "/%2fdraft",
+            "/x/../draft",
         ] {
-            assert!(Route::of(&Method::POST, path).hidden, "{path}");
+            assert_eq!(access(Method::POST, path), Access::Draft, "{path}");
         }
         for path in ["/drafts", "/v1/draft", "/draft/1", "/", "/%2564raft"] {
-            assert!(!Route::of(&Method::POST, path).hidden, "{path}");
+            assert_eq!(access(Method::POST, path), Access::Open, "{path}");
         }
+    }
+
+    #[test]
+    fn what_concerns_all_clients_of_the_target_is_its_owners() {
+        for (method, path) in [
+            (Method::GET, "/v1/stream"),
+            (Method::DELETE, "/v1/stream"),
+            (Method::GET, "/v1/stream/abc"),
+            (Method::POST, "/v1/streams/lookup"),
+            (Method::POST, "//V1/stream%73/lookup"),
+            (Method::GET, "/cors-proxy"),
+            (Method::POST, "/tools"),
+            (Method::POST, "/props"),
+            (Method::POST, "/lora-adapters"),
+            (Method::POST, "/slots/0"),
+            (Method::POST, "/models/load"),
+            (Method::DELETE, "/models"),
+            (Method::POST, "/api/pull"),
+            (Method::DELETE, "/api/delete"),
+        ] {
+            assert_eq!(access(method.clone(), path), Access::Owners, "{method} {path}");
+        }
+        for (method, path) in [
+            (Method::GET, "/props"),
+            (Method::GET, "/slots"),
+            (Method::GET, "/lora-adapters"),
+            (Method::GET, "/models"),
+            (Method::GET, "/v1/models/x"),
+            (Method::POST, "/v1/audio/transcriptions"),
+            (Method::POST, "/tokenize"),
+        ] {
+            assert_eq!(access(method.clone(), path), Access::Open, "{method} {path}");
+        }
+        assert_eq!(access(Method::POST, "/api/chat"), Access::Ollama);
     }
 
     #[test]

@@ -247,6 +247,31 @@ impl Events {
     }
 }
 
+/// The target's answer; an error is put into the client's dialect, and says what to change where the target's own words are
+/// those of its command line.
+pub(crate) async fn explained(dialect: Dialect, answer: Response) -> Response {
+    let short = answer
+        .content_length()
+        .is_some_and(|length| length <= LONGEST_ERROR as u64);
+    let encoded = answer.headers().contains_key(header::CONTENT_ENCODING);
+    if answer.status().as_u16() < 400 || !short || encoded {
+        return answer;
+    }
+    let (status, mut headers) = (answer.status(), answer.headers().clone());
+    let body = error_body(answer).await.freeze();
+    let body = match respond::explained(dialect, status, &body) {
+        Some(explained) => {
+            headers.insert(header::CONTENT_LENGTH, explained.len().into());
+            explained
+        }
+        None => body,
+    };
+    let mut explained = axum::http::Response::new(body);
+    *explained.status_mut() = status;
+    *explained.headers_mut() = headers;
+    explained.into()
+}
+
 /// The beginning of an error answer; what cannot be read of it is missing.
 pub(crate) async fn error_body(answer: Response) -> BytesMut {
     let mut body = BytesMut::new();

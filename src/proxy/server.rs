@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::peer::Peer;
 use super::router::{App, router};
 use super::settings::Settings;
 use super::target::TargetError;
@@ -95,6 +96,7 @@ async fn connection(socket: TcpStream, router: Router, shutdown: CancellationTok
     if let Err(error) = tune(&socket) {
         tracing::debug!(%error, "a connection's options could not be set");
     }
+    let router = router.layer(Extension(Peer::of(&socket)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(SLOWEST_HEAD)

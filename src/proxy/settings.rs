@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::config::{self, Secret, Upstream};
+use crate::config::{self, Backend, Secret, Upstream};
 
 /// How long running answers may go on after the proxy was told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -12,8 +12,14 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// Base URL of the target, without `/v1`.
     pub target: reqwest::Url,
+    /// What answers there.
+    pub backend: Backend,
+    /// Names of the drafters' models. A target with one model answers by any name but these.
+    pub draft_models: Vec<String>,
     /// What the target wants as `Authorization: Bearer …`.
     pub target_api_key: Option<Secret>,
+    /// What a target that is a pool's coordinator asks of those who draft.
+    pub target_draft_key: Option<Secret>,
     /// What clients must send. None: everybody is served.
     pub auth_token: Option<Secret>,
     /// Largest `max_tokens` a request may ask for.
@@ -57,7 +63,10 @@ impl TryFrom<&config::Proxy> for Settings {
         let target = proxy.target.as_ref().ok_or(SettingsError::NoTarget)?;
         Ok(Self {
             target: base_url(&target.url)?,
+            backend: target.backend,
+            draft_models: draft_models(proxy, target),
             target_api_key: target.api_key.clone(),
+            target_draft_key: target.draft_key.clone(),
             auth_token: proxy.auth_token.clone(),
             max_tokens_limit: proxy.max_tokens_limit,
             max_body_size: proxy.max_body_size,
@@ -67,6 +76,13 @@ impl TryFrom<&config::Proxy> for Settings {
             drain: DRAIN,
         })
     }
+}
+
+/// The models that draft, by name. A server of several models may have them too.
+fn draft_models(proxy: &config::Proxy, target: &Upstream) -> Vec<String> {
+    let names = proxy.draft.iter().filter_map(|draft| draft.model_name.clone());
+    let answers = |name: &String| target.backend != Backend::Llamacpp || target.model_name.as_ref() == Some(name);
+    names.filter(|name| !answers(name)).collect()
 }
 
 fn base_url(text: &str) -> Result<reqwest::Url, SettingsError> {

@@ -19,6 +19,11 @@ pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
     bearers.chain(keys).any(|given| bool::from(given.ct_eq(token)))
 }
 
+/// Whether `given` is the secret.
+pub(crate) fn is_equal(secret: &Secret, given: &HeaderValue) -> bool {
+    given.as_bytes().ct_eq(secret.expose().as_bytes()).into()
+}
+
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     const SCHEME: &[u8] = b"bearer ";
     let (scheme, token) = value.split_at_checked(SCHEME.len())?;

@@ -137,6 +137,11 @@ fn usage(json: &str) -> Option<&str> {
     Members::of(json)?.get(USAGE).filter(|usage| usage.starts_with('{'))
 }
 
+/// The text of a JSON object with the member `name`, and every other byte as it is; `None` when it is no JSON object.
+pub(crate) fn with_member(json: &str, name: &str, value: &str) -> Option<String> {
+    Some(Members::of(json)?.with(name, value))
+}
+
 /// The text of an answer or event with the tokens of the prediction in its usage; `None` when it has no usage.
 fn with_counts(json: &str, counts: &Counts) -> Option<String> {
     let usage = usage(json)?;

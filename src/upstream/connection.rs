@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::failure;
 use crate::config::Secret;
 use crate::http::client::{self, ReadError};
+use crate::proxy::headers::X_DRAFT_AUTHORIZATION;
 
 /// What a server knows by itself it tells within this time, or not at all.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
@@ -79,6 +80,7 @@ pub(super) struct Connection {
     base: String,
     http: reqwest::Client,
     key: Option<Secret>,
+    draft_key: Option<Secret>,
 }
 
 impl Connection {
@@ -95,7 +97,13 @@ impl Connection {
             base: base.trim_end_matches('/').to_owned(),
             http,
             key,
+            draft_key: None,
         })
+    }
+
+    /// The same, with the key that a pool's coordinator asks of those who draft.
+    pub(super) fn with_draft_key(self, draft_key: Option<Secret>) -> Self {
+        Self { draft_key, ..self }
     }
 
     /// The base URL.
@@ -195,8 +203,12 @@ impl Connection {
     }
 
     fn with_key(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
-        match &self.key {
+        let request = match &self.key {
             Some(key) => request.bearer_auth(key.expose()),
+            None => request,
+        };
+        match &self.draft_key {
+            Some(key) => request.header(X_DRAFT_AUTHORIZATION, key.expose()),
             None => request,
         }
     }

@@ -47,6 +47,9 @@ pub struct Props {
     /// Most draft tokens per step; absent without our patch, 0 when drafting is turned off.
     #[serde(default, deserialize_with = "maybe_count::<_, _, MOST_DRAFTED>")]
     pub draft_external_max: Option<usize>,
+    /// Why a pool's coordinator takes no drafts from us.
+    #[serde(default)]
+    pub draft_refused: Option<String>,
     /// What holds for a request that says nothing else.
     #[serde(default)]
     pub default_generation_settings: GenerationSettings,
@@ -298,6 +301,13 @@ impl LlamaServer {
     pub fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
         let connection = Connection::new(base, key)?;
         Ok(Self { connection })
+    }
+
+    /// The same, with the key that a pool's coordinator asks of those who draft.
+    #[must_use]
+    pub fn with_draft_key(self, draft_key: Option<Secret>) -> Self {
+        let connection = self.connection.with_draft_key(draft_key);
+        Self { connection }
     }
 
     /// The base URL.

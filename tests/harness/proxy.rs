@@ -59,14 +59,16 @@ impl Proxy {
         drafts: impl IntoIterator<Item = Upstream>,
         verification: VerificationMode,
     ) -> Self {
+        let drafts: Vec<Upstream> = drafts.into_iter().collect();
         let engine = engine::Settings {
-            drafts: drafts.into_iter().map(|draft| (draft, None)).collect(),
+            drafts: drafts.iter().map(|draft| (draft.clone(), None)).collect(),
             target: Some((upstream.clone(), None)),
             verification,
             ..engine::Settings::default()
         };
         let config = config::Proxy {
             target: Some(upstream),
+            draft: drafts,
             ..config::Proxy::default()
         };
         let settings = Settings::try_from(&config).expect("settings");

@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -19,13 +20,14 @@ use super::problem::Problem;
 use super::stream::Events;
 use crate::cluster::swap::Name;
 use crate::config::Secret;
-use crate::proxy::admission;
-use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_KEY};
-use crate::proxy::paths::{Dialect, Route};
+use crate::proxy::admission::{self, Asked};
+use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
+use crate::proxy::paths::{Access, Dialect, Route};
+use crate::proxy::peer::Peer;
 use crate::proxy::relay;
 use crate::proxy::respond::Refusal;
 use crate::proxy::target::Outgoing;
-use crate::proxy::token;
+use crate::proxy::{token, usage};
 use crate::upstream::MEASURING;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
@@ -53,9 +55,35 @@ pub(super) struct Front {
     pub(super) models: Vec<Name>,
     /// What clients must send.
     pub(super) api_key: Option<Secret>,
+    /// What those who draft must send. `None`: they must be on this host.
+    pub(super) draft_key: Option<Secret>,
 }
 
+/// Why a drafter without the key is refused.
+const WRONG_DRAFT_KEY: &str = "the coordinator takes drafts only with its `coordinator.draft_key`: let the proxy's \
+    `proxy.target.draft_key_file` name a file with the same key";
+/// Why a drafter on another host is refused where there is no key.
+const NO_DRAFT_KEY: &str = "the coordinator takes drafts only from its own host, because it has no `coordinator.draft_key`: \
+    let its `coordinator.draft_key_file` and the proxy's `proxy.target.draft_key_file` name files with the same key";
+/// Largest answer to `GET /props` that is looked into; it has the chat template.
+const MOST_PROPS: usize = 16 * 1024 * 1024;
+
 impl Front {
+    /// Why the sender of a request may not draft. A drafter reads and slows down what others ask for.
+    fn refuses_drafts_of(&self, request: &Parts) -> Option<&'static str> {
+        match &self.draft_key {
+            Some(key) => {
+                let given = request.headers.get(X_DRAFT_AUTHORIZATION);
+                let known = given.is_some_and(|given| token::is_equal(key, given));
+                (!known).then_some(WRONG_DRAFT_KEY)
+            }
+            None => {
+                let peer = request.extensions.get::<Peer>().copied().unwrap_or_default();
+                (!peer.is_this_host(&request.headers)).then_some(NO_DRAFT_KEY)
+            }
+        }
+    }
+
     /// The model that a request means by a name. Where there is only one, some clients have ideas of their own.
     fn meant(&self, name: &str) -> Option<Name> {
         (self.models.len() > 1).then(|| Name::from(name))
@@ -102,33 +130,43 @@ struct Prepared {
 }
 
 async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
     let dialect = Dialect::of(parts.uri.path());
-    let limit = admission::limit(&parts.method, MOST_BODY);
-    let body = match admission::read(body, &parts.headers, limit).await {
-        Ok(body) => body,
+    let route = Route::of(&parts.method, parts.uri.path());
+    let refuses_drafts = front.refuses_drafts_of(&parts);
+    if let Some(refusal) = refused(route.access, refuses_drafts, &parts.headers) {
+        admission::discard(body, &parts.headers);
+        return refusal.response(dialect);
+    }
+    if refuses_drafts.is_some() {
+        parts.headers.remove(X_DRAFT_KEY);
+        parts.headers.remove(MEASURING); // only a proxy measures
+    }
+    let (body, asked) = match admitted_body(&parts, route, body).await {
+        Ok(admitted) => admitted,
         Err(refusal) => return refusal.response(dialect),
     };
-    let path = parts.uri.path();
-    let waits = !parts.headers.contains_key(MEASURING)
-        && (Route::of(&parts.method, path).completion || (parts.method == Method::POST && ALSO_WAIT.contains(&path)));
-    let asked = waits.then(|| admission::check(&body, None).ok()).flatten();
+    let tells_props = parts.method == Method::GET && route.label == "/props";
     let prepared = Prepared {
         method: parts.method,
         uri: parts.uri,
         headers: parts.headers,
         body,
     };
-    if !waits {
-        return match front.pool.life() {
+    let Some(asked) = asked else {
+        let answer = match front.pool.life() {
             Some(life) => {
                 let answer = prepared.send(Granted::uncounted(life)).await;
                 conclude(&front.pool, dialect, answer)
             }
             None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect),
         };
-    }
-    let (model, streamed) = asked.map_or((None, false), |asked| (asked.model, asked.streamed));
+        return match refuses_drafts.filter(|_| tells_props) {
+            Some(reason) => with_refusal(answer, reason).await,
+            None => answer,
+        };
+    };
+    let Asked { model, streamed, .. } = asked;
     let ticket = front.pool.ask(model.and_then(|model| front.meant(&model)), false);
     let admitted = admitted(ticket, front.pool.clone());
     let mut answer = Box::pin(async move { prepared.send(admitted.await?).await });
@@ -144,6 +182,46 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     conclude(&front.pool, dialect, answer)
 }
 
+/// Why a request has no answer here, from what its path is for.
+fn refused(access: Access, refuses_drafts: Option<&'static str>, headers: &HeaderMap) -> Option<Refusal> {
+    match access {
+        Access::Open => None,
+        Access::Draft => refuses_drafts.map(|reason| Refusal::NotADrafter { reason }),
+        Access::Owners => Some(Refusal::Owners),
+        Access::Ollama => Some(Refusal::not_ollama(headers)),
+    }
+}
+
+/// The body of a request, and what it asks for if it waits for a model.
+async fn admitted_body(parts: &Parts, route: Route, body: Body) -> Result<(bytes::Bytes, Option<Asked>), Refusal> {
+    let limit = admission::limit(&parts.method, MOST_BODY);
+    let body = admission::read(body, &parts.headers, limit).await?;
+    admission::check_form(&parts.headers, &body)?;
+    let waits = route.completion || (parts.method == Method::POST && ALSO_WAIT.contains(&parts.uri.path()));
+    let waits = waits && !parts.headers.contains_key(MEASURING);
+    let asked = if waits {
+        Some(admission::check(&body, None)?)
+    } else {
+        admission::check_bounds(&body)?;
+        None
+    };
+    Ok((body, asked))
+}
+
+/// The answer to `GET /props` of a client that may not draft: it says why, so that a proxy can.
+async fn with_refusal(answer: Response, reason: &str) -> Response {
+    let (mut parts, body) = answer.into_parts();
+    let Ok(bytes) = axum::body::to_bytes(body, MOST_PROPS).await else {
+        return Refusal::BodyCut("the server's answer is not whole".to_owned()).response(Dialect::OpenAi);
+    };
+    let reason = serde_json::Value::from(reason).to_string();
+    let props = std::str::from_utf8(&bytes).ok();
+    let told = props.and_then(|props| usage::with_member(props, "draft_refused", &reason));
+    let body = told.map_or(bytes, bytes::Bytes::from);
+    parts.headers.insert(header::CONTENT_LENGTH, body.len().into());
+    Response::from_parts(parts, Body::from(body))
+}
+
 async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
     ticket
         .admitted()
@@ -155,10 +233,11 @@ impl Prepared {
     /// Sends it, and waits for the head of its answer or the end of the server.
     async fn send(self, granted: Granted) -> Result<(Granted, reqwest::Response), Problem> {
         let life = Arc::clone(&granted.life);
+        let dialect = Dialect::of(self.uri.path());
         let outgoing = self.outgoing(&life);
         tokio::select! {
             answer = life.target.send(outgoing) => match answer {
-                Ok(answer) => Ok((granted, answer)),
+                Ok(answer) => Ok((granted, relay::explained(dialect, answer).await)),
                 Err(refusal) => Err(Problem::broke(refusal, &life).await),
             },
             ended = life.ended() => Err(Problem::Ended(ended)),

@@ -70,9 +70,9 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator.clone().ok_or(CoordinatorError::NoSection)?;
-    let api_key = coordinator.api_key()?;
+    let (api_key, draft_key) = (coordinator.api_key()?, coordinator.draft_key()?);
     let (first, _) = config.model_for(model)?;
-    let names = prepare::names(&config);
+    let names = prepare::names(&config, first);
     let rules = Rules {
         models: names.iter().cloned().collect(),
         swap_on_request: coordinator.swap_on_request,
@@ -95,6 +95,7 @@ pub async fn serve(
         pool: pool.clone(),
         models: names,
         api_key,
+        draft_key,
     };
     // Its streams are told by the pool.
     let cut_off = CancellationToken::new();

@@ -185,7 +185,12 @@ fn ever(error: &impl ToString) -> Unready {
     Unready::Ever(error.to_string())
 }
 
-/// The models by the names that the machine knows them by.
-pub(super) fn names(config: &Config) -> Vec<Name> {
-    config.models.keys().map(|name| Arc::from(name.as_str())).collect()
+/// The models by the names that the machine knows them by: `first`, and all but the one that only drafts.
+pub(super) fn names(config: &Config, first: &str) -> Vec<Name> {
+    let drafts = config.draft.as_ref().and_then(|draft| draft.model.as_deref());
+    let models = config
+        .models
+        .iter()
+        .filter(|(name, _)| *name == first || drafts != Some(name));
+    models.map(|(name, _)| Arc::from(name.as_str())).collect()
 }
