@@ -137,7 +137,11 @@ impl Target {
             let answer = match CONNECTS.scope(Cell::new(false), sent).await {
                 (Err(error), true) if was_closed(&error) && begun.elapsed() < AT_ONCE => {
                     tracing::debug!(%error, "the connection was closed already, trying a fresh one");
-                    request.built(&fresh).send().await
+                    match request.built(&fresh).send().await {
+                        // It took the request and is gone.
+                        Err(again) if again.is_connect() => Err(error),
+                        answer => answer,
+                    }
                 }
                 (answer, _) => answer,
             };
