@@ -326,7 +326,7 @@ async fn a_draft_without_an_end_is_cut_at_what_was_asked_for() {
             json!({ "tokens": tokens, "stop": false, "tokens_predicted": 1 })
         )
     };
-    let drafted = |server: LlamaServer, at_once| async move {
+    let draft_of = |server: LlamaServer, at_once| async move {
         let pieces = server.draft(vec![1], &mut WrittenTokens::default(), 4, 0, at_once);
         timeout(Duration::from_secs(5), pieces.collect::<Vec<_>>())
             .await
@@ -334,7 +334,7 @@ async fn a_draft_without_an_end_is_cut_at_what_was_asked_for() {
     };
     for forever in [event(&[7]), event(&[7, 7, 7]), event(&[7; 1000])] {
         let drafter = endless_drafter(forever).await;
-        let pieces = drafted(LlamaServer::new(&drafter.url(), None).unwrap(), false).await;
+        let pieces = draft_of(LlamaServer::new(&drafter.url(), None).unwrap(), false).await;
         let tokens = pieces.iter().flatten().map(|piece| match piece {
             DraftPiece::Tokens(tokens) => tokens.len(),
             DraftPiece::End { .. } => 0,
@@ -344,7 +344,7 @@ async fn a_draft_without_an_end_is_cut_at_what_was_asked_for() {
     }
     for at_once in [false, true] {
         let drafter = endless_drafter("data: ".to_owned() + &"x".repeat(64 << 10)).await;
-        let pieces = drafted(LlamaServer::new(&drafter.url(), None).unwrap(), at_once).await;
+        let pieces = draft_of(LlamaServer::new(&drafter.url(), None).unwrap(), at_once).await;
         let [Err(error)] = &pieces[..] else {
             panic!("{pieces:?}")
         };
