@@ -78,7 +78,7 @@ let
         (refuse (
           other != null
         ) at "`${text}` is the address of `${toString other}` already; give each host its own")
-        # The stand-in for nixpkgs of the tests has no such option.
+        # Without that option a system has IPv6.
         (refuse (address.isIPv6 text && !(config.networking.enableIPv6 or true)) at
           "`${text}` is an IPv6 address, and networking.enableIPv6 is off on this machine; turn that on, or give an IPv4 address"
         )
@@ -154,7 +154,7 @@ let
             "device"
           ]
         )
-        "`${toString gpu.device}` is not a device of the backend ${backend}, which follows from `gpu` of the host; correct the one or the other"
+        "`${toString gpu.device}` is not a device of the backend `${toString backend}`, which is given or follows from `gpu` of the host; correct one of the two"
     ) gpus;
   coordinatorGpus = lib.optionals (cluster.coordinator != null) (
     [

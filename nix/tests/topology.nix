@@ -484,18 +484,12 @@ let
       ]
     ];
   };
-  unmet = lib.filterAttrs (_: pair: lib.head pair != lib.last pair) expectations;
-  shown = lib.mapAttrsToList (
-    name: pair: "${name}: ${builtins.toJSON (lib.head pair)} is not ${builtins.toJSON (lib.last pair)}"
-  ) unmet;
 in
-lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
-  pkgs.runCommand "topology" {
-    # For firewall.sh.
-    passthru.firewall = {
-      start = gaming-pc.firewall.extraCommands;
-      stop = gaming-pc.firewall.extraStopCommands;
-      nftables = mini-pc.firewall.extraInputRules;
-    };
-  } "touch $out"
-)
+import ../expectations.nix { inherit pkgs; } "topology" {
+  # For firewall.sh.
+  firewall = {
+    start = gaming-pc.firewall.extraCommands;
+    stop = gaming-pc.firewall.extraStopCommands;
+    nftables = mini-pc.firewall.extraInputRules;
+  };
+} expectations
