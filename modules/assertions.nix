@@ -41,7 +41,7 @@ let
     "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
-  # Names are looked up when the units start; here it is only seen whether the text can be one.
+  # Names are looked up when the units start. Evaluation checks the form only.
   wellFormed =
     path: text:
     refuse (
@@ -108,7 +108,7 @@ let
     )
   ) (lib.remove "worker" topology.roles);
 
-  # A section that describes a server which nobody starts.
+  # A section whose server no host starts.
   unused =
     map
       (
@@ -128,7 +128,7 @@ let
         "draft"
       ];
 
-  # llama.cpp's names of devices begin with what drives them.
+  # llama.cpp's device names begin with the backend.
   devicePrefix = {
     cpu = "CPU";
     cuda = "CUDA";
@@ -160,7 +160,7 @@ let
     [
       (refuse (cluster.workers == [ ] && cluster.coordinator.gpus == [ ])
         [ "cluster" "coordinator" "gpus" ]
-        "empty, and so is services.tightwad.cluster.workers: the pool has no GPU; list them, or make it a `target`"
+        "empty, and so is services.tightwad.cluster.workers, so the pool has no GPU; list the coordinator's GPUs, add workers, or use the section `target`"
       )
     ]
     ++ devices [
@@ -329,7 +329,7 @@ let
         {
           path,
           given,
-          # What of the program has keys in the file: its arguments by the keys to change.
+          # Arguments that override keys of the file, with the keys to change instead.
           keys,
           # Where a secret belongs.
           file,

@@ -32,7 +32,7 @@ let
     inherit lib computes;
     inherit (cfg) gpu;
   };
-  # Not `requires`: what is missing at the start is tried again.
+  # Wants, not requires: the unit itself retries what is missing.
   awaited = [
     "network-online.target"
   ]
@@ -73,7 +73,7 @@ in
         [
           (lib.getExe cfg.package)
           "-c"
-          # A store path of its own: what of the cluster concerns this role restarts the unit, and nothing else does.
+          # The store path of this role's part, so that only a change of that part restarts the unit.
           cfg.roleFiles.${role}
           "run"
           role
