@@ -306,6 +306,7 @@ let
       { path, given }:
       [
         (inline path given "api_key")
+        (inline path given "draft_key")
         (refuse (builtins.match ".*://[^/]*@.*" given.url != null) (path ++ [ "url" ])
           "must not hold a user or a password, which everybody could read in the Nix store; write the key into a file and name that in ${
             option (path ++ [ "api_key_file" ])
@@ -317,6 +318,9 @@ let
       role: section:
       inline [ "cluster" role ] section (if role == "proxy" then "auth_token" else "api_key")
     ) sections
+    ++ lib.optional (cluster.coordinator != null) (
+      inline [ "cluster" "coordinator" ] cluster.coordinator "draft_key"
+    )
     ++ lib.imap0 (
       number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
     ) cluster.workers;

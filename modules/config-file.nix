@@ -31,11 +31,14 @@ let
     in
     if given == null then null else given // more // { inherit host; };
   server =
-    role:
-    section role {
-      api_key_file = cfg.${role}.apiKeyFile;
-      backend = topology.serverBackend role;
-    };
+    role: more:
+    section role (
+      more
+      // {
+        api_key_file = cfg.${role}.apiKeyFile;
+        backend = topology.serverBackend role;
+      }
+    );
   workers = map (
     worker:
     worker
@@ -73,6 +76,7 @@ let
             port = null;
             model = null;
             api_key_file = null;
+            draft_key_file = null;
             allow_unauthenticated = null;
           } settings.${role};
         };
@@ -172,9 +176,9 @@ in
         inherit workers;
         models = lib.mapAttrs (_: named) cluster.models;
         proxy = section "proxy" { auth_token_file = cfg.proxy.authTokenFile; };
-        target = server "target";
-        draft = server "draft";
-        coordinator = server "coordinator";
+        target = server "target" { };
+        draft = server "draft" { };
+        coordinator = server "coordinator" { draft_key_file = cfg.coordinator.draftKeyFile; };
       };
       configFile = checked "cluster.yaml" settings;
       roleFiles = lib.genAttrs (lib.filter (role: cfg.${role}.enable) topology.roles) (
