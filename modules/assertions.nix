@@ -41,7 +41,7 @@ let
     "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
-  # Names are looked up when the units start; here it is only seen whether the text can be one.
+  # Names are looked up when the units start. Evaluation checks the form only.
   wellFormed =
     path: text:
     refuse (
@@ -78,7 +78,7 @@ let
         (refuse (
           other != null
         ) at "`${text}` is the address of `${toString other}` already; give each host its own")
-        # The stand-in for nixpkgs of the tests has no such option.
+        # Without that option a system has IPv6.
         (refuse (address.isIPv6 text && !(config.networking.enableIPv6 or true)) at
           "`${text}` is an IPv6 address, and networking.enableIPv6 is off on this machine; turn that on, or give an IPv4 address"
         )
@@ -108,7 +108,7 @@ let
     )
   ) (lib.remove "worker" topology.roles);
 
-  # A section that describes a server which nobody starts.
+  # A section whose server no host starts.
   unused =
     map
       (
@@ -128,7 +128,7 @@ let
         "draft"
       ];
 
-  # llama.cpp's names of devices begin with what drives them.
+  # llama.cpp's device names begin with the backend.
   devicePrefix = {
     cpu = "CPU";
     cuda = "CUDA";
@@ -154,13 +154,13 @@ let
             "device"
           ]
         )
-        "`${toString gpu.device}` is not a device of the backend ${backend}, which follows from `gpu` of the host; correct the one or the other"
+        "`${toString gpu.device}` is not a device of the backend `${toString backend}`, which is given or follows from `gpu` of the host; correct one of the two"
     ) gpus;
   coordinatorGpus = lib.optionals (cluster.coordinator != null) (
     [
       (refuse (cluster.workers == [ ] && cluster.coordinator.gpus == [ ])
         [ "cluster" "coordinator" "gpus" ]
-        "empty, and so is services.tightwad.cluster.workers: the pool has no GPU; list them, or make it a `target`"
+        "empty, and so is services.tightwad.cluster.workers, so the pool has no GPU; list the coordinator's GPUs, add workers, or use the section `target`"
       )
     ]
     ++ devices [
@@ -306,6 +306,7 @@ let
       { path, given }:
       [
         (inline path given "api_key")
+        (inline path given "draft_key")
         (refuse (builtins.match ".*://[^/]*@.*" given.url != null) (path ++ [ "url" ])
           "must not hold a user or a password, which everybody could read in the Nix store; write the key into a file and name that in ${
             option (path ++ [ "api_key_file" ])
@@ -317,6 +318,9 @@ let
       role: section:
       inline [ "cluster" role ] section (if role == "proxy" then "auth_token" else "api_key")
     ) sections
+    ++ lib.optional (cluster.coordinator != null) (
+      inline [ "cluster" "coordinator" ] cluster.coordinator "draft_key"
+    )
     ++ lib.imap0 (
       number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
     ) cluster.workers;
@@ -329,7 +333,7 @@ let
         {
           path,
           given,
-          # What of the program has keys in the file: its arguments by the keys to change.
+          # Arguments that override keys of the file, with the keys to change instead.
           keys,
           # Where a secret belongs.
           file,

@@ -110,7 +110,7 @@ let
     );
   besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role. Any but a loopback address needs a key.";
 
-  upstream = freeform {
+  upstreamKeys = {
     url = mkOption {
       type = str;
       example = "http://192.168.1.50:11434";
@@ -128,6 +128,17 @@ let
     ]) "llamacpp" "What answers there; `openai` is anything else with an OpenAI API.";
     api_key_file = secretFile "File that holds the key which this server asks for." "/run/secrets/draft-key";
   };
+  upstream = freeform upstreamKeys;
+  targetUpstream = freeform (
+    upstreamKeys
+    // {
+      draft_key_file = secretFile "File that holds the key which a pool's coordinator on another host asks of drafters." "/run/secrets/pool-draft-key";
+    }
+  );
+
+  corsOrigins =
+    optional (listOf str) [ "http://localhost:3000" ]
+      "Origins of the web pages that may use this endpoint from a browser; `*` alone allows all. Left out: none.";
 
   proxy = freeform {
     host =
@@ -145,11 +156,12 @@ let
       description = "The server that guesses tokens, or a list of several. Left out: the section `draft`, if there is one; else nothing is drafted.";
     };
     target = mkOption {
-      type = nullOr upstream;
+      type = nullOr targetUpstream;
       default = null;
       example.url = "http://192.168.1.100:8080";
       description = "The server whose answers these are. Left out: the section `target`, else `coordinator`.";
     };
+    cors_origins = corsOrigins;
     auth_token_file = secretFile "File that holds the token which clients send as `Authorization: Bearer …`." "/run/secrets/tightwad-token";
     allow_unauthenticated =
       key bool false
@@ -167,6 +179,8 @@ let
         optional backend "hip"
           "What drives its own GPUs. Left out: follows from `gpu` of its host.";
       gpus = key (listOf (freeform gpu)) [ ] "Its own GPUs.";
+      cors_origins = corsOrigins;
+      draft_key_file = secretFile "File that holds the key which proxies on other hosts must send to draft for the pool's answers. Without it only proxies on this host can draft." "/run/secrets/pool-draft-key";
       swap_on_request =
         key bool false
           "Whether to load the model that a request names, in place of the one that runs.";

@@ -31,27 +31,30 @@ let
     in
     if given == null then null else given // more // { inherit host; };
   server =
-    role:
-    section role {
-      api_key_file = cfg.${role}.apiKeyFile;
-      backend = topology.serverBackend role;
-    };
+    role: more:
+    section role (
+      more
+      // {
+        api_key_file = cfg.${role}.apiKeyFile;
+        backend = topology.serverBackend role;
+      }
+    );
   workers = map (
     worker:
     worker
     // lib.optionalAttrs (topology.isOwnWorker worker) { agent_token_file = cfg.worker.agentTokenFile; }
   ) topology.workers;
 
-  # Without the string context of `path`: a file that only names a model does not make the host download it.
+  # Drops the string context of `path`, so that a file which only names a model is no reason to download it.
   named = model: model // { path = builtins.unsafeDiscardStringContext model.path; };
 
-  # What `tightwad run ROLE` reads. A change of anything else leaves the unit as it is.
+  # The sections that `tightwad run ROLE` reads. A change of anything else does not restart the unit.
   parts =
     let
       reads = names: lib.intersectAttrs (lib.genAttrs names (_: null)) settings;
       computes = role: {
         models = topology.modelsOf role;
-        # The binary takes port 0 for one that is not the target's.
+        # Port 0 clashes with no other port of the file.
         proxy =
           let
             max_draft_tokens = cluster.proxy.max_draft_tokens or null;
@@ -64,7 +67,7 @@ let
               inherit max_draft_tokens;
             };
       };
-      # What the proxy has to know of a server that it asks.
+      # The keys that the proxy needs of a server behind it.
       asked =
         role:
         lib.optionalAttrs (settings ? ${role}) {
@@ -73,6 +76,7 @@ let
             port = null;
             model = null;
             api_key_file = null;
+            draft_key_file = null;
             allow_unauthenticated = null;
           } settings.${role};
         };
@@ -172,9 +176,9 @@ in
         inherit workers;
         models = lib.mapAttrs (_: named) cluster.models;
         proxy = section "proxy" { auth_token_file = cfg.proxy.authTokenFile; };
-        target = server "target";
-        draft = server "draft";
-        coordinator = server "coordinator";
+        target = server "target" { };
+        draft = server "draft" { };
+        coordinator = server "coordinator" { draft_key_file = cfg.coordinator.draftKeyFile; };
       };
       configFile = checked "cluster.yaml" settings;
       roleFiles = lib.genAttrs (lib.filter (role: cfg.${role}.enable) topology.roles) (

@@ -35,6 +35,16 @@ in
         Outside of the Nix store.
       '';
     };
+    draftKeyFile = mkOption {
+      type = types.nullOr types.externalPath;
+      default = cfg.cluster.coordinator.draft_key_file or null;
+      defaultText = literalMD "`cluster.coordinator.draft_key_file`";
+      example = "/run/secrets/tightwad-pool-draft-key";
+      description = ''
+        Where this machine has the key of the pool's drafters: the coordinator asks proxies on other hosts for it, and a proxy
+        in front of it sends it. Outside of the Nix store.
+      '';
+    };
   };
 
   config.systemd.services = lib.mkIf (cfg.enable && cfg.coordinator.enable) {
@@ -43,6 +53,7 @@ in
       models = lib.mapAttrsToList (_: model: model.path) (topology.modelsOf "coordinator");
       credentials = {
         "coordinator.api_key_file" = cfg.coordinator.apiKeyFile;
+        "coordinator.draft_key_file" = cfg.coordinator.draftKeyFile;
       }
       // lib.listToAttrs (map tokenOf cfg.settings.workers);
       serviceConfig = {

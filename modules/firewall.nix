@@ -59,7 +59,7 @@ let
         ''accept comment "tightwad ${role}"''
       ]
     ];
-  # A rule for each port: of several in one rule iptables takes 15.
+  # One rule for each port: iptables takes at most 15 ports in a rule.
   commands =
     verb:
     { ports, from, ... }:
@@ -71,8 +71,8 @@ let
         [ "-s ${from} -p tcp --dport ${toString port} -j nixos-fw-accept" ]
       ]
     ) ports;
-  # NixOS puts these into a script that ends at the first failure, before it has closed the machine. A rule that fails leaves
-  # its own port closed, and the script goes on.
+  # NixOS puts these commands into a script that ends at the first failure, before it closes the machine. A failed rule must
+  # leave its own port closed and let the script continue.
   startCommands =
     rule:
     map (

@@ -14,7 +14,7 @@ let
     "char-nvidia-uvm"
     "char-nvidiactl"
   ];
-  # The GPU of a Windows machine, whatever its maker, under WSL.
+  # The GPU under WSL, of every vendor.
   wsl = "/dev/dxg";
   devices = {
     none = [ ];

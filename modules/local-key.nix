@@ -1,5 +1,5 @@
-# The key that a target or a draft without a key of its own asks for on the loopback address: other programs of the machine, a
-# web page in a browser for example, do not have it. Units have users of their own, so root makes it for all of them.
+# The key of a target or a draft that listens on a loopback address without a key of its own. It keeps out other programs of the
+# machine, for example a web page in a browser. Root makes it, because each unit has a user of its own.
 {
   config,
   lib,
@@ -27,7 +27,7 @@ in
         RemainAfterExit = true;
         RuntimeDirectory = baseNameOf (dirOf topology.localKeyFile);
         RuntimeDirectoryMode = "0700";
-        # A key that changes would lock out who has the old one.
+        # A new key would lock out the units that hold the old one.
         RuntimeDirectoryPreserve = true;
         WorkingDirectory = dirOf topology.localKeyFile;
         UMask = "0077";

@@ -25,11 +25,17 @@ let
       { "proxy.draft.api_key_file" = cluster.proxy.draft.api_key_file; };
   target =
     if cluster.proxy.target or null != null then
-      { "proxy.target.api_key_file" = cluster.proxy.target.api_key_file; }
+      {
+        "proxy.target.api_key_file" = cluster.proxy.target.api_key_file;
+        "proxy.target.draft_key_file" = cluster.proxy.target.draft_key_file;
+      }
     else if cluster.target != null then
       { "target.api_key_file" = cfg.target.apiKeyFile; }
     else
-      { "coordinator.api_key_file" = cfg.coordinator.apiKeyFile; };
+      {
+        "coordinator.api_key_file" = cfg.coordinator.apiKeyFile;
+        "coordinator.draft_key_file" = cfg.coordinator.draftKeyFile;
+      };
 in
 {
   options.services.tightwad.proxy = {

@@ -19,7 +19,7 @@ role:
   models ? [ ],
   # Paths of secrets by the names under which the binary asks for them; null: there is none.
   credentials ? { },
-  # Whether it serves at once, whatever goes on behind it. Others wait for a model or a GPU.
+  # Whether it serves as soon as it runs. The other roles wait for a model or a GPU.
   servesAtOnce ? false,
   # Directives of this role alone.
   serviceConfig ? { },
@@ -32,7 +32,7 @@ let
     inherit lib computes;
     inherit (cfg) gpu;
   };
-  # Not `requires`: what is missing at the start is tried again.
+  # Wants, not requires: the unit itself retries what is missing.
   awaited = [
     "network-online.target"
   ]
@@ -47,8 +47,7 @@ in
   # It listens on an address of this machine, which has to be there.
   wants = awaited;
   after = awaited;
-  # Not RequiresMountsFor: a mount that fails would end the attempt to start before there is a process, and `Restart` is about
-  # processes.
+  # RequiresMountsFor would fail the start job when a mount fails, and `Restart` retries processes, not jobs.
   unitConfig = lib.optionalAttrs (models != [ ]) { WantsMountsFor = map escaped models; };
   # What is missing may come back: a mount, a driver, a secret. It is tried again for ever, more and more seldom.
   startLimitIntervalSec = 0;
@@ -62,7 +61,7 @@ in
     XDG_RUNTIME_DIR = "/run/${name}";
     XDG_STATE_HOME = "/var/lib/${name}";
   }
-  # The drivers of a system that is newer than the build need a newer C library than the build has.
+  # The drivers of a system that is newer than the build need a newer C library than the build uses.
   // lib.optionalAttrs (computes && cfg.gpu == "vulkan" && cfg.llamaCpp.package ? vulkanDriverFiles) {
     VK_DRIVER_FILES = cfg.llamaCpp.package.vulkanDriverFiles;
   };
@@ -74,15 +73,15 @@ in
         [
           (lib.getExe cfg.package)
           "-c"
-          # A store path of its own: what of the cluster concerns this role restarts the unit, and nothing else does.
+          # The store path of this role's part, so that only a change of that part restarts the unit.
           cfg.roleFiles.${role}
           "run"
           role
         ]
         ++ arguments
       );
-      # It tells systemd when it is ready in any case, which `systemctl status` shows. With `notify` whoever starts it waits
-      # for that.
+      # The process reports its state in either case, and `systemctl status` shows it. With `notify`, whoever starts the unit
+      # waits until the process is ready.
       Type = if servesAtOnce || cfg.waitUntilReady then "notify" else "exec";
       NotifyAccess = "main";
       WatchdogSec = 60;

@@ -42,8 +42,8 @@ rec {
     else
       lib.head (addressesOf role);
 
-  # Where this machine's units find the key that they share; null where no target and no draft here asks for it, which those do
-  # that only this machine reaches and that have no key of their own.
+  # The file of the key that this machine's units share; null unless a target or a draft of this machine listens on a loopback
+  # address without a key of its own.
   localKeyFile =
     let
       asksForIt =
@@ -70,8 +70,8 @@ rec {
     }
     .${host.gpu};
 
-  # What the section of a role computes on: as it says, else by its host; null where neither says so. A target or a draft on
-  # a host without GPU says nothing: llama.cpp then finds the CPU.
+  # The backend of a role's section: the given one, else that of its host, else null. A target or a draft on a host without a GPU
+  # has none, and llama.cpp computes on the CPU.
   serverBackend =
     role:
     let

@@ -79,8 +79,8 @@ tests
       "RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items";
   format-nix = overNixFiles "format-nix" pkgs.nixfmt "nixfmt --check";
   format-rust = cargo "format-rust" [ pkgs.rustfmt ] "cargo fmt --check";
-  # All of them, with the real llama.cpp and the tiny models; the package runs those that need neither. Those of networks make
-  # some of their own.
+  # All tests, with the real llama.cpp and the tiny models; the package runs those that need neither. The network tests need
+  # iproute2 and util-linux. The tests of the scripts download packages, which a build cannot.
   tests =
     cargo "tests"
       [
@@ -88,6 +88,7 @@ tests
         pkgs.util-linux
       ]
       ''
+        rm --force tests/scripts.rs
         export HOME=$TMPDIR TIGHTWAD_LLAMA_CPP=${packages.llama-cpp-cpu}
         cargo test --locked --no-fail-fast
       '';

@@ -8,6 +8,7 @@ let
   ofTheRepository = [
     "nix.rs"
     "readme.rs"
+    "scripts.rs"
   ];
   # What declares the harness starts llama.cpp, and runs in the check `tests` instead.
   startsLlamaCpp =

@@ -119,11 +119,5 @@ let
       false
     ];
   };
-  unmet = lib.filterAttrs (_: pair: lib.head pair != lib.last pair) expectations;
-  shown = lib.mapAttrsToList (
-    name: pair: "${name}: ${builtins.toJSON (lib.head pair)} is not ${builtins.toJSON (lib.last pair)}"
-  ) unmet;
 in
-lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
-  pkgs.runCommand "builds" { } "touch $out"
-)
+import ../expectations.nix { inherit pkgs; } "builds" { } expectations

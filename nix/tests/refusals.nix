@@ -438,6 +438,19 @@ let
       };
       option = "services.tightwad.cluster.proxy.draft.0.api_key: a secret";
     };
+    key-of-drafters-as-a-value = {
+      fault = cluster { coordinator.draft_key = "hush"; };
+      option = "services.tightwad.cluster.coordinator.draft_key: a secret";
+    };
+    key-of-drafters-as-a-value-of-the-proxy = {
+      fault = cluster {
+        proxy.target = {
+          url = "http://10.0.0.9:8080";
+          draft_key = "hush";
+        };
+      };
+      option = "services.tightwad.cluster.proxy.target.draft_key: a secret";
+    };
     token-of-a-worker-as-a-value = {
       fault = worker { agent_token = "hush"; };
       option = "services.tightwad.cluster.workers.0.agent_token: a secret";

@@ -171,6 +171,16 @@ let
       target.port = 8082;
     };
   };
+  withDraftKey = machine "server" {
+    services.tightwad.cluster.coordinator.draft_key_file = "/run/secrets/pool-draft";
+  };
+  withPool = machine "server" {
+    services.tightwad.cluster.proxy.target = {
+      url = "http://10.0.0.9:8080";
+      api_key_file = "/run/secrets/their-key";
+      draft_key_file = "/run/secrets/their-draft-key";
+    };
+  };
   # With drivers of its own nixpkgs.
   mesa = pkgs.writeText "mesa" "";
   withDrivers = machine "gaming-pc" {
@@ -294,6 +304,41 @@ let
         };
       }).units
       [ "tightwad-target" ]
+    ];
+    "a coordinator and the proxy before it have the key of those who draft" = [
+      withDraftKey.secrets
+      {
+        tightwad-coordinator = [
+          "coordinator.api_key_file:/run/secrets/pool"
+          "coordinator.draft_key_file:/run/secrets/pool-draft"
+          "workers.gaming-pc.agent_token_file:/run/secrets/worker"
+        ];
+        tightwad-proxy = [
+          "coordinator.api_key_file:/run/secrets/pool"
+          "coordinator.draft_key_file:/run/secrets/pool-draft"
+          "draft.api_key_file:/run/secrets/draft"
+          "proxy.auth_token_file:/run/secrets/proxy"
+        ];
+      }
+    ];
+    "and so has a proxy before a pool that it is told of" = [
+      (lib.filter (lib.hasPrefix "proxy.target.") withPool.secrets.tightwad-proxy)
+      [
+        "proxy.target.api_key_file:/run/secrets/their-key"
+        "proxy.target.draft_key_file:/run/secrets/their-draft-key"
+      ]
+    ];
+    "the files name it" = [
+      [
+        withDraftKey.parts.coordinator.coordinator.draft_key_file
+        withDraftKey.parts.proxy.coordinator.draft_key_file
+        withPool.parts.proxy.proxy.target.draft_key_file
+      ]
+      [
+        "/run/secrets/pool-draft"
+        "/run/secrets/pool-draft"
+        "/run/secrets/their-draft-key"
+      ]
     ];
     "units are started after the key is made" = [
       withLocalKey.after
@@ -484,18 +529,12 @@ let
       ]
     ];
   };
-  unmet = lib.filterAttrs (_: pair: lib.head pair != lib.last pair) expectations;
-  shown = lib.mapAttrsToList (
-    name: pair: "${name}: ${builtins.toJSON (lib.head pair)} is not ${builtins.toJSON (lib.last pair)}"
-  ) unmet;
 in
-lib.throwIf (unmet != { }) (lib.concatStringsSep "\n" shown) (
-  pkgs.runCommand "topology" {
-    # For firewall.sh.
-    passthru.firewall = {
-      start = gaming-pc.firewall.extraCommands;
-      stop = gaming-pc.firewall.extraStopCommands;
-      nftables = mini-pc.firewall.extraInputRules;
-    };
-  } "touch $out"
-)
+import ../expectations.nix { inherit pkgs; } "topology" {
+  # For firewall.sh.
+  firewall = {
+    start = gaming-pc.firewall.extraCommands;
+    stop = gaming-pc.firewall.extraStopCommands;
+    nftables = mini-pc.firewall.extraInputRules;
+  };
+} expectations
