@@ -1001,6 +1001,7 @@ fn the_reference_names_every_key() {
             "DRAFT_API_KEY",
             "TARGET_API_KEY",
             "POOL_API_KEY",
+            "POOL_DRAFT_KEY",
             "PROXY_TOKEN",
             "WORKER_TOKEN",
         ];

@@ -195,8 +195,8 @@ fn normalized(path: &str) -> String {
 mod tests {
     use super::*;
 
-    fn access(method: Method, path: &str) -> Access {
-        Route::of(&method, path).access
+    fn access(method: &Method, path: &str) -> Access {
+        Route::of(method, path).access
     }
 
     #[test]
@@ -212,10 +212,10 @@ mod tests {
             "/%2fdraft",
             "/x/../draft",
         ] {
-            assert_eq!(access(Method::POST, path), Access::Draft, "{path}");
+            assert_eq!(access(&Method::POST, path), Access::Draft, "{path}");
         }
         for path in ["/drafts", "/v1/draft", "/draft/1", "/", "/%2564raft"] {
-            assert_eq!(access(Method::POST, path), Access::Open, "{path}");
+            assert_eq!(access(&Method::POST, path), Access::Open, "{path}");
         }
     }
 
@@ -237,7 +237,7 @@ mod tests {
             (Method::POST, "/api/pull"),
             (Method::DELETE, "/api/delete"),
         ] {
-            assert_eq!(access(method.clone(), path), Access::Owners, "{method} {path}");
+            assert_eq!(access(&method, path), Access::Owners, "{method} {path}");
         }
         for (method, path) in [
             (Method::GET, "/props"),
@@ -248,9 +248,9 @@ mod tests {
             (Method::POST, "/v1/audio/transcriptions"),
             (Method::POST, "/tokenize"),
         ] {
-            assert_eq!(access(method.clone(), path), Access::Open, "{method} {path}");
+            assert_eq!(access(&method, path), Access::Open, "{method} {path}");
         }
-        assert_eq!(access(Method::POST, "/api/chat"), Access::Ollama);
+        assert_eq!(access(&Method::POST, "/api/chat"), Access::Ollama);
     }
 
     #[test]

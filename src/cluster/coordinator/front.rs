@@ -71,17 +71,15 @@ const MOST_PROPS: usize = 16 * 1024 * 1024;
 impl Front {
     /// Why the sender of a request may not draft. A drafter reads and slows down what others ask for.
     fn refuses_drafts_of(&self, request: &Parts) -> Option<&'static str> {
-        match &self.draft_key {
-            Some(key) => {
-                let given = request.headers.get(X_DRAFT_AUTHORIZATION);
-                let known = given.is_some_and(|given| token::is_equal(key, given));
-                (!known).then_some(WRONG_DRAFT_KEY)
-            }
-            None => {
-                let peer = request.extensions.get::<Peer>().copied().unwrap_or_default();
-                (!peer.is_this_host(&request.headers)).then_some(NO_DRAFT_KEY)
-            }
-        }
+        let (may_draft, reason) = if let Some(key) = &self.draft_key {
+            let given = request.headers.get(X_DRAFT_AUTHORIZATION);
+            let knows_key = given.is_some_and(|given| token::is_equal(key, given));
+            (knows_key, WRONG_DRAFT_KEY)
+        } else {
+            let peer = request.extensions.get::<Peer>().copied().unwrap_or_default();
+            (peer.is_this_host(&request.headers), NO_DRAFT_KEY)
+        };
+        (!may_draft).then_some(reason)
     }
 
     /// The model that a request means by a name. Where there is only one, some clients have ideas of their own.

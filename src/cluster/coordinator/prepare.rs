@@ -194,3 +194,26 @@ pub(super) fn names(config: &Config, first: &str) -> Vec<Name> {
         .filter(|(name, _)| *name == first || drafts != Some(name));
     models.map(|(name, _)| Arc::from(name.as_str())).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_model_that_only_drafts_is_none_of_the_pools() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tightwad.yaml");
+        let yaml = "models: { big: { path: b, default: true }, other: { path: o }, small: { path: s } }\n\
+                    draft: { model: small }\ncoordinator: {}\n";
+        std::fs::write(&file, yaml).unwrap();
+        let config = crate::config::load(Some(&file)).unwrap().config;
+        let listed = |first| {
+            names(&config, first)
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(listed("big"), ["big", "other"]);
+        assert_eq!(listed("small"), ["big", "other", "small"]);
+    }
+}
