@@ -54,7 +54,10 @@ impl Unit {
 
     fn run_with(&self, variables: &[String], role: &str, llama_server: &Path, keys: &Value) -> Program {
         let mut section = json!({ "port": self.port, "threads": 1, "slots": 2 });
-        section.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        section
+            .as_object_mut()
+            .unwrap()
+            .extend(keys.as_object().unwrap().clone());
         let config = json!({
             role: section,
             "models": { "tiny": { "path": target(), "ctx_size": 512 } },
@@ -62,8 +65,7 @@ impl Unit {
         });
         fs::write(self.path("cluster.yaml"), config.to_string()).unwrap();
         let file = self.path("cluster.yaml");
-        self.socket
-            .run(variables, &["-c", file.to_str().unwrap(), "run", role])
+        self.socket.run(variables, &["-c", file.to_str().unwrap(), "run", role])
     }
 
     /// The keys of a section whose server is the fake one.
@@ -133,7 +135,11 @@ async fn devices_that_the_file_names_win_over_the_kind() {
     until("it is started", || !unit.text("args").is_empty()).await;
     let args = unit.text("args");
     assert_eq!(args.matches("--device").count(), 1, "{args}");
-    assert!(program.log().contains("the target computes on the CPU"), "{}", program.log());
+    assert!(
+        program.log().contains("the target computes on the CPU"),
+        "{}",
+        program.log()
+    );
 }
 
 #[tokio::test]
@@ -143,7 +149,11 @@ async fn a_role_that_is_tied_to_no_gpu_says_what_it_computes_on() {
     let program = unit.run("draft", &fake_llama_server(), &unit.faked(json!({})));
     until("it is started", || !unit.text("args").is_empty()).await;
     assert!(!unit.text("args").contains("--device"), "{}", unit.text("args"));
-    assert!(program.log().contains("the draft computes on ROCm0: a GPU"), "{}", program.log());
+    assert!(
+        program.log().contains("the draft computes on ROCm0: a GPU"),
+        "{}",
+        program.log()
+    );
 }
 
 /// The patched llama-server.
@@ -193,8 +203,15 @@ async fn the_roles_of_a_host_find_its_key_and_a_file_can_do_without_it() {
     let tightwad = |args: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tightwad"));
         command.args(args).env("XDG_STATE_HOME", unit.socket.folder());
-        let output = command.current_dir(unit.socket.folder()).stdin(std::process::Stdio::null()).output().unwrap();
-        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        let output = command
+            .current_dir(unit.socket.folder())
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     };
     let by_url = unit.path("by-url.yaml");
     let section = json!({
@@ -276,7 +293,12 @@ async fn a_server_that_hangs_in_a_request_is_replaced() {
 #[tokio::test]
 async fn a_child_inherits_what_it_needs_and_no_secret() {
     let unit = Unit::new();
-    let inherited = ["CUDA_VISIBLE_DEVICES=1", "HF_TOKEN=hush", "AWS_SECRET_ACCESS_KEY=hush", "TIGHTWAD_LOG=info"];
+    let inherited = [
+        "CUDA_VISIBLE_DEVICES=1",
+        "HF_TOKEN=hush",
+        "AWS_SECRET_ACCESS_KEY=hush",
+        "TIGHTWAD_LOG=info",
+    ];
     let variables = inherited.map(str::to_owned);
     let program = unit.run_with(&variables, "target", &fake_llama_server(), &unit.faked(json!({})));
     until("it is started", || !unit.text("args").is_empty()).await;
@@ -322,5 +344,26 @@ async fn what_hangs_up_on_a_service_does_not_end_it() {
     until("it says so", || program.log().contains("SIGHUP is ignored")).await;
     assert!(program.is_alive());
     send(program.pid(), Signal::TERM);
-    until("it ends", || !Path::new(&format!("/proc/{}/exe", program.pid())).exists()).await;
+    until("it ends", || {
+        !Path::new(&format!("/proc/{}/exe", program.pid())).exists()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_context_beyond_what_the_model_was_trained_for_is_told_in_our_words() {
+    let mut unit = Unit::new();
+    let config = json!({
+        "target": { "port": unit.port, "threads": 1, "slots": 2 },
+        "models": { "tiny": { "path": target(), "ctx_size": 65536 } },
+        "binaries": { "llama_server": llama_server() },
+    });
+    fs::write(unit.path("cluster.yaml"), config.to_string()).unwrap();
+    let file = unit.path("cluster.yaml");
+    let program = unit.socket.run(&[], &["-c", file.to_str().unwrap(), "run", "target"]);
+    unit.socket.hears_ready().await;
+    let log = program.log();
+    assert!(log.contains("models.tiny.ctx_size"), "{log}");
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
 }

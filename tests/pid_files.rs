@@ -42,8 +42,13 @@ impl User {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
         command.args(args).current_dir(self.folder.path()).env_clear();
         command.env("PATH", std::env::var_os("PATH").unwrap());
-        command.env("HOME", self.folder.path()).env("XDG_RUNTIME_DIR", self.folder.path());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .env("HOME", self.folder.path())
+            .env("XDG_RUNTIME_DIR", self.folder.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -90,7 +95,7 @@ fn a_look_at_the_file_does_not_keep_a_proxy_from_starting() {
     let looking = File::open(user.pid_file()).unwrap();
     looking.lock_shared().unwrap();
     let look = std::thread::spawn(move || {
-        sleep(Duration::from_millis(100));
+        sleep(Duration::from_millis(300));
         drop(looking);
     });
     let mut proxy = user.start();

@@ -18,7 +18,7 @@ use crate::config::local_key::own_folder;
 /// Pause between two looks at whether it has ended.
 const POLL: Duration = Duration::from_millis(50);
 /// A look holds the lock for less than this.
-const A_LOOK: Duration = Duration::from_millis(300);
+const A_LOOK: Duration = Duration::from_millis(500);
 /// Nobody else reads the file or takes its lock.
 const PRIVATE: u32 = 0o600;
 /// More bytes than two numbers have.
@@ -163,7 +163,8 @@ struct Process {
 impl Process {
     fn this() -> io::Result<Self> {
         let pid = std::process::id().cast_signed();
-        let started = start_time(pid).ok_or_else(|| io::Error::other("/proc does not tell when this process started"))?;
+        let started =
+            start_time(pid).ok_or_else(|| io::Error::other("/proc does not tell when this process started"))?;
         Ok(Self { pid, started })
     }
 

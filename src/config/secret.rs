@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{local_key, ConfigError, Coordinator, Proxy, Server, Upstream, Worker};
+use super::{ConfigError, Coordinator, Proxy, Server, Upstream, Worker, local_key};
 
 /// A string that never shows in logs or in the output of `check-config`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -51,7 +51,9 @@ pub fn is_secret(variable: &str) -> bool {
 
 /// Whether the argument after this one holds something that is not to be shown: `--api-key`, `--hf-token`, `-hft`.
 fn is_secret_option(option: &str) -> bool {
-    let Some(name) = option.strip_prefix('-') else { return false };
+    let Some(name) = option.strip_prefix('-') else {
+        return false;
+    };
     let mut words = name.split(['-', '_']);
     let is_secret = words.any(|word| ["key", "token", "secret", "password"].contains(&word));
     name == "hft" || (is_secret && !name.ends_with("-file"))
@@ -184,7 +186,10 @@ mod tests {
             ("--api-key hush -t 2", "--api-key *** -t 2"),
             ("--api-key=hush -t 2", "--api-key=*** -t 2"),
             ("--hf-token hush -hft hush", "--hf-token *** -hft ***"),
-            ("--api-key-file /f --image-min-tokens 5", "--api-key-file /f --image-min-tokens 5"),
+            (
+                "--api-key-file /f --image-min-tokens 5",
+                "--api-key-file /f --image-min-tokens 5",
+            ),
             ("-t 2 --api-key", "-t 2 --api-key"),
         ] {
             assert_eq!(shown_arguments(&arguments(given)), arguments(shown));

@@ -217,13 +217,21 @@ impl Launch {
     /// A key that it takes from its clients.
     #[must_use]
     pub fn api_key(&self) -> Option<Secret> {
-        let of_env = || self.env.iter().rfind(|(name, _)| name == "LLAMA_API_KEY").map(|(_, key)| key.clone());
+        let of_env = || {
+            self.env
+                .iter()
+                .rfind(|(name, _)| name == "LLAMA_API_KEY")
+                .map(|(_, key)| key.clone())
+        };
         let first_line = |file: &str| {
             let text = std::fs::read_to_string(Path::new(file)).ok()?;
             text.lines().find(|line| !line.is_empty()).map(Secret::new)
         };
         let of_file = || self.value_of("--api-key-file").and_then(first_line);
-        self.value_of("--api-key").map(Secret::new).or_else(of_file).or_else(of_env)
+        self.value_of("--api-key")
+            .map(Secret::new)
+            .or_else(of_file)
+            .or_else(of_env)
     }
 
     /// Where it will listen.

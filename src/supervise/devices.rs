@@ -160,10 +160,14 @@ fn parse(list: &str) -> Vec<Device> {
 pub fn complaint<T: AsRef<str>>(lines: impl IntoIterator<Item = T>) -> Option<String> {
     let fails = |line: &str| {
         let line = line.to_lowercase();
-        ["fail", "error", "no cuda", "no rocm"].iter().any(|words| line.contains(words))
+        ["fail", "error", "no cuda", "no rocm"]
+            .iter()
+            .any(|words| line.contains(words))
     };
     let mut lines = lines.into_iter();
-    lines.find(|line| fails(line.as_ref())).map(|line| line.as_ref().trim().to_owned())
+    lines
+        .find(|line| fails(line.as_ref()))
+        .map(|line| line.as_ref().trim().to_owned())
 }
 
 #[cfg(test)]
@@ -174,7 +178,10 @@ mod tests {
     fn devices_are_read_from_their_indented_lines() {
         let list = "load_backend: loaded CUDA backend\nAvailable devices:\n  CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23900 MiB free)\n";
         let devices = parse(list);
-        assert_eq!(join(&devices, ";"), "CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23900 MiB free)");
+        assert_eq!(
+            join(&devices, ";"),
+            "CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23900 MiB free)"
+        );
         assert!(parse("Available devices:\n  (none)\n").is_empty());
     }
 

@@ -39,14 +39,51 @@ const NAMES: &[&str] = &[
 
 /// Beginnings of the names of variables that a child inherits.
 const PREFIXES: &[&str] = &[
-    "LC_", "LD_", "DYLD_", "XDG_", // llama.cpp.
-    "GGML_", "LLAMA_", // NVIDIA.
-    "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_", "__NV_", // AMD.
-    "HIP_", "ROCR_", "ROCM_", "ROCBLAS_", "HIPBLASLT_", "HSA_", "AMD_", "GPU_MAX_", "RCCL_", "MIOPEN_", "TENSILE_",
+    "LC_",
+    "LD_",
+    "DYLD_",
+    "XDG_", // llama.cpp.
+    "GGML_",
+    "LLAMA_", // NVIDIA.
+    "CUDA_",
+    "CUBLAS_",
+    "NVIDIA_",
+    "NCCL_",
+    "__NV_", // AMD.
+    "HIP_",
+    "ROCR_",
+    "ROCM_",
+    "ROCBLAS_",
+    "HIPBLASLT_",
+    "HSA_",
+    "AMD_",
+    "GPU_MAX_",
+    "RCCL_",
+    "MIOPEN_",
+    "TENSILE_",
     // Vulkan and Mesa.
-    "VK_", "MESA_", "RADV_", "ANV_", "AMDVLK_", "LIBGL_", // Intel, Moore Threads, Huawei, Apple.
-    "ONEAPI_", "SYCL_", "ZE_", "UR_", "OCL_", "MUSA_", "ASCEND_", "METAL_", "MTL_", // Threads and BLAS.
-    "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "MALLOC_",
+    "VK_",
+    "MESA_",
+    "RADV_",
+    "ANV_",
+    "AMDVLK_",
+    "LIBGL_", // Intel, Moore Threads, Huawei, Apple.
+    "ONEAPI_",
+    "SYCL_",
+    "ZE_",
+    "UR_",
+    "OCL_",
+    "MUSA_",
+    "ASCEND_",
+    "METAL_",
+    "MTL_", // Threads and BLAS.
+    "OMP_",
+    "KMP_",
+    "GOMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "BLIS_",
+    "MALLOC_",
 ];
 
 /// Gives `command` what a child inherits, and `own` on top.

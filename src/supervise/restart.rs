@@ -132,6 +132,9 @@ mod tests {
 
     #[test]
     fn a_start_that_cannot_go_better_is_given_up_at_once() {
-        assert_eq!(Restarts::default().died(None, Prospect::Hopeless, 0.5), Decision::GiveUp);
+        assert_eq!(
+            Restarts::default().died(None, Prospect::Hopeless, 0.5),
+            Decision::GiveUp
+        );
     }
 }

@@ -117,8 +117,10 @@ async fn look(request: reqwest::RequestBuilder) -> Look {
     match answer.bytes().await {
         Err(_) => Look::Nothing,
         Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
-        Ok(body) => serde_json::from_slice(&body)
-            .map_or_else(|_| Look::Refused("with something else than its slots".to_owned()), Look::Slots),
+        Ok(body) => serde_json::from_slice(&body).map_or_else(
+            |_| Look::Refused("with something else than its slots".to_owned()),
+            Look::Slots,
+        ),
     }
 }
 

@@ -48,7 +48,10 @@ pub fn rpc_server(
             .map(|(name, value)| (name.clone(), Secret::new(value.clone()))),
     );
     args.extend(worker.extra_args.iter().map(OsString::from));
-    let names_devices = worker.extra_args.iter().any(|it| ["--device", "-d"].contains(&it.as_str()));
+    let names_devices = worker
+        .extra_args
+        .iter()
+        .any(|it| ["--device", "-d"].contains(&it.as_str()));
     Ok(Launch {
         program: program.into(),
         args,

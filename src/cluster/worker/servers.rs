@@ -324,7 +324,9 @@ impl Shown {
 
     fn devices(&self, number: usize) -> Vec<DeviceStatus> {
         let view = self.view();
-        view.endpoints.get(number).map_or(Vec::new(), |endpoint| endpoint.devices.clone())
+        view.endpoints
+            .get(number)
+            .map_or(Vec::new(), |endpoint| endpoint.devices.clone())
     }
 
     /// The devices of all endpoints, for people.
