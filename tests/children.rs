@@ -349,3 +349,21 @@ async fn what_hangs_up_on_a_service_does_not_end_it() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_context_beyond_what_the_model_was_trained_for_is_told_in_our_words() {
+    let mut unit = Unit::new();
+    let config = json!({
+        "target": { "port": unit.port, "threads": 1, "slots": 2 },
+        "models": { "tiny": { "path": target(), "ctx_size": 65536 } },
+        "binaries": { "llama_server": llama_server() },
+    });
+    fs::write(unit.path("cluster.yaml"), config.to_string()).unwrap();
+    let file = unit.path("cluster.yaml");
+    let program = unit.socket.run(&[], &["-c", file.to_str().unwrap(), "run", "target"]);
+    unit.socket.hears_ready().await;
+    let log = program.log();
+    assert!(log.contains("models.tiny.ctx_size"), "{log}");
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+}

@@ -322,7 +322,7 @@ modles:
 tightwad.yaml:3: proxy.keepalive_secs: unknown key; did you mean keepalive_seconds?
 tightwad.yaml:3: proxy.keepalive_seconds: must be more than 0
 tightwad.yaml:5: target.model: no model `bigg`; did you mean big?
-tightwad.yaml:6: target.colour: unknown key; the keys here are host, port, model, slots, threads, api_key, api_key_file, allow_unauthenticated, extra_args, env
+tightwad.yaml:6: target.colour: unknown key; the keys here are host, port, model, slots, threads, backend, stall_seconds, api_key, api_key_file, allow_unauthenticated, extra_args, env
 tightwad.yaml:7: drafts: unknown key; did you mean draft?
 tightwad.yaml:9: draft.modle: unknown key; did you mean model?
 tightwad.yaml:9: draft.model: no model `small`; the models are big
@@ -822,13 +822,19 @@ fn check_config_shows_the_effective_values_without_secrets() {
     assert!(yaml.contains("***") && !yaml.contains("s3cret"), "{yaml}");
     assert!(yaml.contains("port: 8088"), "{yaml}");
     // Some tokens have to be in a server's environment.
-    let target =
-        "target: { env: { HF_TOKEN: s3cret, CUDA_VISIBLE_DEVICES: '1' } }\nmodels: { big: { path: /dev/null } }";
-    let yaml = Place::with_file(target).check().config.unwrap().to_yaml().unwrap();
-    assert!(
-        !yaml.contains("s3cret") && yaml.contains("CUDA_VISIBLE_DEVICES: '1'"),
-        "{yaml}"
-    );
+    let target = "target: { env: { HF_TOKEN: s3cret, CUDA_VISIBLE_DEVICES: '1', https_proxy: 'http://me:s3cret@a:1/' } }\n\
+         coordinator: { port: 1, extra_args: [ --api-key, s3cret, -t, '2' ] }\n\
+         workers: [ { host: a, env: { HF_TOKEN: s3cret } } ]\n\
+         models: { big: { path: /dev/null, extra_args: [ '--hf-token=s3cret' ] } }";
+    let config = Place::with_file(target).check().config.unwrap();
+    // The two forms in which it is shown.
+    for shown in [config.to_yaml().unwrap(), serde_json::to_string(&config).unwrap()] {
+        assert!(!shown.contains("s3cret"), "{shown}");
+        assert!(
+            shown.contains("CUDA_VISIBLE_DEVICES") && shown.contains("-t"),
+            "{shown}"
+        );
+    }
 }
 
 #[test]

@@ -95,7 +95,7 @@ fn a_look_at_the_file_does_not_keep_a_proxy_from_starting() {
     let looking = File::open(user.pid_file()).unwrap();
     looking.lock_shared().unwrap();
     let look = std::thread::spawn(move || {
-        sleep(Duration::from_millis(100));
+        sleep(Duration::from_millis(300));
         drop(looking);
     });
     let mut proxy = user.start();

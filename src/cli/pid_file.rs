@@ -18,7 +18,7 @@ use crate::config::local_key::own_folder;
 /// Pause between two looks at whether it has ended.
 const POLL: Duration = Duration::from_millis(50);
 /// A look holds the lock for less than this.
-const A_LOOK: Duration = Duration::from_millis(300);
+const A_LOOK: Duration = Duration::from_millis(500);
 /// Nobody else reads the file or takes its lock.
 const PRIVATE: u32 = 0o600;
 /// More bytes than two numbers have.

@@ -145,6 +145,7 @@ async fn server(
     };
     let launch = launch?;
     ModelFile::check_complete(&model.1.path)?;
+    warn_of_context(model);
     let mut service = Service::start(role, launch, stop);
     let state = service.state();
     let ended = tokio::select! {
@@ -153,6 +154,20 @@ async fn server(
     };
     service.stop().await;
     Ok(ended?)
+}
+
+/// llama-server gives each slot no more than that, and says so in its own words only.
+fn warn_of_context((name, model): (&str, &config::Model)) {
+    let trained = ModelFile::read(&model.path)
+        .ok()
+        .and_then(|file| file.shape.trained_context);
+    if let Some(trained) = trained.filter(|trained| u64::from(model.ctx_size) > *trained) {
+        tracing::warn!(
+            "`{name}` was trained for {trained} tokens, and its ctx_size is {}: each request gets {trained}; set \
+             models.{name}.ctx_size to that",
+            model.ctx_size
+        );
+    }
 }
 
 /// The section with the key that this host's roles share, if it has none and listens on a loopback address.
