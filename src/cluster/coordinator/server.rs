@@ -86,7 +86,7 @@ pub(super) async fn run(run: Run) {
     let url = launch.url();
     let broken = {
         let looks = async {
-            let stalled = tokio::select! {
+            let broken = tokio::select! {
                 () = until_ready(&http, &url) => {
                     send(&tell, Event::Ready(epoch));
                     tokio::select! {
@@ -96,30 +96,11 @@ pub(super) async fn run(run: Run) {
                 }
                 () = until_load_stalls(moved.subscribe()) => Ok(Stalled::Still(LOAD_STALL)),
             };
-            let (worker, why) = match stalled {
-                Err(lost) => (true, lost),
-                Ok(stopped @ Stalled::Stopped(_)) => (false, stopped.to_string()),
-                Ok(still @ Stalled::Still(_)) => {
-                    let lost = workers.who_is_lost(true).await;
-                    let worker = lost.is_some();
-                    let why = lost.unwrap_or_else(|| {
-                        "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer"
-                            .to_owned()
-                    });
-                    (worker, format!("{still}: {why}"))
-                }
+            let failure = match broken {
+                Err(lost) => curable(lost, true),
+                Ok(stalled) => stands_still(stalled, &workers).await,
             };
-            send(
-                &tell,
-                Event::Broken(
-                    epoch,
-                    Failure {
-                        why,
-                        curable: true,
-                        worker,
-                    },
-                ),
-            );
+            send(&tell, Event::Broken(epoch, failure));
             std::future::pending::<()>().await;
         };
         tokio::select! {
@@ -151,6 +132,28 @@ pub(super) async fn run(run: Run) {
 
 fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
     let _ = tell.send(Message::Event(event));
+}
+
+/// A failure that another start may mend.
+fn curable(why: String, worker: bool) -> Failure {
+    Failure {
+        why,
+        curable: true,
+        worker,
+    }
+}
+
+/// Why a server that runs does nothing.
+async fn stands_still(stalled: Stalled, workers: &Workers) -> Failure {
+    if let Stalled::Stopped(_) = stalled {
+        return curable(stalled.to_string(), false);
+    }
+    let lost = workers.who_is_lost(true).await;
+    let worker = lost.is_some();
+    let why = lost.unwrap_or_else(|| {
+        "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer".to_owned()
+    });
+    curable(format!("{stalled}: {why}"), worker)
 }
 
 async fn failure(death: &Death, workers: &Workers) -> Failure {
