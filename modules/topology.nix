@@ -130,7 +130,13 @@ rec {
       default = lib.filterAttrs (_: model: model.default) cluster.models;
     in
     if role == "coordinator" then
-      cluster.models
+      # Not the one that only drafts.
+      lib.filterAttrs (
+        name: model:
+        name != (cluster.draft.model or null)
+        || model.default
+        || lib.length (lib.attrNames cluster.models) == 1
+      ) cluster.models
     else if wanted != null then
       lib.filterAttrs (name: _: name == wanted) cluster.models
     else if default != { } then

@@ -158,10 +158,11 @@ let
     };
   };
   # A model that Nix downloads.
-  fetched = pkgs.writeText "small.gguf" "GGUF";
+  fetched = pkgs.writeText "fetched.gguf" "GGUF";
   isNeeded = path: builtins.hasContext path;
   withFetched =
-    name: machine name { services.tightwad.cluster.models.small.path = lib.mkForce "${fetched}"; };
+    model: name:
+    machine name { services.tightwad.cluster.models.${model}.path = lib.mkForce "${fetched}"; };
   withLocalKey = machine "server" {
     services.tightwad.cluster = {
       hosts.server.roles = lib.mkForce [
@@ -171,6 +172,7 @@ let
       target.port = 8082;
     };
   };
+  poolOf = edit: (machine "server" { services.tightwad.cluster = edit; }).parts.coordinator.models;
   withDraftKey = machine "server" {
     services.tightwad.cluster.coordinator.draft_key_file = "/run/secrets/pool-draft";
   };
@@ -362,7 +364,6 @@ let
       {
         tightwad-coordinator = [
           "/models/big.gguf"
-          "/models/small.gguf"
         ];
         tightwad-proxy = [ ];
         tightwad-worker = [ ];
@@ -380,13 +381,13 @@ let
     ];
     "a model that Nix downloads is needed by the hosts that read it only" = [
       {
-        server = isNeeded (withFetched "server").parts.coordinator.models.small.path;
-        mini-pc = isNeeded (withFetched "mini-pc").parts.draft.models.small.path;
+        server = isNeeded (withFetched "big" "server").parts.coordinator.models.big.path;
+        mini-pc = isNeeded (withFetched "small" "mini-pc").parts.draft.models.small.path;
         proxy = lib.any isNeeded (
-          map (model: model.path) (lib.attrValues (withFetched "server").parts.proxy.models)
+          map (model: model.path) (lib.attrValues (withFetched "small" "server").parts.proxy.models)
         );
-        worker = (withFetched "gaming-pc").parts.worker ? models;
-        cluster-file = isNeeded (withFetched "mini-pc").settings.models.small.path;
+        worker = (withFetched "big" "gaming-pc").parts.worker ? models;
+        cluster-file = isNeeded (withFetched "small" "mini-pc").settings.models.small.path;
       }
       {
         server = true;
@@ -423,10 +424,29 @@ let
       [ "server: tightwad-proxy" ]
     ];
     "a model's context restarts those that read it" = [
-      (restarted { models.small.ctx_size = 4096; })
+      (restarted { models.big.ctx_size = 4096; })
+      [ "server: tightwad-coordinator" ]
+    ];
+    "a pool has every model but the one that only drafts" = [
       [
-        "mini-pc: tightwad-draft"
-        "server: tightwad-coordinator"
+        (lib.attrNames server.parts.coordinator.models)
+        (lib.attrNames (poolOf {
+          draft.model = lib.mkForce null;
+        }))
+        (lib.attrNames (poolOf {
+          draft.model = lib.mkForce "big";
+        }))
+      ]
+      [
+        [ "big" ]
+        [
+          "big"
+          "small"
+        ]
+        [
+          "big"
+          "small"
+        ]
       ]
     ];
     "a target has its own model and the proxy's limit of draft tokens" = [
