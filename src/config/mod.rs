@@ -12,6 +12,7 @@
 //! | `validate` | what the types cannot say |
 //! | `resolve`, `secret` | what the sections mean together; tokens from files |
 //! | `credentials` | the files that systemd hands over in place of those |
+//! | `check`, `host_files` | `check-config`: all problems at once; what the file names and this host has |
 //! | `error`, `origin` | the sentences, and where they point |
 
 mod check;
@@ -20,6 +21,7 @@ mod decode;
 mod environment;
 mod error;
 mod expand;
+mod host_files;
 pub mod load;
 mod origin;
 mod resolve;
@@ -33,7 +35,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use check::{CheckReport, check_config, check_config_in};
+pub use check::{CheckReport, Scope, check_config, check_config_in};
 pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};
