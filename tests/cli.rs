@@ -648,6 +648,19 @@ fn the_status_ends_with_the_worst_of_what_the_file_declares() {
 }
 
 #[test]
+fn a_target_on_the_loopback_address_of_another_host_is_not_taken_for_down() {
+    let user = User::new();
+    user.config(&format!(
+        "proxy: {{ host: 192.0.2.1, auth_token: t }}\ntarget: {{ port: {} }}\nmodels: {{ big: {{ path: {} }} }}\n",
+        free_port(),
+        tiny_model().display()
+    ));
+    let ended = user.run(&["status"]);
+    assert!(ended.stdout.contains("it is not asked from here"), "{ended:?}");
+    assert!(!ended.stderr.contains("no target runs"), "{ended:?}");
+}
+
+#[test]
 fn a_wrong_token_is_told_from_a_server_that_is_down() {
     let user = User::new();
     let port = free_port();

@@ -1,5 +1,6 @@
 //! The llama-servers of the sections `target` and `draft`, as `tightwad status` sees them.
 
+use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
@@ -17,6 +18,7 @@ pub struct Asked {
     url: String,
     model: Option<String>,
     key: Option<Secret>,
+    elsewhere: bool,
 }
 
 /// A llama-server, and how it is.
@@ -28,6 +30,8 @@ pub struct SeenServer {
     pub url: String,
     /// The model that the config gives it.
     pub model: Option<String>,
+    /// Whether it was asked: the loopback address of another host cannot be reached from here.
+    pub asked: bool,
     /// Whether its model answers.
     pub up: bool,
     /// Why it does not.
@@ -68,12 +72,25 @@ impl Asked {
             model: model.map(|(name, _)| name.to_owned()),
             // A host that lacks the key sees less; whether the server is up it sees without one.
             key: server.api_key().ok().flatten(),
+            elsewhere: is_elsewhere(config, server),
         }
     }
 
     /// Asks it, for at most this long.
     pub async fn look(self, bound: Duration) -> SeenServer {
         let began = tokio::time::Instant::now();
+        if self.elsewhere {
+            return SeenServer {
+                role: self.role,
+                url: self.url,
+                model: self.model,
+                asked: false,
+                up: false,
+                problem: None,
+                exit: Exit::Ok,
+                slots: None,
+            };
+        }
         let health = match tokio::time::timeout(bound, self.health()).await {
             Ok(health) => health,
             Err(_) => Err(Failure::new(
@@ -101,6 +118,7 @@ impl Asked {
             role: self.role,
             url: self.url,
             model: self.model,
+            asked: true,
             up: problem.is_none(),
             problem,
             exit,
@@ -147,6 +165,17 @@ impl Asked {
     }
 }
 
+/// Whether a server listens on the loopback address of another host: that of the proxy, which it is there for.
+fn is_elsewhere(config: &Config, server: &Server) -> bool {
+    let proxy = config
+        .proxy
+        .as_ref()
+        .and_then(|proxy| proxy.host.parse::<IpAddr>().ok());
+    // An address that nothing can be bound to is not one of this host.
+    let is_foreign = |address: IpAddr| !address.is_unspecified() && UdpSocket::bind((address, 0)).is_err();
+    config::is_loopback(&server.host) && proxy.is_some_and(is_foreign)
+}
+
 impl SeenServer {
     /// How it is, in a line.
     #[must_use]
@@ -158,6 +187,7 @@ impl SeenServer {
             .unwrap_or_default();
         let state = match (&self.problem, self.slots) {
             (Some(problem), _) => format!("down: {problem}"),
+            (None, _) if !self.asked => "on the proxy's host, so it is not asked from here".to_owned(),
             (None, Some(Slots { all, busy })) => format!("ready, {busy} of {all} slots busy"),
             (None, None) => "ready".to_owned(),
         };
