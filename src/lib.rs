@@ -6,6 +6,7 @@
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
 //! | [`rounds`] | answers for targets that no drafter can attach to |
+//! | [`http`] | HTTP clients and bounded reads |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
@@ -19,6 +20,7 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod engine;
+pub mod http;
 pub mod observe;
 pub mod proxy;
 pub mod rounds;

@@ -1,0 +1,3 @@
+//! HTTP, as every part of Tightwad speaks it.
+
+pub mod client;
