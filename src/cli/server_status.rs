@@ -8,7 +8,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::exit::{Exit, Failure};
+use super::status::MOST_BYTES;
 use crate::config::{self, Config, Secret, Server};
+use crate::http;
 use crate::upstream::chat::{client, unreachable};
 
 /// A llama-server to ask.
@@ -156,7 +158,7 @@ impl Asked {
         if let Some(key) = &self.key {
             request = request.bearer_auth(key.expose());
         }
-        let slots: Value = request.send().await.ok()?.json().await.ok()?;
+        let slots: Value = http::client::json(request.send().await.ok()?, MOST_BYTES).await.ok()?;
         let slots = slots.as_array()?;
         Some(Slots {
             all: slots.len(),

@@ -8,10 +8,13 @@ use serde_json::{Value, json};
 use super::exit::{Exit, Failure};
 use super::output::Lines;
 use crate::config::Secret;
+use crate::http;
 use crate::upstream::chat::{client, refused, unreachable};
 
 /// How long the answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest status of a server; a proxy's holds its last 50 requests.
+pub const MOST_BYTES: usize = 4 << 20;
 
 /// Time between the two statuses that the speed of running requests follows from.
 const SPEED_INTERVAL: Duration = Duration::from_millis(300);
@@ -61,7 +64,7 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> 
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         return Err(refused(url, response).await.into());
     }
-    let told: Option<Value> = response.json().await.ok();
+    let told: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
     told.filter(|told| status.is_success() && told["verification"].is_string())
         .ok_or_else(|| {
             let message = format!(
