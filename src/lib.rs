@@ -11,6 +11,7 @@
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
 //! | [`cluster`] | one model over the GPUs of several machines |
+//! | [`mod@count`] | numbers with their nouns |
 //! | [`supervise`] | child processes |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
@@ -19,6 +20,7 @@ pub mod bench;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod count;
 pub mod engine;
 pub mod http;
 pub mod observe;

@@ -150,6 +150,37 @@ fn a_named_file_that_is_not_there_is_an_error_and_not_a_search() {
 }
 
 #[test]
+fn what_is_no_cluster_file_is_not_read_to_its_end() {
+    let error = |file: &str| {
+        let place = Place::with_file(MINIMAL).variable("TIGHTWAD_CONFIG", file);
+        place.error()
+    };
+    for (file, says) in [("/dev/zero", "a device"), ("/tmp", "a folder")] {
+        let error = error(file);
+        let begins = format!("{file}: cannot read the cluster file that TIGHTWAD_CONFIG names: it is {says}");
+        assert!(error.starts_with(&begins), "{error}");
+    }
+    let long = Place::with_file(&format!("{MINIMAL}{}", "#\n".repeat(1 << 20)));
+    assert!(long.error().contains("larger than 1 MiB"), "{}", long.error());
+}
+
+#[test]
+fn a_pipe_is_read_as_a_file_is() {
+    let place = Place::new().variable("TIGHTWAD_CONFIG", "pipe");
+    let pipe = place.path("pipe");
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let writer = std::thread::spawn(move || std::fs::write(pipe, MINIMAL));
+    assert_eq!(place.proxy().target.unwrap().url.as_str(), "http://127.0.0.1:8080");
+    writer.join().unwrap().unwrap();
+}
+
+#[test]
 fn the_environment_alone_can_give_a_proxy() {
     let place = Place::new()
         .variable("TIGHTWAD_PROXY__TARGET__URL", "http://10.0.0.1:8080")

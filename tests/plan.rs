@@ -33,6 +33,18 @@ impl Pool {
         command.output().unwrap()
     }
 
+    /// Plans with at most so many KiB of memory.
+    fn plan_within(&self, kib: u32) -> Output {
+        let command = format!("ulimit -v {kib}; exec \"$0\" plan");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &command, env!("CARGO_BIN_EXE_tightwad")]);
+        shell
+            .current_dir(self.0.path())
+            .env("HOME", self.0.path())
+            .output()
+            .unwrap()
+    }
+
     fn json(&self) -> Value {
         let output = self.plan(&["--json"]);
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
@@ -168,7 +180,8 @@ fn the_plan_for_people_names_devices_layers_and_the_command() {
         "tiny: ",
         "RPC0",
         "RPC1",
-        "and output",
+        ", output",
+        "  w50052: CPU cpu\n",
         "It fits",
         "note: worker w50052 has no agent; its `vram_gb` is taken as free memory",
         "--rpc 127.0.0.1:50052,127.0.0.1:50053 --device RPC0,RPC1 --split-mode layer --tensor-split ",
@@ -176,6 +189,31 @@ fn the_plan_for_people_names_devices_layers_and_the_command() {
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }
+}
+
+#[test]
+fn a_plan_for_80_columns_breaks_between_words_and_its_command_can_be_pasted() {
+    let workers = format!("[ {}, {} ]", worker(50_052, 2.0), worker(50_053, 2.0));
+    let pool = Pool::new(&yaml(&target(), "", &workers));
+    let wide = String::from_utf8(pool.plan(&[]).stdout).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+    command.arg("plan").current_dir(pool.0.path()).env("COLUMNS", "80");
+    let narrow = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    // A path may be longer than a line.
+    let too_long = narrow
+        .lines()
+        .filter(|line| line.chars().count() > 80 && line.trim().contains(' '));
+    let too_long: Vec<&str> = too_long
+        .filter(|line| !line.trim_end_matches(" \\").trim().starts_with('/'))
+        .collect();
+    assert!(too_long.is_empty(), "{too_long:?}\n{narrow}");
+    let words = |text: &str| {
+        text.split_whitespace()
+            .filter(|word| *word != "\\")
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(words(&narrow), words(&wide));
 }
 
 #[test]
@@ -192,7 +230,11 @@ fn a_model_that_does_not_fit_exits_9_with_what_would_make_it_fit() {
         sentence.contains("tiny does not fit into the pool") && sentence.contains("one more worker with 1 GiB"),
         "{sentence}"
     );
-    assert!(String::from_utf8(output.stdout).unwrap().contains("It does not fit"));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("It does not fit") && !text.contains("--rpc"),
+        "no command for it: {text}"
+    );
     let plan = pool.json();
     assert_eq!(plan["fits"], false);
     assert!(
@@ -220,6 +262,31 @@ fn missing_and_broken_models_are_named_and_have_exit_codes_of_their_own() {
             "{sentence}"
         );
     }
+}
+
+#[test]
+fn a_small_file_that_claims_millions_of_tensors_is_refused_at_once_and_in_little_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("holes.gguf");
+    let counts = [50_000_000_u64, 0].map(u64::to_le_bytes).concat();
+    std::fs::write(&model, [b"GGUF\x03\0\0\0", counts.as_slice()].concat()).unwrap();
+    // As long as it must be for so many, and on the disk it takes one block.
+    std::fs::File::options()
+        .write(true)
+        .open(&model)
+        .unwrap()
+        .set_len(2 << 30)
+        .unwrap();
+    let pool = Pool::new(&yaml(&model, "", "[]"));
+    let began = std::time::Instant::now();
+    let output = pool.plan_within(500_000);
+    assert_eq!(output.status.code(), Some(11), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("it names 50000000 tensors"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 #[test]

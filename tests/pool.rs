@@ -12,6 +12,7 @@ use harness::pool::{Pool, Setup, signal};
 use harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tightwad::upstream::MEASURING;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -329,6 +330,31 @@ async fn a_swap_whose_client_hangs_up_before_anything_came_of_it_is_taken_back()
         (&status["state"], &status["model"]),
         (&json!("ready"), &json!("big")),
         "{status:#}"
+    );
+}
+
+#[tokio::test]
+async fn a_swap_ends_what_only_measures_and_does_not_wait_for_it() {
+    let pool = Pool::ready(Setup {
+        coordinator: json!({ "drain_seconds": 60 }),
+        ..Setup::default()
+    })
+    .await;
+    let measuring = pool.post(
+        "/completion",
+        &json!({ "prompt": "Once", "n_predict": 1900, "ignore_eos": true, "stream": true }),
+    );
+    let answer = measuring.header(MEASURING, "1").send().await.unwrap();
+    let (mut stream, mut text) = (answer.bytes_stream(), String::new());
+    read_until(&mut stream, &mut text, |text| text.contains("data: ")).await;
+    assert_eq!(pool.status().await["running"], 0, "nobody waits for its text");
+    let lines = pool.swap("other").await;
+    assert_eq!(lines.last().unwrap()["done"], true, "{lines:?}");
+    assert!(lines.iter().all(|line| line["state"] != "draining"), "{lines:?}");
+    read_until(&mut stream, &mut text, |_| false).await;
+    assert!(
+        !text.contains("[DONE]") && !text.contains("\"stop\":true"),
+        "it was ended: {text}"
     );
 }
 

@@ -86,6 +86,12 @@ impl Drop for Host {
     }
 }
 
+/// On a screen of 80 columns.
+fn narrow(mut command: Command) -> Command {
+    command.env("COLUMNS", "80");
+    command
+}
+
 async fn ended(mut command: Command) -> Ended {
     let output = tokio::time::timeout(Duration::from_secs(60), command.output()).await;
     output.expect("it ends in time").expect("it starts").into()
@@ -134,10 +140,15 @@ async fn a_pool_is_started_looked_at_swapped_measured_and_stopped() {
         ": layers 0-",
         "leased by",
         "connected",
-        "0 answers run",
+        "0 answers run, 0 requests wait",
     ] {
         assert!(table.contains(part), "{part} is missing in\n{table}");
     }
+    let endless = json!({ "prompt": "Once", "max_tokens": 1900, "ignore_eos": true, "stream": true });
+    let endless = host.pool.post("/v1/completions", &endless).send().await.unwrap();
+    let table = host.tightwad(&["status"]).await.with(0).stdout;
+    assert!(table.contains("1 answer runs, 0 requests wait"), "{table}");
+    drop(endless);
 
     let slip = host.tightwad(&["swap", "othre"]).await.with(3);
     assert!(slip.stderr.contains("did you mean other"), "{slip:?}");
@@ -258,8 +269,33 @@ async fn a_worker_that_is_away_is_named_and_the_start_is_given_up_after_a_while(
     up.await.expect("the agent answers");
     host.tightwad(&["start"]).await.with(0);
     signal(host.pool.workers[1].as_ref().unwrap().pid(), Signal::KILL);
+    let lost = eventually(Duration::from_secs(20), || async {
+        let told = host.pool.status().await;
+        let problem = told["problem"].as_str().unwrap_or_default();
+        if problem.contains("worker two ") {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+    lost.await.expect("the coordinator names it");
     let status = host.tightwad(&["status"]).await.with(6);
-    assert!(status.stdout.contains("tightwad run worker two"), "{status:?}");
+    let rows = status.stdout.lines();
+    let told: Vec<&str> = rows
+        .filter(|row| row.contains("two") && !row.starts_with("worker "))
+        .collect();
+    assert!(
+        told.len() == 1 && told[0].contains("tightwad run worker two"),
+        "{status:?}"
+    );
+    let narrow = ended(narrow(host.pool.tightwad(&["status"]))).await.with(6).stdout;
+    assert!(narrow.lines().all(|row| row.chars().count() <= 80), "{narrow}");
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let known = words(&status.stdout);
+    assert!(
+        words(&narrow).iter().filter(|word| !known.contains(word)).count() < 6,
+        "{narrow}"
+    );
 }
 
 #[tokio::test]
@@ -285,6 +321,56 @@ async fn ctrl_c_while_the_model_loads_leaves_nothing_running() {
     assert!(left.stderr.contains("stopped again"), "{left:?}");
     assert!(host.is_silent().await);
     assert_eq!(host.pool.lease(0).await, Value::Null);
+}
+
+/// Waits until the pool is in this state on the way to `other`.
+async fn until(host: &Host, state: &str) {
+    let reached = eventually(Duration::from_secs(20), || async {
+        let told = host.pool.status().await;
+        let on_the_way = told["model"] == "other" || told["next"] == "other";
+        if told["state"] == state && on_the_way {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+    reached.await.expect("the swap goes on");
+}
+
+#[tokio::test]
+async fn ctrl_c_in_a_swap_tells_what_becomes_of_it() {
+    let mut host = Host::new(Setup {
+        slow: 3.0,
+        coordinator: json!({ "drain_seconds": 60 }),
+        ..Setup::default()
+    })
+    .await;
+    host.pool.start_coordinator();
+    host.pool.becomes_ready(Duration::from_secs(30)).await;
+    let story = json!({ "prompt": "Once", "max_tokens": 1900, "temperature": 0, "ignore_eos": true, "stream": true });
+    let mut story = Some(host.pool.post("/v1/completions", &story).send().await.unwrap());
+    for (state, says) in [
+        ("draining", "interrupted; the swap is taken back, and `big` stays"),
+        ("loading", "interrupted; `other` goes on to load without you"),
+    ] {
+        let swap = host.pool.tightwad(&["swap", "other"]).spawn().unwrap();
+        until(&host, state).await;
+        // It shows at once what it is told.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        signal(swap.id().unwrap(), Signal::INT);
+        let left = Ended::from(swap.wait_with_output().await.unwrap()).with(130);
+        assert!(left.stderr.contains(says), "{left:?}");
+        story.take();
+    }
+    let done = eventually(Duration::from_secs(20), || async {
+        let told = host.pool.status().await;
+        if told["state"] == "ready" && told["model"] == "other" {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+    done.await.expect("it goes on to load");
 }
 
 #[tokio::test]

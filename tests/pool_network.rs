@@ -22,7 +22,14 @@ const AGENT: u16 = 15_051;
 const RPC: u16 = 15_052;
 const TIGHTWAD: &str = env!("CARGO_BIN_EXE_tightwad");
 
-/// The cluster file of two workers, of which the far one is `far`.
+fn worker(name: &str, (host, port): (&str, u16), agent: u16) -> Value {
+    json!({
+        "name": name, "host": host, "backend": "cpu", "agent_port": agent, "cache_gb": 0, "agent_token": "secret",
+        "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }], "extra_args": ["-t", "1"],
+    })
+}
+
+/// A cluster file; [`Cluster::new`]: of two workers, of which the far one is `far`.
 struct Cluster {
     file: PathBuf,
     _folder: tempfile::TempDir,
@@ -30,16 +37,17 @@ struct Cluster {
 
 impl Cluster {
     fn new(far: (&str, u16), agents: bool) -> Self {
-        let worker = |name: &str, (host, port): (&str, u16)| {
-            json!({
-                "name": name, "host": host, "backend": "cpu", "agent_port": if agents { AGENT } else { 0 }, "cache_gb": 0,
-                "agent_token": "secret", "gpus": [{ "name": "CPU", "vram_gb": 1, "rpc_port": port }],
-                "extra_args": ["-t", "1"],
-            })
-        };
+        let agent = if agents { AGENT } else { 0 };
+        Self::of(json!([
+            worker("near", ("127.0.0.1", RPC), agent),
+            worker("far", far, agent)
+        ]))
+    }
+
+    fn of(workers: Value) -> Self {
         let config = json!({
             "coordinator": { "port": 8080, "backend": "cpu", "slots": 2, "threads": 1 },
-            "workers": [worker("near", ("127.0.0.1", RPC)), worker("far", far)],
+            "workers": workers,
             "models": { "big": { "path": slow_target(), "ctx_size": 2048, "default": true } },
             "binaries": {
                 "llama_server": llama_cpp().join("bin/llama-server"), "rpc_server": llama_cpp().join("bin/ggml-rpc-server"),
@@ -56,7 +64,19 @@ impl Cluster {
     }
 
     fn run(&self, part: &[&str]) -> Program {
-        Program::start(Path::new(TIGHTWAD), &self.args(&[&["run"], part].concat()))
+        let command = self.command("near", part);
+        let args: Vec<&str> = command.iter().map(String::as_str).collect();
+        Program::start(Path::new("env"), &args)
+    }
+
+    /// The arguments of `env` that run a part on a host, whose user has folders of their own.
+    fn command(&self, host: &str, part: &[&str]) -> Vec<String> {
+        let folder = self.file.with_file_name(host);
+        std::fs::create_dir_all(&folder).unwrap();
+        let folders = ["XDG_RUNTIME_DIR", "XDG_STATE_HOME"].map(|name| format!("{name}={}", folder.display()));
+        let args = self.args(&[&["run"], part].concat());
+        let args = [TIGHTWAD].into_iter().chain(args).map(str::to_owned);
+        folders.into_iter().chain(args).collect()
     }
 }
 
@@ -177,4 +197,40 @@ async fn a_worker_whose_cable_is_pulled_is_named_and_used_again_once_it_is_back(
         let (status, answer) = answer_of(completion(20, false)).await;
         assert_eq!((status, &answer["choices"][0]["text"]), (200, &expected), "{answer}");
     }
+}
+
+#[tokio::test]
+async fn two_coordinators_with_one_host_name_and_port_do_not_evict_each_other() {
+    if !is_own("two_coordinators_with_one_host_name_and_port_do_not_evict_each_other") {
+        return;
+    }
+    let host = FarHost::new().await;
+    // The worker is at this side of the cable, and both coordinators are called after the one machine that this is.
+    let cluster = Cluster::of(json!([worker("near", ("10.77.0.1", RPC), AGENT)]));
+    let worker = cluster.run(&["worker", "near"]);
+    let near = cluster.run(&["coordinator"]);
+    becomes_ready(&near, Duration::from_secs(30)).await;
+    let lease = async || {
+        let request = reqwest::Client::new().get(format!("http://10.77.0.1:{AGENT}/v1/worker"));
+        answer_of(request.bearer_auth("secret")).await.1["lease"].clone()
+    };
+    let before = lease().await;
+    let command = cluster.command("far", &["coordinator"]);
+    let far = host.start(
+        Path::new("env"),
+        &command.iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    let refused = eventually(Duration::from_secs(10), || async {
+        let log = far.log();
+        if log.contains("worker near is leased by the coordinator") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+    let refused = refused.await;
+    assert_eq!(before, lease().await, "{refused:?}\n{}", worker.log());
+    refused.expect("the second coordinator says who has the worker");
+    let (status, answer) = answer_of(reqwest::Client::new().get(format!("{POOL}/health"))).await;
+    assert_eq!(status, 200, "{answer}");
 }

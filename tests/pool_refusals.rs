@@ -225,3 +225,36 @@ async fn a_host_that_falls_silent_while_it_is_leased_is_lost_within_seconds() {
     let coordinator = Coordinator::start(free_port(), &target(), [&agent]);
     coordinator.tells(&["worker far", "does not answer"]).await;
 }
+
+#[tokio::test]
+async fn what_keeps_a_pool_down_is_logged_once_however_often_it_is_tried_and_asked_for() {
+    let coordinator = {
+        // Nobody listens at the port of this agent any more.
+        let gone = fake_agent("unknown", [50_052], PLENTY).await;
+        Coordinator::start(free_port(), &target(), [&gone])
+    };
+    coordinator.tells(&["worker far does not answer"]).await;
+    let client = reqwest::Client::new();
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(8) {
+        for path in ["/health", "/v1/models"] {
+            let _ = client.get(format!("{}{path}", coordinator.url)).send().await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let log = coordinator.program.log();
+    let warnings: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("WARN") || line.contains("ERROR"))
+        .collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    assert!(log.lines().count() < 8, "{log}");
+    for jargon in ["os error", "tcp connect error"] {
+        assert!(!log.contains(jargon), "{log}");
+    }
+    assert!(
+        warnings[0].contains("connection refused: nothing listens on 127.0.0.1:"),
+        "{log}"
+    );
+    assert!(warnings[0].contains("tightwad run worker far"), "{log}");
+}

@@ -143,7 +143,7 @@ async fn a_worker_is_ready_when_its_agent_answers_and_says_who_has_it() {
     let config = write(&unit, &worker_config(agent, &[rpc], "cache_gb: 0"));
     let mut program = unit.run(&[], &["-c", &config, "run", "worker"]);
     unit.hears_ready().await;
-    let client = AgentClient::at("w", format!("http://127.0.0.1:{agent}"), Some(Secret::new(TOKEN)));
+    let client = AgentClient::at("w", format!("http://127.0.0.1:{agent}"), Some(Secret::new(TOKEN))).expect("a client");
     client.status().await.unwrap();
     unit.hears_status("waits for a coordinator").await;
     unit.hears_life().await;

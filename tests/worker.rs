@@ -392,11 +392,11 @@ async fn a_port_that_somebody_else_took_meanwhile_is_told_to_the_coordinator() {
 
 #[tokio::test]
 async fn a_worker_that_is_not_there_is_unreachable_and_another_server_is_no_agent() {
-    let nobody = tightwad::cluster::agent_client::AgentClient::at("w", "http://127.0.0.1:1", None);
+    let nobody = tightwad::cluster::agent_client::AgentClient::at("w", "http://127.0.0.1:1", None).unwrap();
     let error = nobody.status().await.unwrap_err();
     assert!(matches!(error, AgentError::Unreachable { .. }), "{error:?}");
     let server = LlamaServer::start(&target(), &[]).await;
-    let other = tightwad::cluster::agent_client::AgentClient::at("w", server.url(), None);
+    let other = tightwad::cluster::agent_client::AgentClient::at("w", server.url(), None).unwrap();
     let error = other.status().await.unwrap_err();
     assert!(matches!(error, AgentError::NotAnAgent { .. }), "{error:?}");
 }

@@ -9,6 +9,7 @@ use super::output::print_report;
 use super::progress::Steps;
 use crate::cluster::benchmark::{BenchmarkError, Report, Settings, benchmark as measure};
 use crate::config::Config;
+use crate::count::count;
 
 pub const EXAMPLES: &str = "\
 Example: tightwad benchmark --prompt-sizes 512,4096 --batch 1,4 --json
@@ -85,10 +86,10 @@ impl From<BenchmarkError> for Failure {
 
 fn table(report: &Report) -> String {
     let mut text = format!(
-        "{}: {} tokens per answer, {} slots with {} tokens each\n\n{:>8} {:>8} {:>14} {:>14} {:>14}\n",
+        "{}: {} tokens per answer, {} with {} tokens each\n\n{:>8} {:>8} {:>14} {:>14} {:>14}\n",
         report.model,
         report.tokens,
-        report.slots,
+        count(report.slots, "slot", "slots"),
         report.context,
         "prompt",
         "at once",

@@ -189,9 +189,10 @@ impl From<OwnDraftError> for Failure {
 impl From<ModelFileError> for Failure {
     fn from(error: ModelFileError) -> Self {
         let exit = match error {
-            ModelFileError::Missing(_) | ModelFileError::MissingPart { .. } | ModelFileError::Unreadable { .. } => {
-                Exit::File
-            }
+            ModelFileError::Missing(_)
+            | ModelFileError::MissingPart { .. }
+            | ModelFileError::NotAFile { .. }
+            | ModelFileError::Unreadable { .. } => Exit::File,
             _ => Exit::BrokenModel,
         };
         Self::new(exit, error.to_string())

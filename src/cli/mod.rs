@@ -24,6 +24,7 @@ mod status;
 mod stop;
 mod swap;
 mod verify;
+mod wrap;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

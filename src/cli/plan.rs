@@ -2,17 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write;
+use std::iter;
 
 use serde::Serialize;
 
 use super::coordinator;
 use super::exit::{Exit, Failure};
 use super::output::print_report;
+use super::wrap;
 use crate::cluster::build;
 use crate::cluster::devices::{self, Found, Probed};
 use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, KnownFrom, Placement, Plan, PlanError, Settings, amount};
+use crate::cluster::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::config::{self, Config, Coordinator, Model};
+use crate::count::count;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -37,7 +40,7 @@ struct Answer<'a> {
     environment: Vec<(String, String)>,
 }
 
-/// What fits where, and what was not to be had.
+/// What fits where, and what is not known of it.
 struct Planned {
     plan: Plan,
     notes: Vec<String>,
@@ -168,30 +171,26 @@ fn misfit(name: &str, plan: &Plan) -> Failure {
 fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
     let settings = &plan.settings;
     let mut text = format!(
-        "{name}: {}, {} layers and the output layer; {} slots of {} tokens, KV cache {}/{}\n\n",
+        "{name}: {}, {} and the output layer; {} of {}, KV cache {}/{}\n\n",
         amount(plan.file_bytes),
-        plan.layers.saturating_sub(1),
-        settings.slots,
-        settings.context,
+        count(plan.layers.saturating_sub(1), "layer", "layers"),
+        count(settings.slots, "slot", "slots"),
+        count(settings.context, "token", "tokens"),
         settings.key_type.name,
         settings.value_type.name,
     );
-    let mut rows = vec![
-        [
-            "device", "host", "what", "layers", "weights", "KV cache", "compute", "free", "left",
-        ]
-        .map(str::to_owned),
-    ];
+    let mut rows = vec![["device", "layers", "weights", "KV cache", "compute", "free", "left"].map(str::to_owned)];
     rows.extend(plan.placements.iter().map(|placement| row(placement, plan)));
-    let mut widths = [0; 9];
+    let mut widths = [0; 7];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    for row in &rows {
+    let devices = plan.placements.iter().map(|placement| &placement.device);
+    for (row, device) in rows.iter().zip(iter::once(None).chain(devices.map(Some))) {
         for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
-            let _ = if column < 4 {
+            let _ = if column < 2 {
                 write!(text, "{cell:<width$}  ")
             } else {
                 write!(text, "{cell:>width$}  ")
@@ -199,6 +198,9 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         }
         text.truncate(text.trim_end().len());
         text.push('\n');
+        if let Some(Device { host, name, label, .. }) = device {
+            let _ = writeln!(text, "  {}", format!("{host}: {name} {label}").trim_end());
+        }
     }
     let total = |of: fn(&Placement) -> u64| amount(plan.placements.iter().map(of).fold(0, u64::saturating_add));
     let _ = writeln!(
@@ -221,9 +223,7 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         let _ = writeln!(text, "note: {note}");
     }
     let margin = amount(settings.margin_bytes);
-    if plan.fits {
-        let _ = writeln!(text, "It fits; each device keeps {margin} or more.\n");
-    } else {
+    if !plan.fits {
         let _ = writeln!(
             text,
             "It does not fit: each device must keep {margin}. It would fit with one of"
@@ -231,18 +231,16 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         for suggestion in &plan.suggestions {
             let _ = writeln!(text, "  {suggestion}");
         }
-        text.push('\n');
+        return wrap::fitted(&text, 2);
     }
-    for (name, value) in &launch.env {
-        let _ = write!(text, "{name}={} ", quoted(shown(name, value.expose())));
-    }
-    let line: Vec<String> = words(launch).map(|word| quoted(&word)).collect();
-    text.push_str(&line.join(" "));
-    text.push('\n');
-    text
+    let _ = writeln!(text, "It fits; each device keeps {margin} or more.\n");
+    let environment = launch.env.iter();
+    let environment = environment.map(|(name, value)| format!("{name}={}", quoted(shown(name, value.expose()))));
+    let command: Vec<String> = environment.chain(words(launch).map(|word| quoted(&word))).collect();
+    format!("{}{}\n", wrap::fitted(&text, 2), wrap::command(&command, wrap::width()))
 }
 
-fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
+fn row(placement: &Placement, plan: &Plan) -> [String; 7] {
     let device = &placement.device;
     let of_config = if device.known_from == KnownFrom::Config {
         "*"
@@ -251,9 +249,7 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 9] {
     };
     [
         placement.argument.clone().unwrap_or_else(|| "-".into()),
-        device.host.clone(),
-        format!("{} {}", device.name, device.label),
-        plan.layers_of(placement),
+        plan.layers_of(placement).replace(" and output", ", output"),
         amount(placement.weights_bytes),
         amount(placement.kv_bytes),
         amount(placement.compute_bytes),

@@ -10,14 +10,16 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
-use super::output::{Lines, print, print_report};
+use super::output::{print, print_report};
 use super::server_status::{self, SeenServer};
 use super::status::duration;
+use super::wrap::fitted;
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
 use crate::cluster::plan::amount;
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
+use crate::count::count;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -80,7 +82,7 @@ struct SeenWorker {
 pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
     if !options.watch {
         let seen = look(config).await;
-        print_report(&json(&seen)?, options.json, |_| table(&seen))?;
+        print_report(&json(&seen)?, options.json, |_| fitted(&table(&seen), status::INDENT))?;
         return verdict(&seen);
     }
     let stop = signals::stop_token()?;
@@ -90,7 +92,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
         let text = match (options.json, terminal) {
             (true, _) => format!("{}\n", json(&seen)?),
             // From the top of the screen, of which the rest is cleared.
-            (false, true) => format!("\x1b[H\x1b[2J{}", table(&seen)),
+            (false, true) => format!("\x1b[H\x1b[2J{}", fitted(&table(&seen), status::INDENT)),
             (false, false) => format!("{}\n", table(&seen)),
         };
         print(text)?;
@@ -176,7 +178,15 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
         let agent = AgentClient::new(&worker).map_err(unknown)?;
         agent.status().await.map_err(unknown)
     };
-    Some(Seen::of(worker.agent_url(), timeout_at(give_up, asking).await.ok()))
+    let answer = timeout_at(give_up, asking).await.unwrap_or_else(|_| {
+        let (url, name) = (worker.agent_url(), worker.name());
+        let message = format!(
+            "no answer from {url} within {} ms; see whether its host is up and runs `tightwad run worker {name}`",
+            BOUND.as_millis()
+        );
+        Err(Failure::new(Exit::Unreachable, message))
+    });
+    Some(Seen::of(worker.agent_url(), Some(answer)))
 }
 
 impl<T> Seen<T> {
@@ -295,14 +305,6 @@ fn hints(seen: &Overview) -> Vec<String> {
         let model = told["model"].as_str().unwrap_or_default();
         hints.push(format!("once the cause is gone, `tightwad swap {model}` tries again"));
     }
-    for worker in &seen.workers {
-        if worker.agent.as_ref().is_some_and(|agent| !agent.up) {
-            let name = &worker.name;
-            hints.push(format!(
-                "see whether the host of {name} is up and runs `tightwad run worker {name}`"
-            ));
-        }
-    }
     let mut builds: Vec<&str> = seen
         .workers
         .iter()
@@ -325,12 +327,12 @@ fn known(worker: &SeenWorker) -> Option<&WorkerStatus> {
 }
 
 fn table(seen: &Overview) -> String {
-    let mut lines = Lines::for_stdout();
-    let mut line = |name: &str, value: &str| lines.add(name, value);
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| text.push_str(&status::line(name, value));
     if let Some(coordinator) = &seen.coordinator {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
-            Some(told) => of_coordinator(told, &mut line),
+            Some(told) => of_coordinator(told, &seen.workers, &mut line),
             None if coordinator.absent() => line("", "not running"),
             None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
         }
@@ -359,7 +361,7 @@ fn table(seen: &Overview) -> String {
     for hint in &seen.hints {
         line("hint", hint);
     }
-    lines.into_text()
+    text
 }
 
 fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
@@ -377,8 +379,15 @@ fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
     }
 }
 
-fn of_coordinator(told: &Value, line: &mut impl FnMut(&str, &str)) {
-    let step = Step::of(told);
+fn of_coordinator(told: &Value, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
+    let mut told = told.clone();
+    let problem = told["problem"].as_str().unwrap_or_default();
+    let mut down = workers.iter().filter(|worker| worker.problem().is_some());
+    // What is wrong with a worker stands below, with the worker.
+    if down.any(|worker| problem.contains(&format!("worker {} ", worker.name))) {
+        told["problem"] = "a worker is down".into();
+    }
+    let step = Step::of(&told);
     let progress = told["progress"].as_f64().filter(|_| step.progress.is_some());
     let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
     let since = told["state_seconds"]
@@ -386,11 +395,10 @@ fn of_coordinator(told: &Value, line: &mut impl FnMut(&str, &str)) {
         .map(|seconds| format!(", for {}", duration(seconds)));
     let (percent, since) = (percent.unwrap_or_default(), since.unwrap_or_default());
     line("", &format!("{}{percent}{}{since}", step.doing, step.detail));
-    let count = |name: &str| told[name].as_u64().unwrap_or_default();
-    line(
-        "",
-        &format!("{} answers run, {} requests wait", count("running"), count("waiting")),
-    );
+    let number = |name: &str| told[name].as_u64().unwrap_or_default();
+    let running = count(number("running"), "answer runs", "answers run");
+    let waiting = count(number("waiting"), "request waits", "requests wait");
+    line("", &format!("{running}, {waiting}"));
     for device in told["devices"].as_array().into_iter().flatten() {
         line("", device.as_str().unwrap_or_default());
     }

@@ -11,6 +11,7 @@ use super::exit::{Exit, Failure};
 use super::output::{print_line, print_report};
 use super::pid_file::{self, Stopped};
 use super::status;
+use super::wrap::fitted;
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
@@ -157,7 +158,7 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     let url = config::local_url(&proxy.host, proxy.port);
     let answer = status::fetch_with_speed(&url, proxy.token()?.as_ref()).await?;
-    print_report(&answer, json, |answer| status::table(&url, answer))?;
+    print_report(&answer, json, |answer| fitted(&status::table(&url, answer), status::INDENT))?;
     status::verdict(&answer)
 }
 

@@ -6,11 +6,12 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::output::Lines;
 use crate::config::Secret;
 use crate::http;
 use crate::upstream::chat::{client, refused, unreachable};
 
+/// Columns of the name that a line of a status begins with.
+pub const INDENT: usize = 14;
 /// How long the answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest status of a server; a proxy's holds its last 50 requests.
@@ -149,35 +150,36 @@ fn drafts(status: &Value) -> &[Value] {
     status["drafts"].as_array().map_or(&[], Vec::as_slice)
 }
 
+/// A line of a status: the name of a server, and what there is to say of it. Without a name the line continues the one before.
+#[must_use]
+pub fn line(name: &str, value: &str) -> String {
+    format!("{name:<INDENT$}{value}\n")
+}
+
 /// The status for people.
 #[must_use]
 pub fn table(url: &str, status: &Value) -> String {
-    let mut lines = Lines::for_stdout();
-    lines.add("proxy", &format!("{url}{}", activity(status)));
-    servers(status, &mut lines);
-    lines.into_text()
-}
-
-/// The target and the drafters of a proxy, and how well drafting goes.
-pub fn servers(status: &Value, lines: &mut Lines) {
-    lines.add("target", &server(&status["target"]));
+    let mut text = line("proxy", &format!("{url}{}", activity(status)));
+    let mut add = |name: &str, value: &str| text.push_str(&line(name, value));
+    add("target", &server(&status["target"]));
     let drafts = drafts(status);
     for draft in drafts {
-        lines.add("draft", &server(draft));
+        add("draft", &server(draft));
         if draft["healthy"] == true
             && let Some(outlook) = outlook(&draft["outlook"])
         {
-            lines.add("", &outlook);
+            add("", &outlook);
         }
     }
     if drafts.is_empty() {
-        lines.add("draft", "none");
+        add("draft", "none");
     }
-    lines.add("verification", &verification(status));
-    lines.add("drafting", &drafting(status));
+    add("verification", &verification(status));
+    add("drafting", &drafting(status));
     if let Some(agreement) = agreement(&status["agreement"]) {
-        lines.add("agreement", &agreement);
+        add("agreement", &agreement);
     }
+    text
 }
 
 /// `attached`, or `none` with the reason.

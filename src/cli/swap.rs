@@ -18,7 +18,7 @@ pub const EXAMPLES: &str = "\
 Example: tightwad swap qwen3-72b --json | jq -c .state
 Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
 coordinator's host 4 if its file is missing, 9 if it does not fit, 11 if its file is broken), 1 a later command asked for another one,
-130 Ctrl-C, which takes it back unless the new model has begun to load.";
+130 Ctrl-C, which takes it back unless the old model is being stopped already.";
 
 /// It answers that from memory.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -45,18 +45,13 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     let client = Client::new(section)?;
     let began = Instant::now();
     let mut steps = Steps::new();
-    let outcome = {
-        let swapping = follow(&client, model, options.json, &mut steps);
-        tokio::select! {
-            outcome = swapping => outcome,
-            () = stop.cancelled() => {
-                let message = "interrupted; the old model stays, unless the new one has begun to load: see `tightwad status`";
-                Err(Failure::new(Exit::Interrupted, message))
-            }
-        }
+    let mut last = Value::Null;
+    let outcome = tokio::select! {
+        outcome = follow(&client, model, options.json, &mut steps, &mut last) => Some(outcome),
+        () = stop.cancelled() => None,
     };
     steps.end();
-    match outcome {
+    match outcome.unwrap_or_else(|| Err(interrupted(model, &last))) {
         Ok(()) if options.json => Ok(()),
         Ok(()) => {
             let (url, seconds) = (client.url(), began.elapsed().as_secs_f32());
@@ -80,7 +75,20 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     }
 }
 
-async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> Result<(), Failure> {
+/// What Ctrl-C leaves behind after this step: who hangs up takes the command back until the old model is stopped.
+fn interrupted(model: &str, last: &Value) -> Failure {
+    let message = match last["model"].as_str() {
+        Some(now) if now == model => {
+            format!("interrupted; `{model}` goes on to load without you: see `tightwad status`")
+        }
+        Some(old) => format!("interrupted; the swap is taken back, and `{old}` stays"),
+        None => "interrupted before the coordinator answered; the swap is taken back".to_owned(),
+    };
+    Failure::new(Exit::Interrupted, message)
+}
+
+/// Shows the steps of a swap; `last` is the last one.
+async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps, last: &mut Value) -> Result<(), Failure> {
     let request = client.post("/v1/tightwad/swap", &json!({ "model": model }));
     let hangs = |_| {
         let (url, seconds) = (client.url(), SILENCE.as_secs());
@@ -120,6 +128,7 @@ async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps) -> 
                 let step = Step::of(&told);
                 steps.show(&step.doing, step.progress, &step.detail);
             }
+            *last = told;
         }
     }
     let message = format!("{} broke off while it swapped; see `tightwad status`", client.url());

@@ -109,7 +109,7 @@ impl DeviceStatus {
 /// Asks for the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRequest {
-    /// Who wants it: the coordinator's address, `192.168.1.10:8080`.
+    /// Name of the coordinator that wants it, `192.168.1.10:8080#1f0c9a3e`. Two coordinators never have the same.
     pub holder: String,
     /// Grows with each start of a llama-server. The same holder takes over its own lease with a higher one; a lower or
     /// equal one is refused with 409.

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 
 use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
+use super::bounded::{self, BodyError};
 use crate::config::{ConfigError, Secret, Worker};
-use crate::proxy::target::root_cause;
+use crate::upstream::failure;
 
 /// A host that is up answers the first packet in milliseconds.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
@@ -17,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
 /// A server that does not end by itself is killed after a second, and a GPU takes a while to be free.
 const RETURN_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Longest answer in bytes. A status with the last lines of several servers has some ten thousand.
+const MOST_BODY: usize = 1 << 20;
 
 /// A client of one worker's agent.
 #[derive(Debug, Clone)]
@@ -31,9 +36,7 @@ pub struct AgentClient {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
     /// Nobody answers, or not in time.
-    #[error(
-        "worker {worker} does not answer at {url} ({reason}); is its host up, and does `tightwad run worker` run there?"
-    )]
+    #[error("worker {worker} does not answer at {url} ({reason}); start `tightwad run worker {worker}` on its host")]
     Unreachable {
         /// Its name.
         worker: String,
@@ -43,10 +46,12 @@ pub enum AgentError {
         reason: String,
     },
     /// The token is wrong or missing.
-    #[error("worker {worker} refuses our token; give it the same `agent_token_file` on both hosts")]
+    #[error("worker {worker} is up at {url} and refuses our token; give it the same `agent_token_file` on both hosts")]
     Unauthorized {
         /// Its name.
         worker: String,
+        /// Its agent's URL.
+        url: String,
     },
     /// Somebody else has it, or we with a later epoch.
     #[error(
@@ -84,6 +89,14 @@ pub enum AgentError {
         /// What gave it away.
         reason: String,
     },
+    /// TLS or the resolver of this host cannot be set up.
+    #[error("worker {worker} cannot be asked: this host's HTTP client cannot be set up: {reason}")]
+    NoClient {
+        /// Its name.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
     /// The token's file cannot be read.
     #[error("worker {worker}: {reason}")]
     Token {
@@ -101,22 +114,26 @@ impl AgentClient {
             worker: worker.name().to_owned(),
             reason: error.to_string(),
         })?;
-        Ok(Self::at(worker.name(), worker.agent_url(), token))
+        Self::at(worker.name(), worker.agent_url(), token)
     }
 
     /// A client of the agent at a base URL.
-    #[must_use]
-    pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Self {
-        Self {
-            worker: worker.into(),
+    pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Result<Self, AgentError> {
+        let worker = worker.into();
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(Policy::none())
+            .connect_timeout(CONNECT_PATIENCE)
+            .build();
+        Ok(Self {
+            http: http.map_err(|error| AgentError::NoClient {
+                worker: worker.clone(),
+                reason: error.to_string(),
+            })?,
+            worker,
             url: url.into(),
             token,
-            http: reqwest::Client::builder()
-                .no_proxy()
-                .connect_timeout(CONNECT_PATIENCE)
-                .build()
-                .unwrap_or_default(),
-        }
+        })
     }
 
     /// Name of the worker.
@@ -171,7 +188,8 @@ impl AgentClient {
         }
         let worker = self.worker.clone();
         if status == StatusCode::UNAUTHORIZED {
-            return Err(AgentError::Unauthorized { worker });
+            let url = self.url.clone();
+            return Err(AgentError::Unauthorized { worker, url });
         }
         let refusal: Refusal = self.json(answer).await?;
         Err(match (status, refusal.holder) {
@@ -186,22 +204,23 @@ impl AgentClient {
 
     async fn json<T: DeserializeOwned>(&self, answer: Response) -> Result<T, AgentError> {
         let status = answer.status();
-        let body = answer.bytes().await.map_err(|error| self.unreachable(&error))?;
-        serde_json::from_slice(&body).map_err(|_| AgentError::NotAnAgent {
+        let stranger = |reason: String| AgentError::NotAnAgent {
             worker: self.worker.clone(),
             url: self.url.clone(),
-            reason: format!("it answers {status} with something else"),
-        })
+            reason,
+        };
+        let body = bounded::body(answer, MOST_BODY).await.map_err(|error| match error {
+            BodyError::Broken(error) => self.unreachable(&error),
+            BodyError::TooLong(_) => stranger(error.to_string()),
+        })?;
+        serde_json::from_slice(&body).map_err(|_| stranger(format!("it answers {status} with something else")))
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> AgentError {
-        if error.is_timeout() {
-            return self.silent();
-        }
         AgentError::Unreachable {
             worker: self.worker.clone(),
             url: self.url.clone(),
-            reason: root_cause(error),
+            reason: failure::explain(error),
         }
     }
 

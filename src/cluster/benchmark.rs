@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use crate::bench::median;
 use crate::config::{Secret, Worker};
+use crate::count::count;
 use crate::upstream::ChatError;
 use crate::upstream::chat::{client, refused, unreachable};
 
@@ -164,7 +165,10 @@ pub async fn benchmark(
     server.answer(&tokens, 0, first.0, settings.tokens).await?;
     let mut measured = Vec::new();
     for &(prompt_tokens, at_once) in &todo {
-        tell(&format!("{prompt_tokens} tokens, {at_once} at once"));
+        tell(&format!(
+            "{}, {at_once} at once",
+            count(prompt_tokens, "token", "tokens")
+        ));
         let shifts = (0..usize::from(at_once)).map(|request| request * SHIFT);
         let answers = shifts.map(|shift| server.answer(&tokens, shift, prompt_tokens, settings.tokens));
         let timings = try_join_all(answers).await?;
@@ -191,14 +195,16 @@ fn fitting(settings: &Settings, context: u32, slots: u64) -> (Vec<(u32, u16)>, V
     let mut left_out = Vec::new();
     let fits = |size: u32| u64::from(size) + u64::from(settings.tokens) <= u64::from(context);
     for size in settings.prompt_sizes.iter().filter(|size| !fits(**size)) {
+        let size = count(*size, "token", "tokens");
         left_out.push(format!(
-            "prompts of {size} tokens: with {} more for the answer they exceed the context of {context}",
+            "prompts of {size}: with {} more for the answer they exceed the context of {context}",
             settings.tokens
         ));
     }
     let served = |at_once: u16| u64::from(at_once) <= slots;
     for at_once in settings.batches.iter().filter(|at_once| !served(**at_once)) {
-        left_out.push(format!("{at_once} requests at once: the server has {slots} slots"));
+        let slots = count(slots, "slot", "slots");
+        left_out.push(format!("{at_once} requests at once: the server has {slots}"));
     }
     let sizes = settings.prompt_sizes.iter().copied().filter(|size| fits(*size));
     let todo = sizes.flat_map(|size| {

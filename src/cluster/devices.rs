@@ -3,7 +3,7 @@
 //! A worker's agent knows them best; without one the server itself is asked by whoever may, else the config's `vram_gb` has
 //! to do. The coordinator's own GPUs are asked of
 //! `llama-server --list-devices`. Only what the config lends is taken: the coordinator's `gpus`, and of a worker all that its
-//! agent tells. What was not to be had is told, and never ends the search.
+//! agent tells. What nobody tells is noted, and never ends the search.
 
 use std::collections::BTreeMap;
 use std::path::Path;

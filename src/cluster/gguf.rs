@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::upstream::failure::explain;
+
 /// Where the data begins when the file does not say otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Longest name of a key or of a tensor; llama.cpp's own tensor names have at most 64 bytes.
@@ -26,6 +28,12 @@ const MOST_STATE: u64 = 1 << 32;
 const MAX_DIMENSIONS: u32 = 4;
 /// Most parts of a model: their number has 16 bits.
 const MAX_PARTS: u64 = 65_535;
+/// Most tensors of a model. One of 61 layers with 384 experts, each expert's three matrices by themselves, has 70 000.
+const MAX_TENSORS: u64 = 1 << 17;
+/// Most keys of a file; models have about fifty.
+const MAX_KEYS: u64 = 1 << 14;
+/// Longest header, without the padding before the data. Vocabularies of 260 000 tokens with their merges take 20 MB.
+const MAX_HEADER: u64 = 128 << 20;
 /// A tensor's entry has at least a length of the name, a number of dimensions, a type and an offset.
 const MIN_TENSOR_ENTRY: u64 = 8 + 4 + 4 + 8;
 /// A key has at least a length, a type and a value of one byte.
@@ -67,12 +75,20 @@ pub enum ModelFileError {
         of: u64,
     },
     /// It is there and cannot be read.
-    #[error("the model file {} cannot be read ({source}); check its permissions", .path.display())]
+    #[error("the model file {} cannot be read ({}); check its permissions", .path.display(), explain(.source))]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A folder, a pipe or a device.
+    #[error("{} is {what}, not a model file; name a GGUF file in `path`", .path.display())]
+    NotAFile {
+        /// What `path` names.
+        path: PathBuf,
+        /// What that is.
+        what: &'static str,
     },
     /// It is no model.
     #[error("{} is not a GGUF model (it does not begin with `GGUF`); download or convert it again", .0.display())]
@@ -326,8 +342,14 @@ impl ModelFile {
                     ModelFileError::Missing(path) => ModelFileError::MissingPart { path, of: model.parts },
                     error => error,
                 })?;
-                model.bytes += part.length;
+                model.bytes = model.bytes.saturating_add(part.length);
                 model.tensors.extend(part.tensors);
+                if model.tensors.len() as u64 > MAX_TENSORS {
+                    return Err(ModelFileError::Broken {
+                        path,
+                        what: format!("with those before it the model has {} tensors", model.tensors.len()),
+                    });
+                }
             }
             if let Some(expected) = first.number("split.tensors.count")
                 && expected != model.tensors.len() as u64
@@ -393,8 +415,20 @@ fn read_part(path: &Path) -> Result<Part, ModelFileError> {
             source,
         },
     };
+    // Looked at before it is opened, which waits where it is a pipe.
+    let metadata = std::fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(ModelFileError::NotAFile {
+            path: path.to_owned(),
+            what: if metadata.is_dir() {
+                "a folder"
+            } else {
+                "a pipe or a device"
+            },
+        });
+    }
     let file = File::open(path).map_err(unreadable)?;
-    let length = file.metadata().map_err(unreadable)?.len();
+    let length = metadata.len();
     parse(BufReader::new(file), length)
         .map_err(|fault| fault.in_file(path, length))
         .map(|(keys, tensors)| Part {
@@ -440,7 +474,8 @@ impl Fault {
 
 type Header = (HashMap<String, Value>, Vec<Tensor>);
 
-/// Reads a header of a file of `length` bytes. No length that it names is believed before the file is known to hold it.
+/// Reads a header of a file of `length` bytes. A count or a length that it names is compared with the file's length and with
+/// what models have before anything is read or allocated for it: a file of holes may be as long as it likes.
 fn parse(input: impl Read + Seek, length: u64) -> Result<Header, Fault> {
     let mut reader = Reader {
         input,
@@ -459,7 +494,7 @@ fn parse(input: impl Read + Seek, length: u64) -> Result<Header, Fault> {
     }
     let n_tensors = reader.u64()?;
     let n_keys = reader.u64()?;
-    reader.expect(n_keys, MIN_KEY_ENTRY, "keys")?;
+    reader.expect(n_keys, MIN_KEY_ENTRY, "keys", MAX_KEYS)?;
     let mut keys = HashMap::new();
     for _ in 0..n_keys {
         let name = reader.name()?;
@@ -472,7 +507,7 @@ fn parse(input: impl Read + Seek, length: u64) -> Result<Header, Fault> {
         Some(Value::Number(alignment)) if alignment.is_power_of_two() && *alignment <= 1 << 30 => *alignment,
         Some(_) => return Err(Fault::Broken("`general.alignment` is no power of two".into())),
     };
-    reader.expect(n_tensors, MIN_TENSOR_ENTRY, "tensors")?;
+    reader.expect(n_tensors, MIN_TENSOR_ENTRY, "tensors", MAX_TENSORS)?;
     let mut tensors = Vec::new();
     let mut end = 0;
     for _ in 0..n_tensors {
@@ -513,25 +548,35 @@ impl<R: Read + Seek> Reader<R> {
         self.bytes().map(u64::from_le_bytes)
     }
 
-    /// Whether the file goes on for so many bytes.
+    /// Whether the file goes on for so many bytes, and the header may.
     fn has(&self, more: u64) -> Result<(), Fault> {
         match self.position.checked_add(more) {
-            Some(needs) if needs <= self.length => Ok(()),
-            Some(needs) => Err(Fault::Truncated(needs)),
+            Some(needs) if needs > self.length => Err(Fault::Truncated(needs)),
+            Some(needs) if needs > MAX_HEADER => {
+                let most = MAX_HEADER >> 20;
+                Err(Fault::Broken(format!(
+                    "it is longer than {most} MiB, which no model's is"
+                )))
+            }
+            Some(_) => Ok(()),
             None => Err(Fault::Broken("a length is beyond all files".into())),
         }
     }
 
-    /// Whether the file can hold so many entries.
-    fn expect(&self, count: u64, least: u64, what: &str) -> Result<(), Fault> {
-        let bytes = count
-            .checked_mul(least)
-            .ok_or_else(|| Fault::Broken(format!("it names {count} {what}")))?;
-        self.has(bytes)
+    /// Whether the file can hold so many entries of at least `least` bytes, and a model may have them.
+    fn expect(&self, count: u64, least: u64, what: &str, most: u64) -> Result<(), Fault> {
+        if count > most {
+            let what = format!("it names {count} {what}, and no model has more than {most}");
+            return Err(Fault::Broken(what));
+        }
+        self.has(count.saturating_mul(least))
     }
 
     fn skip(&mut self, bytes: u64) -> Result<(), Fault> {
         self.has(bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
         let Ok(step) = i64::try_from(bytes) else {
             return Err(Fault::Broken("a length is beyond all files".into()));
         };
@@ -600,7 +645,7 @@ impl<R: Read + Seek> Reader<R> {
         let of = self.u32()?;
         let count = self.u64()?;
         if of == 8 {
-            self.expect(count, 8, "texts")?;
+            self.expect(count, 8, "texts", MOST_NUMBERS)?;
             for _ in 0..count {
                 let bytes = self.u64()?;
                 self.skip(bytes)?;
@@ -608,7 +653,7 @@ impl<R: Read + Seek> Reader<R> {
             return Ok(Value::Array(count));
         }
         let size = fixed_size(of, key)?;
-        self.expect(count, size, "values")?;
+        self.expect(count, size, "values", MAX_HEADER)?;
         if count > MAX_ARRAY {
             self.skip(count * size)?;
             return Ok(Value::Array(count));
@@ -1086,6 +1131,94 @@ mod tests {
         assert!(matches!(read(&bytes), Err(ModelFileError::Truncated { .. })));
     }
 
+    /// A file that is as long as it claims and holds nothing but zeros after its head, as a file of holes does.
+    struct Holes {
+        head: Vec<u8>,
+        at: u64,
+    }
+
+    impl Read for Holes {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            buffer.fill(0);
+            let head = usize::try_from(self.at)
+                .ok()
+                .and_then(|at| self.head.get(at..))
+                .unwrap_or_default();
+            let n = head.len().min(buffer.len());
+            buffer[..n].copy_from_slice(&head[..n]);
+            self.at += buffer.len() as u64;
+            Ok(buffer.len())
+        }
+    }
+
+    impl Seek for Holes {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            let SeekFrom::Current(step) = to else { panic!("{to:?}") };
+            self.at = self.at.checked_add_signed(step).unwrap();
+            Ok(self.at)
+        }
+    }
+
+    /// Reads a header in a file of holes of a terabyte.
+    fn read_holes(head: &[u8]) -> Result<Header, Fault> {
+        let head = head.to_vec();
+        parse(BufReader::new(Holes { head, at: 0 }), 1 << 40)
+    }
+
+    #[test]
+    fn counts_that_no_model_has_are_refused_though_a_file_of_holes_could_hold_them() {
+        for (n_tensors, n_keys) in [
+            (50_000_000u64, 0u64),
+            (MAX_TENSORS + 1, 0),
+            (0, MAX_KEYS + 1),
+            (0, 1 << 35),
+        ] {
+            let counts = [n_tensors.to_le_bytes(), n_keys.to_le_bytes()].concat();
+            let fault = read_holes(&[b"GGUF\x03\0\0\0", counts.as_slice()].concat());
+            assert!(
+                matches!(fault, Err(Fault::Broken(_))),
+                "{n_tensors} {n_keys}: {fault:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_header_that_goes_on_for_ever_is_given_up_in_good_time() {
+        // The longest array of texts that a header has room for; each of them is read.
+        let texts = MAX_HEADER / 8 - 100;
+        let head = [
+            b"GGUF\x03\0\0\0".as_slice(),
+            &0u64.to_le_bytes(),
+            &MAX_KEYS.to_le_bytes(),
+            &1u64.to_le_bytes(),
+            b"k",
+            &9u32.to_le_bytes(),
+            &8u32.to_le_bytes(),
+            &texts.to_le_bytes(),
+        ];
+        let began = std::time::Instant::now();
+        let fault = read_holes(&head.concat());
+        assert!(matches!(fault, Err(Fault::Broken(_))), "{fault:?}");
+        assert!(
+            began.elapsed() < std::time::Duration::from_secs(30),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+
+    #[test]
+    fn a_folder_is_no_model_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = ModelFile::read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("is a folder"), "{error}");
+        assert!(
+            ModelFile::read(Path::new("/dev/zero"))
+                .unwrap_err()
+                .to_string()
+                .contains("a device")
+        );
+    }
+
     #[test]
     fn layers_with_a_window_are_told_from_those_that_see_all() {
         let shape = read(&gemma(12).bytes()).unwrap().shape;
@@ -1231,6 +1364,19 @@ mod tests {
             let parsed = parse(Cursor::new(&bytes), cut as u64);
             // The real model is longer than this, so it is never whole.
             prop_assert!(changed || parsed.is_err());
+        }
+
+        #[test]
+        fn a_header_with_changed_numbers_in_a_file_of_holes_is_refused_or_read_within_bounds(
+            changes in proptest::collection::vec((0..4000usize, any::<[u8; 8]>(), 0..9usize), 1..6),
+        ) {
+            let mut bytes = header();
+            for (at, number, length) in changes {
+                bytes[at..at + length].copy_from_slice(&number[..length]);
+            }
+            if let Ok((keys, tensors)) = read_holes(&bytes) {
+                prop_assert!(keys.len() as u64 <= MAX_KEYS && tensors.len() as u64 <= MAX_TENSORS);
+            }
         }
     }
 }

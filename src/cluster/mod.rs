@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`agent`] | what a worker's agent says over HTTP |
 //! | [`agent_client`] | asks it |
+//! | [`bounded`] | bodies of answers, read up to a limit |
 //! | [`build`] | the build of llama.cpp |
 //! | [`rpc_probe`] | asks a ggml-rpc-server that nobody has |
 //! | [`worker`] | a host that lends its GPUs |
@@ -17,6 +18,7 @@
 pub mod agent;
 pub mod agent_client;
 pub mod benchmark;
+pub mod bounded;
 pub mod build;
 pub mod coordinator;
 pub mod devices;

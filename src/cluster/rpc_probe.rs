@@ -16,6 +16,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::upstream::failure::explain;
+
 const GET_DEVICE_MEMORY: u8 = 11;
 const HELLO: u8 = 14;
 const DEVICE_COUNT: u8 = 15;
@@ -65,7 +67,7 @@ pub struct Told {
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// Nothing listens there, or the connection broke.
-    #[error("no ggml-rpc-server answers at {address} ({source}); start it there, and check host, port and firewall")]
+    #[error("no ggml-rpc-server answers at {address} ({}); start it there, and check host, port and firewall", explain(.source))]
     Unreachable {
         /// Where.
         address: SocketAddr,

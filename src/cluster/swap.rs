@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::count::count;
 use crate::supervise::restart::{self, Decision, Restarts};
 
 /// Longest pause before workers are asked again that were not ready: nobody tells when one without an agent returns.
@@ -187,7 +188,7 @@ pub enum Refused {
         why: Option<String>,
     },
     /// Too many wait already.
-    #[error("{0} requests wait already: send the request again later")]
+    #[error("{} already: send the request again later", count(*.0 as u64, "request waits", "requests wait"))]
     Full(usize),
     /// The model could not be started.
     #[error("the model `{model}` could not be started: {why}")]

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::upstream::failure::explain;
+
 /// Why there is no usable configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -20,7 +22,7 @@ pub enum ConfigError {
         looked: Vec<PathBuf>,
     },
     /// The cluster file cannot be read.
-    #[error("{}: cannot read the cluster file{}: {source}", path.display(), if *from_variable { " that TIGHTWAD_CONFIG names" } else { "" })]
+    #[error("{}: cannot read the cluster file{}: {}", path.display(), if *from_variable { " that TIGHTWAD_CONFIG names" } else { "" }, explain(source))]
     Read {
         /// The file.
         path: PathBuf,
@@ -110,8 +112,14 @@ pub(super) fn list(items: impl IntoIterator<Item = impl fmt::Display>) -> String
         .join(", ")
 }
 
+/// A longer word is no slip of the pen, and its comparison would take long.
+const LONGEST_WORD: usize = 128;
+
 /// The known word that `wanted` was most likely meant to be.
 pub(super) fn closest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if wanted.len() > LONGEST_WORD {
+        return None;
+    }
     known
         .into_iter()
         .map(|word| {

@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::load::read_text;
 use super::origin::{Finding, KeyPath, key_path};
 use super::{Config, Model, resolve};
 use crate::cluster::gguf::{ModelFile, ModelFileError};
@@ -106,7 +107,7 @@ fn token_file_problem(file: &Path) -> Option<String> {
         return Some(format!("{shown} is a directory; name the file in it"));
     }
     let is_blank = |text: String| text.trim().is_empty();
-    let empty = metadata.is_file() && fs::read_to_string(file).is_ok_and(is_blank);
+    let empty = metadata.is_file() && read_text(file).is_ok_and(is_blank);
     empty.then(|| format!("{shown} is empty; write the token into it, such as `openssl rand -hex 32` makes one"))
 }
 

@@ -1,6 +1,8 @@
 //! Finding, layering and checking the cluster file.
 
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use figment::value::{Dict, Empty, Value};
@@ -110,7 +112,7 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found
     let variable = environment.get("TIGHTWAD_CONFIG").map(Path::new);
     if let Some(named) = explicit.or(variable) {
         let path = environment.directory.join(named);
-        return match std::fs::read_to_string(&path) {
+        return match read_text(&path) {
             Ok(text) => Ok(Found::File { path, text }),
             Err(source) => Err(ConfigError::Read {
                 path,
@@ -129,7 +131,7 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found
     looked.extend(user.map(|folder| folder.join("tightwad/config.yaml")));
     looked.push("/etc/tightwad/cluster.yaml".into());
     for path in &looked {
-        match std::fs::read_to_string(path) {
+        match read_text(path) {
             Ok(text) => {
                 return Ok(Found::File {
                     path: path.clone(),
@@ -147,6 +149,29 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found
         }
     }
     Ok(Found::Nothing { looked })
+}
+
+/// Largest cluster file in bytes. One of a hundred hosts takes a tenth of it.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The text of a file, or of a pipe (`-c <(generate)`): the cluster file, or a secret. A device may never end.
+pub(super) fn read_text(path: &Path) -> io::Result<String> {
+    let refuse = |what: String| Err(io::Error::other(what));
+    let kind = fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_fifo() {
+        let what = if kind.is_dir() {
+            "a folder"
+        } else {
+            "a device or a socket"
+        };
+        return refuse(format!("it is {what}; name a regular file or a pipe"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return refuse(format!("it is larger than {} MiB; name another file", MOST_BYTES >> 20));
+    }
+    String::from_utf8(bytes).or_else(|_| refuse("it is not text in UTF-8; name another file".to_owned()))
 }
 
 /// The values of the file; their lines go to `origins`.

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, Coordinator, Proxy, Server, Upstream, Worker};
+use crate::upstream::failure::explain;
 
 /// A string that never shows in logs or in the output of `check-config`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -100,7 +101,7 @@ fn resolve(inline: Option<&Secret>, file: Option<&Path>, key: &str) -> Result<Op
         path: path.to_owned(),
         reason,
     };
-    let text = std::fs::read_to_string(path).map_err(|error| fail(format!("cannot be read: {error}")))?;
+    let text = super::load::read_text(path).map_err(|error| fail(format!("cannot be read: {}", explain(&error))))?;
     match text.trim() {
         "" => Err(fail("is empty; it should hold the token in one line".into())),
         secret => Ok(Some(Secret::new(secret))),

@@ -12,6 +12,7 @@ use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream, VerificationMode};
 use crate::speculation::Token;
+use crate::upstream::failure;
 use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.
@@ -412,12 +413,25 @@ async fn look_at(server: &Server) -> Look {
             status.problem = Some("it answers, but not like llama-server; set `backend` to what it is".into());
         }
         Err(UpstreamError::Refused { status: 503, .. }) => status.problem = Some(LOADING.into()),
-        Err(error) => status.problem = Some(error.to_string()),
+        Err(error) => status.problem = Some(format!("{error}{}", remedy(server, &error))),
     }
     if status.model.is_none() {
         status.model = props.as_ref().and_then(|props| props.model_alias.clone());
     }
     Look { status, props }
+}
+
+/// What to do where nothing listens.
+fn remedy(server: &Server, error: &UpstreamError) -> &'static str {
+    match (error, server.config.backend, &server.text) {
+        (UpstreamError::Unreachable { cause, .. }, _, _) if !failure::is_refused(cause) => "",
+        (UpstreamError::Unreachable { .. }, Backend::Llamacpp, Some(_)) => "; start `tightwad run draft` on that host",
+        (UpstreamError::Unreachable { .. }, Backend::Llamacpp, None) => {
+            "; start `tightwad run target` or `tightwad run coordinator` on that host"
+        }
+        (UpstreamError::Unreachable { .. }, ..) => "; start the server on that host",
+        _ => "",
+    }
 }
 
 /// How the target verifies, and how many draft tokens at once; or why it does not.

@@ -14,7 +14,7 @@ const QUOTED: usize = 500;
 /// Why a request is not answered by the target.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("this endpoint wants its token: send `Authorization: Bearer <token>` or `x-api-key: <token>`")]
+    #[error("a token is required here: send `Authorization: Bearer <token>` or `x-api-key: <token>`")]
     Unauthorized,
     #[error("there is nothing for clients at this path: drafts are exchanged between the proxy and the target")]
     Hidden,

@@ -11,6 +11,7 @@ use reqwest::{Client, RequestBuilder, Response, Url};
 
 use super::respond::Refusal;
 use crate::config::Secret;
+use crate::upstream::failure;
 
 /// A server that does not take a connection within this time is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -152,7 +153,7 @@ fn was_closed(error: &reqwest::Error) -> bool {
     if error.is_connect() {
         return false;
     }
-    causes(error).any(|cause| {
+    failure::causes(error).any(|cause| {
         if let Some(error) = cause.downcast_ref::<hyper::Error>() {
             return error.is_incomplete_message() || error.is_closed() || error.is_canceled();
         }
@@ -165,15 +166,9 @@ fn was_closed(error: &reqwest::Error) -> bool {
     })
 }
 
-/// The innermost cause, which says what happened; the outer ones say that something did.
+/// What happened, in plain words.
 pub(crate) fn root_cause(error: &(dyn Error + 'static)) -> String {
-    causes(error)
-        .last()
-        .map_or_else(|| error.to_string(), ToString::to_string)
-}
-
-fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    std::iter::successors(Some(error), |error: &&'a (dyn Error + 'static)| (*error).source())
+    failure::explain(error)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use reqwest::header::CONTENT_TYPE;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::failure;
 use crate::config::Secret;
 
 /// What a server knows by itself it tells within this time, or not at all.
@@ -21,11 +22,11 @@ pub enum UpstreamError {
     Unreachable {
         /// What was asked.
         url: String,
-        /// The innermost cause.
+        /// Why, in plain words.
         cause: String,
     },
     /// An answer with an error status, or an error in a stream.
-    #[error("{url} answered {status}: {message}")]
+    #[error("{}", failure::refused(.url, *.status, .message))]
     Refused {
         /// What was asked.
         url: String,
@@ -257,16 +258,9 @@ pub(super) fn error_message(error: &serde_json::Value) -> Option<String> {
     message.as_str().map(str::to_owned)
 }
 
-/// Names the innermost cause, which says more than reqwest's own words.
 fn unreachable(url: String, error: &reqwest::Error) -> UpstreamError {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    UpstreamError::Unreachable {
-        url,
-        cause: cause.to_string(),
-    }
+    let cause = failure::explain(error);
+    UpstreamError::Unreachable { url, cause }
 }
 
 /// Splits a body into lines.

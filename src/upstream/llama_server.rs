@@ -14,6 +14,10 @@ use crate::speculation::{Spelled, Token};
 
 const COMPLETION: &str = "/completion";
 
+/// Header of a completion that only measures the server: nobody waits for its text, so a coordinator that swaps its model
+/// ends it rather than wait for it.
+pub const MEASURING: &str = "x-tightwad-measuring";
+
 /// One llama-server.
 #[derive(Debug, Clone)]
 pub struct LlamaServer {
@@ -457,6 +461,7 @@ impl LlamaServer {
             "temperature": 0,
         });
         let request = self.connection.request(COMPLETION, &body).header("X-Draft-Key", key);
+        let request = request.header(MEASURING, "1");
         self.connection.send(COMPLETION, request).await
     }
 

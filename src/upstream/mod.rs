@@ -2,6 +2,7 @@
 
 pub mod chat;
 mod connection;
+pub mod failure;
 mod llama_server;
 mod scoring;
 mod sglang;
@@ -13,7 +14,7 @@ mod written_tokens;
 pub use chat::{ChatError, ChatServer};
 pub use connection::UpstreamError;
 pub use llama_server::{
-    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, Generated, LlamaServer, Props, StreamEnd,
+    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, Generated, LlamaServer, MEASURING, Props, StreamEnd,
 };
 pub use scoring::{Scores, ScoringServer, Tokenized};
 pub use sglang::Sglang;

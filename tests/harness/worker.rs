@@ -75,7 +75,7 @@ impl Worker {
 
     pub fn client_with(&self, token: Option<&str>) -> AgentClient {
         let url = format!("http://127.0.0.1:{}", self.agent_port);
-        AgentClient::at("w", url, token.map(Secret::new))
+        AgentClient::at("w", url, token.map(Secret::new)).expect("a client")
     }
 
     pub fn folder(&self) -> &Path {

@@ -37,6 +37,8 @@ pub(super) struct Driver {
     taken: Option<Taken>,
     /// The server that is, or is on its way.
     server: Option<Running>,
+    /// Why no server runs, as it was logged last.
+    in_the_way: Option<String>,
 }
 
 struct Taken {
@@ -88,6 +90,7 @@ impl Driver {
             own_free: OwnFree::new(),
             taken: None,
             server: None,
+            in_the_way: None,
         };
         (driver, reports)
     }
@@ -159,12 +162,19 @@ impl Driver {
             });
         });
         if let Err(Unready::Yet(why) | Unready::Ever(why)) = &result
-            && self.swap.snapshot().problem.as_ref() != Some(why)
             && !self.leasing.is_cancelled()
         {
-            tracing::warn!("not ready to start: {why}");
+            self.in_the_way(why);
         }
         self.handle(Event::Leased(epoch, result), outcomes)
+    }
+
+    /// Logs what keeps the model from being started, unless that was logged last.
+    fn in_the_way(&mut self, why: &str) {
+        if self.in_the_way.as_deref() != Some(why) {
+            tracing::warn!("not ready to start: {why}");
+            self.in_the_way = Some(why.to_owned());
+        }
     }
 
     /// Whether it goes on.
@@ -173,12 +183,16 @@ impl Driver {
             self.waiting.remove(id);
         }
         if let Event::Died(_, failure) | Event::Broken(_, failure) = &event {
-            tracing::error!("{}", failure.why);
+            if self.in_the_way.as_ref() != Some(&failure.why) {
+                tracing::error!("{}", failure.why);
+                self.in_the_way = Some(failure.why.clone());
+            }
         }
         if let Event::Ready(_) = &event
             && let Some(running) = &self.server
         {
             tracing::info!("ready after {:.1} s", running.began.elapsed().as_secs_f32());
+            self.in_the_way = None;
         }
         if matches!(event, Event::Died(..) | Event::Stopped(_)) {
             self.collect_last_lines();
@@ -317,6 +331,8 @@ impl Driver {
     }
 
     fn stop(&mut self, epoch: u64, broken: bool) {
+        // All counted answers are over by now. What is left is not waited for, such as a drafter's measuring.
+        self.end_answers(Ended::Shutdown);
         let stop = self.server.as_mut().and_then(|running| running.stop.take());
         if stop.is_none_or(|stop| stop.send(broken).is_err()) {
             // It has ended by itself, and has said so or is about to: either way it is gone.
@@ -355,12 +371,17 @@ impl Driver {
             .filter(|_| serves)
             .map(|running| Arc::clone(&running.life));
         let pid = self.server.as_mut().and_then(|running| running.pid.try_recv().ok());
-        let gone = self.server.is_none();
+        let (gone, in_the_way) = (self.server.is_none(), self.in_the_way.is_some());
         self.report.send_if_modified(|report| {
             let changed = report.now != now || pid.is_some() || report.life.is_some() != life.is_some();
             if report.now.state != now.state {
                 report.since = Instant::now();
-                tracing::info!("`{}` is {}", now.model, now.state);
+                // Tries that come to nothing are no news.
+                if in_the_way && matches!(now.state, State::Leasing | State::Down) {
+                    tracing::debug!("`{}` is {}", now.model, now.state);
+                } else {
+                    tracing::info!("`{}` is {}", now.model, now.state);
+                }
             }
             if gone {
                 report.pid = None;

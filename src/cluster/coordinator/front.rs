@@ -26,6 +26,7 @@ use crate::proxy::relay;
 use crate::proxy::respond::Refusal;
 use crate::proxy::target::Outgoing;
 use crate::proxy::token;
+use crate::upstream::MEASURING;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -109,8 +110,8 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         Err(refusal) => return refusal.response(dialect),
     };
     let path = parts.uri.path();
-    let waits =
-        Route::of(&parts.method, path).completion || (parts.method == Method::POST && ALSO_WAIT.contains(&path));
+    let waits = !parts.headers.contains_key(MEASURING)
+        && (Route::of(&parts.method, path).completion || (parts.method == Method::POST && ALSO_WAIT.contains(&path)));
     let asked = waits.then(|| admission::check(&body, None).ok()).flatten();
     let prepared = Prepared {
         method: parts.method,

@@ -27,6 +27,7 @@ mod workers;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -126,12 +127,61 @@ fn first_epoch() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX / 2)
 }
 
-/// What workers know us by: the same after a restart, and another one for each coordinator.
+/// Name by which workers know this coordinator: `HOST:PORT#INSTANCE`. A restarted coordinator has the same name, so that it
+/// takes over its own leases; two coordinators never share one, even if their hosts have the same name.
 fn holder(coordinator: &Coordinator) -> String {
     let host = coordinator.host.as_str();
     let own_name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let name = Some(())
         .filter(|()| is_wildcard(host) || is_loopback(host))
         .and_then(|()| own_name());
-    format!("{}:{}", name.as_deref().map_or(host, str::trim), coordinator.port)
+    let name = name.as_deref().map_or(host, str::trim);
+    let port = coordinator.port;
+    format!("{name}:{port}#{:08x}", instance(host, place().as_deref()))
+}
+
+/// The running kernel and the network of this process in it: different on every machine and in every container with a
+/// network of its own, also where they are copies of one image and share a host name and a machine id.
+fn place() -> Option<String> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let network = std::fs::read_link("/proc/self/ns/net").ok()?;
+    Some(format!("{} {}", boot.trim(), network.display()))
+}
+
+/// Tells apart coordinators of one name. An unknown place gives a random number: a restarted coordinator then waits until its
+/// leases expire.
+fn instance(listens_on: &str, place: Option<&str>) -> u32 {
+    let Some(place) = place else { return rand::random() };
+    let digest = Sha256::digest(format!("{place} {listens_on}"));
+    digest
+        .iter()
+        .take(4)
+        .fold(0, |number, byte| number << 8 | u32::from(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_coordinator_keeps_its_name_and_shares_it_with_no_other() {
+        let coordinator = |host: &str| Coordinator {
+            host: host.to_owned(),
+            ..Coordinator::default()
+        };
+        let name = holder(&coordinator("0.0.0.0"));
+        assert_eq!(name, holder(&coordinator("0.0.0.0")), "after a restart");
+        assert_ne!(
+            name,
+            holder(&coordinator("127.0.0.1")),
+            "on another address of one host"
+        );
+        assert!(name.contains(":8080#"), "{name}");
+
+        let here = instance("0.0.0.0", Some("boot-1 net:[1]"));
+        assert_eq!(here, instance("0.0.0.0", Some("boot-1 net:[1]")));
+        for place in [Some("boot-2 net:[1]"), Some("boot-1 net:[2]"), None] {
+            assert_ne!(here, instance("0.0.0.0", place), "{place:?}");
+        }
+    }
 }

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use super::front::Front;
 use super::pool::{Life, Pool};
 use super::problem::Problem;
+use crate::cluster::bounded;
 use crate::cluster::swap::{self, Refused};
 use crate::proxy::paths::Dialect;
 use crate::proxy::target::Outgoing;
@@ -28,6 +29,8 @@ use crate::proxy::target::Outgoing;
 const STEP: Duration = Duration::from_secs(2);
 /// What the server tells of its model is left out if it takes longer.
 const MODEL_PATIENCE: Duration = Duration::from_millis(500);
+/// Longest such answer in bytes.
+const MOST_BODY: usize = 1 << 20;
 /// The progress of a load is told in such steps.
 const PROGRESS: f32 = 0.01;
 
@@ -93,7 +96,8 @@ async fn told_of_model(life: &Life) -> Option<serde_json::Map<String, Value>> {
         headers,
         body: Bytes::new(),
     };
-    let mut told: Value = life.target.send(outgoing).await.ok()?.json().await.ok()?;
+    let answer = life.target.send(outgoing).await.ok()?;
+    let mut told: Value = serde_json::from_slice(&bounded::body(answer, MOST_BODY).await.ok()?).ok()?;
     let meta = told.pointer_mut("/data/0/meta")?.take();
     Some([("meta".to_owned(), meta)].into_iter().collect())
 }

@@ -121,7 +121,11 @@ impl Problem {
     /// As an HTTP answer.
     pub(super) fn response(&self, dialect: Dialect) -> Response {
         let status = self.status();
-        tracing::warn!(%status, code = self.code(), "{}", self.message());
+        match self {
+            // The driver has said once why nobody is admitted.
+            Self::Refused { .. } => tracing::debug!(%status, code = self.code(), "{}", self.message()),
+            Self::Ended(_) | Self::Broke(_) => tracing::warn!(%status, code = self.code(), "{}", self.message()),
+        }
         let again = (status == StatusCode::SERVICE_UNAVAILABLE).then_some("5");
         respond::error_response(status, &self.body(dialect), again)
     }

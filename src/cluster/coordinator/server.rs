@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reqwest::StatusCode;
+use reqwest::redirect::Policy;
+use reqwest::{Client, StatusCode};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
@@ -11,6 +12,7 @@ use super::load::{self, Line};
 use super::pool::Message;
 use super::stall::{Slot, Stall};
 use super::workers::Workers;
+use crate::cluster::bounded::{self, BodyError};
 use crate::cluster::swap::{Event, Failure};
 use crate::config::Secret;
 use crate::supervise::child::Child;
@@ -23,6 +25,8 @@ const POLL: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
 /// Longest wait for the answer to a look.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest list of slots in bytes; a slot takes some thousand.
+const MOST_BODY: usize = 4 << 20;
 /// How long a server that is asked to end may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for one that is broken.
@@ -71,6 +75,17 @@ pub(super) async fn run(run: Run) {
             Line::Log => false,
         })
     };
+    let client = match client() {
+        Ok(client) => client,
+        Err(error) => {
+            let failure = Failure {
+                why: format!("this host's HTTP client cannot be set up: {error}"),
+                curable: true,
+                worker: false,
+            };
+            return send(&tell, Event::Died(epoch, failure));
+        }
+    };
     let mut child = match Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await {
         Ok(child) => child,
         Err(error) => {
@@ -83,10 +98,10 @@ pub(super) async fn run(run: Run) {
     let broken = {
         let looks = async {
             let seconds = tokio::select! {
-                () = until_ready(&url) => {
+                () = until_ready(&client, &url) => {
                     send(&tell, Event::Ready(epoch));
                     tokio::select! {
-                        stalled = until_stalled(&url, &key, stall) => Ok(stalled.as_secs()),
+                        stalled = until_stalled(&client, &url, &key, stall) => Ok(stalled.as_secs()),
                         lost = workers.until_disconnected() => Err(lost),
                     }
                 }
@@ -165,17 +180,18 @@ async fn failure(death: &Death, workers: &Workers) -> Failure {
     }
 }
 
-fn client() -> reqwest::Client {
-    reqwest::Client::builder()
+/// Client for the llama-server of this host.
+fn client() -> Result<Client, reqwest::Error> {
+    Client::builder()
         .no_proxy()
+        .redirect(Policy::none())
         .timeout(PATIENCE)
         .pool_max_idle_per_host(0)
         .build()
-        .unwrap_or_default()
 }
 
-async fn until_ready(url: &str) {
-    let (client, health) = (client(), format!("{url}/health"));
+async fn until_ready(client: &Client, url: &str) {
+    let health = format!("{url}/health");
     loop {
         let answer = client.get(&health).send().await;
         if answer.is_ok_and(|answer| answer.status() == StatusCode::OK) {
@@ -190,25 +206,38 @@ async fn until_load_stalls(mut moved: watch::Receiver<()>) {
 }
 
 /// Waits until nothing has moved for too long, and says how long that was.
-async fn until_stalled(url: &str, key: &Secret, patience: Duration) -> Duration {
+///
+/// An answer without slots (an error, or bad JSON) counts as no news. A server that has never listed its slots, as with
+/// `--no-slots`, is not watched, since every pause would look like a stall.
+async fn until_stalled(client: &Client, url: &str, key: &Secret, patience: Duration) -> Duration {
     if patience.is_zero() {
         return std::future::pending().await;
     }
-    let (client, slots) = (client(), format!("{url}/slots"));
+    let slots = format!("{url}/slots");
     let mut stall = Stall::new(patience, Instant::now());
+    let (mut lists_slots, mut warned) = (false, false);
     loop {
-        let slots = match look(client.get(&slots).bearer_auth(key.expose())).await {
-            Look::Slots(slots) => Some(slots),
+        let seen = match look(client.get(&slots).bearer_auth(key.expose())).await {
+            Look::Slots(slots) => {
+                lists_slots = true;
+                Some(slots)
+            }
             Look::Nothing => None,
-            Look::Refused(why) => {
-                tracing::warn!(
-                    "llama-server does not tell its slots ({why}), so that nobody notices if it hangs; take --no-slots out \
-                     of `extra_args`"
-                );
-                return std::future::pending().await;
+            Look::Unusable(why) => {
+                if !lists_slots {
+                    if !warned {
+                        tracing::warn!(
+                            "llama-server does not list its slots ({why}), so a server that hangs is not noticed; take \
+                             --no-slots out of `extra_args`"
+                        );
+                        warned = true;
+                    }
+                    stall = Stall::new(patience, Instant::now());
+                }
+                None
             }
         };
-        if let Some(stalled) = stall.look(Instant::now(), slots) {
+        if let Some(stalled) = stall.look(Instant::now(), seen) {
             return stalled;
         }
         sleep(LOOK).await;
@@ -218,10 +247,10 @@ async fn until_stalled(url: &str, key: &Secret, patience: Duration) -> Duration 
 /// What comes of asking for the slots.
 enum Look {
     Slots(Vec<Slot>),
-    /// No answer: it is busy, or hangs.
+    /// No answer: the server is busy, or hangs.
     Nothing,
-    /// An answer, and it will never be another one.
-    Refused(String),
+    /// An answer without slots.
+    Unusable(String),
 }
 
 async fn look(request: reqwest::RequestBuilder) -> Look {
@@ -229,9 +258,66 @@ async fn look(request: reqwest::RequestBuilder) -> Look {
         return Look::Nothing;
     };
     let status = answer.status();
-    match answer.bytes().await {
-        Err(_) => Look::Nothing,
-        Ok(_) if !status.is_success() => Look::Refused(status.to_string()),
-        Ok(body) => serde_json::from_slice(&body).map_or_else(|error| Look::Refused(error.to_string()), Look::Slots),
+    match bounded::body(answer, MOST_BODY).await {
+        Err(BodyError::Broken(_)) => Look::Nothing,
+        Err(error @ BodyError::TooLong(_)) => Look::Unusable(error.to_string()),
+        Ok(_) if !status.is_success() => Look::Unusable(status.to_string()),
+        Ok(body) => serde_json::from_slice(&body).map_or_else(|error| Look::Unusable(error.to_string()), Look::Slots),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::Router;
+    use axum::http::StatusCode;
+    use axum::routing::get;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    /// A server that gives these answers to `/slots`, the last one again and again.
+    async fn server(answers: Vec<(StatusCode, &'static str)>) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let count = Arc::new(AtomicUsize::new(0));
+        let answer = move || {
+            let number = count.fetch_add(1, Ordering::Relaxed).min(answers.len() - 1);
+            std::future::ready(answers[number])
+        };
+        let router = Router::new().route("/slots", get(answer));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        url
+    }
+
+    async fn stalls(answers: Vec<(StatusCode, &'static str)>, within: Duration) -> bool {
+        let url = server(answers).await;
+        let key = Secret::new("k");
+        let stalled = async { until_stalled(&client().unwrap(), &url, &key, PATIENCE).await };
+        timeout(within, stalled).await.is_ok()
+    }
+
+    /// A slot that generates and does not move.
+    const STUCK: &str = r#"[{"is_processing":true,"id_task":7,"next_token":[{"n_decoded":3}]}]"#;
+
+    #[tokio::test]
+    async fn one_bad_answer_does_not_end_the_watch_for_stalls() {
+        for (status, body) in [
+            (StatusCode::INTERNAL_SERVER_ERROR, "{}"),
+            (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+            (StatusCode::OK, "[{"),
+        ] {
+            for before in [vec![], vec![(StatusCode::OK, STUCK)]] {
+                let answers = [before, vec![(status, body), (StatusCode::OK, STUCK)]].concat();
+                assert!(stalls(answers, PATIENCE * 6).await, "{status} {body}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_lists_its_slots_is_not_taken_for_one_that_hangs() {
+        assert!(!stalls(vec![(StatusCode::NOT_IMPLEMENTED, "{}")], PATIENCE * 13).await);
     }
 }

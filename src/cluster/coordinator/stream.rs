@@ -16,7 +16,7 @@ use crate::proxy::events::Boundary;
 use crate::proxy::paths::Dialect;
 use crate::proxy::relay;
 use crate::proxy::respond::{self, Refusal};
-use crate::proxy::target::root_cause;
+use crate::upstream::failure;
 
 /// Silence after which a waiting client gets a comment.
 const COMMENTS: Duration = Duration::from_secs(3);
@@ -55,7 +55,7 @@ impl Source {
                     biased;
                     chunk = bytes.next() => match chunk {
                         Some(Ok(bytes)) => Step::Bytes(bytes),
-                        Some(Err(error)) => Step::Broken(root_cause(&error)),
+                        Some(Err(error)) => Step::Broken(failure::explain(&error)),
                         None => Step::End,
                     },
                     ended = granted.life.ended() => Step::Ended(ended),

@@ -1,34 +1,46 @@
 //! The model parts that `ggml-rpc-server` keeps on disk, so that a load need not send them again.
 //!
 //! The server (llama.cpp b11434, `rpc_server::set_tensor`, `get_cached_file`) writes each part into a file named by the
-//! FNV-1a hash of its bytes, never deletes one, and never looks whether one is whole: after a full disk, or a server
-//! that was killed as it wrote, half a part would silently become half of a model's weights. So files that are new are
-//! read and checked against their names before a server can use them, and the oldest beyond the quota go.
+//! FNV-1a hash of its bytes, never deletes one, and never checks one. So half a part, left by a full disk or a server that was
+//! killed as it wrote, would become half of a model's weights. And since other bytes with the same FNV-1a hash are easily made,
+//! whoever reaches the RPC port can overwrite a part of a model with others.
+//!
+//! So each part is read before a server can use it: its FNV-1a hash must be its name, and its SHA-256 digest is recorded in
+//! the file `digests`, beside the server's folder. A part that was touched since is read again, and removed unless its digest
+//! is still the recorded one. A part without a record, as in a cache of an earlier version, is read and recorded. What the
+//! digests cannot tell is whether the first bytes of a name were the right ones.
+//!
+//! The oldest parts beyond the quota go.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
+use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Worker;
+use crate::upstream::failure::explain;
 
 /// The server's folder inside of the one that it is given.
 const PARTS: &str = "rpc";
-/// Our file beside that folder: parts that are older than it are whole.
-const CHECKED: &str = "checked";
+/// Our file beside that folder, see [`Record`].
+const DIGESTS: &str = "digests";
+/// What earlier versions had in place of it.
+const MARK: &str = "checked";
+/// Largest file of digests that is read: one line for each of more parts than any disk has.
+const MOST_DIGESTS: u64 = 64 << 20;
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 /// More threads than this wait for the disk.
 const MOST_THREADS: usize = 8;
 /// Free space below which parts are likely to be cut off.
 const SCARCE: u64 = 1024 * 1024 * 1024;
-/// A file that is written after a moment may bear an earlier time, by so much: the clocks of file systems are coarse.
-const GRAIN: Duration = Duration::from_secs(2);
-
 /// The cache of a worker.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -56,7 +68,7 @@ pub struct Progress {
 
 /// The cache cannot be kept in order.
 #[derive(Debug, thiserror::Error)]
-#[error("the cache {} cannot be tidied ({source}); check its permissions and its disk, or set `cache_gb: 0`", .path.display())]
+#[error("the cache {} cannot be tidied ({}); check its permissions and its disk, or set `cache_gb: 0`", .path.display(), explain(.source))]
 pub struct CacheError {
     path: PathBuf,
     source: io::Error,
@@ -66,10 +78,92 @@ pub struct CacheError {
 #[derive(Debug)]
 struct Part {
     path: PathBuf,
+    name: u64,
     bytes: u64,
     /// When it was last written or read, as far as the file system tells.
     used: SystemTime,
-    written: SystemTime,
+    stamp: Stamp,
+}
+
+/// What changes whenever a file is written, renamed or given other times: nobody but root can set all of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    bytes: u64,
+    inode: u64,
+    /// Time of the last change in seconds and nanoseconds.
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            bytes: metadata.len(),
+            inode: metadata.ino(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+type Digest = [u8; 32];
+
+/// A part that was checked: a line `NAME DIGEST BYTES INODE SECONDS NANOSECONDS` of the file `digests`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Record {
+    digest: Digest,
+    stamp: Stamp,
+}
+
+impl Record {
+    fn parse(line: &str) -> Option<(u64, Self)> {
+        let mut words = line.split(' ');
+        let name = name(words.next()?)?;
+        let digest = words.next()?;
+        let bytes = (0..digest.len()).step_by(2).map(|at| digest.get(at..at + 2));
+        let bytes: Option<Vec<u8>> = bytes.map(|pair| u8::from_str_radix(pair?, 16).ok()).collect();
+        let record = Self {
+            digest: bytes?.try_into().ok()?,
+            stamp: Stamp {
+                bytes: words.next()?.parse().ok()?,
+                inode: words.next()?.parse().ok()?,
+                changed: (words.next()?.parse().ok()?, words.next()?.parse().ok()?),
+            },
+        };
+        words.next().is_none().then_some((name, record))
+    }
+
+    fn write(&self, name: u64, text: &mut String) {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{name:016x} ");
+        for byte in self.digest {
+            let _ = write!(text, "{byte:02x}");
+        }
+        let Stamp { bytes, inode, changed } = self.stamp;
+        let _ = writeln!(text, " {bytes} {inode} {} {}", changed.0, changed.1);
+    }
+}
+
+/// The records by the names of their parts.
+type Records = BTreeMap<u64, Record>;
+
+/// What is recorded in a folder; a line that cannot be read counts for nothing, and its part is read again.
+fn records(folder: &Path) -> Records {
+    let mut text = String::new();
+    let read = File::open(folder.join(DIGESTS)).and_then(|file| file.take(MOST_DIGESTS).read_to_string(&mut text));
+    match read {
+        Ok(_) => text.lines().filter_map(Record::parse).collect(),
+        Err(_) => Records::new(),
+    }
+}
+
+/// Replaces the records of a folder, all at once.
+fn record(folder: &Path, records: &Records) -> io::Result<()> {
+    let mut text = String::new();
+    for (name, record) in records {
+        record.write(*name, &mut text);
+    }
+    let new = folder.join(format!("{DIGESTS}.new"));
+    fs::write(&new, text)?;
+    fs::rename(new, folder.join(DIGESTS))
 }
 
 impl Cache {
@@ -137,9 +231,9 @@ impl Cache {
         }
     }
 
-    /// Removes new parts that are not whole, and the least recently used beyond the quota. To be called only while no
-    /// server runs. Takes about a second per GiB of new parts and processor; `stop` cuts it short, and the next one goes on
-    /// from there.
+    /// Removes parts that are not whole or not what they were, and the least recently used beyond the quota. To be called
+    /// only while no server runs. Takes some seconds per GiB of new parts and processor; `stop` cuts it short, and the next
+    /// one goes on from there.
     pub fn tidy(&self, stop: &CancellationToken) -> Result<(), CacheError> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let fail = |source| CacheError {
@@ -147,27 +241,40 @@ impl Cache {
             source,
         };
         fs::create_dir_all(folder.join(PARTS)).map_err(fail)?;
-        let began = SystemTime::now() - GRAIN;
-        let mark = folder.join(CHECKED);
-        let since = fs::metadata(&mark).and_then(|mark| mark.modified()).ok();
-        let all = parts(folder).map_err(fail)?;
-        let (mut new, old): (Vec<Part>, Vec<Part>) = all
-            .into_iter()
-            .partition(|part| since.is_none_or(|since| part.written >= since));
-        // The oldest first, so that the mark can follow.
-        new.sort_by_key(|part| part.written);
-        let checked = self.check(new, stop);
-        for path in &checked.broken {
-            tracing::warn!("removing {}, a part that is not whole", path.display());
-            fs::remove_file(path).map_err(fail)?;
+        let mut records = records(folder);
+        let mut parts = parts(folder).map_err(fail)?;
+        let names: BTreeSet<u64> = parts.iter().map(|part| part.name).collect();
+        records.retain(|name, _| names.contains(name));
+        let known = |part: &Part| records.get(&part.name).is_some_and(|record| record.stamp == part.stamp);
+        let new: Vec<&Part> = parts.iter().filter(|part| !known(part)).collect();
+        let mut useless = Vec::new();
+        for (part, read) in self.read(&new, stop) {
+            let before = records.get(&part.name).map(|record| record.digest);
+            let why = match read {
+                Ok(Some(digest)) if before.is_none_or(|before| before == digest) => {
+                    let stamp = part.stamp;
+                    records.insert(part.name, Record { digest, stamp });
+                    continue;
+                }
+                Ok(Some(_)) => "its bytes are others than when it was first checked, and only its name is the same",
+                Ok(None) => "it is not whole",
+                // It is no use to the server either.
+                Err(_) => "it cannot be read",
+            };
+            tracing::warn!("removing the model part {}: {why}", part.path.display());
+            useless.push(part.name);
         }
-        let until = checked.unread_since.map_or(began, |unread| unread.min(began));
-        let touched = File::create(&mark).and_then(|mark| mark.set_modified(until));
-        touched.map_err(fail)?;
+        parts.retain(|part| !useless.contains(&part.name));
+        for name in useless {
+            records.remove(&name);
+            fs::remove_file(folder.join(PARTS).join(format!("{name:016x}"))).map_err(fail)?;
+        }
+        record(folder, &records).map_err(fail)?;
+        let _ = fs::remove_file(folder.join(MARK));
         if stop.is_cancelled() {
             return Ok(());
         }
-        let freed = self.enforce_quota(old.into_iter().chain(checked.parts)).map_err(fail)?;
+        let freed = self.enforce_quota(parts).map_err(fail)?;
         if freed > 0 {
             tracing::info!("removed {freed} bytes of old model parts from {}", folder.display());
         }
@@ -176,24 +283,26 @@ impl Cache {
         Ok(())
     }
 
-    /// Reads the parts, on several threads.
-    fn check(&self, new: Vec<Part>, stop: &CancellationToken) -> Checked {
+    /// Reads the parts on several threads, and gives the digest of each that is whole; those are left out that `stop` was
+    /// too early for.
+    fn read<'a>(&self, new: &[&'a Part], stop: &CancellationToken) -> Vec<(&'a Part, io::Result<Option<Digest>>)> {
         self.seen.checked.store(0, Ordering::Relaxed);
-        self.seen.to_check.store(sum(&new), Ordering::Relaxed);
+        self.seen
+            .to_check
+            .store(new.iter().map(|part| part.bytes).sum(), Ordering::Relaxed);
         let next = AtomicUsize::new(0);
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let read = || {
-            let mut verdicts = Vec::new();
+            let mut read = Vec::new();
             while !stop.is_cancelled()
-                && let number = next.fetch_add(1, Ordering::Relaxed)
-                && let Some(part) = new.get(number)
+                && let Some(part) = new.get(next.fetch_add(1, Ordering::Relaxed))
             {
-                verdicts.push((number, is_whole(&part.path)));
+                read.push((*part, digest_of_whole(part)));
                 self.seen.checked.fetch_add(part.bytes, Ordering::Relaxed);
             }
-            verdicts
+            read
         };
-        let mut verdicts: BTreeMap<usize, io::Result<bool>> = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let readers: Vec<_> = (0..threads.min(MOST_THREADS).min(new.len()))
                 .map(|_| scope.spawn(read))
                 .collect();
@@ -202,24 +311,10 @@ impl Cache {
                 .filter_map(|reader| reader.join().ok())
                 .flatten()
                 .collect()
-        });
-        let mut checked = Checked::default();
-        for (number, part) in new.into_iter().enumerate() {
-            match verdicts.remove(&number) {
-                // What cannot be read is no use to the server either.
-                Some(Ok(false) | Err(_)) => checked.broken.push(part.path),
-                Some(Ok(true)) => checked.parts.push(part),
-                None => {
-                    checked.unread_since.get_or_insert(part.written);
-                    checked.parts.push(part);
-                }
-            }
-        }
-        checked
+        })
     }
 
-    fn enforce_quota(&self, parts: impl Iterator<Item = Part>) -> io::Result<u64> {
-        let mut parts: Vec<Part> = parts.collect();
+    fn enforce_quota(&self, mut parts: Vec<Part>) -> io::Result<u64> {
         parts.sort_by_key(|part| part.used);
         let mut too_much = sum(&parts).saturating_sub(self.quota_bytes);
         let mut freed = 0;
@@ -263,57 +358,52 @@ fn parts(folder: &Path) -> io::Result<Vec<Part>> {
     for entry in entries {
         let entry = entry?;
         let metadata = entry.metadata()?;
-        if hash_in_name(&entry.path()).is_none() || !metadata.is_file() {
+        let Some(name) = entry.file_name().to_str().and_then(name) else {
+            continue;
+        };
+        if !metadata.is_file() {
             continue;
         }
         let written = metadata.modified()?;
         parts.push(Part {
             path: entry.path(),
+            name,
             bytes: metadata.len(),
             used: metadata.accessed().map_or(written, |read| read.max(written)),
-            written,
+            stamp: Stamp::of(&metadata),
         });
     }
     Ok(parts)
 }
 
-fn hash_in_name(path: &Path) -> Option<u64> {
-    let name = path.file_name()?.to_str()?;
-    if name.len() != 16 {
-        return None;
-    }
-    u64::from_str_radix(name, 16).ok()
+/// The hash that the name of a part is: 16 small hexadecimal digits.
+fn name(text: &str) -> Option<u64> {
+    let digits = text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    digits.then(|| u64::from_str_radix(text, 16).ok())?
 }
 
-/// What a check found. Parts that were not read are among the whole ones.
-#[derive(Debug, Default)]
-struct Checked {
-    parts: Vec<Part>,
-    broken: Vec<PathBuf>,
-    /// When the oldest part that was not read was written.
-    unread_since: Option<SystemTime>,
-}
-
-/// Whether a part holds what its name says.
-fn is_whole(path: &Path) -> io::Result<bool> {
+/// The digest of a part that holds what its name says; `None`: it holds something else.
+fn digest_of_whole(part: &Part) -> io::Result<Option<Digest>> {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;
-    let mut file = File::open(path)?;
+    let mut file = File::open(&part.path)?;
     let mut buffer = vec![0; 1 << 20];
-    let mut hash = OFFSET;
+    let (mut hash, mut digest) = (OFFSET, Sha256::new());
     loop {
         let read = file.read(&mut buffer)?;
         if read == 0 {
-            return Ok(hash_in_name(path) == Some(hash));
+            return Ok((hash == part.name).then(|| digest.finalize().into()));
         }
         for byte in &buffer[..read] {
             hash = (hash ^ u64::from(*byte)).wrapping_mul(PRIME);
         }
+        digest.update(&buffer[..read]);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
 
     use super::*;
 
@@ -370,13 +460,21 @@ mod tests {
         assert!(whole.exists() && foreign.exists() && !broken.exists());
     }
 
+    /// The bytes that are read to check the cache.
+    fn read_by(cache: &Cache) -> u64 {
+        cache.tidy(&CancellationToken::new()).unwrap();
+        cache.progress().of
+    }
+
     #[test]
-    fn parts_are_read_once_and_new_ones_again() {
+    fn a_part_is_read_once_and_again_if_it_was_touched() {
         let folder = tempfile::tempdir().unwrap();
         let cache = cache(folder.path(), 1000);
         let old = part(folder.path(), &[1; 100], 60);
-        cache.tidy(&CancellationToken::new()).unwrap();
-        // A change that leaves its age alone is not seen, which shows that it is not read again.
+        assert_eq!([read_by(&cache), read_by(&cache)], [100, 0]);
+        let new = part(folder.path(), &[2; 50], 0);
+        assert_eq!(read_by(&cache), 50);
+        // Not even one who gives it its times back can change it unseen.
         let modified = fs::metadata(&old).unwrap().modified().unwrap();
         fs::write(&old, [9; 100]).unwrap();
         File::options()
@@ -385,56 +483,55 @@ mod tests {
             .unwrap()
             .set_modified(modified)
             .unwrap();
-        let new = part(folder.path(), &[2; 100], 0);
-        fs::write(&new, [3; 10]).unwrap();
-        cache.tidy(&CancellationToken::new()).unwrap();
-        assert!(old.exists() && !new.exists());
+        assert_eq!(read_by(&cache), 100);
+        assert!(!old.exists() && new.exists());
     }
 
     #[test]
-    fn a_check_that_was_cut_short_is_made_up_for() {
+    fn other_bytes_with_the_hash_of_a_part_do_not_replace_it() {
+        // Two texts with one FNV-1a hash; whatever follows both leaves it equal.
+        let [first, forged] = ["7mohtcOFVz", "c1E51sSEyx"].map(|text| format!("{text} of a model").into_bytes());
         let folder = tempfile::tempdir().unwrap();
         let cache = cache(folder.path(), 1000);
-        let broken = part(folder.path(), &[1; 100], 60);
-        fs::write(&broken, [1; 10]).unwrap();
-        let stopped = CancellationToken::new();
-        stopped.cancel();
-        cache.tidy(&stopped).unwrap();
-        assert!(broken.exists());
+        let path = part(folder.path(), &first, 60);
         cache.tidy(&CancellationToken::new()).unwrap();
-        assert!(!broken.exists());
+        assert_eq!(path, part(folder.path(), &forged, 0), "the hash is the same");
+        cache.tidy(&CancellationToken::new()).unwrap();
+        assert!(!path.exists());
+        // The right bytes, which the coordinator sends again, are taken.
+        part(folder.path(), &first, 0);
+        cache.tidy(&CancellationToken::new()).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), first);
     }
 
     #[test]
-    fn a_check_that_was_cut_short_goes_on_where_it_ended() {
+    fn a_check_that_was_cut_short_is_made_up_for_and_goes_on_where_it_ended() {
         let folder = tempfile::tempdir().unwrap();
         let cache = cache(folder.path(), 1 << 40);
-        let read = part(folder.path(), &[1; 100], 60);
-        let unread = part(folder.path(), &[2; 100], 30);
-        let parts = parts(folder.path()).unwrap();
-        let until = parts.iter().map(|part| part.written).max().unwrap();
-        // What a check leaves that was cut short between the two.
-        let mark = File::create(folder.path().join(CHECKED)).unwrap();
-        mark.set_modified(until).unwrap();
-        for path in [&read, &unread] {
-            let written = fs::metadata(path).unwrap().modified().unwrap();
-            fs::write(path, [9; 50]).unwrap();
-            File::options()
-                .write(true)
-                .open(path)
-                .unwrap()
-                .set_modified(written)
-                .unwrap();
-        }
+        let whole = part(folder.path(), &[1; 100], 60);
         let stopped = CancellationToken::new();
         stopped.cancel();
         cache.tidy(&stopped).unwrap();
-        let marked = fs::metadata(folder.path().join(CHECKED)).unwrap().modified().unwrap();
-        assert_eq!(marked, until);
-        cache.tidy(&CancellationToken::new()).unwrap();
-        assert!(read.exists() && !unread.exists());
-        assert_eq!(cache.progress(), Progress { checked: 50, of: 50 });
-        assert_eq!(cache.bytes(), 50);
+        assert_eq!(read_by(&cache), 100, "nothing was read");
+        let broken = part(folder.path(), &[2; 100], 30);
+        fs::write(&broken, [2; 10]).unwrap();
+        cache.tidy(&stopped).unwrap();
+        assert!(broken.exists());
+        assert_eq!(read_by(&cache), 10, "the first part was read before");
+        assert!(whole.exists() && !broken.exists());
+        assert_eq!(cache.bytes(), 100);
+    }
+
+    #[test]
+    fn a_cache_of_an_earlier_version_is_read_once_and_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = cache(folder.path(), 1000);
+        let old = part(folder.path(), &[1; 100], 60);
+        let mark = folder.path().join(MARK);
+        fs::write(&mark, "").unwrap();
+        fs::write(folder.path().join(DIGESTS), "no record\n").unwrap();
+        assert_eq!([read_by(&cache), read_by(&cache)], [100, 0]);
+        assert!(old.exists() && !mark.exists());
     }
 
     #[test]
