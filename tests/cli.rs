@@ -590,6 +590,145 @@ fn the_status_of_a_proxy_whose_target_is_down_is_shown_and_exits_6() {
     assert!(ended.stdout.contains("http://127.0.0.1:1: down"), "{ended:?}");
 }
 
+const JSON: &str =
+    "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{}";
+const LOADING: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
+
+#[test]
+fn the_status_of_a_proxy_whose_draft_is_down_is_shown_and_exits_13() {
+    let user = User::new();
+    let (port, target) = (free_port(), serves(JSON));
+    user.config(&format!(
+        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:{target}\" }}, draft: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+    ));
+    let _proxy = Running::start(user.tightwad(&["proxy", "start"]));
+    eventually(SOON, "the target is found", || {
+        let ended = user.run(&["proxy", "status"]);
+        ended.code != Some(7) && ended.stdout.contains(&format!("{target}: healthy"))
+    });
+    let ended = user.run(&["proxy", "status"]);
+    ended.fails(13, &["http://127.0.0.1:1", "tightwad run draft"]);
+    assert!(ended.stdout.contains(": up "), "{ended:?}");
+    user.run(&["status"]).fails(13, &["http://127.0.0.1:1"]);
+}
+
+#[test]
+fn the_status_ends_with_the_worst_of_what_the_file_declares() {
+    let user = User::new();
+    let model = tiny_model();
+    let model = model.display();
+    let status = |target: u16, draft: u16, worker: &str| {
+        user.config(&format!(
+            "target: {{ port: {target}, model: big }}\ndraft: {{ port: {draft}, model: small }}\n{worker}\n\
+             models: {{ big: {{ path: {model} }}, small: {{ path: {model} }} }}\n"
+        ));
+        user.run(&["status"])
+    };
+    let (well, loading) = (serves(JSON), serves(LOADING));
+    let draft = serves(JSON);
+    let all_is_well = status(well, draft, "");
+    assert_eq!(all_is_well.code, Some(0), "{all_is_well:?}");
+    for line in [
+        format!("target        http://127.0.0.1:{well}, big: ready"),
+        format!("draft         http://127.0.0.1:{draft}, small: ready"),
+    ] {
+        assert!(
+            all_is_well.stdout.contains(&line),
+            "`{line}` is missing in {all_is_well:?}"
+        );
+    }
+    status(well, free_port(), "").fails(13, &["no draft runs", "tightwad run draft"]);
+    status(loading, draft, "").fails(6, &["loads its model"]);
+    status(free_port(), free_port(), "").fails(7, &["no target runs", "tightwad run target", "no draft runs"]);
+    let worker = format!(
+        "workers: [ {{ host: 127.0.0.1, agent_port: {}, agent_token: t }} ]",
+        free_port()
+    );
+    status(well, free_port(), &worker).fails(6, &["down: 127.0.0.1", "no draft runs"]);
+}
+
+#[test]
+fn a_target_on_the_loopback_address_of_another_host_is_not_taken_for_down() {
+    let user = User::new();
+    user.config(&format!(
+        "proxy: {{ host: 192.0.2.1, auth_token: t }}\ntarget: {{ port: {} }}\nmodels: {{ big: {{ path: {} }} }}\n",
+        free_port(),
+        tiny_model().display()
+    ));
+    let ended = user.run(&["status"]);
+    assert!(ended.stdout.contains("it is not asked from here"), "{ended:?}");
+    assert!(!ended.stderr.contains("no target runs"), "{ended:?}");
+}
+
+#[test]
+fn a_wrong_token_is_told_from_a_server_that_is_down() {
+    let user = User::new();
+    let port = free_port();
+    let config = |token: &str| {
+        user.config(&format!(
+            "proxy: {{ port: {port}, auth_token: {token}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+        ));
+    };
+    config("right");
+    let _proxy = Running::start(user.tightwad(&["proxy", "start"]));
+    eventually(SOON, "the proxy listens", || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    config("wrong");
+    user.run(&["proxy", "status"]).fails(14, &["401", "token"]);
+    user.run(&["status"]).fails(14, &["401", "token"]);
+    let mut chat = user.tightwad(&["chat"]);
+    chat.stdin(Stdio::piped());
+    let mut chat = Running::start(chat);
+    chat.0.stdin.take().unwrap().write_all(b"hello\n").unwrap();
+    chat.ends_within(SOON).fails(14, &["401", "token"]);
+}
+
+#[test]
+fn ctrl_c_at_the_prompt_of_a_chat_ends_it_without_a_word() {
+    let user = User::new();
+    user.config("proxy: { target: { url: \"http://127.0.0.1:1\" } }\n");
+    let mut chat = user.tightwad(&["chat"]);
+    chat.stdin(Stdio::piped());
+    let mut chat = Running::start(chat);
+    let input = chat.0.stdin.take();
+    sleep(Duration::from_millis(500));
+    chat.signal(Signal::INT);
+    let ended = chat.ends_within(SOON);
+    drop(input);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(130), ""), "{ended:?}");
+}
+
+#[test]
+fn bench_says_what_it_waits_for_when_a_draft_is_down() {
+    let user = User::new();
+    let target = format!("http://127.0.0.1:{}", serves(JSON));
+    let bench = user.tightwad(&["bench", "--target", &target, "--draft", "http://127.0.0.1:1"]);
+    let mut bench = Running::start(bench);
+    sleep(Duration::from_secs(4));
+    bench.0.kill().unwrap();
+    let mut stderr = String::new();
+    bench.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert!(stderr.contains("waiting for at most 15 s: "), "{stderr}");
+}
+
+#[test]
+fn check_config_of_the_file_alone_says_nothing_about_this_host() {
+    let user = User::new();
+    user.config("target: {}\nmodels: { big: { path: /no/such.gguf } }\nbinaries: { llama_server: /no/such/program }\n");
+    let here = user.run(&["check-config"]);
+    assert!(
+        here.code == Some(0) && here.stderr.contains("/no/such.gguf"),
+        "{here:?}"
+    );
+    let mut portable = user.tightwad(&["check-config", "--portable"]);
+    let portable = Ended::from(portable.env("TIGHTWAD_TARGET__PRT", "1").output().unwrap());
+    assert_eq!(portable.code, Some(0), "{portable:?}");
+    assert_eq!(portable.stderr.lines().count(), 1, "{portable:?}");
+    user.config("target: { prt: 1 }\n");
+    user.run(&["check-config", "--portable"]).fails(3, &[]);
+}
+
 #[test]
 fn a_proxy_of_the_environment_is_not_for_a_users_own_machines() {
     let user = User::new();

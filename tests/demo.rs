@@ -56,6 +56,8 @@ fn the_demo_shows_no_ratio_where_nothing_was_drafted() {
     let output = demo(&target()).args(no_drafts).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{stderr}");
+    // Nobody looks at an empty table for a minute without a word.
+    assert!(stderr.contains("warming up, plain: 0 of 30 answers"), "{stderr}");
     let table = String::from_utf8(output.stdout).unwrap();
     let rows = table.lines().filter(|row| row.ends_with(" yes")).collect::<Vec<_>>();
     // Two of each of five kinds, and the total.

@@ -177,15 +177,15 @@ fn the_flake_has_one_input_and_it_is_pinned() {
     assert!(locked("narHash").starts_with("sha256-"));
 }
 
-/// The README's blocks of this language.
+/// The blocks of a page in this language.
 fn blocks<'a>(readme: &'a str, language: &str) -> Vec<&'a str> {
     let blocks = readme.split(language).skip(1);
     blocks.map(|rest| rest.split("```").next().unwrap()).collect()
 }
 
 #[test]
-fn the_hosts_of_the_readme_are_those_of_the_template() {
-    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+fn the_hosts_of_the_documentation_are_those_of_the_template() {
+    let readme = fs::read_to_string(repository().join("docs/nixos.md")).unwrap();
     let template: String = fs::read_dir(repository().join("nix/template"))
         .unwrap()
         .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap())
@@ -201,8 +201,8 @@ fn the_hosts_of_the_readme_are_those_of_the_template() {
 }
 
 #[test]
-fn every_option_of_the_readme_exists() {
-    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+fn every_option_of_the_documentation_exists() {
+    let readme = fs::read_to_string(repository().join("docs/nixos.md")).unwrap();
     let options = fs::read_to_string(repository().join("docs/options.md")).unwrap();
     let named: BTreeSet<&str> = readme
         .split(|character: char| character.is_whitespace() || "`();,".contains(character))

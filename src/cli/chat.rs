@@ -38,7 +38,13 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         chat.ask_for_prompt();
         let prompt = tokio::select! {
             prompt = prompts.recv() => prompt,
-            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+            _ = tokio::signal::ctrl_c() => {
+                if chat.interactive {
+                    eprintln!();
+                }
+                // Nothing was under way, so there is nothing to say.
+                return Err(Failure::silent(Exit::Interrupted));
+            }
         };
         let Some(prompt) = prompt.transpose()? else { break };
         if prompt.trim().is_empty() {
@@ -82,7 +88,10 @@ impl Chat {
             (ChatServer::new(&url, token.clone(), model)?, Some((url, token)))
         };
         if interactive {
-            eprintln!("Talking to {}. Ctrl-C cancels an answer, Ctrl-D ends.", server.url());
+            eprintln!(
+                "Talking to {}. Ctrl-C cancels an answer or ends, Ctrl-D ends.",
+                server.url()
+            );
         }
         Ok(Self {
             server,

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::output::{print, print_line};
-use crate::config::check_config;
+use crate::config::{Scope, check_config};
 
 /// Options of `check-config`.
 #[derive(Debug, Args)]
@@ -15,6 +15,10 @@ pub struct Options {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
+    /// Check the file alone, so that the result is the same on every host: say nothing about the models, keys and programs
+    /// of this one, and ignore `TIGHTWAD_*` variables that give keys.
+    #[arg(long)]
+    portable: bool,
     /// Also print the config as it is after all layers and defaults; secrets are not shown.
     #[arg(long)]
     show: bool,
@@ -22,7 +26,8 @@ pub struct Options {
 
 /// Checks it. The config goes to stdout, what is said about it to stderr.
 pub fn check(file: Option<&Path>, options: &Options) -> Result<(), Failure> {
-    let report = check_config(file);
+    let scope = if options.portable { Scope::File } else { Scope::ThisHost };
+    let report = check_config(file, scope);
     let config = report.config.as_ref().filter(|_| options.show);
     if options.json {
         let mut json = serde_json::to_value(&report).map_err(|error| Failure::other("write JSON", error))?;

@@ -3,6 +3,8 @@
 use std::io;
 use std::process::ExitCode;
 
+use reqwest::StatusCode;
+
 use crate::bench::{OwnDraftError, PromptError, RelayError};
 use crate::cluster::coordinator::CoordinatorError;
 use crate::cluster::gguf::ModelFileError;
@@ -29,7 +31,7 @@ pub enum Exit {
     File = 4,
     /// A port is in use.
     PortInUse = 5,
-    /// A server does not answer, or refuses.
+    /// A server does not answer, or answers with an error.
     Unreachable = 6,
     /// There is nothing to stop or to ask: it does not run.
     NotRunning = 7,
@@ -43,6 +45,10 @@ pub enum Exit {
     BrokenModel = 11,
     /// Nothing was drafted, so nothing was compared.
     NothingDrafted = 12,
+    /// A drafter is down: answers come, without its drafts.
+    DraftDown = 13,
+    /// A server is up and refuses the token or the key.
+    Refused = 14,
     /// Ctrl-C before the work was done.
     Interrupted = 130,
     /// Who read the output has gone: what a shell says of a program that SIGPIPE has ended.
@@ -55,7 +61,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why the program ends early: what happened and what to do next, in one sentence.
+/// Why the program ends early: what happened and what to do next, in one sentence; no sentence where nobody needs one.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -72,6 +78,11 @@ impl Failure {
             exit,
             message: message.into(),
         }
+    }
+
+    /// An end that needs no words.
+    pub fn silent(exit: Exit) -> Self {
+        Self::new(exit, "")
     }
 
     /// An error that has no exit code of its own, with what was being done.
@@ -136,6 +147,10 @@ impl From<ChatError> for Failure {
         match error {
             ChatError::Reader(error) => error.into(),
             ChatError::NoClient(_) => Self::new(Exit::Other, error.to_string()),
+            ChatError::Refused {
+                status: StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN,
+                ..
+            } => Self::new(Exit::Refused, error.to_string()),
             _ => Self::new(Exit::Unreachable, error.to_string()),
         }
     }
@@ -193,11 +208,9 @@ impl From<PlanError> for Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        let exit = if error.kind() == io::ErrorKind::BrokenPipe {
-            Exit::Unheard
-        } else {
-            Exit::Other
-        };
-        Self::new(exit, error.to_string())
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::silent(Exit::Unheard),
+            _ => Self::new(Exit::Other, error.to_string()),
+        }
     }
 }

@@ -17,6 +17,7 @@ mod progress;
 mod proxy;
 mod question_set;
 mod run;
+mod server_status;
 mod signals;
 mod start;
 mod status;
@@ -61,7 +62,7 @@ Examples:
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit,
 10 a worker has another build of llama.cpp, 11 broken model file, 12 nothing was drafted,
-130 interrupted, 141 nobody reads the output any more.
+13 a draft is down, 14 a token or key was refused, 130 interrupted, 141 nobody reads the output any more.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
 const PROXY_EXAMPLES: &str = "\
@@ -129,7 +130,7 @@ enum Command {
     /// Stop the coordinator of this host and wait until running answers are finished and the workers are free.
     #[command(after_help = "Example: tightwad stop")]
     Stop,
-    /// Show the coordinator, the workers and the proxy, whatever is down.
+    /// Show everything that the config declares, whatever is down.
     #[command(after_help = pool_status::EXAMPLES)]
     Status(pool_status::Options),
     /// Make the coordinator run another model over the same workers.
@@ -152,7 +153,7 @@ enum ProxyCommand {
     #[command(after_help = "Example: tightwad proxy stop")]
     Stop,
     /// Show its servers and how well drafting goes.
-    #[command(after_help = "Example: tightwad proxy status --json | jq .counts")]
+    #[command(after_help = proxy::STATUS_EXAMPLES)]
     Status {
         /// The whole answer as JSON.
         #[arg(long)]
@@ -266,7 +267,7 @@ fn exec_child(child: &ExecChild) -> ExitCode {
 }
 
 fn report(failure: &Failure) -> ExitCode {
-    if failure.exit == Exit::Unheard {
+    if failure.message.is_empty() {
         return failure.exit.into();
     }
     let sentence = format!("error: {failure}");

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::Failure;
+use super::progress::Line;
 use super::proxy;
 use crate::config;
 use crate::engine::Engine;
@@ -19,6 +20,8 @@ use crate::upstream::{ChatError, ChatServer};
 const POLL: Duration = Duration::from_millis(100);
 /// A proxy that has just met its servers measures them for about so long at most.
 const MEASURING: Duration = Duration::from_secs(20);
+/// How long nothing is said while a proxy finds out what its servers can.
+const SILENCE: Duration = Duration::from_secs(1);
 /// How long a proxy's status may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -50,8 +53,12 @@ impl OwnProxy {
 
 /// Waits until the proxy can draft with any of its drafters and has measured its servers, for at most `patience`, or until it
 /// knows its target and has no draft at all; then the reason why it cannot.
+///
+/// While it waits it says so on stderr, once for each reason.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
     let began = tokio::time::Instant::now();
+    let line = Line::new();
+    let mut said = None;
     loop {
         let Some(status) = status(proxy).await? else {
             return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
@@ -69,6 +76,17 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         }
         if !measuring && (hopeless || began.elapsed() >= patience) {
             return Ok(Some(reason.unwrap_or_else(|| "the proxy gives no reason".to_owned())));
+        }
+        let waits = if measuring {
+            "measuring the servers".to_owned()
+        } else {
+            let reason = reason.as_deref().unwrap_or("the servers do not answer yet");
+            format!("waiting for at most {} s: {reason}", patience.as_secs())
+        };
+        // What comes right at once needs no words.
+        if began.elapsed() >= SILENCE && said.as_ref() != Some(&waits) {
+            line.tell(&waits);
+            said = Some(waits);
         }
         tokio::time::sleep(POLL).await;
     }

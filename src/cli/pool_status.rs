@@ -1,6 +1,5 @@
 //! `tightwad status`: coordinator, workers and proxy on one screen.
 
-use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
@@ -12,6 +11,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::coordinator::{Client, Step};
 use super::exit::{Exit, Failure};
 use super::output::{print, print_report};
+use super::server_status::{self, SeenServer};
+use super::status::duration;
 use super::wrap::fitted;
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
@@ -24,16 +25,13 @@ pub const EXAMPLES: &str = "\
 Examples:
   tightwad status --watch
   tightwad status --json | jq '.workers[] | {name, up}'
-Exit codes: 0 all is well, 6 a server cannot be reached or is not ready yet, 7 the coordinator or the proxy that the config has
-does not run. What is behind the proxy is only shown: see `tightwad proxy status`.";
+The exit code tells the worst of what the config declares: 0 all is well, 6 a server or a worker cannot be reached or is not
+ready yet, 7 the coordinator, the target or the proxy does not run, 13 only a draft is down, 14 a token is refused.";
 
 /// Whoever has not answered after this is not waited for.
 const BOUND: Duration = Duration::from_millis(150);
 /// Pause between two looks with `--watch`.
 const WATCH: Duration = Duration::from_secs(1);
-
-/// Columns before what is said of a server.
-const INDENT: usize = 14;
 
 /// What `tightwad status` is asked.
 #[derive(Debug, clap::Args)]
@@ -51,6 +49,8 @@ pub struct Options {
 struct Overview {
     /// `None`: the config has none.
     coordinator: Option<Seen<Value>>,
+    /// The sections `target` and `draft`.
+    servers: Vec<SeenServer>,
     workers: Vec<SeenWorker>,
     /// `None`: the config has none.
     proxy: Option<Seen<Value>>,
@@ -80,13 +80,9 @@ struct SeenWorker {
 
 /// Shows how all are.
 pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
-    if config.coordinator.is_none() && config.workers.is_empty() && config.proxy.is_none() {
-        let message = "the config has neither a coordinator nor workers nor a proxy; add a section `coordinator`";
-        return Err(Failure::new(Exit::Config, message));
-    }
     if !options.watch {
         let seen = look(config).await;
-        print_report(&json(&seen)?, options.json, |_| fitted(&table(&seen), INDENT))?;
+        print_report(&json(&seen)?, options.json, |_| fitted(&table(&seen), status::INDENT))?;
         return verdict(&seen);
     }
     let stop = signals::stop_token()?;
@@ -96,7 +92,7 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
         let text = match (options.json, terminal) {
             (true, _) => format!("{}\n", json(&seen)?),
             // From the top of the screen, of which the rest is cleared.
-            (false, true) => format!("\x1b[H\x1b[2J{}", fitted(&table(&seen), INDENT)),
+            (false, true) => format!("\x1b[H\x1b[2J{}", fitted(&table(&seen), status::INDENT)),
             (false, false) => format!("{}\n", table(&seen)),
         };
         print(text)?;
@@ -124,6 +120,10 @@ async fn look(config: &Config) -> Overview {
         .proxy
         .clone()
         .map(|section| tokio::spawn(see_proxy(section, give_up)));
+    let servers: Vec<_> = server_status::declared(config)
+        .into_iter()
+        .map(|asked| tokio::spawn(asked.look(BOUND)))
+        .collect();
     let see = |worker: &Worker| tokio::spawn(see_worker(worker.clone(), give_up));
     let asked: Vec<_> = config.workers.iter().map(see).collect();
     let mut seen = Overview {
@@ -131,6 +131,9 @@ async fn look(config: &Config) -> Overview {
         proxy: seen(proxy).await,
         ..Overview::default()
     };
+    for asked in servers {
+        seen.servers.extend(asked.await.ok());
+    }
     for (worker, asked) in config.workers.iter().zip(asked) {
         seen.workers.push(SeenWorker {
             name: worker.name().to_owned(),
@@ -153,8 +156,16 @@ async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Value> 
 
 async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
     let url = config::local_url(&section.host, section.port);
-    let asking = async { status::fetch(&url, section.token()?.as_ref()).await };
-    let answer = timeout_at(give_up, asking).await.ok();
+    let token = match section.token() {
+        Ok(token) => token,
+        Err(error) => return Seen::of(url, Some(Err(error.into()))),
+    };
+    let asking = timeout_at(give_up, status::fetch(&url, token.as_ref()));
+    let answer = match asking.await.ok() {
+        // A proxy that answers is asked once more for the speed of what runs.
+        Some(Ok(answer)) if status::running(&answer) > 0 => Some(status::fetch_with_speed(&url, token.as_ref()).await),
+        answer => answer,
+    };
     Seen::of(url, answer)
 }
 
@@ -213,38 +224,70 @@ impl SeenWorker {
     }
 }
 
-/// What the exit code says.
+/// What the exit code says: the first of these is the worst. Without a coordinator or a target nothing is answered, without
+/// a worker nothing that needs the pool, without a draft everything, only slower.
 fn verdict(seen: &Overview) -> Result<(), Failure> {
-    if let Some(coordinator) = &seen.coordinator {
-        match (&coordinator.problem, &coordinator.status) {
-            (Some(problem), _) if coordinator.absent() => return Err(Failure::new(Exit::NotRunning, problem)),
-            (Some(problem), _) => return Err(Failure::new(Exit::Unreachable, problem)),
-            (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => {
-                return Err(Failure::new(
-                    Exit::Unreachable,
-                    format!("not ready: {}", Step::of(status).doing),
-                ));
-            }
-            _ => {}
-        }
+    let proxy = seen.proxy.as_ref();
+    let servers = |role: &'static str| seen.servers.iter().filter(move |server| server.role == role);
+    let problems = seen
+        .coordinator
+        .iter()
+        .filter_map(coordinator_problem)
+        .chain(servers("target").filter_map(|server| server_problem(server, proxy)))
+        .chain(worker_problem(&seen.workers))
+        .chain(proxy.and_then(proxy_problem))
+        .chain(servers("draft").filter_map(|server| server_problem(server, proxy)));
+    // A draft that is down is the least of it, also where the proxy says so.
+    let (drafts, mut worst): (Vec<_>, Vec<_>) = problems.partition(|failure| failure.exit == Exit::DraftDown);
+    worst.extend(drafts);
+    worst.dedup_by(|a, b| a.message == b.message);
+    let Some(exit) = worst.first().map(|failure| failure.exit) else {
+        return Ok(());
+    };
+    let messages: Vec<String> = worst.into_iter().map(|failure| failure.message).collect();
+    Err(Failure::new(exit, messages.join("; ")))
+}
+
+fn coordinator_problem(coordinator: &Seen<Value>) -> Option<Failure> {
+    match (&coordinator.problem, &coordinator.status) {
+        (Some(problem), _) => Some(Failure::new(coordinator.exit, problem)),
+        (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => Some(Failure::new(
+            Exit::Unreachable,
+            format!("not ready: {}", Step::of(status).doing),
+        )),
+        _ => None,
     }
-    let down: Vec<&str> = seen
-        .workers
+}
+
+fn server_problem(server: &SeenServer, proxy: Option<&Seen<Value>>) -> Option<Failure> {
+    let reached = proxy.and_then(|proxy| proxy.status.as_ref());
+    if reached.is_some_and(|proxy| server.is_healthy_for(proxy)) {
+        return None;
+    }
+    let exit = if server.role == "draft" {
+        Exit::DraftDown
+    } else {
+        server.exit
+    };
+    server.problem.as_ref().map(|problem| Failure::new(exit, problem))
+}
+
+fn worker_problem(workers: &[SeenWorker]) -> Option<Failure> {
+    let down: Vec<&str> = workers
         .iter()
         .filter(|worker| worker.problem().is_some())
         .map(|worker| worker.name.as_str())
         .collect();
-    if !down.is_empty() {
-        return Err(Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))));
-    }
-    match &seen.proxy {
+    (!down.is_empty()).then(|| Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
+}
+
+fn proxy_problem(proxy: &Seen<Value>) -> Option<Failure> {
+    match (&proxy.problem, &proxy.status) {
         // A host of the pool need not have the proxy's token.
-        Some(Seen {
-            problem: Some(problem),
-            exit: exit @ (Exit::NotRunning | Exit::Unreachable),
-            ..
-        }) => Err(Failure::new(*exit, problem)),
-        _ => Ok(()),
+        (Some(_), _) if proxy.exit == Exit::File => None,
+        (Some(problem), _) => Some(Failure::new(proxy.exit, problem)),
+        (None, Some(status)) => status::verdict(status).err(),
+        (None, None) => None,
     }
 }
 
@@ -285,10 +328,7 @@ fn known(worker: &SeenWorker) -> Option<&WorkerStatus> {
 
 fn table(seen: &Overview) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{name:<14}{value}");
-    };
+    let mut line = |name: &str, value: &str| text.push_str(&status::line(name, value));
     if let Some(coordinator) = &seen.coordinator {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
@@ -308,23 +348,35 @@ fn table(seen: &Overview) -> String {
             (None, None) => line("", "no agent, so it is not asked"),
         }
     }
+    for server in &seen.servers {
+        line(server.role, &server.describe());
+    }
     if let Some(proxy) = &seen.proxy {
-        let state = match &proxy.status {
-            Some(told) => {
-                let target = &told["target"];
-                let well = if target["healthy"] == true { "healthy" } else { "down" };
-                let verification = told["verification"].as_str().unwrap_or("unknown");
-                format!("{}: target {well}, verification {verification}", proxy.url)
-            }
-            None if proxy.absent() => format!("{}: not running", proxy.url),
-            None => proxy.problem.clone().unwrap_or_default(),
-        };
-        line("proxy", &state);
+        match &proxy.status {
+            Some(told) => of_proxy(&proxy.url, told, &mut line),
+            None if proxy.absent() => line("proxy", &format!("{}: not running", proxy.url)),
+            None => line("proxy", proxy.problem.as_deref().unwrap_or("no answer")),
+        }
     }
     for hint in &seen.hints {
         line("hint", hint);
     }
     text
+}
+
+fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
+    line("proxy", &format!("{url}{}", status::activity(told)));
+    let well = |server: &Value| if server["healthy"] == true { "healthy" } else { "down" };
+    let target = format!("target {}", well(&told["target"]));
+    let drafts = told["drafts"].as_array().into_iter().flatten();
+    let drafts: String = drafts.map(|draft| format!(", draft {}", well(draft))).collect();
+    line(
+        "",
+        &format!("{target}{drafts}, verification {}", status::verification(told)),
+    );
+    if let Some(counts) = status::Counts::of(told).describe() {
+        line("", &counts);
+    }
 }
 
 fn of_coordinator(told: &Value, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
@@ -387,14 +439,5 @@ fn of_worker(told: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
                 &format!("  {} {}: {free} of {total} free{when}", device.name, device.description),
             );
         }
-    }
-}
-
-/// Seconds as people say them.
-fn duration(seconds: f64) -> String {
-    match seconds {
-        minutes if minutes < 120.0 => format!("{seconds:.0} s"),
-        hours if hours < 7200.0 => format!("{:.0} min", seconds / 60.0),
-        _ => format!("{:.1} h", seconds / 3600.0),
     }
 }

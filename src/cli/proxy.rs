@@ -11,11 +11,17 @@ use super::exit::{Exit, Failure};
 use super::output::{print_line, print_report};
 use super::pid_file::{self, Stopped};
 use super::status;
+use super::wrap::fitted;
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
 use crate::supervise::notify::Notifier;
 use crate::supervise::preflight;
+
+pub const STATUS_EXAMPLES: &str = "\
+Example: tightwad proxy status --json | jq .counts
+Exit codes: 0 the target and all drafts answer, 6 the target does not (or the proxy itself does not), 7 no proxy runs,
+13 a draft does not answer, 14 the proxy refuses the token.";
 
 /// How long `proxy stop` waits: longer than the proxy lets running answers go on.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
@@ -149,19 +155,15 @@ pub fn stop(config: &Config) -> Result<(), Failure> {
     }
 }
 
-/// `tightwad proxy status`. A draft may be missing, but not the target.
+/// `tightwad proxy status`.
 pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     let url = config::local_url(&proxy.host, proxy.port);
-    let answer = status::fetch(&url, proxy.token()?.as_ref()).await?;
-    print_report(&answer, json, |answer| status::table(&url, answer))?;
-    if answer["target"]["healthy"] == true {
-        return Ok(());
-    }
-    Err(Failure::new(
-        Exit::Unreachable,
-        "the proxy has no target that answers, so it cannot answer either; start the target, or check where it is",
-    ))
+    let answer = status::fetch_with_speed(&url, proxy.token()?.as_ref()).await?;
+    print_report(&answer, json, |answer| {
+        fitted(&status::table(&url, answer), status::INDENT)
+    })?;
+    status::verdict(&answer)
 }
 
 #[cfg(test)]

@@ -1,17 +1,52 @@
 //! The proxy's status, fetched and shown.
 
-use std::fmt::Write;
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use crate::config::Secret;
+use crate::http;
 use crate::upstream::chat::{client, refused, unreachable};
 
+/// Columns of the name that a line of a status begins with.
+pub const INDENT: usize = 14;
 /// How long the answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest status of a server; a proxy's holds its last 50 requests.
+pub const MOST_BYTES: usize = 4 << 20;
+
+/// Time between the two statuses that the speed of running requests follows from.
+const SPEED_INTERVAL: Duration = Duration::from_millis(300);
+
+/// Asks a proxy for its status. While requests run, it asks twice and adds `tokens_per_second`: the tokens of all drafted
+/// answers since the first status.
+pub async fn fetch_with_speed(url: &str, token: Option<&Secret>) -> Result<Value, Failure> {
+    let before = fetch(url, token).await?;
+    if running(&before) == 0 {
+        return Ok(before);
+    }
+    tokio::time::sleep(SPEED_INTERVAL).await;
+    let mut after = fetch(url, token).await?;
+    if let Some(speed) = speed(&before, &after) {
+        after["tokens_per_second"] = json!(speed);
+    }
+    Ok(after)
+}
+
+/// Tokens per second between two statuses of one proxy.
+fn speed(before: &Value, after: &Value) -> Option<f64> {
+    let uptime = |status: &Value| status["uptime_seconds"].as_f64();
+    let seconds = uptime(after)? - uptime(before)?;
+    let generated = Counts::of(after).since(Counts::of(before)).generated;
+    (seconds > 0.0 && generated > 0).then(|| generated as f64 / seconds)
+}
+
+/// Requests that are being answered.
+pub fn running(status: &Value) -> u64 {
+    status["in_flight"].as_u64().unwrap_or_default()
+}
 
 /// Asks a proxy for its status.
 pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> {
@@ -30,7 +65,7 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> 
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         return Err(refused(url, response).await.into());
     }
-    let told: Option<Value> = response.json().await.ok();
+    let told: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
     told.filter(|told| status.is_success() && told["verification"].is_string())
         .ok_or_else(|| {
             let message = format!(
@@ -89,47 +124,109 @@ impl Counts {
     }
 }
 
+/// Whether the proxy can answer, and with all of its drafters. The target comes first: without it nothing is answered.
+pub fn verdict(status: &Value) -> Result<(), Failure> {
+    if status["target"]["healthy"] != true {
+        let message =
+            "the proxy has no target that answers, so it cannot answer either; start the target, or check where it is";
+        return Err(Failure::new(Exit::Unreachable, message));
+    }
+    let down: Vec<&str> = drafts(status)
+        .iter()
+        .filter(|draft| draft["healthy"] != true)
+        .map(|draft| draft["url"].as_str().unwrap_or("?"))
+        .collect();
+    if down.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "no draft answers at {}, so answers come without it; start it with `tightwad run draft` on its host, or check its `url`",
+        down.join(", ")
+    );
+    Err(Failure::new(Exit::DraftDown, message))
+}
+
+fn drafts(status: &Value) -> &[Value] {
+    status["drafts"].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// A line of a status: the name of a server, and what there is to say of it. Without a name the line continues the one before.
+#[must_use]
+pub fn line(name: &str, value: &str) -> String {
+    format!("{name:<INDENT$}{value}\n")
+}
+
 /// The status for people.
 #[must_use]
 pub fn table(url: &str, status: &Value) -> String {
-    let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{name:<14}{value}");
-    };
-    line("proxy", url);
-    line("target", &server(&status["target"]));
-    let drafts = status["drafts"].as_array().map_or(&[][..], Vec::as_slice);
+    let mut text = line("proxy", &format!("{url}{}", activity(status)));
+    let mut add = |name: &str, value: &str| text.push_str(&line(name, value));
+    add("target", &server(&status["target"]));
+    let drafts = drafts(status);
     for draft in drafts {
-        line("draft", &server(draft));
+        add("draft", &server(draft));
         if draft["healthy"] == true
             && let Some(outlook) = outlook(&draft["outlook"])
         {
-            line("", &outlook);
+            add("", &outlook);
         }
     }
     if drafts.is_empty() {
-        line("draft", "none");
+        add("draft", "none");
     }
-    let reason = status["reason"]
-        .as_str()
-        .map(|reason| format!(" ({reason})"))
-        .unwrap_or_default();
-    line(
-        "verification",
-        &format!("{}{reason}", status["verification"].as_str().unwrap_or("unknown")),
-    );
-    let counts = Counts::of(status);
+    add("verification", &verification(status));
+    add("drafting", &drafting(status));
+    if let Some(agreement) = agreement(&status["agreement"]) {
+        add("agreement", &agreement);
+    }
+    text
+}
+
+/// `attached`, or `none` with the reason.
+#[must_use]
+pub fn verification(status: &Value) -> String {
+    let how = status["verification"].as_str().unwrap_or("unknown");
+    match status["reason"].as_str() {
+        Some(reason) => format!("{how} ({reason})"),
+        None => how.to_owned(),
+    }
+}
+
+fn drafting(status: &Value) -> String {
     let nothing = if status["measuring"] == true {
-        "nothing drafted yet; how fast the servers are is being measured"
+        "nothing drafted yet; the proxy still measures how fast its servers are"
     } else {
         "nothing drafted yet"
     };
-    line("drafting", &counts.describe().unwrap_or_else(|| nothing.to_owned()));
-    if let Some(agreement) = agreement(&status["agreement"]) {
-        line("agreement", &agreement);
+    Counts::of(status).describe().unwrap_or_else(|| nothing.to_owned())
+}
+
+/// How long the proxy has been up, how many requests it answers now, and how fast: `: up 3 min, 2 requests running, 61 tok/s`.
+#[must_use]
+pub fn activity(status: &Value) -> String {
+    let Some(uptime) = status["uptime_seconds"].as_f64() else {
+        return String::new();
+    };
+    let mut words = format!(": up {}", duration(uptime));
+    words += &match running(status) {
+        0 => String::new(),
+        1 => ", 1 request running".to_owned(),
+        n => format!(", {n} requests running"),
+    };
+    if let Some(speed) = status["tokens_per_second"].as_f64() {
+        words += &format!(", {speed:.1} tok/s");
     }
-    text
+    words
+}
+
+/// Seconds as people say them.
+#[must_use]
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        ..120.0 => format!("{seconds:.0} s"),
+        ..7200.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.1} h", seconds / 3600.0),
+    }
 }
 
 /// What a drafter is worth, in words; `None` before anything is known.
@@ -207,6 +304,30 @@ mod tests {
         ] {
             assert!(table.contains(part), "{part} is missing in\n{table}");
         }
+    }
+
+    #[test]
+    fn the_table_shows_how_long_the_proxy_is_up_and_what_runs() {
+        let at = |seconds: f64, generated: u64, running: u64| json!({ "uptime_seconds": seconds, "in_flight": running, "counts": { "generated": generated } });
+        assert_eq!(activity(&at(90.0, 0, 0)), ": up 90 s");
+        assert_eq!(activity(&at(600.0, 0, 1)), ": up 10 min, 1 request running");
+        let mut status = at(10_000.5, 130, 2);
+        status["tokens_per_second"] = json!(speed(&at(10_000.0, 100, 2), &status));
+        assert_eq!(activity(&status), ": up 2.8 h, 2 requests running, 60.0 tok/s");
+        assert_eq!(speed(&at(5.0, 9, 1), &at(5.0, 9, 1)), None);
+    }
+
+    #[test]
+    fn a_proxy_without_a_drafter_is_well_and_one_with_a_drafter_that_is_down_is_not() {
+        let exit = |target: bool, drafts: &[bool]| {
+            let drafts: Vec<Value> = drafts.iter().map(|healthy| json!({ "healthy": healthy })).collect();
+            let status = json!({ "target": { "healthy": target }, "drafts": drafts });
+            verdict(&status).err().map(|failure| failure.exit)
+        };
+        assert_eq!(exit(true, &[]), None);
+        assert_eq!(exit(true, &[true, true]), None);
+        assert_eq!(exit(true, &[true, false]), Some(Exit::DraftDown));
+        assert_eq!(exit(false, &[false]), Some(Exit::Unreachable));
     }
 
     #[test]

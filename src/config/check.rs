@@ -7,8 +7,17 @@ use serde::Serialize;
 
 use super::environment::Environment;
 use super::load::{Reading, read};
-use super::origin::{Finding, key_path};
-use super::{Config, ConfigError, Problem, resolve, validate};
+use super::{Config, ConfigError, Problem, host_files, validate};
+
+/// What a check looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// The cluster file alone: the result is the same on every host.
+    File,
+    /// The cluster file, the `TIGHTWAD_<SECTION>__<KEY>` variables, and what this host has of the files and programs that
+    /// the configuration names.
+    ThisHost,
+}
 
 /// What `check-config` found. Serialises to `{ok, file, problems, warnings}`.
 #[derive(Debug, Clone, Serialize)]
@@ -55,13 +64,21 @@ impl CheckReport {
 
 /// Checks the configuration that [`load`](super::load()) would take.
 #[must_use]
-pub fn check_config(explicit: Option<&Path>) -> CheckReport {
-    check_config_in(explicit, &Environment::of_this_process())
+pub fn check_config(explicit: Option<&Path>, scope: Scope) -> CheckReport {
+    check_config_in(explicit, &Environment::of_this_process(), scope)
 }
 
 /// [`check_config`] in a given environment.
 #[must_use]
-pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> CheckReport {
+pub fn check_config_in(explicit: Option<&Path>, environment: &Environment, scope: Scope) -> CheckReport {
+    let without_keys;
+    let environment = match scope {
+        Scope::ThisHost => environment,
+        Scope::File => {
+            without_keys = environment.without_keys();
+            &without_keys
+        }
+    };
     let Reading {
         config,
         mut findings,
@@ -83,20 +100,34 @@ pub fn check_config_in(explicit: Option<&Path>, environment: &Environment) -> Ch
     let open = config.iter().flat_map(validate::open_listeners);
     findings.extend(open.map(|(_, finding)| finding));
     let config = config.filter(|_| loads);
-    let odd = config
-        .iter()
-        .flat_map(|config| [validate::warnings(config), absent_files(config)].concat());
+    let mut odd = config.as_ref().map(validate::warnings).unwrap_or_default();
+    if scope == Scope::ThisHost {
+        odd.extend(config.iter().flat_map(host_files::warnings));
+    }
     let problems = origins.locate_all(findings);
     CheckReport {
         ok: problems.is_empty(),
         problems,
-        warnings: odd.map(|finding| origins.locate(finding).to_string()).collect(),
+        warnings: odd
+            .into_iter()
+            .map(|finding| origins.locate(finding).to_string())
+            .collect(),
         file: origins.file,
-        config,
+        config: config.map(Config::with_upstreams),
     }
 }
 
 impl Config {
+    /// The configuration with the proxy's servers written out, those that it takes from other sections too.
+    fn with_upstreams(mut self) -> Self {
+        let (drafts, target) = self.proxy_upstreams();
+        if let Some(proxy) = &mut self.proxy {
+            proxy.draft = drafts;
+            proxy.target = target;
+        }
+        self
+    }
+
     /// The configuration as YAML, every key written out, secrets as `***`, those in variables and arguments of a server too.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_yaml::to_string(self).map_err(|error| {
@@ -106,59 +137,4 @@ impl Config {
             }])
         })
     }
-}
-
-/// Files that a section names and this host lacks. No problem: another host may run that section.
-fn absent_files(config: &Config) -> Vec<Finding> {
-    let numbers: Vec<String> = (0..config.workers.len()).map(|number| number.to_string()).collect();
-    let mut named: Vec<(Vec<&str>, &Path)> = Vec::new();
-    for (number, worker) in numbers.iter().zip(&config.workers) {
-        let token_file = worker.agent_token_file.iter();
-        named.extend(token_file.map(|file| (vec!["workers", number, "agent_token_file"], file.as_path())));
-    }
-    for (section, server) in config.servers() {
-        if let Ok((name, model)) = resolve::model(config, server.model.as_deref()) {
-            named.push((vec!["models", name, "path"], &model.path));
-        }
-        named.extend(
-            server
-                .api_key_file
-                .iter()
-                .map(|file| (vec![section, "api_key_file"], file.as_path())),
-        );
-    }
-    // A bare name is looked for on the `PATH` of whoever starts it.
-    let llama_server = config.binaries.llama_server.as_path();
-    let starts_one = config.servers().next().is_some() || config.coordinator.is_some();
-    if starts_one && llama_server.components().count() > 1 {
-        named.push((vec!["binaries", "llama_server"], llama_server));
-    }
-    if let Some(coordinator) = &config.coordinator {
-        let models = config.models.iter();
-        named.extend(models.map(|(name, model)| (vec!["models", name.as_str(), "path"], model.path.as_path())));
-        let key_file = coordinator.api_key_file.iter();
-        named.extend(key_file.map(|file| (vec!["coordinator", "api_key_file"], file.as_path())));
-        let key_file = coordinator.draft_key_file.iter();
-        named.extend(key_file.map(|file| (vec!["coordinator", "draft_key_file"], file.as_path())));
-    }
-    if let Some(proxy) = &config.proxy {
-        let token_file = proxy.auth_token_file.iter();
-        named.extend(token_file.map(|file| (vec!["proxy", "auth_token_file"], file.as_path())));
-        let drafts = proxy.draft.iter().map(|draft| ("draft", draft));
-        for (section, upstream) in drafts.chain(proxy.target.as_ref().map(|target| ("target", target))) {
-            let key_file = upstream.api_key_file.as_deref();
-            named.extend(key_file.map(|file| (vec!["proxy", section, "api_key_file"], file)));
-            let key_file = upstream.draft_key_file.as_deref();
-            named.extend(key_file.map(|file| (vec!["proxy", section, "draft_key_file"], file)));
-        }
-    }
-    named.sort();
-    named.dedup();
-    // Where this user may not look, there is nothing to say.
-    let absent = named
-        .into_iter()
-        .filter(|(_, file)| matches!(file.try_exists(), Ok(false)));
-    absent
-        .map(|(path, file)| Finding::new(key_path(path), format!("{} is not on this host", file.display())))
-        .collect()
 }

@@ -32,6 +32,14 @@ impl Environment {
         }
     }
 
+    /// The same without the variables that give keys of the file.
+    pub(super) fn without_keys(&self) -> Self {
+        let is_key = |name: &str| name.starts_with("TIGHTWAD_") && !NOT_KEYS.contains(&name);
+        let mut environment = self.clone();
+        environment.variables.retain(|name, _| !is_key(name));
+        environment
+    }
+
     /// A variable; an empty one counts as unset.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.variables

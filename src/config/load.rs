@@ -10,7 +10,8 @@ use figment::value::{Dict, Empty, Value};
 use super::environment::Environment;
 use super::error::{ConfigError, Problem};
 use super::origin::{Finding, KeyPath, Origin, Origins};
-use super::{Config, credentials, decode, validate, yaml};
+use super::validate::{self, SECTIONS};
+use super::{Config, credentials, decode, yaml};
 
 /// A configuration, where it came from, and what is odd about it.
 #[derive(Debug, Clone)]
@@ -196,9 +197,7 @@ fn read_file(path: &Path, text: &str, environment: &Environment, origins: &mut O
         Value::Dict(_, root) => Ok(root),
         Value::Empty(_, Empty::Unit | Empty::None) => Err(problem(
             None,
-            "the file is empty; a proxy needs `proxy:` with a `target:` that has a `url:` \
-             (configs/reference.yaml lists every key)"
-                .into(),
+            format!("the file is empty; {SECTIONS} (configs/reference.yaml lists every key)"),
         )),
         _ => Err(problem(Some(1), "the file must be a list of `key: value` lines".into())),
     }

@@ -13,6 +13,7 @@
 //! | `resolve`, `secret` | what the sections mean together; tokens from files |
 //! | `local_key` | the key that the servers of one host share |
 //! | `credentials` | the files that systemd hands over in place of those |
+//! | `check`, `host_files` | `check-config`: all problems at once; what the file names and this host has |
 //! | `error`, `origin` | the sentences, and where they point |
 
 mod check;
@@ -21,6 +22,7 @@ mod decode;
 mod environment;
 mod error;
 mod expand;
+mod host_files;
 pub mod load;
 pub mod local_key;
 mod origin;
@@ -35,7 +37,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use check::{CheckReport, check_config, check_config_in};
+pub use check::{CheckReport, Scope, check_config, check_config_in};
 pub use environment::Environment;
 pub use error::{ConfigError, Problem};
 pub use load::{Loaded, load, load_in};

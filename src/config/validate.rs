@@ -10,6 +10,9 @@ use super::{Config, ConfigError, MaxDraftTokens, Proxy, Secret, Server, Upstream
 /// More than any target verifies at once with profit.
 const MAX_DRAFT_TOKENS: u16 = 256;
 
+/// What a file without any section lacks.
+pub(super) const SECTIONS: &str = "give at least one of the sections proxy, target, draft, coordinator, workers";
+
 /// Everything that is wrong.
 pub(super) fn problems(config: &Config) -> Vec<Finding> {
     let mut check = Check::default();
@@ -140,8 +143,7 @@ impl Check {
         if !any {
             self.found(
                 &[],
-                "nothing to run: give at least one of the sections proxy, target, draft, coordinator, workers \
-                 (`proxy: {}` for one with nothing but defaults)",
+                format!("nothing to run: {SECTIONS} (`proxy: {{}}` for one with nothing but defaults)"),
             );
         }
     }

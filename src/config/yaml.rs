@@ -46,6 +46,25 @@ impl From<ScanError> for SyntaxError {
 
 /// Reads one document; `lookup` gives the value of an environment variable. An empty text is an empty value.
 pub(super) fn read(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Tree, SyntaxError> {
+    document(text, lookup).map_err(|error| tab_in_indentation(text, error.line).unwrap_or(error))
+}
+
+/// The likely cause of a syntax error in `line`: a tab in the indentation of that line or of the one before it. The
+/// parser reports some of them one line late, and never names the tab.
+fn tab_in_indentation(text: &str, line: usize) -> Option<SyntaxError> {
+    let indented_with_tab = |line: &&str| {
+        let content = line.trim_start();
+        !content.is_empty() && line[..line.len() - content.len()].contains('\t')
+    };
+    let lines = text.lines().enumerate().skip(line.saturating_sub(2)).take(2);
+    let (index, _) = lines.into_iter().find(|(_, text)| indented_with_tab(text))?;
+    Some(SyntaxError::new(
+        index + 1,
+        "a tab in the indentation; YAML wants spaces there",
+    ))
+}
+
+fn document(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Tree, SyntaxError> {
     let mut reader = Reader {
         parser: Parser::new_from_str(text),
         lookup,

@@ -12,8 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
+use super::progress::Countdown;
 use super::signals::{self, unless_stopped};
-use super::{progress, proxy};
+use super::{bench, progress, proxy};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::cluster::gguf::ModelFile;
 use crate::config::{self, Binaries, Model, Upstream};
@@ -187,11 +188,14 @@ async fn compare(
     let mut rows = Vec::new();
     let mut told = Ok(());
     let mut measured = Measurements::default();
+    let mut countdown = Countdown::new();
     let asking = measure(&plan, &prompts, &contenders, &mut measured, |progress| {
+        bench::show(&mut countdown, progress, (0, 1));
         if let Progress::Answered(samples) = progress
             && let Some(sample) = samples.first()
         {
             let row = rows::Row::of(&prompts[sample.prompt], samples);
+            countdown.clear();
             if told.is_ok() {
                 told = table.row(&row);
             }
@@ -199,6 +203,7 @@ async fn compare(
         }
     });
     let asked = unless_stopped(stop, asking.map_err(Failure::from)).await;
+    countdown.clear();
     told?;
     let report = rows::Report::of(rows, &measured, asked.is_ok());
     if !report.rows.is_empty() {
