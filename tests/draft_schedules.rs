@@ -24,7 +24,7 @@ const SEED: u64 = 15;
 /// Schedules per model without `TIGHTWAD_SCHEDULES`.
 const FEW: usize = 8;
 /// Schedules that one server runs in turn, with what the earlier ones left in its slots.
-const PER_SERVER: usize = 4;
+const PER_SERVER: usize = 2;
 /// Log probabilities that differ by more come from another state: rounding differs with the batch, but by much less.
 const TOLERANCE: f64 = 2e-3;
 /// Ordinary tokens of the tiny models' vocabulary.

@@ -1029,13 +1029,15 @@ async fn a_drafter_keeps_its_connection_for_more_than_a_hundred_calls() {
 #[tokio::test]
 async fn a_batch_too_small_for_a_draft_is_said_to_be_that() {
     let server = server_with(&["-ub", "2"]).await;
-    let (_, followed) = drafted(&server, "/completion", &completion("Once upon a time", 5), |_| {
-        vec![1; 8]
-    })
-    .await;
-    assert_eq!(followed.last.state, "refused");
-    let reason = followed.last.reason.unwrap_or_default();
-    assert!(reason.contains("-ub"), "{reason}");
+    assert_eq!(server.get("/props").await["draft_external_max"], 0);
+    let (status, answer) = server.send("/draft", &json!({ "key": "a" }), None).await;
+    assert_eq!(status, 501, "{answer}");
+    assert!(
+        answer["error"]["message"]
+            .as_str()
+            .is_some_and(|message| message.contains("-ub")),
+        "{answer}"
+    );
 }
 
 #[tokio::test]
@@ -1055,18 +1057,16 @@ async fn a_sampler_looks_back_no_further_than_the_context() {
 
 #[tokio::test]
 async fn a_client_that_goes_away_frees_its_slot_while_a_stream_goes_on() {
-    let server = server_with(&["-np", "2"]).await;
-    let endless = with(completion("Once upon a time", 1_900), json!({ "ignore_eos": true }));
+    let server = server_with(&["-np", "2", "--context-shift"]).await;
+    let endless = with(completion("Once upon a time", 100_000), json!({ "ignore_eos": true }));
     let stream = reqwest::Client::new()
         .post(format!("{}/completion", server.url()))
-        .json(&with(endless.clone(), json!({ "stream": true, "n_predict": 100_000 })))
+        .json(&with(endless.clone(), json!({ "stream": true })))
         .send()
         .await
         .expect("a stream");
     let reading = tokio::spawn(stream.bytes());
-    // so slow that it would go on for long, were it not cancelled
-    let slow = with(endless, json!({ "grammar": "root ::= [a-z ]*", "n_predict": 100_000 }));
-    let given_up = tokio::time::timeout(Duration::from_millis(300), server.send("/completion", &slow, None)).await;
+    let given_up = tokio::time::timeout(Duration::from_millis(300), server.send("/completion", &endless, None)).await;
     assert!(given_up.is_err(), "the answer is not to be there yet");
     tokio::time::sleep(Duration::from_secs(3)).await;
     let (slots, streaming) = (server.busy_slots().await, !reading.is_finished());
