@@ -951,6 +951,150 @@ async fn a_model_with_a_sliding_window_is_drafted_for() {
 }
 
 #[tokio::test]
+async fn a_drafter_that_holds_and_never_offers_is_waited_for_three_times() {
+    let server = server().await;
+    let key = new_key();
+    let drafter = Drafter::new(&server, &key);
+    let body = completion("Once upon a time", 60);
+    let begin = Instant::now();
+    let ((status, _), ()) = tokio::join!(server.send("/completion", &body, Some(&key)), async {
+        let mut pos = drafter.attach().await.tokens.len();
+        loop {
+            let answer = drafter.hold_on(pos).await;
+            pos += answer.tokens.len();
+            if answer.state == "done" {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert_eq!(status, 200);
+    let elapsed = begin.elapsed();
+    assert!(elapsed > Duration::from_secs(2), "it was held: {elapsed:?}");
+    assert!(
+        elapsed < Duration::from_secs(8),
+        "it was held again and again: {elapsed:?}"
+    );
+}
+
+#[tokio::test]
+async fn the_tokens_of_an_answer_that_ended_are_forgotten_after_a_while() {
+    let server = server().await;
+    let key = new_key();
+    let drafter = Drafter::new(&server, &key);
+    let (status, _) = server
+        .send("/completion", &completion("Once upon a time", 5), Some(&key))
+        .await;
+    assert_eq!(status, 200);
+    assert_eq!(drafter.call(json!({ "pos": 0 })).await.state, "done");
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    let answer = drafter.call(json!({ "pos": 0 })).await;
+    assert_eq!(answer.state, "unknown");
+    assert!(answer.tokens.is_empty());
+}
+
+#[tokio::test]
+async fn an_offer_that_no_context_could_take_is_refused() {
+    let server = server().await;
+    let (status, answer) = server
+        .send("/draft", &json!({ "key": "a", "tokens": vec![1000; 100_000] }), None)
+        .await;
+    assert_eq!(status, 400, "{answer}");
+}
+
+#[tokio::test]
+async fn a_drafter_keeps_its_connection_for_more_than_a_hundred_calls() {
+    let server = server().await;
+    let body = json!({ "key": "a" }).to_string();
+    let request = format!(
+        "POST /draft HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut connection = TcpStream::connect(server.url().trim_start_matches("http://")).expect("a connection");
+    connection
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("a timeout");
+    for i in 0..250 {
+        connection.write_all(request.as_bytes()).expect("it is open");
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        while !answer.ends_with(b"}") {
+            let n = connection.read(&mut buffer).expect("an answer");
+            assert!(n > 0, "closed after {i} calls");
+            answer.extend_from_slice(&buffer[..n]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_too_small_for_a_draft_is_said_to_be_that() {
+    let server = server_with(&["-ub", "2"]).await;
+    assert_eq!(server.get("/props").await["draft_external_max"], 0);
+    let (status, answer) = server.send("/draft", &json!({ "key": "a" }), None).await;
+    assert_eq!(status, 501, "{answer}");
+    assert!(
+        answer["error"]["message"]
+            .as_str()
+            .is_some_and(|message| message.contains("-ub")),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn a_sampler_looks_back_no_further_than_the_context() {
+    let server = server().await;
+    let body = json!({ "repeat_last_n": 500_000_000, "dry_penalty_last_n": 500_000_000, "dry_multiplier": 0.5, "repeat_penalty": 1.1 });
+    server
+        .post("/completion", &with(completion("Once upon a time", 5), body))
+        .await;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let peak: u64 = peak
+        .and_then(|peak| peak.trim().strip_suffix(" kB")?.parse().ok())
+        .expect("the peak of its memory");
+    assert!(peak < 500_000, "{peak} kB");
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_frees_its_slot_while_a_stream_goes_on() {
+    let server = server_with(&["-np", "2", "--context-shift"]).await;
+    let endless = with(completion("Once upon a time", 100_000), json!({ "ignore_eos": true }));
+    let stream = reqwest::Client::new()
+        .post(format!("{}/completion", server.url()))
+        .json(&with(endless.clone(), json!({ "stream": true })))
+        .send()
+        .await
+        .expect("a stream");
+    let reading = tokio::spawn(stream.bytes());
+    let given_up = tokio::time::timeout(Duration::from_millis(300), server.send("/completion", &endless, None)).await;
+    assert!(given_up.is_err(), "the answer is not to be there yet");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let (slots, streaming) = (server.busy_slots().await, !reading.is_finished());
+    assert!(streaming, "the stream is to be still under way");
+    assert_eq!(slots, 1, "the slot of the one that went away is busy");
+}
+
+#[tokio::test]
+async fn a_request_for_a_slot_in_use_leaves_its_answer_alone() {
+    let server = server_with(&["-np", "2", "-fa", "off"]).await;
+    let body = with(
+        completion("Once upon a time", 200),
+        json!({ "ignore_eos": true, "id_slot": 0 }),
+    );
+    let alone = server.post("/completion", &body).await;
+    let (answer, other) = tokio::join!(server.post("/completion", &body), async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let other = with(
+            completion("def main():", 5),
+            json!({ "id_slot": 0, "cache_prompt": true }),
+        );
+        server.post("/completion", &other).await
+    });
+    assert_eq!(answer["tokens"], alone["tokens"]);
+    assert_eq!(other["tokens"].as_array().map(Vec::len), Some(5));
+}
+
+#[tokio::test]
 async fn counters_and_usage_add_up() {
     let server = server_with(&["--metrics"]).await;
     let body = json!({

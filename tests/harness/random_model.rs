@@ -44,7 +44,6 @@ impl Model {
         put_string(&mut model.keys, arch);
         model.u32("context_length", 2048);
         model.u32("embedding_length", N_EMBD as u32);
-        model.u32("feed_forward_length", N_FF as u32);
         model.u32("block_count", n_layer);
         model.u32("vocab_size", N_VOCAB as u32);
         model.f32("attention.layer_norm_rms_epsilon", 1e-6);
@@ -175,6 +174,7 @@ fn tokenizer() -> (u64, Vec<u8>) {
 /// Attention and short convolutions in turn: a state that can be rolled back by snapshots.
 pub fn hybrid(path: &Path) {
     let mut model = Model::new("lfm2", 4);
+    model.u32("feed_forward_length", N_FF as u32);
     model.u32("attention.head_count", N_HEAD as u32);
     model.i32_each("attention.head_count_kv", &[0, N_HEAD_KV as i32, 0, N_HEAD_KV as i32]);
     model.u32("shortconv.l_cache", 3);
@@ -203,6 +203,7 @@ pub fn linear_attention(path: &Path) {
     let (key_dim, value_dim) = (d_state * n_groups, d_state * n_v_heads);
     let conv_dim = 2 * key_dim + value_dim;
     let mut model = Model::new("qwen35", 4);
+    model.u32("feed_forward_length", N_FF as u32);
     model.u32("attention.head_count", N_HEAD as u32);
     model.u32("attention.head_count_kv", N_HEAD_KV as u32);
     model.u32("attention.key_length", HEAD as u32);
@@ -240,10 +241,62 @@ pub fn linear_attention(path: &Path) {
     model.write(path);
 }
 
+/// Mamba-2 layers, an attention layer and a feed-forward layer: a state that can be rolled back by snapshots.
+pub fn state_space(path: &Path) {
+    let (d_inner, d_state, d_conv, n_groups, n_heads) = (2 * N_EMBD, 16, 4, 2, 4);
+    let d_conv_rows = d_inner + 2 * n_groups * d_state;
+    let mut model = Model::new("nemotron_h", 4);
+    model.i32_each("feed_forward_length", &[0, 0, 0, N_FF as i32]);
+    model.f32("attention.layer_norm_epsilon", 1e-6);
+    model.u32("attention.head_count", N_HEAD as u32);
+    model.i32_each("attention.head_count_kv", &[0, N_HEAD_KV as i32, 0, 0]);
+    model.u32("attention.key_length", HEAD as u32);
+    model.u32("attention.value_length", HEAD as u32);
+    model.u32("ssm.conv_kernel", d_conv as u32);
+    model.u32("ssm.inner_size", d_inner as u32);
+    model.u32("ssm.state_size", d_state as u32);
+    model.u32("ssm.time_step_rank", n_heads as u32);
+    model.u32("ssm.group_count", n_groups as u32);
+    model.norm("output_norm.weight", N_EMBD);
+    for layer in 0..4 {
+        let blk = format!("blk.{layer}");
+        model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
+        match layer {
+            1 => {
+                model.matrix(&format!("{blk}.attn_q.weight"), N_EMBD, N_HEAD * HEAD);
+                model.matrix(&format!("{blk}.attn_k.weight"), N_EMBD, N_HEAD_KV * HEAD);
+                model.matrix(&format!("{blk}.attn_v.weight"), N_EMBD, N_HEAD_KV * HEAD);
+                model.matrix(&format!("{blk}.attn_output.weight"), N_HEAD * HEAD, N_EMBD);
+            }
+            3 => {
+                model.matrix(&format!("{blk}.ffn_up.weight"), N_EMBD, N_FF);
+                model.matrix(&format!("{blk}.ffn_down.weight"), N_FF, N_EMBD);
+            }
+            _ => {
+                let n_in = 2 * d_inner + 2 * n_groups * d_state + n_heads;
+                model.matrix(&format!("{blk}.ssm_in.weight"), N_EMBD, n_in);
+                model.matrix(&format!("{blk}.ssm_conv1d.weight"), d_conv, d_conv_rows);
+                model.tensor(&format!("{blk}.ssm_conv1d.bias"), &[d_conv_rows], Data::Noise(0.1));
+                model.tensor(&format!("{blk}.ssm_dt.bias"), &[n_heads], Data::Noise(0.1));
+                model.tensor(&format!("{blk}.ssm_a"), &[1, n_heads], Data::Same(-0.1));
+                model.tensor(&format!("{blk}.ssm_d"), &[1, n_heads], Data::Same(1.0));
+                model.tensor(
+                    &format!("{blk}.ssm_norm.weight"),
+                    &[d_inner / n_groups, n_groups],
+                    Data::Same(1.0),
+                );
+                model.matrix(&format!("{blk}.ssm_out.weight"), d_inner, N_EMBD);
+            }
+        }
+    }
+    model.write(path);
+}
+
 /// A state that can only be saved and restored as a whole.
 pub fn recurrent(path: &Path) {
     let (d_inner, d_state, d_conv, dt_rank) = (2 * N_EMBD, 16, 4, 8);
     let mut model = Model::new("mamba", 2);
+    model.u32("feed_forward_length", N_FF as u32);
     model.u32("ssm.conv_kernel", d_conv as u32);
     model.u32("ssm.inner_size", d_inner as u32);
     model.u32("ssm.state_size", d_state as u32);
@@ -269,6 +322,7 @@ pub fn recurrent(path: &Path) {
 /// Most layers see the last 16 tokens only.
 pub fn sliding_window(path: &Path) {
     let mut model = Model::new("gemma3", 6);
+    model.u32("feed_forward_length", N_FF as u32);
     model.u32("attention.head_count", N_HEAD as u32);
     model.u32("attention.head_count_kv", N_HEAD_KV as u32);
     model.u32("attention.key_length", HEAD as u32);
