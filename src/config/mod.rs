@@ -97,6 +97,8 @@ pub struct Proxy {
     pub auth_token_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a token.
     pub allow_unauthenticated: bool,
+    /// Origins of the web pages that may use this endpoint: `http://localhost:3000`, or `*` for all.
+    pub cors_origins: Vec<String>,
     /// Largest `max_tokens` a request may ask for. None: no limit.
     pub max_tokens_limit: Option<u64>,
     /// Largest request body in bytes.
@@ -119,6 +121,7 @@ impl Default for Proxy {
             auth_token: None,
             auth_token_file: None,
             allow_unauthenticated: false,
+            cors_origins: Vec::new(),
             max_tokens_limit: None,
             max_body_size: 10 * 1024 * 1024,
             keepalive_seconds: 15,
@@ -264,6 +267,8 @@ pub struct Coordinator {
     pub api_key_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a key.
     pub allow_unauthenticated: bool,
+    /// Origins of the web pages that may use this endpoint: `http://localhost:3000`, or `*` for all.
+    pub cors_origins: Vec<String>,
     /// More arguments of llama-server; they win over ours.
     pub extra_args: Vec<String>,
     /// More environment variables; they win over ours.
@@ -286,6 +291,7 @@ impl Default for Coordinator {
             api_key: None,
             api_key_file: None,
             allow_unauthenticated: false,
+            cors_origins: Vec::new(),
             extra_args: Vec::new(),
             env: BTreeMap::new(),
         }
