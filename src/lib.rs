@@ -11,6 +11,7 @@
 //! | [`mod@bench`] | what drafting gains, measured |
 //! | [`cluster`] | one model over the GPUs of several machines |
 //! | [`supervise`] | child processes |
+//! | [`http`] | what every HTTP server of ours shares |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 
@@ -19,6 +20,7 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod engine;
+pub mod http;
 pub mod observe;
 pub mod proxy;
 pub mod rounds;

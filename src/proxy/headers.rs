@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::token::X_API_KEY;
+use super::token::API_KEYS;
 
 /// The name by which a drafter finds a completion at the target.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
@@ -61,7 +61,9 @@ pub(crate) enum Credentials<'a> {
 
 fn drop_credentials(headers: &mut HeaderMap) {
     headers.remove(header::AUTHORIZATION);
-    headers.remove(X_API_KEY);
+    for name in API_KEYS {
+        headers.remove(name);
+    }
 }
 
 fn drop_hop_by_hop(headers: &mut HeaderMap) {

@@ -4,7 +4,7 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `server` | accepts connections, ends them |
+//! | `server` | serves the router, see [`crate::http`] |
 //! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
 //! | `paths` | knows the target's paths |
 //! | `admission` | reads the body and refuses what cannot be answered |
@@ -27,7 +27,7 @@ pub(crate) mod relay;
 pub(crate) mod respond;
 mod router;
 mod running;
-pub(crate) mod server;
+mod server;
 mod settings;
 mod status;
 pub(crate) mod target;

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::paths::Dialect;
+use crate::http::origin::Foreign;
 
 /// Most of a target's own error that is quoted when that is not JSON.
 const QUOTED: usize = 500;
@@ -24,6 +25,12 @@ pub(crate) enum Refusal {
     TooLarge { limit: u64 },
     #[error("the request body ended early: {0}")]
     BodyCut(String),
+    #[error("the request body came too slowly: send it faster, or send less")]
+    TooSlow,
+    #[error("the requests of others take all memory that is for request bodies: send the request again later")]
+    NoMemory,
+    #[error(transparent)]
+    Foreign(Foreign),
     #[error("the request body is not a JSON object: {0}")]
     NotJson(#[from] serde_json::Error),
     #[error("`{param}` must be a whole number, -1 (no limit) or more, but is {given}")]
@@ -60,11 +67,15 @@ impl Refusal {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Hidden => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Foreign(_) => StatusCode::FORBIDDEN,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyCut(_) | Self::NotJson(_) | Self::NotACount { .. } | Self::TooManyTokens { .. } => {
                 StatusCode::BAD_REQUEST
             }
-            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown | Self::NoMemory => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
         }
     }
@@ -76,6 +87,9 @@ impl Refusal {
             Self::MethodNotAllowed => "method_not_allowed",
             Self::TooLarge { .. } => "body_too_large",
             Self::BodyCut(_) => "body_incomplete",
+            Self::TooSlow => "body_too_slow",
+            Self::NoMemory => "overloaded",
+            Self::Foreign(_) => "foreign_origin",
             Self::NotJson(_) => "invalid_json",
             Self::NotACount { .. } | Self::TooManyTokens { .. } => "invalid_value",
             Self::DrafterDown { .. } => "draft_unavailable",
@@ -97,6 +111,7 @@ impl Refusal {
     fn kind(&self, dialect: Dialect) -> &'static str {
         match (dialect, self.status()) {
             (Dialect::Anthropic, StatusCode::UNAUTHORIZED) => "authentication_error",
+            (Dialect::Anthropic, StatusCode::FORBIDDEN) => "permission_error",
             (Dialect::Anthropic, StatusCode::NOT_FOUND) => "not_found_error",
             (Dialect::Anthropic, StatusCode::PAYLOAD_TOO_LARGE) => "request_too_large",
             (Dialect::Anthropic, status) if status.is_server_error() => "api_error",
@@ -107,7 +122,11 @@ impl Refusal {
 
     /// Seconds after which another try makes sense.
     fn retry_after(&self) -> Option<&'static str> {
-        matches!(self, Self::Unreachable { .. } | Self::DrafterDown { .. }).then_some("5")
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::DrafterDown { .. } | Self::NoMemory
+        )
+        .then_some("5")
     }
 
     fn json(&self, dialect: Dialect) -> Value {

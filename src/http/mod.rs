@@ -1,0 +1,23 @@
+//! What every HTTP server of Tightwad shares: the proxy, the coordinator and the worker's agent.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `serve` | accepts connections, hands requests to a router, ends |
+//! | `limits` | how many connections there may be, and which one makes room for another |
+//! | `socket` | deadlines of a connection between requests; a client that has sent all and still listens |
+//! | `progress` | how far the request of a connection is |
+//! | `body` | reads request bodies at a minimum rate and within a budget |
+//! | `origin` | refuses foreign web pages, and names those that may read answers (CORS) |
+//! | `excerpt` | a stranger's text, short and harmless in a log |
+//!
+//! This module imports nothing of this crate but [`crate::config`].
+
+pub(crate) mod body;
+pub(crate) mod excerpt;
+pub(crate) mod limits;
+pub(crate) mod origin;
+mod progress;
+pub(crate) mod serve;
+mod socket;
+
+pub use limits::Limits;
