@@ -13,6 +13,7 @@
 //! | [`cluster`] | one model over the GPUs of several machines |
 //! | [`mod@count`] | numbers with their nouns |
 //! | [`supervise`] | child processes |
+//! | [`http`] | what every HTTP server of ours shares |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 

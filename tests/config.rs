@@ -445,6 +445,22 @@ fn a_bad_value_of_the_proxy_names_its_key_and_line() {
             "3: proxy.draft.url: must not hold a user",
         ),
         (
+            proxy("cors_origins: [ 'http://a:3000', 'tauri://localhost', 'http://a/' ]"),
+            "3: proxy.cors_origins.2: `http://a/` is not the origin of a page, such as http://localhost:3000",
+        ),
+        (
+            proxy("cors_origins: [ 'localhost:3000' ]"),
+            "3: proxy.cors_origins.0: `localhost:3000` is not the origin of a page",
+        ),
+        (
+            proxy("cors_origins: [ 'http://a', '*' ]"),
+            "3: proxy.cors_origins.1: `*` allows all origins; leave the others out",
+        ),
+        (
+            proxy("cors_origins: [ 'null' ]"),
+            "3: proxy.cors_origins.0: `null` is what any page can call itself",
+        ),
+        (
             proxy("draft: { url: 'http://localhost:8088' }"),
             "3: proxy.draft.url: `http://localhost:8088` is the proxy itself",
         ),
@@ -1058,6 +1074,7 @@ fn everything() -> Config {
             auth_token: Some(Secret::new("k")),
             auth_token_file: Some("f".into()),
             allow_unauthenticated: false,
+            cors_origins: vec!["http://a".into()],
             max_tokens_limit: Some(1),
             max_body_size: 1,
             keepalive_seconds: 1,
@@ -1080,6 +1097,7 @@ fn everything() -> Config {
             draft_key: Some(Secret::new("k")),
             draft_key_file: Some("f".into()),
             allow_unauthenticated: false,
+            cors_origins: vec!["http://a".into()],
             extra_args: Vec::new(),
             env: [].into(),
         }),

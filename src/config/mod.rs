@@ -103,6 +103,8 @@ pub struct Proxy {
     pub auth_token_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a token.
     pub allow_unauthenticated: bool,
+    /// Origins of the web pages that may use this endpoint: `http://localhost:3000`, or `*` for all.
+    pub cors_origins: Vec<String>,
     /// Largest `max_tokens` a request may ask for. None: no limit.
     pub max_tokens_limit: Option<u64>,
     /// Largest request body in bytes.
@@ -125,6 +127,7 @@ impl Default for Proxy {
             auth_token: None,
             auth_token_file: None,
             allow_unauthenticated: false,
+            cors_origins: Vec::new(),
             max_tokens_limit: None,
             max_body_size: 64 * 1024 * 1024,
             keepalive_seconds: 15,
@@ -295,6 +298,8 @@ pub struct Coordinator {
     pub draft_key_file: Option<PathBuf>,
     /// Listen on a non-loopback address without a key.
     pub allow_unauthenticated: bool,
+    /// Origins of the web pages that may use this endpoint: `http://localhost:3000`, or `*` for all.
+    pub cors_origins: Vec<String>,
     /// More arguments of llama-server; they win over ours.
     #[serde(serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
@@ -321,6 +326,7 @@ impl Default for Coordinator {
             draft_key: None,
             draft_key_file: None,
             allow_unauthenticated: false,
+            cors_origins: Vec::new(),
             extra_args: Vec::new(),
             env: BTreeMap::new(),
         }

@@ -25,6 +25,7 @@ pub(super) fn problems(config: &Config) -> Vec<Finding> {
     }
     if let Some(coordinator) = &config.coordinator {
         check.listener("coordinator", &coordinator.host);
+        check.origins("coordinator", &coordinator.cors_origins);
         check.port(&["coordinator", "port"], coordinator.port);
         check.secret(
             &["coordinator"],
@@ -150,6 +151,7 @@ impl Check {
 
     fn proxy(&mut self, config: &Config, proxy: &Proxy) {
         self.listener("proxy", &proxy.host);
+        self.origins("proxy", &proxy.cors_origins);
         for upstream in &proxy.draft {
             self.upstream(proxy, "draft", upstream);
         }
@@ -387,6 +389,23 @@ impl Check {
                 &[section, "host"],
                 format!("`{host}` is not an address; the port has its own key"),
             );
+        }
+    }
+
+    fn origins(&mut self, section: &str, origins: &[String]) {
+        for (number, origin) in origins.iter().enumerate() {
+            let authority = origin.split_once("://").map(|(_, authority)| authority);
+            let odd = |c: char| c.is_whitespace() || c.is_control() || !c.is_ascii() || "/?#@,*".contains(c);
+            let message = match authority {
+                _ if origin == "*" && origins.len() == 1 => continue,
+                _ if origin == "*" => "`*` allows all origins; leave the others out".to_owned(),
+                _ if origin == "null" => "`null` is what any page can call itself; `*` allows all origins".to_owned(),
+                Some(authority) if !origin.starts_with("://") && !authority.contains(odd) => continue,
+                _ => format!(
+                    "`{origin}` is not the origin of a page, such as http://localhost:3000 (without a path), or `*` for all"
+                ),
+            };
+            self.found(&[section, "cors_origins", &number.to_string()], message);
         }
     }
 

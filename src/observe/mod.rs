@@ -3,6 +3,7 @@
 pub mod journal;
 pub mod log;
 pub mod metrics;
+pub mod problems;
 pub mod recent;
 
 use std::fmt::Write as _;

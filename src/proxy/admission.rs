@@ -3,33 +3,20 @@
 //! The body is only looked at: what is forwarded are the bytes that came.
 
 use std::fmt;
-use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Method, header};
-use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::bounds::{self, Bounded};
 use super::nesting;
 use super::respond::Refusal;
-
-/// How long an unwanted body is read on, so that its sender finds our answer rather than a reset connection.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Largest body of a request that needs no token, in bytes; browsers ask for permission without any.
-const PERMISSION: u64 = 16 * 1024;
-
-/// The largest body that is read of a request, where those with a token may have `limit` bytes.
-pub(crate) fn limit(method: &Method, limit: u64) -> u64 {
-    if method == Method::OPTIONS {
-        limit.min(PERMISSION)
-    } else {
-        limit
-    }
-}
+pub(crate) use crate::http::body::discard;
+use crate::http::body::{self, Unread};
+use crate::http::excerpt::excerpt;
 
 /// Refuses a body that cannot be looked into, and JSON that is nested deeper than servers bear.
 pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal> {
@@ -45,42 +32,16 @@ pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal
 }
 
 /// Reads a body of at most `limit` bytes.
-pub(crate) async fn read(body: Body, headers: &HeaderMap, limit: u64) -> Result<Bytes, Refusal> {
-    let too_large = |body| {
-        discard(body, headers);
-        Err(Refusal::TooLarge { limit })
+pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes, Refusal> {
+    let (refusal, rest) = match body::read(body, parts, limit).await {
+        Ok(whole) => return Ok(whole),
+        Err(Unread::TooSlow) => return Err(Refusal::TooSlow),
+        Err(Unread::Cut(error)) => return Err(Refusal::BodyCut(super::target::root_cause(&error))),
+        Err(Unread::TooLarge(rest)) => (Refusal::TooLarge { limit }, rest),
+        Err(Unread::NoMemory(rest)) => (Refusal::NoMemory, rest),
     };
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit) {
-        return too_large(body);
-    }
-    let mut chunks = body.into_data_stream();
-    let mut whole = BytesMut::new();
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| Refusal::BodyCut(super::target::root_cause(&error)))?;
-        if whole.is_empty() && announced.is_some_and(|length| length == chunk.len() as u64) {
-            return Ok(chunk);
-        }
-        if (whole.len() + chunk.len()) as u64 > limit {
-            return too_large(Body::from_stream(chunks));
-        }
-        whole.extend_from_slice(&chunk);
-    }
-    Ok(whole.freeze())
-}
-
-/// Reads on for a moment without keeping anything. Many clients look for an answer only after they have sent all, and
-/// lose it when the connection is reset meanwhile.
-pub(crate) fn discard(body: Body, headers: &HeaderMap) {
-    if headers.contains_key(header::EXPECT) {
-        return; // It has not begun to send, and must not be told to.
-    }
-    tokio::spawn(tokio::time::timeout(PATIENCE, async move {
-        let mut chunks = body.into_data_stream();
-        while let Some(Ok(_)) = chunks.next().await {}
-    }));
+    discard(rest, &parts.headers);
+    Err(refusal)
 }
 
 /// What a completion request asks for, as far as the proxy cares.
@@ -192,14 +153,6 @@ fn whole(number: f64) -> Option<i64> {
     const LARGEST: f64 = 9_007_199_254_740_992.0;
     #[allow(clippy::cast_possible_truncation)]
     (number.fract() == 0.0 && number.abs() <= LARGEST).then_some(number as i64)
-}
-
-fn excerpt(value: &str) -> String {
-    const MOST: usize = 40;
-    if value.chars().count() <= MOST {
-        return value.to_owned();
-    }
-    value.chars().take(MOST).chain(['…']).collect()
 }
 
 /// The names under which the endpoints know the largest number of tokens to generate.

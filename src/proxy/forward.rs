@@ -101,10 +101,9 @@ impl Exchange<'_> {
             admission::discard(body, &parts.headers);
             return Err(refusal);
         }
-        let limit = admission::limit(&parts.method, settings.max_body_size);
-        let body = admission::read(body, &parts.headers, limit).await?;
+        let body = admission::read(body, &parts, settings.max_body_size).await?;
         admission::check_form(&parts.headers, &body)?;
-        let mut headers = headers::to_target(parts.headers, self.credentials(&parts.method));
+        let mut headers = headers::to_target(parts.headers, self.credentials());
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
@@ -187,10 +186,8 @@ impl Exchange<'_> {
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }
 
-    /// Browsers ask for permission (OPTIONS) without a token, so that is nobody the target's key may be used for.
-    fn credentials(&self, method: &Method) -> Credentials<'_> {
+    fn credentials(&self) -> Credentials<'_> {
         match (self.app.target.authorization(), &self.app.settings.auth_token) {
-            (_, Some(_)) if method == Method::OPTIONS => Credentials::None,
             (Some(key), _) => Credentials::Targets(key),
             (None, Some(_)) => Credentials::None,
             (None, None) => Credentials::Clients,
@@ -212,7 +209,12 @@ impl Exchange<'_> {
     }
 
     fn refuse(mut self, refusal: &Refusal) -> Response {
-        tracing::warn!(id = %self.id, error = %refusal, "refused");
+        // Many requests meet a target that is down: that is a warning once, until it answers again.
+        if !refusal.status().is_server_error() || self.app.problems.is_new(&refusal.to_string()) {
+            tracing::warn!(id = %self.id, error = %refusal, "refused");
+        } else {
+            tracing::debug!(id = %self.id, error = %refusal, "refused");
+        }
         self.running.answers(refusal.status());
         self.running.fails();
         refusal.response(self.dialect)
@@ -234,6 +236,7 @@ impl Exchange<'_> {
 
     /// Gives the target's answer to the client as it comes.
     fn pass_on(mut self, method: &Method, answer: reqwest::Response) -> Response {
+        self.app.problems.clear();
         let status = answer.status();
         self.running.answers(status);
         let mut headers = headers::to_client(answer.headers().clone());

@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::token::X_API_KEY;
+use super::token::API_KEYS;
 use crate::upstream::MEASURING;
 
 /// The name by which a drafter finds a completion at the target.
@@ -77,7 +77,9 @@ pub(crate) enum Credentials<'a> {
 
 fn drop_credentials(headers: &mut HeaderMap) {
     headers.remove(header::AUTHORIZATION);
-    headers.remove(X_API_KEY);
+    for name in API_KEYS {
+        headers.remove(name);
+    }
 }
 
 fn drop_hop_by_hop(headers: &mut HeaderMap) {

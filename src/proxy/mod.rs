@@ -4,8 +4,7 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `server` | accepts connections, ends them |
-//! | `peer` | who is at the other end of a connection |
+//! | `server` | serves the router, see [`crate::http`] |
 //! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
 //! | `paths` | knows the target's paths |
 //! | `admission` | reads the body and refuses what cannot be answered |
@@ -27,12 +26,11 @@ mod forward;
 pub(crate) mod headers;
 mod nesting;
 pub(crate) mod paths;
-pub(crate) mod peer;
 pub(crate) mod relay;
 pub(crate) mod respond;
 mod router;
 mod running;
-pub(crate) mod server;
+mod server;
 mod settings;
 mod status;
 pub(crate) mod target;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::bounds::Excess;
 use super::paths::Dialect;
+use crate::http::origin::Foreign;
 
 /// Most of a target's own error that is quoted when that is not JSON.
 const QUOTED: usize = 500;
@@ -53,6 +54,12 @@ pub(crate) enum Refusal {
     GrammarInForm,
     #[error("the request body ended early: {0}")]
     BodyCut(String),
+    #[error("the request body came too slowly: send it faster, or send less")]
+    TooSlow,
+    #[error("the requests of others take all memory that is for request bodies: send the request again later")]
+    NoMemory,
+    #[error(transparent)]
+    Foreign(Foreign),
     #[error("the request body is not a JSON object: {0}")]
     NotJson(#[from] serde_json::Error),
     #[error("`{param}` must be a whole number, -1 (no limit) or more, but is {given}")]
@@ -98,6 +105,8 @@ impl Refusal {
             Self::Hidden | Self::Owners | Self::NotOllama { .. } | Self::Drafter { .. } => StatusCode::NOT_FOUND,
             Self::NotADrafter { .. } => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Foreign(_) => StatusCode::FORBIDDEN,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Encoded { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooDeep
@@ -107,7 +116,9 @@ impl Refusal {
             | Self::NotJson(_)
             | Self::NotACount { .. }
             | Self::TooManyTokens { .. } => StatusCode::BAD_REQUEST,
-            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown | Self::NoMemory => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
         }
     }
@@ -124,6 +135,9 @@ impl Refusal {
             Self::TooDeep => "nested_too_deep",
             Self::Unbearable { .. } | Self::GrammarInForm => "too_complex",
             Self::BodyCut(_) => "body_incomplete",
+            Self::TooSlow => "body_too_slow",
+            Self::NoMemory => "overloaded",
+            Self::Foreign(_) => "foreign_origin",
             Self::NotJson(_) => "invalid_json",
             Self::NotACount { .. } | Self::TooManyTokens { .. } => "invalid_value",
             Self::DrafterDown { .. } => "draft_unavailable",
@@ -145,7 +159,11 @@ impl Refusal {
 
     /// Seconds after which another try makes sense.
     fn retry_after(&self) -> Option<&'static str> {
-        matches!(self, Self::Unreachable { .. } | Self::DrafterDown { .. }).then_some("5")
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::DrafterDown { .. } | Self::NoMemory
+        )
+        .then_some("5")
     }
 
     fn json(&self, dialect: Dialect) -> Value {
@@ -178,6 +196,7 @@ impl Refusal {
 fn kind(dialect: Dialect, status: StatusCode) -> &'static str {
     match (dialect, status) {
         (Dialect::Anthropic, StatusCode::UNAUTHORIZED) => "authentication_error",
+        (Dialect::Anthropic, StatusCode::FORBIDDEN) => "permission_error",
         (Dialect::Anthropic, StatusCode::NOT_FOUND) => "not_found_error",
         (Dialect::Anthropic, StatusCode::PAYLOAD_TOO_LARGE) => "request_too_large",
         (Dialect::Anthropic, status) if status.is_server_error() => "api_error",

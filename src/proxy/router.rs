@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
@@ -20,7 +20,10 @@ use super::settings::Settings;
 use super::target::{Target, TargetError};
 use super::{admission, forward, status, token};
 use crate::engine::Engine;
+use crate::http::excerpt::excerpt;
+use crate::http::origin::{self, Guard};
 use crate::observe::Observed;
+use crate::observe::problems::Problems;
 
 /// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.
 const OPEN: [&str; 2] = ["/health", "/readyz"];
@@ -35,6 +38,8 @@ pub(super) struct App {
     /// `None`: not measured.
     pub(super) agreement: Option<Arc<Agreement>>,
     pub(super) started: Instant,
+    /// What requests were refused for since the last answer of the target.
+    pub(super) problems: Problems,
     /// Cancelled when the proxy ends and running answers have had their time.
     pub(super) cut_off: CancellationToken,
 }
@@ -54,15 +59,30 @@ impl App {
             observed,
             agreement,
             started: Instant::now(),
+            problems: Problems::default(),
             cut_off: CancellationToken::new(),
         })
+    }
+
+    /// Whether the sender of these headers may be told everything.
+    pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
+        let token = self.settings.auth_token.as_ref();
+        token.is_none_or(|token| token::is_known(token, headers))
     }
 }
 
 /// All endpoints.
 pub(super) fn router(app: App) -> Router {
+    let settings = &app.settings;
+    let asks_for_token = settings.auth_token.is_some();
+    let guard = Guard::new(
+        &settings.host,
+        asks_for_token,
+        &settings.cors_origins,
+        Some("proxy.cors_origins"),
+    );
     let app = Arc::new(app);
-    Router::new()
+    let router = Router::new()
         .route("/health", get(status::health))
         .route("/readyz", get(status::ready))
         .route("/metrics", get(status::metrics))
@@ -70,7 +90,10 @@ pub(super) fn router(app: App) -> Router {
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward::forward)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), admit))
-        .with_state(app)
+        .with_state(app);
+    origin::guarded(router, guard, |foreign, path| {
+        Refusal::Foreign(foreign.clone()).response(Dialect::of(path))
+    })
 }
 
 /// Gives a request its id and lets it in if it may come in.
@@ -81,7 +104,7 @@ async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
         next.run(request).await
     } else {
         app.observed.metrics.unauthorized.inc();
-        tracing::warn!(%id, path = request.uri().path(), "no or a wrong token");
+        tracing::warn!(%id, path = excerpt(request.uri().path()), "no or a wrong token");
         let dialect = Dialect::of(request.uri().path());
         let (parts, body) = request.into_parts();
         admission::discard(body, &parts.headers);
@@ -92,12 +115,7 @@ async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
 }
 
 fn is_admitted(app: &App, request: &Request) -> bool {
-    let Some(token) = &app.settings.auth_token else {
-        return true;
-    };
-    let path = request.uri().path();
-    // Browsers ask for permission (OPTIONS) without a token.
-    OPEN.contains(&path) || request.method() == Method::OPTIONS || token::is_known(token, request.headers())
+    OPEN.contains(&request.uri().path()) || app.knows(request.headers())
 }
 
 /// The name of a request in all logs.

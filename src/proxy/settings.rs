@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::config::{self, Backend, Secret, Upstream};
+use crate::http::Limits;
 
 /// How long running answers may go on after the proxy was told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -10,6 +11,12 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// The proxy's part of the cluster file, checked. Secrets that lie in files have been read already.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// The address that it listens on, as configured: a name of it.
+    pub host: String,
+    /// The web pages of other servers that may use it.
+    pub cors_origins: Vec<String>,
+    /// What it grants its clients.
+    pub limits: Limits,
     /// Base URL of the target, without `/v1`.
     pub target: reqwest::Url,
     /// What answers there.
@@ -62,6 +69,9 @@ impl TryFrom<&config::Proxy> for Settings {
     fn try_from(proxy: &config::Proxy) -> Result<Self, SettingsError> {
         let target = proxy.target.as_ref().ok_or(SettingsError::NoTarget)?;
         Ok(Self {
+            host: proxy.host.clone(),
+            cors_origins: proxy.cors_origins.clone(),
+            limits: Limits::default().for_bodies_of(proxy.max_body_size),
             target: base_url(&target.url)?,
             backend: target.backend,
             draft_models: draft_models(proxy, target),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -23,20 +23,18 @@ pub(super) async fn health() -> Json<Value> {
     Json(json!({ "status": "ok", "version": VERSION }))
 }
 
-/// `GET /readyz`: the target answers.
-pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
+/// `GET /readyz`: the target answers. Why it does not is told to those who know the token.
+pub(super) async fn ready(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     let target = app.engine.target();
     if target.healthy {
         return Json(json!({ "status": "ready" })).into_response();
     }
-    let reason = target
-        .problem
-        .unwrap_or_else(|| "the target has not answered yet".to_owned());
-    (
-        StatusCode::SERVICE_UNAVAILABLE,
-        Json(json!({ "status": "not ready", "reason": reason })),
-    )
-        .into_response()
+    let mut body = json!({ "status": "not ready" });
+    if app.knows(&headers) {
+        let reason = target.problem.as_deref();
+        body["reason"] = reason.unwrap_or("the target has not answered yet").into();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
 
 /// `GET /metrics`

@@ -5,8 +5,8 @@ use subtle::ConstantTimeEq;
 
 use crate::config::Secret;
 
-/// The header that Anthropic's clients send their key in.
-pub(crate) const X_API_KEY: &str = "x-api-key";
+/// The headers that Anthropic's and Azure's clients send their key in.
+pub(crate) const API_KEYS: [&str; 2] = ["x-api-key", "api-key"];
 
 /// Whether a request with these headers knows the token.
 pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
@@ -15,7 +15,10 @@ pub(crate) fn is_known(token: &Secret, headers: &HeaderMap) -> bool {
         .get_all(header::AUTHORIZATION)
         .iter()
         .filter_map(|value| bearer(value.as_bytes()));
-    let keys = headers.get_all(X_API_KEY).iter().map(HeaderValue::as_bytes);
+    let keys = API_KEYS
+        .iter()
+        .flat_map(|name| headers.get_all(*name))
+        .map(HeaderValue::as_bytes);
     bearers.chain(keys).any(|given| bool::from(given.ct_eq(token)))
 }
 
@@ -41,10 +44,11 @@ mod tests {
     }
 
     #[test]
-    fn the_token_is_taken_from_either_header_and_nothing_else_is() {
+    fn the_token_is_taken_from_any_of_its_headers_and_nothing_else_is() {
         assert!(knows("authorization", b"Bearer s3cret"));
         assert!(knows("authorization", b"bearer  s3cret "));
         assert!(knows("x-api-key", b"s3cret"));
+        assert!(knows("api-key", b"s3cret"));
         assert!(!knows("authorization", b"s3cret"));
         assert!(!knows("authorization", b"Basic s3cret"));
         assert!(!knows("authorization", b"Bearer s3cre"));

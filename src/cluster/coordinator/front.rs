@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -20,10 +20,12 @@ use super::problem::Problem;
 use super::stream::Events;
 use crate::cluster::swap::Name;
 use crate::config::Secret;
+use crate::http::excerpt::excerpt;
+use crate::http::origin::{self, Guard};
+use crate::http::peer::Peer;
 use crate::proxy::admission::{self, Asked};
 use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
 use crate::proxy::paths::{Access, Dialect, Route};
-use crate::proxy::peer::Peer;
 use crate::proxy::relay;
 use crate::proxy::respond::Refusal;
 use crate::proxy::target::Outgoing;
@@ -33,7 +35,9 @@ use crate::upstream::MEASURING;
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
 /// Largest request body in bytes: prompts with pictures.
-const MOST_BODY: u64 = 64 * 1024 * 1024;
+pub(super) const MOST_BODY: u64 = 64 * 1024 * 1024;
+/// Largest body of a request that is answered here.
+const MOST_OWN_BODY: usize = 64 * 1024;
 /// Other paths whose requests wait for a model as completions do.
 const ALSO_WAIT: [&str; 7] = [
     "/v1/embeddings",
@@ -82,16 +86,27 @@ impl Front {
         (!may_draft).then_some(reason)
     }
 
+    /// The model of this name. One that there is not goes into errors and the log by the beginning of its name.
+    pub(super) fn named(&self, name: &str) -> Name {
+        let known = self.models.iter().find(|model| ***model == *name);
+        known.cloned().unwrap_or_else(|| Name::from(excerpt(name)))
+    }
+
     /// The model that a request means by a name. Where there is only one, some clients have ideas of their own.
     fn meant(&self, name: &str) -> Option<Name> {
-        (self.models.len() > 1).then(|| Name::from(name))
+        (self.models.len() > 1).then(|| self.named(name))
+    }
+
+    /// Whether the sender of these headers may be told everything.
+    pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
+        self.api_key.as_ref().is_none_or(|key| token::is_known(key, headers))
     }
 }
 
-/// All endpoints.
-pub(super) fn router(front: Front) -> Router {
+/// All endpoints, for those that `guard` lets in.
+pub(super) fn router(front: Front, guard: Guard) -> Router {
     let front = Arc::new(front);
-    Router::new()
+    let router = Router::new()
         .route("/health", get(own::health))
         .route("/v1/health", get(own::health))
         .route("/v1/models", get(own::models))
@@ -102,15 +117,16 @@ pub(super) fn router(front: Front) -> Router {
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward)
         .layer(middleware::from_fn_with_state(Arc::clone(&front), admit))
-        .with_state(front)
+        .layer(DefaultBodyLimit::max(MOST_OWN_BODY))
+        .with_state(front);
+    origin::guarded(router, guard, |foreign, path| {
+        Refusal::Foreign(foreign.clone()).response(Dialect::of(path))
+    })
 }
 
 async fn admit(State(front): State<Arc<Front>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let known = front.api_key.as_ref().is_none_or(|key| {
-        OPEN.contains(&path) || request.method() == Method::OPTIONS || token::is_known(key, request.headers())
-    });
-    if known {
+    if OPEN.contains(&path) || front.knows(request.headers()) {
         return next.run(request).await;
     }
     let dialect = Dialect::of(path);
@@ -157,7 +173,7 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
                 let answer = prepared.send(Granted::uncounted(life)).await;
                 conclude(&front.pool, dialect, answer)
             }
-            None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect),
+            None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect, &front.pool),
         };
         return match refuses_drafts.filter(|_| tells_props) {
             Some(reason) => with_refusal(answer, reason).await,
@@ -192,8 +208,7 @@ fn refused(access: Access, refuses_drafts: Option<&'static str>, headers: &Heade
 
 /// The body of a request, and what it asks for if it waits for a model.
 async fn admitted_body(parts: &Parts, route: Route, body: Body) -> Result<(bytes::Bytes, Option<Asked>), Refusal> {
-    let limit = admission::limit(&parts.method, MOST_BODY);
-    let body = admission::read(body, &parts.headers, limit).await?;
+    let body = admission::read(body, parts, MOST_BODY).await?;
     admission::check_form(&parts.headers, &body)?;
     let waits = route.completion || (parts.method == Method::POST && ALSO_WAIT.contains(&parts.uri.path()));
     let waits = waits && !parts.headers.contains_key(MEASURING);
@@ -244,13 +259,7 @@ impl Prepared {
 
     fn outgoing(self, life: &Life) -> Outgoing {
         let draft_key = self.headers.get(X_DRAFT_KEY).cloned();
-        // Browsers ask for permission (OPTIONS) without a key, so that is nobody the server's may be used for.
-        let credentials = if self.method == Method::OPTIONS {
-            Credentials::None
-        } else {
-            Credentials::Targets(life.key())
-        };
-        let mut headers = headers::to_target(self.headers, credentials);
+        let mut headers = headers::to_target(self.headers, Credentials::Targets(life.key()));
         if let Some(key) = draft_key {
             headers.insert(X_DRAFT_KEY, key);
         }
@@ -267,8 +276,9 @@ impl Prepared {
 fn conclude(pool: &Pool, dialect: Dialect, answer: Result<(Granted, reqwest::Response), Problem>) -> Response {
     let (granted, answer) = match answer {
         Ok(answer) => answer,
-        Err(problem) => return problem.response(dialect),
+        Err(problem) => return problem.response(dialect, pool),
     };
+    pool.problems().clear();
     let status = answer.status();
     let mut headers = headers::to_client(answer.headers().clone());
     let body = if relay::is_open_event_stream(&headers) {

@@ -38,7 +38,9 @@ use self::workers::Workers;
 use super::agent_client::AgentError;
 use super::swap::{Rules, Swap};
 use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
-use crate::proxy::server::serve_router;
+use crate::http::Limits;
+use crate::http::origin::Guard;
+use crate::http::serve::{self, Running};
 
 /// Requests that may wait for each slot.
 const WAITING_PER_SLOT: usize = 32;
@@ -88,6 +90,12 @@ pub async fn serve(
     )?;
     let drain = Duration::from_secs(coordinator.drain_seconds) + LINGER;
     let (messages, told) = mpsc::unbounded_channel();
+    let guard = Guard::new(
+        &coordinator.host,
+        api_key.is_some(),
+        &coordinator.cors_origins,
+        Some("coordinator.cors_origins"),
+    );
     let (config, coordinator) = (Arc::new(config), Arc::new(coordinator));
     let (driver, reports) = Driver::new(config, coordinator, workers, swap, (messages.clone(), told));
     let pool = Pool::new(messages, reports);
@@ -97,9 +105,14 @@ pub async fn serve(
         api_key,
         draft_key,
     };
-    // Its streams are told by the pool.
-    let cut_off = CancellationToken::new();
-    let serving = serve_router(listener, front::router(front), drain, stop.clone(), cut_off);
+    let running = Running {
+        limits: Limits::default().for_bodies_of(front::MOST_BODY),
+        drain,
+        shutdown: stop.clone(),
+        // Its streams are told by the pool.
+        cut_off: CancellationToken::new(),
+    };
+    let serving = serve::serve(listener, front::router(front, guard), running);
     let served = async { tokio::join!(driver.run(stop), serving) };
     tokio::select! {
         biased;

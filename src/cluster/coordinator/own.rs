@@ -21,8 +21,9 @@ use super::front::Front;
 use super::pool::{Life, Pool};
 use super::problem::Problem;
 use crate::cluster::swap::{self, Refused};
-use crate::http::client;
+use crate::http::{body, client};
 use crate::proxy::paths::Dialect;
+use crate::proxy::respond;
 use crate::proxy::target::Outgoing;
 
 /// A step is told again after so long, so that who waits sees that all lives.
@@ -34,13 +35,19 @@ const MOST_BODY: usize = 1 << 20;
 /// The progress of a load is told in such steps.
 const PROGRESS: f32 = 0.01;
 
-/// `GET /health`: whether a model answers.
-pub(super) async fn health(State(front): State<Arc<Front>>) -> Response {
-    let report = front.pool.report();
-    if report.life.is_some() {
+/// `GET /health`: whether a model answers. Which, and why it does not, is told to those who know the key.
+pub(super) async fn health(State(front): State<Arc<Front>>, headers: HeaderMap) -> Response {
+    if front.pool.life().is_some() {
         return Json(json!({ "status": "ok" })).into_response();
     }
-    Problem::refused(front.pool.not_ready(), &front.pool).response(Dialect::OpenAi)
+    if front.knows(&headers) {
+        return Problem::refused(front.pool.not_ready(), &front.pool).response(Dialect::OpenAi, &front.pool);
+    }
+    let error = json!({ "error": {
+        "message": "no model is ready: ask again later",
+        "type": "model_loading", "code": "model_loading", "param": null,
+    }});
+    respond::error_response(StatusCode::SERVICE_UNAVAILABLE, &error, Some("5"))
 }
 
 /// `GET /v1/tightwad/status`
@@ -165,7 +172,7 @@ pub(super) struct Wanted {
 /// `POST /v1/tightwad/swap`: makes another model run, and tells each step in a line of JSON. The last line has `done`, or
 /// `error`.
 pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, body: Bytes) -> Response {
-    if !is_json(&headers) {
+    if !body::is_json(&headers) {
         let error = json!({ "error": {
             "message": "send it with `Content-Type: application/json`",
             "type": "invalid_request_error", "code": "unsupported_media_type", "param": null,
@@ -173,7 +180,7 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         return (StatusCode::UNSUPPORTED_MEDIA_TYPE, Json(error)).into_response();
     }
     let model = match serde_json::from_slice::<Wanted>(&body) {
-        Ok(wanted) => swap::Name::from(wanted.model),
+        Ok(wanted) => front.named(&wanted.model),
         Err(error) => {
             let error = json!({ "error": {
                 "message": format!("the body must be {{\"model\": \"NAME\"}}: {error}"),
@@ -183,7 +190,8 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         }
     };
     if !front.models.contains(&model) {
-        return Problem::refused(Refused::unknown(model, &front.models), &front.pool).response(Dialect::OpenAi);
+        let refused = Refused::unknown(model, &front.models);
+        return Problem::refused(refused, &front.pool).response(Dialect::OpenAi, &front.pool);
     }
     let (lines, told) = mpsc::unbounded_channel();
     tokio::spawn(tell_swap(front.pool.clone(), model, lines));
@@ -195,13 +203,6 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         Body::from_stream(lines),
     )
         .into_response()
-}
-
-/// A page in somebody's browser can send any other type without being asked whether it may.
-fn is_json(headers: &HeaderMap) -> bool {
-    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let essence = given.and_then(|given| given.split(';').next()).unwrap_or_default();
-    essence.trim().eq_ignore_ascii_case("application/json")
 }
 
 async fn tell_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<Bytes>) {

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::load::Load;
 use crate::cluster::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 use crate::config::Secret;
+use crate::observe::problems::Problems;
 use crate::proxy::target::{Target, TargetError};
 
 /// What the driver is told.
@@ -37,6 +38,7 @@ pub(super) struct Pool {
     messages: mpsc::UnboundedSender<Message>,
     report: watch::Receiver<Report>,
     last_id: Arc<AtomicU64>,
+    problems: Arc<Problems>,
 }
 
 impl Pool {
@@ -45,6 +47,7 @@ impl Pool {
             messages,
             report,
             last_id: Arc::default(),
+            problems: Arc::default(),
         }
     }
 
@@ -66,6 +69,11 @@ impl Pool {
             },
             answered,
         }
+    }
+
+    /// What requests were refused for since the last answer.
+    pub(super) fn problems(&self) -> &Problems {
+        &self.problems
     }
 
     /// How it is.

@@ -108,6 +108,16 @@ impl Problem {
         json!({ "message": self.message(), "type": kind, "code": code, "param": null })
     }
 
+    /// Many requests meet one problem: it is a warning once, until an answer comes again.
+    fn log(&self, what: &str, pool: &Pool) {
+        let message = self.message();
+        if pool.problems().is_new(&message) {
+            tracing::warn!(code = self.code(), "{what}: {message}");
+        } else {
+            tracing::debug!(code = self.code(), "{what}: {message}");
+        }
+    }
+
     fn body(&self, dialect: Dialect) -> Value {
         let mut body = respond::in_dialect(dialect, &self.error());
         if let (Self::Refused { loading, why }, Some(body)) = (self, body.as_object_mut())
@@ -119,20 +129,16 @@ impl Problem {
     }
 
     /// As an HTTP answer.
-    pub(super) fn response(&self, dialect: Dialect) -> Response {
+    pub(super) fn response(&self, dialect: Dialect, pool: &Pool) -> Response {
         let status = self.status();
-        match self {
-            // The driver has said once why nobody is admitted.
-            Self::Refused { .. } => tracing::debug!(%status, code = self.code(), "{}", self.message()),
-            Self::Ended(_) | Self::Broke(_) => tracing::warn!(%status, code = self.code(), "{}", self.message()),
-        }
+        self.log("refused", pool);
         let again = (status == StatusCode::SERVICE_UNAVAILABLE).then_some("5");
         respond::error_response(status, &self.body(dialect), again)
     }
 
     /// As the last event of a stream whose 200 is out already.
-    pub(super) fn event(&self, dialect: Dialect) -> Bytes {
-        tracing::warn!(code = self.code(), "a stream ends: {}", self.message());
+    pub(super) fn event(&self, dialect: Dialect, pool: &Pool) -> Bytes {
+        self.log("a stream ends", pool);
         respond::event(dialect, &self.body(dialect))
     }
 }

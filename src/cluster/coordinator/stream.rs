@@ -124,8 +124,8 @@ impl Events {
                     Ok(source) => self.source = source,
                     Err(event) => return Some(self.fail(&event)),
                 },
-                Step::Answered(Err(problem)) => return Some(self.fail(&problem.event(self.dialect))),
-                Step::Ended(ended) => return Some(self.fail(&Problem::Ended(ended).event(self.dialect))),
+                Step::Answered(Err(problem)) => return Some(self.fail(&problem.event(self.dialect, &self.pool))),
+                Step::Ended(ended) => return Some(self.fail(&Problem::Ended(ended).event(self.dialect, &self.pool))),
                 Step::Broken(cause) => {
                     let life = match &self.source {
                         Source::Flowing(granted, _) => Arc::clone(&granted.life),
@@ -133,7 +133,7 @@ impl Events {
                     };
                     let url = life.target.shown().to_owned();
                     let problem = Problem::broke(Refusal::BrokeOff { url, cause }, &life).await;
-                    return Some(self.fail(&problem.event(self.dialect)));
+                    return Some(self.fail(&problem.event(self.dialect, &self.pool)));
                 }
                 Step::End => return None,
             }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{Path, Request, State};
-use axum::http::StatusCode;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -19,6 +19,11 @@ use super::servers::{Servers, Shown};
 use super::{NoServer, Spec};
 use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::Secret;
+use crate::http::Limits;
+use crate::http::body::is_json;
+use crate::http::excerpt::excerpt;
+use crate::http::origin::{self, Guard};
+use crate::http::serve::{self as server, Running};
 use crate::proxy::token;
 use crate::supervise::notify::Notifier;
 
@@ -26,8 +31,12 @@ use crate::supervise::notify::Notifier;
 const TICK: Duration = Duration::from_millis(250);
 /// What the cache has is counted so often: a load fills it.
 const COUNT: Duration = Duration::from_secs(30);
-/// How long answers that are under way have at the end.
+/// How long answers that are under way have once the servers have ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long they have in all.
+const DRAIN: Duration = Duration::from_secs(60);
+/// Largest request body in bytes.
+const MOST_BODY: usize = 16 * 1024;
 
 /// What the requests share.
 #[derive(Debug)]
@@ -100,6 +109,7 @@ impl Agent {
 
 /// Answers until `stop`, and then ends the servers.
 pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier, stop: CancellationToken) {
+    let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.token.is_some(), &[], None);
     let router = Router::new()
         .route("/v1/worker", get(status))
         .route("/v1/worker/lease", post(lease))
@@ -107,11 +117,18 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
         .route("/v1/worker/lease/{id}", delete(give_back))
         .fallback(|| async { refusal(StatusCode::NOT_FOUND, "this is a worker's agent; it has no such path") })
         .layer(middleware::from_fn_with_state(Arc::clone(&agent), guard))
+        .layer(DefaultBodyLimit::max(MOST_BODY))
         .with_state(Arc::clone(&agent));
-    let serving = axum::serve(listener, router)
-        .with_graceful_shutdown(stop.clone().cancelled_owned())
-        .into_future();
-    let serving = tokio::spawn(serving);
+    let router = origin::guarded(router, guard_pages, |foreign, _| {
+        refusal(StatusCode::FORBIDDEN, foreign.to_string())
+    });
+    let running = Running {
+        limits: Limits::default(),
+        drain: DRAIN,
+        shutdown: stop.clone(),
+        cut_off: CancellationToken::new(),
+    };
+    let mut serving = tokio::spawn(server::serve(listener, router, running));
     notifier.ready();
     tokio::select! {
         () = agent.expire(notifier) => {}
@@ -119,8 +136,9 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
         () = stop.cancelled() => {}
     }
     agent.shut_down().await;
-    if timeout(LAST_ANSWERS, serving).await.is_err() {
+    if timeout(LAST_ANSWERS, &mut serving).await.is_err() {
         tracing::debug!("cutting off a request");
+        serving.abort();
     }
 }
 
@@ -156,14 +174,21 @@ async fn status(State(agent): State<Arc<Agent>>) -> Response {
     .into_response()
 }
 
-async fn lease(State(agent): State<Arc<Agent>>, body: Bytes) -> Response {
-    let wanted: LeaseRequest = match serde_json::from_slice(&body) {
+async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes) -> Response {
+    if !is_json(&headers) {
+        return refusal(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "send it with `Content-Type: application/json`",
+        );
+    }
+    let mut wanted: LeaseRequest = match serde_json::from_slice(&body) {
         Ok(wanted) => wanted,
         Err(error) => {
             let sentence = format!("the body is not {{\"holder\": …, \"epoch\": …}}: {error}");
             return refusal(StatusCode::BAD_REQUEST, sentence);
         }
     };
+    wanted.holder = excerpt(&wanted.holder);
     let id = format!("{:032x}", rand::random::<u128>());
     let listening = {
         let (leases, servers) = &mut *agent.rule();

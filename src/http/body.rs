@@ -1,0 +1,315 @@
+//! Reads request bodies at a minimum rate and within a budget of memory.
+
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::limits::Limits;
+use super::progress::Progress;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// How long an unwanted body is read on, so that its sender finds the answer rather than a reset connection.
+const DISCARD_TIME: Duration = Duration::from_secs(1);
+
+/// Why there is no body.
+#[derive(Debug)]
+pub(crate) enum Unread {
+    /// It is longer than it may be; this is the rest of it.
+    TooLarge(Body),
+    /// The bodies of other requests take all of the memory.
+    NoMemory(Body),
+    /// It came slower than it may.
+    TooSlow,
+    /// It ended early.
+    Cut(axum::Error),
+}
+
+/// Reads a body of at most `limit` bytes, which count in the server's budget until they are dropped.
+pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes, Unread> {
+    let announced = announced(&parts.headers);
+    if announced.is_some_and(|length| length > limit) {
+        return Err(Unread::TooLarge(body));
+    }
+    let mut share = parts.extensions.get::<Memory>().map(Memory::share);
+    let mut chunks = body.into_data_stream();
+    let mut whole = BytesMut::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|error| {
+            if is_slow(&error) {
+                Unread::TooSlow
+            } else {
+                Unread::Cut(error)
+            }
+        })?;
+        if (whole.len() + chunk.len()) as u64 > limit {
+            return Err(Unread::TooLarge(Body::from_stream(chunks)));
+        }
+        if let Some(share) = &mut share
+            && !share.grow(chunk.len())
+        {
+            return Err(Unread::NoMemory(Body::from_stream(chunks)));
+        }
+        if whole.is_empty() && announced.is_some_and(|length| length == chunk.len() as u64) {
+            return Ok(counted(chunk, share));
+        }
+        whole.extend_from_slice(&chunk);
+    }
+    Ok(counted(whole.freeze(), share))
+}
+
+/// Reads on for a moment without keeping anything. Many clients look for an answer only after they have sent all, and
+/// lose it when the connection is reset meanwhile.
+pub(crate) fn discard(body: Body, headers: &HeaderMap) {
+    if headers.contains_key(header::EXPECT) || HttpBody::is_end_stream(&body) {
+        return; // Nothing comes; a client that has not begun to send must not be told to.
+    }
+    tokio::spawn(tokio::time::timeout(DISCARD_TIME, async move {
+        let mut chunks = body.into_data_stream();
+        while let Some(Ok(_)) = chunks.next().await {}
+    }));
+}
+
+/// Whether a body is JSON by its `Content-Type`. A page in somebody's browser can send any other type without being asked
+/// whether it may.
+pub(crate) fn is_json(headers: &HeaderMap) -> bool {
+    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let essence = given.and_then(|given| given.split(';').next()).unwrap_or_default();
+    essence.trim().eq_ignore_ascii_case("application/json")
+}
+
+fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The memory for request bodies of one server.
+#[derive(Debug, Clone)]
+pub(super) struct Memory(Arc<Semaphore>);
+
+/// The part of it that one body has.
+#[derive(Debug)]
+struct Share {
+    memory: Arc<Semaphore>,
+    taken: Option<OwnedSemaphorePermit>,
+}
+
+impl Memory {
+    pub(super) fn of(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
+    }
+
+    fn share(&self) -> Share {
+        Share {
+            memory: Arc::clone(&self.0),
+            taken: None,
+        }
+    }
+}
+
+impl Share {
+    /// Whether there are so many bytes more.
+    fn grow(&mut self, bytes: usize) -> bool {
+        let Ok(bytes) = u32::try_from(bytes) else { return false };
+        let Ok(more) = Arc::clone(&self.memory).try_acquire_many_owned(bytes) else {
+            return false;
+        };
+        match &mut self.taken {
+            Some(taken) => taken.merge(more),
+            None => self.taken = Some(more),
+        }
+        true
+    }
+}
+
+/// Bytes that give their share back when the last of their copies is dropped.
+fn counted(bytes: Bytes, share: Option<Share>) -> Bytes {
+    struct Counted {
+        bytes: Bytes,
+        _share: Share,
+    }
+    impl AsRef<[u8]> for Counted {
+        fn as_ref(&self) -> &[u8] {
+            &self.bytes
+        }
+    }
+    match share {
+        Some(share) if share.taken.is_some() => Bytes::from_owner(Counted { bytes, _share: share }),
+        _ => bytes,
+    }
+}
+
+/// A request body that has to come at a minimum rate.
+pub(super) struct Paced {
+    body: Incoming,
+    grace: Duration,
+    rate: u32,
+    received: u64,
+    began: Instant,
+    /// `None` until there was something to wait for.
+    alarm: Option<Pin<Box<Sleep>>>,
+    progress: Arc<Progress>,
+    /// The client knows answers before the answer.
+    interim: bool,
+}
+
+/// The error of a body that came too slowly.
+#[derive(Debug, thiserror::Error)]
+#[error("the body came too slowly")]
+struct TooSlow;
+
+fn is_slow(error: &axum::Error) -> bool {
+    let error: &(dyn Error + 'static) = error;
+    std::iter::successors(Some(error), |error| (*error).source()).any(<dyn Error + 'static>::is::<TooSlow>)
+}
+
+impl Paced {
+    pub(super) fn new(body: Incoming, limits: &Limits, progress: &Arc<Progress>, interim: bool) -> Self {
+        let paced = Self {
+            body,
+            grace: limits.body_grace,
+            rate: limits.body_rate.max(1),
+            received: 0,
+            began: Instant::now(),
+            alarm: None,
+            progress: Arc::clone(progress),
+            interim,
+        };
+        paced.look_for_end();
+        paced
+    }
+
+    fn look_for_end(&self) {
+        if self.body.is_end_stream() {
+            self.progress.body_ends(self.interim);
+        }
+    }
+
+    /// When the next byte has to have come.
+    fn deadline(&self) -> Instant {
+        self.began + self.grace + Duration::from_secs_f64(self.received as f64 / f64::from(self.rate))
+    }
+}
+
+impl HttpBody for Paced {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                self.received += frame.data_ref().map_or(0, Bytes::len) as u64;
+                self.look_for_end();
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => {
+                self.progress.body_ends(self.interim);
+                Poll::Ready(None)
+            }
+            Poll::Pending => {
+                let deadline = self.deadline();
+                let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+                if alarm.deadline() != deadline {
+                    alarm.as_mut().reset(deadline);
+                }
+                alarm.as_mut().poll(cx).map(|()| Some(Err(TooSlow.into())))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The body of an answer, whose end is told.
+pub(super) struct Answer {
+    body: Body,
+    progress: Arc<Progress>,
+}
+
+impl Answer {
+    pub(super) fn new(body: Body, progress: Arc<Progress>) -> Self {
+        Self { body, progress }
+    }
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        HttpBody::is_end_stream(&self.body)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        HttpBody::size_hint(&self.body)
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.progress.answer_ends();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::Request;
+
+    use super::*;
+
+    fn parts(memory: &Memory) -> Parts {
+        let mut request = Request::new(());
+        request.extensions_mut().insert(memory.clone());
+        request.into_parts().0
+    }
+
+    #[tokio::test]
+    async fn a_body_counts_until_its_last_copy_is_dropped() {
+        let memory = Memory::of(10);
+        let parts = parts(&memory);
+        let first = read(Body::from("12345678"), &parts, 100).await.unwrap();
+        let copy = first.slice(2..4);
+        drop(first);
+        let refused = read(Body::from("123"), &parts, 100).await;
+        assert!(matches!(refused, Err(Unread::NoMemory(_))), "{refused:?}");
+        drop(copy);
+        assert_eq!(read(Body::from("1234567890"), &parts, 100).await.unwrap(), "1234567890");
+        assert_eq!(memory.0.available_permits(), 10);
+    }
+
+    #[tokio::test]
+    async fn a_body_in_pieces_counts_while_it_comes_and_not_when_it_is_refused() {
+        let memory = Memory::of(10);
+        let parts = parts(&memory);
+        let pieces = || {
+            let pieces = ["1234", "5678", "90", "1"].map(Ok::<_, std::io::Error>);
+            Body::from_stream(futures_util::stream::iter(pieces))
+        };
+        let refused = read(pieces(), &parts, 100).await;
+        assert!(matches!(refused, Err(Unread::NoMemory(_))), "{refused:?}");
+        let refused = read(pieces(), &parts, 6).await;
+        assert!(matches!(refused, Err(Unread::TooLarge(_))), "{refused:?}");
+        assert_eq!(memory.0.available_permits(), 10);
+    }
+}

@@ -1,0 +1,199 @@
+//! Accepts connections, hands their requests to a router, and ends.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response, Version};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::body::{Answer, Memory, Paced};
+use super::limits::{Limits, Place, Places};
+use super::peer::Peer;
+use super::progress::Progress;
+use super::socket::Socket;
+
+/// A client that does not acknowledge what it is sent, or that we live, for so long is gone.
+const GONE_AFTER: Duration = Duration::from_secs(60);
+/// How long to wait after a connection could not be accepted, which mostly means that there are too many.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long streams have to tell their clients that they are cut off.
+const FAREWELL: Duration = Duration::from_millis(200);
+/// Most bytes of a head, and most that are read of a body at once.
+const READ_BUFFER: usize = 128 * 1024;
+/// How long a client that is turned away has to take its answer, and how many may do so at once.
+const TURNING_AWAY: (Duration, usize) = (Duration::from_secs(1), 64);
+
+/// How a server runs, and when it ends.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// What it grants its clients.
+    pub(crate) limits: Limits,
+    /// How long running answers may go on after `shutdown`.
+    pub(crate) drain: Duration,
+    /// Cancelled when the server takes no more requests.
+    pub(crate) shutdown: CancellationToken,
+    /// Told that the rest is cut off.
+    pub(crate) cut_off: CancellationToken,
+}
+
+/// Serves on `listener` until the shutdown; then takes no more requests, gives the running ones their time to end, and cuts
+/// the rest off.
+pub(crate) async fn serve(listener: TcpListener, router: Router, running: Running) {
+    let server = Arc::new(Server {
+        memory: Memory::of(running.limits.body_memory),
+        places: Places::new(running.limits),
+        router,
+        shutdown: running.shutdown,
+        turning_away: Semaphore::new(TURNING_AWAY.1),
+    });
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = server.shutdown.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => {
+                    connections.spawn(Arc::clone(&server).connection(stream, peer));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    server.places.make_room();
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    if !all_end_within(running.drain, &mut connections).await {
+        tracing::warn!(connections = connections.len(), "cutting off what is still running");
+        running.cut_off.cancel();
+        all_end_within(FAREWELL, &mut connections).await;
+        connections.shutdown().await;
+    }
+}
+
+async fn all_end_within(time: Duration, connections: &mut JoinSet<()>) -> bool {
+    let all = async { while connections.join_next().await.is_some() {} };
+    tokio::time::timeout(time, all).await.is_ok()
+}
+
+/// What all connections share.
+struct Server {
+    router: Router,
+    places: Arc<Places>,
+    memory: Memory,
+    shutdown: CancellationToken,
+    turning_away: Semaphore,
+}
+
+impl Server {
+    /// Serves one connection. Dropping it drops its request, and with it what goes on behind.
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
+        match self.places.take(peer.ip()) {
+            Some(place) => self.requests(stream, place).await,
+            None => self.turn_away(stream).await,
+        }
+    }
+
+    async fn requests(&self, stream: TcpStream, place: Place) {
+        if let Err(error) = tune(&stream) {
+            tracing::debug!(%error, "a connection's options could not be set");
+        }
+        let peer = Peer::of(&stream);
+        let evicted = place.evicted();
+        let progress = Arc::new(Progress::new(place));
+        let socket = Socket::new(stream, Arc::clone(&progress), self.places.limits());
+        let router = TowerToHyperService::new(self.router.clone());
+        let service = service_fn(|request| self.answer(&router, request, peer, &progress));
+        let connection = http1::Builder::new()
+            .max_buf_size(READ_BUFFER)
+            .serve_connection(TokioIo::new(socket), service);
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = evicted.cancelled() => return,
+            () = self.shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a connection broke off");
+        }
+    }
+
+    fn answer(
+        &self,
+        router: &TowerToHyperService<Router>,
+        request: Request<Incoming>,
+        peer: Peer,
+        progress: &Arc<Progress>,
+    ) -> impl Future<Output = Result<Response<Answer>, Infallible>> + use<> {
+        progress.request_begins();
+        let progress = Arc::clone(progress);
+        let interim = request.version() >= Version::HTTP_11;
+        let limits = self.places.limits();
+        let mut request = request.map(|body| Body::new(Paced::new(body, limits, &progress, interim)));
+        request.extensions_mut().insert(self.memory.clone());
+        request.extensions_mut().insert(peer);
+        let answer = router.call(request);
+        async move {
+            let answer = answer.await?;
+            progress.answer_begins();
+            Ok(answer.map(|body| Answer::new(body, progress)))
+        }
+    }
+
+    /// Tells a client for whom there is no place to come again.
+    async fn turn_away(&self, mut stream: TcpStream) {
+        let Ok(_turn) = self.turning_away.try_acquire() else {
+            return;
+        };
+        let body = r#"{"error":{"message":"this endpoint has as many connections as it can take: send the request again later","type":"server_error","code":"too_many_connections","param":null}}"#;
+        let answer = format!(
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nRetry-After: 5\r\n\
+             Connection: close\r\n\r\n{body}",
+            body.len()
+        );
+        let turned = async {
+            let mut sink = [0; 4096];
+            // Clients take no answer before they have sent a request.
+            if stream.read(&mut sink).await? == 0 {
+                return Ok(());
+            }
+            stream.write_all(answer.as_bytes()).await?;
+            stream.shutdown().await?;
+            // A connection that is closed with something unread is reset, and the answer may be lost.
+            while stream.read(&mut sink).await? > 0 {}
+            Ok::<_, std::io::Error>(())
+        };
+        let _ = tokio::time::timeout(TURNING_AWAY.0, turned).await;
+    }
+}
+
+fn tune(stream: &TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let stream = SockRef::from(stream);
+    stream.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(GONE_AFTER / 2)
+            .with_interval(GONE_AFTER / 6),
+    )?;
+    #[cfg(target_os = "linux")]
+    stream.set_tcp_user_timeout(Some(GONE_AFTER))?;
+    Ok(())
+}
