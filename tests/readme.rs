@@ -186,11 +186,14 @@ fn every_file_that_the_documentation_links_or_runs_is_there() {
     for (name, text) in pages() {
         let folder = root.join(&name);
         let folder = folder.parent().unwrap();
-        let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        let links = text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split([')', '#']).next());
         for link in links.filter(|link| !link.contains("://")) {
             assert!(folder.join(link).exists(), "{link} of {name} is missing");
         }
-        let words = text.split(|character: char| character.is_whitespace() || "`(),;:[]".contains(character));
+        let words = text.split(|character: char| character.is_whitespace() || "`(),;:[]#".contains(character));
         let paths = words.filter(|word| {
             ["scripts/", "nix/", "tests/", "docs/"]
                 .iter()

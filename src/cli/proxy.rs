@@ -158,7 +158,9 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
     let url = config::local_url(&proxy.host, proxy.port);
     let answer = status::fetch_with_speed(&url, proxy.token()?.as_ref()).await?;
-    print_report(&answer, json, |answer| fitted(&status::table(&url, answer), status::INDENT))?;
+    print_report(&answer, json, |answer| {
+        fitted(&status::table(&url, answer), status::INDENT)
+    })?;
     status::verdict(&answer)
 }
 
