@@ -144,11 +144,6 @@ async fn a_pool_is_started_looked_at_swapped_measured_and_stopped() {
     ] {
         assert!(table.contains(part), "{part} is missing in\n{table}");
     }
-    let endless = json!({ "prompt": "Once", "max_tokens": 1900, "ignore_eos": true, "stream": true });
-    let endless = host.pool.post("/v1/completions", &endless).send().await.unwrap();
-    let table = host.tightwad(&["status"]).await.with(0).stdout;
-    assert!(table.contains("1 answer runs, 0 requests wait"), "{table}");
-    drop(endless);
 
     let slip = host.tightwad(&["swap", "othre"]).await.with(3);
     assert!(slip.stderr.contains("did you mean other"), "{slip:?}");
@@ -349,6 +344,8 @@ async fn ctrl_c_in_a_swap_tells_what_becomes_of_it() {
     host.pool.becomes_ready(Duration::from_secs(30)).await;
     let story = json!({ "prompt": "Once", "max_tokens": 1900, "temperature": 0, "ignore_eos": true, "stream": true });
     let mut story = Some(host.pool.post("/v1/completions", &story).send().await.unwrap());
+    let table = host.tightwad(&["status"]).await.with(0).stdout;
+    assert!(table.contains("1 answer runs, 0 requests wait"), "{table}");
     for (state, says) in [
         ("draining", "interrupted; the swap is taken back, and `big` stays"),
         ("loading", "interrupted; `other` goes on to load without you"),

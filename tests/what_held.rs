@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 /// A config that is read takes no longer than this, and neither does one that is refused.
-const READ: Duration = Duration::from_secs(5);
+const READ: Duration = Duration::from_secs(20);
 /// A request that is not answered by then is one that has yet to end.
 const SOON: Duration = Duration::from_millis(100);
 /// Longest wait for the end of a connection.

@@ -103,6 +103,6 @@ mod tests {
     fn a_command_is_continued_as_a_shell_takes_it() {
         let words = ["llama-server", "--rpc", "a,b", "--device", "'x y'"].map(str::to_owned);
         assert_eq!(command(&words, None), "llama-server --rpc a,b --device 'x y'");
-        assert_eq!(command(&words, Some(24)), "llama-server --rpc \\\n  a,b --device 'x y'");
+        assert_eq!(command(&words, Some(22)), "llama-server --rpc \\\n  a,b --device 'x y'");
     }
 }

@@ -19,6 +19,7 @@ use super::build;
 use super::plan::{Device, KnownFrom};
 use super::rpc_probe::Told;
 use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
+use crate::count::count;
 use crate::supervise::{command, notify};
 
 /// An agent answers from memory.
@@ -49,8 +50,9 @@ pub type Probed = BTreeMap<String, Told>;
 /// after those would be wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the ggml-rpc-server at {endpoint} has {told} devices and the config gives worker {worker} {configured} there; list as \
-     many `gpus` with that `rpc_port`, or start the server with `--device`"
+    "the ggml-rpc-server at {endpoint} has {} and the config gives worker {worker} {configured} there; list as \
+     many `gpus` with that `rpc_port`, or start the server with `--device`",
+    count(*.told as u64, "device", "devices")
 )]
 pub struct Miscounted {
     /// Name of the worker.

@@ -11,6 +11,9 @@ use super::error::{closest, list};
 use super::origin::{Finding, KeyPath, Origin, Origins};
 use super::{Config, DEFAULT_DRAFT_PORT, yaml};
 
+/// More than anybody mends at once. Each takes another try with the whole file.
+const MOST_FINDINGS: usize = 50;
+
 /// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again. There is a
 /// configuration where nothing but keys is unknown: what was meant by a value of another type nobody knows.
 pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, Vec<Finding>) {
@@ -32,6 +35,11 @@ pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, 
         let mut at = error.path.clone();
         if let Kind::MissingField(field) = &error.kind {
             at.push(field.to_string());
+        }
+        if findings.len() == MOST_FINDINGS {
+            let more = format!("more is wrong than these {MOST_FINDINGS}; correct them first");
+            findings.push(Finding::new(KeyPath::new(), more));
+            return (None, findings);
         }
         if !settled.contains(&at) {
             findings.push(Finding::new(at.clone(), describe(&error, origins)));

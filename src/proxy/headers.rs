@@ -3,6 +3,7 @@
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::token::X_API_KEY;
+use crate::upstream::MEASURING;
 
 /// The name by which a drafter finds a completion at the target.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
@@ -31,6 +32,8 @@ pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) ->
     for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, X_DRAFT_KEY] {
         headers.remove(name);
     }
+    // A client's answers are waited for.
+    headers.remove(MEASURING);
     match credentials {
         Credentials::Clients => {}
         Credentials::None => drop_credentials(&mut headers),
@@ -80,6 +83,14 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_cannot_pass_for_a_drafter_or_a_measurement() {
+        let names = ["x-draft-key", MEASURING, "x-mine"];
+        let headers = names.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("1")));
+        let kept = to_target(HeaderMap::from_iter(headers), Credentials::None);
+        assert_eq!(kept.keys().collect::<Vec<_>>(), ["x-mine"]);
+    }
 
     #[test]
     fn what_the_connection_header_names_stays_on_its_hop() {

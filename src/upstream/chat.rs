@@ -9,6 +9,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::failure;
 use super::sse::Data;
 use crate::config::Secret;
 
@@ -29,7 +30,7 @@ pub enum ChatError {
         /// The server.
         url: String,
         /// What happened and what to do.
-        why: &'static str,
+        why: String,
     },
     /// An answer with an error status.
     #[error("{url} answers {}: {message}{}", .status.as_u16(), hint(*.status))]
@@ -369,13 +370,10 @@ impl Progress {
 /// The failure to talk to a server.
 #[must_use]
 pub fn unreachable(url: &str, error: &reqwest::Error) -> ChatError {
-    let why = if error.is_connect() {
-        "nothing answers there; start it, or check the URL"
-    } else if error.is_timeout() {
-        "it took too long to answer"
-    } else {
-        "the connection broke"
-    };
+    let mut why = failure::explain(error);
+    if error.is_connect() {
+        why.push_str("; start it, or check the URL");
+    }
     ChatError::Unreachable {
         url: url.to_owned(),
         why,

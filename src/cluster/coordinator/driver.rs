@@ -182,11 +182,11 @@ impl Driver {
         if let Event::Left(id) = &event {
             self.waiting.remove(id);
         }
-        if let Event::Died(_, failure) | Event::Broken(_, failure) = &event {
-            if self.in_the_way.as_ref() != Some(&failure.why) {
-                tracing::error!("{}", failure.why);
-                self.in_the_way = Some(failure.why.clone());
-            }
+        if let Event::Died(_, failure) | Event::Broken(_, failure) = &event
+            && self.in_the_way.as_ref() != Some(&failure.why)
+        {
+            tracing::error!("{}", failure.why);
+            self.in_the_way = Some(failure.why.clone());
         }
         if let Event::Ready(_) = &event
             && let Some(running) = &self.server

@@ -78,12 +78,8 @@ pub(super) async fn run(run: Run) {
     let client = match client() {
         Ok(client) => client,
         Err(error) => {
-            let failure = Failure {
-                why: format!("this host's HTTP client cannot be set up: {error}"),
-                curable: true,
-                worker: false,
-            };
-            return send(&tell, Event::Died(epoch, failure));
+            let why = format!("this host's HTTP client cannot be set up: {error}");
+            return send(&tell, Event::Died(epoch, curable(why, false)));
         }
     };
     let mut child = match Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await {
@@ -107,29 +103,11 @@ pub(super) async fn run(run: Run) {
                 }
                 () = until_load_stalls(moved.subscribe()) => Ok(LOAD_STALL.as_secs()),
             };
-            let (worker, why) = match seconds {
-                Err(lost) => (true, lost),
-                Ok(seconds) => {
-                    let lost = workers.who_is_lost(true).await;
-                    let worker = lost.is_some();
-                    let why = lost.unwrap_or_else(|| {
-                        "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer"
-                            .to_owned()
-                    });
-                    (worker, format!("nothing has moved for {seconds} s: {why}"))
-                }
+            let failure = match seconds {
+                Err(lost) => curable(lost, true),
+                Ok(seconds) => stalled(seconds, &workers).await,
             };
-            send(
-                &tell,
-                Event::Broken(
-                    epoch,
-                    Failure {
-                        why,
-                        curable: true,
-                        worker,
-                    },
-                ),
-            );
+            send(&tell, Event::Broken(epoch, failure));
             std::future::pending::<()>().await;
         };
         tokio::select! {
@@ -161,6 +139,25 @@ pub(super) async fn run(run: Run) {
 
 fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
     let _ = tell.send(Message::Event(event));
+}
+
+/// A failure that another start may mend.
+fn curable(why: String, worker: bool) -> Failure {
+    Failure {
+        why,
+        curable: true,
+        worker,
+    }
+}
+
+/// Why nothing has moved for so many seconds.
+async fn stalled(seconds: u64, workers: &Workers) -> Failure {
+    let lost = workers.who_is_lost(true).await;
+    let worker = lost.is_some();
+    let why = lost.unwrap_or_else(|| {
+        "no worker's agent knows why; give more `stall_seconds` if one batch of a prompt takes longer".to_owned()
+    });
+    curable(format!("nothing has moved for {seconds} s: {why}"), worker)
 }
 
 async fn failure(death: &Death, workers: &Workers) -> Failure {
