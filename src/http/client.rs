@@ -35,7 +35,6 @@ pub enum ReadError {
 ///
 /// [`ClientBuilder::build`] fails only when TLS cannot be set up. Pass that failure on: `Client::default()` would panic
 /// over it, and use the environment's proxy.
-#[must_use]
 pub fn builder() -> ClientBuilder {
     reqwest::Client::builder()
         .no_proxy()
@@ -188,7 +187,7 @@ mod tests {
     proptest! {
         #[test]
         fn how_the_bytes_are_cut_makes_no_difference(texts in prop::collection::vec("[a-zäöü日]{0,8}", 0..8), size in 1_usize..9) {
-            let body = texts.iter().map(|text| format!("{text}\n")).collect::<String>() + "cut";
+            let body = texts.iter().fold(String::new(), |body, text| body + text + "\n") + "cut";
             let cut = body.as_bytes().chunks(size).map(<[u8]>::to_vec).collect();
             let read = run(lines(answer(cut), 100).collect::<Vec<_>>());
             let read: Vec<Bytes> = read.into_iter().map(Result::unwrap).collect();
