@@ -193,7 +193,7 @@ fn every_file_that_the_documentation_links_or_runs_is_there() {
         for link in links.filter(|link| !link.contains("://")) {
             assert!(folder.join(link).exists(), "{link} of {name} is missing");
         }
-        let words = text.split(|character: char| character.is_whitespace() || "`(),;:[]".contains(character));
+        let words = text.split(|character: char| character.is_whitespace() || "`(),;:[]#".contains(character));
         let paths = words.filter(|word| {
             ["scripts/", "nix/", "tests/", "docs/"]
                 .iter()

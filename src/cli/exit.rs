@@ -81,6 +81,7 @@ impl Failure {
     }
 
     /// An end that needs no words.
+    #[must_use]
     pub fn silent(exit: Exit) -> Self {
         Self::new(exit, "")
     }

@@ -367,13 +367,11 @@ fn table(seen: &Overview) -> String {
 fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
     line("proxy", &format!("{url}{}", status::activity(told)));
     let well = |server: &Value| if server["healthy"] == true { "healthy" } else { "down" };
-    let target = format!("target {}", well(&told["target"]));
     let drafts = told["drafts"].as_array().into_iter().flatten();
-    let drafts: String = drafts.map(|draft| format!(", draft {}", well(draft))).collect();
-    line(
-        "",
-        &format!("{target}{drafts}, verification {}", status::verification(told)),
-    );
+    let mut servers = vec![format!("target {}", well(&told["target"]))];
+    servers.extend(drafts.map(|draft| format!("draft {}", well(draft))));
+    servers.push(format!("verification {}", status::verification(told)));
+    line("", &servers.join(", "));
     if let Some(counts) = status::Counts::of(told).describe() {
         line("", &counts);
     }

@@ -207,16 +207,15 @@ pub fn activity(status: &Value) -> String {
     let Some(uptime) = status["uptime_seconds"].as_f64() else {
         return String::new();
     };
-    let mut words = format!(": up {}", duration(uptime));
-    words += &match running(status) {
-        0 => String::new(),
-        1 => ", 1 request running".to_owned(),
-        n => format!(", {n} requests running"),
-    };
-    if let Some(speed) = status["tokens_per_second"].as_f64() {
-        words += &format!(", {speed:.1} tok/s");
-    }
-    words
+    let mut words = vec![format!("up {}", duration(uptime))];
+    words.extend(match running(status) {
+        0 => None,
+        1 => Some("1 request running".to_owned()),
+        n => Some(format!("{n} requests running")),
+    });
+    let speed = status["tokens_per_second"].as_f64();
+    words.extend(speed.map(|speed| format!("{speed:.1} tok/s")));
+    format!(": {}", words.join(", "))
 }
 
 /// Seconds as people say them.
