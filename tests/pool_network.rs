@@ -38,13 +38,13 @@ struct Cluster {
 impl Cluster {
     fn new(far: (&str, u16), agents: bool) -> Self {
         let agent = if agents { AGENT } else { 0 };
-        Self::of(json!([
+        Self::of(&json!([
             worker("near", ("127.0.0.1", RPC), agent),
             worker("far", far, agent)
         ]))
     }
 
-    fn of(workers: Value) -> Self {
+    fn of(workers: &Value) -> Self {
         let config = json!({
             "coordinator": { "port": 8080, "backend": "cpu", "slots": 2, "threads": 1 },
             "workers": workers,
@@ -206,7 +206,7 @@ async fn two_coordinators_with_one_host_name_and_port_do_not_evict_each_other() 
     }
     let host = FarHost::new().await;
     // The worker is at this side of the cable, and both coordinators are called after the one machine that this is.
-    let cluster = Cluster::of(json!([worker("near", ("10.77.0.1", RPC), AGENT)]));
+    let cluster = Cluster::of(&json!([worker("near", ("10.77.0.1", RPC), AGENT)]));
     let worker = cluster.run(&["worker", "near"]);
     let near = cluster.run(&["coordinator"]);
     becomes_ready(&near, Duration::from_secs(30)).await;
