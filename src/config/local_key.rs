@@ -2,10 +2,10 @@
 //!
 //! A llama-server on a loopback address without a key answers every program of the machine, and every web page that a browser on
 //! it shows. So a `target` or `draft` without a key asks for a random one. The roles of a host find it in the same place: the
-//! credential `local_key` of a systemd unit, else a file in the user's state folder, which the first role that looks for it
-//! makes.
+//! credential `local_key` of a systemd unit, else the file of the NixOS module for those who may read it, else a file in the
+//! user's state folder, which the first role that looks for it makes.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use super::{ConfigError, Secret, secret};
 
 /// Name of the file and of the credential.
 const NAME: &str = "local_key";
+/// Where the NixOS module keeps the key that its units get as a credential (modules/local-key.nix). Root may read it.
+const OF_THE_MODULE: &str = "/run/tightwad-local-key/key";
 
 /// The key, and where it stands.
 #[derive(Debug, Clone)]
@@ -61,8 +63,9 @@ fn refusal(path: &Path, reason: &str) -> ConfigError {
 
 fn path() -> io::Result<PathBuf> {
     let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| Path::new(&folder).join(NAME));
-    match credential.filter(|credential| credential.exists()) {
-        Some(credential) => Ok(credential),
+    let of_module = File::open(OF_THE_MODULE).is_ok().then(|| OF_THE_MODULE.into());
+    match credential.filter(|credential| credential.exists()).or(of_module) {
+        Some(file) => Ok(file),
         None => own_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(NAME)),
     }
 }

@@ -89,8 +89,7 @@ pub async fn choose(role: Role, launch: &Launch) -> Result<Launch, Missing> {
 
 /// Says on which devices a server computes that nobody has tied to a kind.
 async fn tell(role: Role, launch: &Launch) {
-    let named = launch.value_of("--device").or_else(|| launch.value_of("-dev"));
-    match named {
+    match launch.value_of("--device").or_else(|| launch.value_of("-dev")) {
         Some("none") => return tracing::info!("the {role} computes on the CPU"),
         Some(names) => return tracing::info!("the {role} computes on {names}"),
         None => {}

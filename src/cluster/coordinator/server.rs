@@ -1,5 +1,6 @@
 //! One life of the llama-server behind the front.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::pool::Message;
 use super::workers::Workers;
 use crate::cluster::swap::{Event, Failure};
 use crate::config::Secret;
-use crate::supervise::child::Child;
+use crate::supervise::child::{Child, Listener};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::{Cause, Death};
 use crate::supervise::stall::{self, Stalled, until_stalled};
@@ -67,14 +68,7 @@ pub(super) async fn run(run: Run) {
             Line::Log => false,
         })
     };
-    let spawned = match stall::client() {
-        Ok(http) => {
-            let child = Child::spawn_with(Role::Coordinator, &launch, Some(listener)).await;
-            child.map(|child| (http, child))
-        }
-        Err(error) => Err(error),
-    };
-    let (http, mut child) = match spawned {
+    let (http, mut child) = match spawn(&launch, listener).await {
         Ok(spawned) => spawned,
         Err(error) => {
             let death = Death::not_started(&error);
@@ -128,6 +122,13 @@ pub(super) async fn run(run: Run) {
             send(&tell, Event::Died(epoch, failure));
         }
     }
+}
+
+/// Starts it, with a client to look at it.
+async fn spawn(launch: &Launch, listener: Listener) -> io::Result<(reqwest::Client, Child)> {
+    let http = stall::client()?;
+    let child = Child::spawn_with(Role::Coordinator, launch, Some(listener)).await?;
+    Ok((http, child))
 }
 
 fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
