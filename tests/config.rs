@@ -1065,7 +1065,12 @@ fn everything() -> Config {
         proxy: Some(Proxy {
             host: "h".into(),
             port: 1,
-            draft: vec![upstream.clone()],
+            draft: vec![Upstream {
+                // Keys of a target alone.
+                draft_key: None,
+                draft_key_file: None,
+                ..upstream.clone()
+            }],
             target: Some(upstream),
             max_draft_tokens: MaxDraftTokens::Auto,
             verification: VerificationMode::Auto,

@@ -157,8 +157,8 @@ async fn every_path_method_and_query_of_the_target_is_reachable() {
         ("GET", "/slots?fail_on_no_slot=1&x=%20y"),
         ("POST", "/v1/embeddings"),
         ("POST", "/tokenize"),
-        ("POST", "/slots/0?action=save"),
-        ("DELETE", "/v1/stream/abc"),
+        ("POST", "/v1/audio/speech?x=1"),
+        ("DELETE", "/v1/files/abc"),
         ("PUT", "/never/heard%2Fof"),
         ("PATCH", "/"),
     ] {
@@ -453,7 +453,7 @@ async fn an_unstreamed_answer_is_waited_for_in_silence() {
 
 #[tokio::test]
 async fn a_targets_own_error_comes_back_as_it_is() {
-    let body = r#"{ "error" : {"code":400,"message":"too long","type":"exceed_context_size_error","n_ctx":256}}"#;
+    let body = r#"{ "error" : {"code":400,"message":"no","type":"invalid_request_error","n_ctx":256}}"#;
     let target = FakeUpstream::start(move |_| json("400 Bad Request", body)).await;
     let proxy = Proxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
