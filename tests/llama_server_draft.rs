@@ -1091,10 +1091,6 @@ async fn a_request_for_a_slot_in_use_leaves_its_answer_alone() {
     let alone = server.post("/completion", &body).await;
     let (answer, other) = tokio::join!(server.post("/completion", &body), async {
         tokio::time::sleep(Duration::from_millis(30)).await;
-        let other = with(
-            completion("def main():", 5),
-            json!({ "id_slot": 0, "cache_prompt": true }),
-        );
         server.post("/completion", &other).await
     });
     assert_eq!(answer["tokens"], alone["tokens"]);
