@@ -280,6 +280,69 @@ async fn assert_exact(name: &str, write_model: fn(&Path)) {
     assert!(tally.ties * 50 <= tally.compared, "{tally:?}");
 }
 
+/// Slot 2 generates, slot 1 is drafted for with two right and four wrong tokens at a time, and in the middle of it a long
+/// prompt arrives at slot 0: a pass of several micro batches, with the drafted slot in the first one.
+async fn assert_a_prompt_changes_nothing(write_model: fn(&Path)) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    write_model(&path);
+    let args = "--spec-draft-external-max 8 -np 3 --kv-unified -c 8192 -b 64 -ub 64 -fa off -ctk f32 -ctv f32";
+    let server = LlamaServer::start(&path, &args.split(' ').collect::<Vec<_>>()).await;
+    let mut random = StdRng::seed_from_u64(SEED);
+    for _ in 0..3 {
+        let bodies = [(0, 900, 8), (1, 8, 60), (2, 8, 200)].map(|(slot, n_prompt, n_predict)| {
+            json!({
+                "prompt": random_tokens(&mut random, n_prompt), "n_predict": n_predict, "id_slot": slot, "seed": 1,
+                "temperature": 1.0, "cache_prompt": false, "return_tokens": true, "ignore_eos": true,
+            })
+        });
+        let mut alone = Vec::new();
+        for body in &bodies {
+            alone.push(tokens_of(&server.post("/completion", body).await));
+        }
+        let mut text: Vec<i32> = serde_json::from_value(bodies[1]["prompt"].clone()).expect("a prompt");
+        text.extend(&alone[1]);
+        let (started, starts) = tokio::sync::oneshot::channel();
+        let mut started = Some(started);
+        let late = async {
+            starts.await.expect("the drafted answer has begun");
+            server.post("/completion", &bodies[0]).await
+        };
+        let next = |committed: &[i32]| {
+            if committed.len() > 20
+                && let Some(started) = started.take()
+            {
+                started.send(()).expect("the prompt is waiting");
+            }
+            let right = text.iter().skip(committed.len()).take(2).copied();
+            right.chain([1000, 1001, 1002, 1003]).collect()
+        };
+        let (late, drafted, other) = tokio::join!(
+            late,
+            harness::drafter::drafted(&server, "/completion", &bodies[1], next),
+            server.post("/completion", &bodies[2])
+        );
+        assert_eq!(drafted.1.committed, text, "the drafted answer");
+        assert_eq!(tokens_of(&late), alone[0], "the answer to the long prompt");
+        assert_eq!(tokens_of(&other), alone[2], "the answer of the other slot");
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_in_mid_answer_leaves_a_drafted_slot_with_short_convolutions_alone() {
+    assert_a_prompt_changes_nothing(random_model::hybrid).await;
+}
+
+#[tokio::test]
+async fn a_prompt_in_mid_answer_leaves_a_drafted_slot_with_linear_attention_alone() {
+    assert_a_prompt_changes_nothing(random_model::linear_attention).await;
+}
+
+#[tokio::test]
+async fn a_prompt_in_mid_answer_leaves_a_drafted_slot_with_state_spaces_alone() {
+    assert_a_prompt_changes_nothing(random_model::state_space).await;
+}
+
 #[tokio::test]
 async fn drafted_answers_of_a_model_with_short_convolutions_are_exact_in_any_schedule() {
     assert_exact("lfm2", random_model::hybrid).await;

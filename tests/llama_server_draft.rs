@@ -1081,13 +1081,16 @@ async fn a_request_for_a_slot_in_use_leaves_its_answer_alone() {
         completion("Once upon a time", 200),
         json!({ "ignore_eos": true, "id_slot": 0 }),
     );
+    let other = with(
+        completion("def main(): print all the words that begin with a", 5),
+        json!({ "id_slot": 0 }),
+    );
+    let other = with(other, json!({ "cache_prompt": true }));
+    // the server keeps its prompt for later when the slot gets another one
+    server.post("/completion", &other).await;
     let alone = server.post("/completion", &body).await;
     let (answer, other) = tokio::join!(server.post("/completion", &body), async {
         tokio::time::sleep(Duration::from_millis(30)).await;
-        let other = with(
-            completion("def main():", 5),
-            json!({ "id_slot": 0, "cache_prompt": true }),
-        );
         server.post("/completion", &other).await
     });
     assert_eq!(answer["tokens"], alone["tokens"]);
