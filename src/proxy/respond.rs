@@ -103,9 +103,8 @@ impl Refusal {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Hidden | Self::Owners | Self::NotOllama { .. } | Self::Drafter { .. } => StatusCode::NOT_FOUND,
-            Self::NotADrafter { .. } => StatusCode::FORBIDDEN,
+            Self::NotADrafter { .. } | Self::Foreign(_) => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Foreign(_) => StatusCode::FORBIDDEN,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Encoded { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
