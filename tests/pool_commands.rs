@@ -276,9 +276,7 @@ async fn a_worker_that_is_away_is_named_and_the_start_is_given_up_after_a_while(
     lost.await.expect("the coordinator names it");
     let status = host.tightwad(&["status"]).await.with(6);
     let rows = status.stdout.lines();
-    let told: Vec<&str> = rows
-        .filter(|row| row.contains("two") && !row.starts_with("worker "))
-        .collect();
+    let told: Vec<&str> = rows.filter(|row| row.contains("worker two")).collect();
     assert!(
         told.len() == 1 && told[0].contains("tightwad run worker two"),
         "{status:?}"
