@@ -276,9 +276,7 @@ async fn a_worker_that_is_away_is_named_and_the_start_is_given_up_after_a_while(
     lost.await.expect("the coordinator names it");
     let status = host.tightwad(&["status"]).await.with(6);
     let rows = status.stdout.lines();
-    let told: Vec<&str> = rows
-        .filter(|row| row.contains("two") && !row.starts_with("worker "))
-        .collect();
+    let told: Vec<&str> = rows.filter(|row| row.contains("worker two")).collect();
     assert!(
         told.len() == 1 && told[0].contains("tightwad run worker two"),
         "{status:?}"
@@ -344,8 +342,16 @@ async fn ctrl_c_in_a_swap_tells_what_becomes_of_it() {
     host.pool.becomes_ready(Duration::from_secs(30)).await;
     let story = json!({ "prompt": "Once", "max_tokens": 1900, "temperature": 0, "ignore_eos": true, "stream": true });
     let mut story = Some(host.pool.post("/v1/completions", &story).send().await.unwrap());
-    let table = host.tightwad(&["status"]).await.with(0).stdout;
-    assert!(table.contains("1 answer runs, 0 requests wait"), "{table}");
+    // On a busy machine nobody may answer in time.
+    let counted = eventually(Duration::from_secs(10), || async {
+        let table = host.tightwad(&["status"]).await.stdout;
+        if table.contains("1 answer runs, 0 requests wait") {
+            Ok(())
+        } else {
+            Err(table)
+        }
+    });
+    counted.await.expect("the status counts it");
     for (state, says) in [
         ("draining", "interrupted; the swap is taken back, and `big` stays"),
         ("loading", "interrupted; `other` goes on to load without you"),

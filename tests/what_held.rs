@@ -42,7 +42,7 @@ fn a_yaml_bomb_is_refused_at_once() {
         ("mappings in mappings", "{a: ".repeat(100_000)),
         ("indentation", indented),
         ("a key without an end", format!("? {}", "a".repeat(900_000))),
-        ("many anchors", (0..40_000).map(anchor).collect::<Vec<_>>().concat()),
+        ("many anchors", (0..5_000).map(anchor).collect::<Vec<_>>().concat()),
         ("many references", format!("a: {}", "${A}".repeat(100_000))),
     ];
     for (what, text) in bombs {
