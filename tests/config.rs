@@ -1020,6 +1020,7 @@ fn every_shipped_file_loads() {
 
 /// Every key of every type, with all that is optional given. No `..default()`: a new key does not compile until it is
 /// here, and then the reference must name it.
+#[allow(clippy::too_many_lines)]
 fn everything() -> Config {
     let upstream = Upstream {
         url: "http://a".into(),
