@@ -267,10 +267,11 @@ fn shown<'a>(name: &str, value: &'a str) -> &'a str {
     if config::is_secret(name) { "***" } else { value }
 }
 
+/// The program and its arguments, without keys.
 fn words(launch: &Launch) -> impl Iterator<Item = String> {
-    std::iter::once(launch.program.as_os_str())
-        .chain(launch.args.iter().map(AsRef::<OsStr>::as_ref))
-        .map(|word| word.to_string_lossy().into_owned())
+    let word = |word: &OsStr| word.to_string_lossy().into_owned();
+    let arguments: Vec<String> = launch.args.iter().map(|argument| word(argument)).collect();
+    std::iter::once(word(&launch.program)).chain(config::shown_arguments(&arguments))
 }
 
 /// As a shell takes it for one word.

@@ -4,7 +4,6 @@
 //! | --- | --- |
 //! | [`agent`] | what a worker's agent says over HTTP |
 //! | [`agent_client`] | asks it |
-//! | [`bounded`] | bodies of answers, read up to a limit |
 //! | [`build`] | the build of llama.cpp |
 //! | [`rpc_probe`] | asks a ggml-rpc-server that nobody has |
 //! | [`worker`] | a host that lends its GPUs |

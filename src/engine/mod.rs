@@ -283,8 +283,9 @@ impl Engine {
         let n_max = self.shared.cap.min(sight.n_max);
         let pace = self.shared.pace().clone();
         let drafted = |(number, draft): (usize, watch::DraftSight)| DraftStatus {
+            // A draft that is down promises nothing.
+            outlook: pace.outlook(number, n_max).filter(|_| draft.status.healthy),
             server: draft.status,
-            outlook: pace.outlook(number, n_max),
         };
         Status {
             drafts: sight.drafts.into_iter().enumerate().map(drafted).collect(),

@@ -17,7 +17,7 @@ use super::signals::{self, unless_stopped};
 use super::{bench, progress, proxy};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::cluster::gguf::ModelFile;
-use crate::config::{self, Binaries, Model, Upstream};
+use crate::config::{self, Binaries, Model, Secret, Upstream};
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -78,8 +78,9 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
 
     // Not `stop` itself: the servers outlive the proxy, which still finishes its answers.
     let servers = CancellationToken::new();
-    let (target, target_url) = start(options, Role::Target, &servers).await?;
-    let (draft, draft_url) = start(options, Role::Draft, &servers).await?;
+    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let (target, target_url) = start(options, Role::Target, &key, &servers).await?;
+    let (draft, draft_url) = start(options, Role::Draft, &key, &servers).await?;
     let mut services = [(Role::Target, target), (Role::Draft, draft)];
     for (role, service) in &mut services {
         unless_stopped(&stop, progress::until_ready(*role, service).map_err(Failure::from)).await?;
@@ -88,16 +89,18 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
     let section = config::Proxy {
         target: Some(Upstream {
             model_name: Some("target".into()),
+            api_key: Some(key.clone()),
             ..Upstream::at(&target_url)
         }),
         draft: vec![Upstream {
             model_name: Some("draft".into()),
+            api_key: Some(key.clone()),
             ..Upstream::at(draft_url)
         }],
         ..section
     };
     let own_proxy = OwnProxy::start(listener, section)?;
-    let equal = compare(options, &target_url, &url, &stop).await?;
+    let equal = compare(options, (&target_url, &key), &url, &stop).await?;
     if !options.once {
         serve_on(&url, &mut services, &stop).await?;
     }
@@ -115,7 +118,13 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Result<(Service, String), Failure> {
+/// Starts a server that asks for `key`, so that no web page and no other user of this machine can use it.
+async fn start(
+    options: &Options,
+    role: Role,
+    key: &Secret,
+    servers: &CancellationToken,
+) -> Result<(Service, String), Failure> {
     let path = match role {
         Role::Target | Role::Coordinator => &options.target_model,
         Role::Draft | Role::Rpc => &options.draft_model,
@@ -124,6 +133,7 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
         port: preflight::free_port()?,
         slots: SLOTS,
         threads: Some(options.threads),
+        api_key: Some(key.clone()),
         extra_args: options.llama_args.clone(),
         ..config::Server::default()
     };
@@ -151,12 +161,12 @@ async fn start(options: &Options, role: Role, servers: &CancellationToken) -> Re
 /// Measures and prints, on Ctrl-C or when a server fails what has been measured until then; true when all answers are equal.
 async fn compare(
     options: &Options,
-    target_url: &str,
+    (target_url, target_key): (&str, &Secret),
     proxy_url: &str,
     stop: &CancellationToken,
 ) -> Result<bool, Failure> {
-    let contender = |mode, url: &str| {
-        let server = ChatServer::new(url, None, None)?;
+    let contender = |mode, url: &str, key| {
+        let server = ChatServer::new(url, key, None)?;
         Ok::<_, Failure>(Contender {
             mode,
             server,
@@ -164,8 +174,8 @@ async fn compare(
         })
     };
     let contenders = [
-        contender(Mode::Plain, target_url)?,
-        contender(Mode::Attached, proxy_url)?,
+        contender(Mode::Plain, target_url, Some(target_key.clone()))?,
+        contender(Mode::Attached, proxy_url, None)?,
     ];
     let looking = why_undrafted(&contenders[1].server, PROBE_PATIENCE).map_err(Failure::from);
     if let Some(reason) = unless_stopped(stop, looking).await? {
