@@ -541,9 +541,11 @@ fn attached(props: Option<&Props>) -> Result<(Verification, usize), String> {
              `scripts/llama-cpp` or of the flake, or set `proxy.verification: fan-out`",
             props.build_info
         )),
-        Some(0) => {
-            Err("the target was started without `--spec-draft-external-max`; `tightwad run target` sets it".into())
-        }
+        Some(0) => Err(
+            "the target was started without `--spec-draft-external-max` (`tightwad run target` sets it), or with a \
+                 micro batch (`-ub`) too small for a draft"
+                .into(),
+        ),
         Some(n) => Ok((Verification::Attached, n)),
     }
 }
