@@ -119,7 +119,11 @@ impl AgentClient {
     /// A client of the agent at a base URL.
     pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Result<Self, AgentError> {
         let worker = worker.into();
-        let http = client::builder().connect_timeout(CONNECT_PATIENCE).build();
+        // A connection that is kept idle may be ended to make room for another client's, just as the next call is sent.
+        let http = client::builder()
+            .connect_timeout(CONNECT_PATIENCE)
+            .pool_max_idle_per_host(0)
+            .build();
         Ok(Self {
             http: http.map_err(|error| AgentError::NoClient {
                 worker: worker.clone(),
