@@ -648,6 +648,33 @@ fn the_status_ends_with_the_worst_of_what_the_file_declares() {
 }
 
 #[test]
+fn a_target_of_this_host_that_is_down_is_down_though_the_proxy_has_not_noticed_yet() {
+    let user = User::new();
+    let target = free_port();
+    let body = format!(
+        r#"{{"verification":"attached","target":{{"url":"http://127.0.0.1:{target}","healthy":true}},"drafts":[]}}"#
+    );
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    user.config(&format!(
+        "proxy: {{ port: {} }}\ntarget: {{ port: {target} }}\nmodels: {{ big: {{ path: {} }} }}\n",
+        serves(answer.leak()),
+        tiny_model().display()
+    ));
+    user.run(&["status"])
+        .fails(7, &["no target runs", "tightwad run target"]);
+}
+
+#[test]
+fn the_status_fails_where_the_token_of_the_proxy_cannot_be_read() {
+    let user = User::new();
+    user.config("proxy: { auth_token_file: nowhere, target: { url: \"http://127.0.0.1:1\" } }\n");
+    user.run(&["status"]).fails(4, &["proxy.auth_token_file", "nowhere"]);
+}
+
+#[test]
 fn a_target_on_the_loopback_address_of_another_host_is_not_taken_for_down() {
     let user = User::new();
     user.config(&format!(

@@ -209,6 +209,12 @@ impl<T> Seen<T> {
         }
     }
 
+    /// Whether it is asked at a loopback address.
+    fn is_on_this_host(&self) -> bool {
+        let url = reqwest::Url::parse(&self.url);
+        url.is_ok_and(|url| url.host_str().is_some_and(config::is_loopback))
+    }
+
     /// Whether nothing runs there at all.
     fn absent(&self) -> bool {
         self.exit == Exit::NotRunning
@@ -228,6 +234,7 @@ impl SeenWorker {
 /// a worker nothing that needs the pool, without a draft everything, only slower.
 fn verdict(seen: &Overview) -> Result<(), Failure> {
     let proxy = seen.proxy.as_ref();
+    let has_pool = seen.coordinator.is_some() || !seen.workers.is_empty();
     let servers = |role: &'static str| seen.servers.iter().filter(move |server| server.role == role);
     let problems = seen
         .coordinator
@@ -235,7 +242,7 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
         .filter_map(coordinator_problem)
         .chain(servers("target").filter_map(|server| server_problem(server, proxy)))
         .chain(worker_problem(&seen.workers))
-        .chain(proxy.and_then(proxy_problem))
+        .chain(proxy.and_then(|proxy| proxy_problem(proxy, has_pool)))
         .chain(servers("draft").filter_map(|server| server_problem(server, proxy)));
     // A draft that is down is the least of it, also where the proxy says so.
     let (drafts, mut worst): (Vec<_>, Vec<_>) = problems.partition(|failure| failure.exit == Exit::DraftDown);
@@ -260,7 +267,9 @@ fn coordinator_problem(coordinator: &Seen<Value>) -> Option<Failure> {
 }
 
 fn server_problem(server: &SeenServer, proxy: Option<&Seen<Value>>) -> Option<Failure> {
-    let reached = proxy.and_then(|proxy| proxy.status.as_ref());
+    // A proxy on this host reaches what this host does, and notices later when a server dies.
+    let reached = proxy.filter(|proxy| !proxy.is_on_this_host());
+    let reached = reached.and_then(|proxy| proxy.status.as_ref());
     if reached.is_some_and(|proxy| server.is_healthy_for(proxy)) {
         return None;
     }
@@ -281,10 +290,10 @@ fn worker_problem(workers: &[SeenWorker]) -> Option<Failure> {
     (!down.is_empty()).then(|| Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
 }
 
-fn proxy_problem(proxy: &Seen<Value>) -> Option<Failure> {
+fn proxy_problem(proxy: &Seen<Value>, has_pool: bool) -> Option<Failure> {
     match (&proxy.problem, &proxy.status) {
         // A host of the pool need not have the proxy's token.
-        (Some(_), _) if proxy.exit == Exit::File => None,
+        (Some(_), _) if has_pool && proxy.exit == Exit::File => None,
         (Some(problem), _) => Some(Failure::new(proxy.exit, problem)),
         (None, Some(status)) => status::verdict(status).err(),
         (None, None) => None,

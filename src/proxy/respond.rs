@@ -19,7 +19,7 @@ const CONTEXT_HINT: &str = " (`ctx_size` of the model, where `tightwad run` has 
 /// Why a request is not answered by the target.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("a token is required here: send `Authorization: Bearer <token>` or `x-api-key: <token>`")]
+    #[error("the token is missing or wrong: send it as `Authorization: Bearer <token>` or `x-api-key: <token>`")]
     Unauthorized,
     #[error("there is nothing for clients at this path: drafts are exchanged between the proxy and the target")]
     Hidden,
