@@ -138,6 +138,7 @@ async fn whoever_stops_waiting_for_a_lease_does_not_get_it() {
     let client = worker.client();
     let waiting = tokio::spawn(async move { client.lease(&lease_request("me:1", 1)).await });
     worker.becomes(EndpointState::Starting, SOON).await;
+    until("a server has started", || !worker.servers().is_empty()).await;
     let server = worker.servers()[0];
     waiting.abort();
     until("the server has ended", || !lives(server)).await;
