@@ -20,7 +20,7 @@ use crate::upstream::{ChatError, ChatServer};
 const POLL: Duration = Duration::from_millis(100);
 /// A proxy that has just met its servers measures them for about so long at most.
 const MEASURING: Duration = Duration::from_secs(20);
-/// How long nothing is said while a proxy finds out what its servers can.
+/// Time after which a proxy that still probes its servers says so.
 const SILENCE: Duration = Duration::from_secs(1);
 /// How long a proxy's status may take.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -107,7 +107,7 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
     }
     let known = Process::read(&mut file)?;
     let number = known.pid;
-    let pid = Pid::from_raw(number).ok_or_else(nobody)?;
+    let pid = Pid::from_raw(number).ok_or_else(no_process)?;
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
         Err(rustix::io::Errno::SRCH) => return Ok(Stopped::NotRunning),
@@ -171,10 +171,10 @@ impl Process {
     fn read(file: &mut File) -> io::Result<Self> {
         let mut text = String::new();
         file.take(LONGEST).read_to_string(&mut text)?;
-        let (pid, started) = text.split_once(' ').ok_or_else(nobody)?;
+        let (pid, started) = text.split_once(' ').ok_or_else(no_process)?;
         Ok(Self {
-            pid: pid.parse().map_err(|_| nobody())?,
-            started: started.trim().parse().map_err(|_| nobody())?,
+            pid: pid.parse().map_err(|_| no_process())?,
+            started: started.trim().parse().map_err(|_| no_process())?,
         })
     }
 }
@@ -185,7 +185,7 @@ impl fmt::Display for Process {
     }
 }
 
-fn nobody() -> io::Error {
+fn no_process() -> io::Error {
     io::Error::other("the pid file names no process; delete it once you have ended what it was for")
 }
 
