@@ -390,7 +390,9 @@ async fn characters_that_are_split_over_tokens_arrive_whole() {
     let grammar = r#"root ::= "Recursion is a technique in which a function calls itself \U0001F600\u65e5\u672c\u8a9e to solve a
         smaller version of the same problem. \U0001F389\u00e9 Every recursive function needs a base case""#;
     let grammar = grammar.split_whitespace().collect::<Vec<_>>().join(" ");
-    for sampling in [greedy(), sampled()] {
+    // At a higher temperature the target spells the same text in tokens that no drafter would expect.
+    let sampled = json!({ "temperature": 0.2, "seed": 1234, "cache_prompt": false });
+    for sampling in [greedy(), sampled] {
         for stream in [false, true] {
             let body = with(
                 with(chat("Explain recursion.", 80), sampling.clone()),
