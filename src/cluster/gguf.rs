@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 /// Where the data begins when the file does not say otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;

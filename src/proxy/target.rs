@@ -13,8 +13,8 @@ use tower::util::MapRequestLayer;
 
 use super::respond::Refusal;
 use crate::config::Secret;
+use crate::failure;
 use crate::http::client;
-use crate::upstream::failure;
 
 /// A server that does not take a connection within this time is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -8,8 +8,8 @@ use reqwest::header::{CONTENT_TYPE, LOCATION};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::failure;
 use crate::config::Secret;
+use crate::failure;
 use crate::http::client::{self, ReadError};
 use crate::proxy::headers::X_DRAFT_AUTHORIZATION;
 

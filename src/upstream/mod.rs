@@ -2,7 +2,6 @@
 
 pub mod chat;
 mod connection;
-pub mod failure;
 mod llama_server;
 mod scoring;
 mod sglang;

@@ -12,11 +12,11 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use super::pool::{Granted, Pool};
 use super::problem::Problem;
 use crate::cluster::swap::{Ended, State};
+use crate::failure;
 use crate::proxy::events::Boundary;
 use crate::proxy::paths::Dialect;
 use crate::proxy::relay;
 use crate::proxy::respond::{self, Refusal};
-use crate::upstream::failure;
 
 /// Silence after which a waiting client gets a comment.
 const COMMENTS: Duration = Duration::from_secs(3);
