@@ -7,17 +7,17 @@ use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 
-use super::admission;
-use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
-use super::nesting;
-use super::paths::{Access, Dialect, Route};
 use super::relay::{self, Events};
-use super::respond::Refusal;
 use super::router::{App, RequestId};
 use super::running::Running;
-use super::target::Outgoing;
 use crate::config::Backend;
 use crate::engine::Verification;
+use crate::http::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
+use crate::http::nesting;
+use crate::http::paths::{Access, Dialect, Route};
+use crate::http::refusal::Refusal;
+use crate::http::target::Outgoing;
+use crate::http::{admission, body};
 use crate::rounds;
 
 /// Answers a request that is none of our own endpoints'.
@@ -98,7 +98,7 @@ impl Exchange<'_> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
         if let Err(refusal) = self.access(&parts.headers) {
-            admission::discard(body, &parts.headers);
+            body::discard(body, &parts.headers);
             return Err(refusal);
         }
         let body = admission::read(body, &parts, settings.max_body_size).await?;

@@ -12,12 +12,12 @@ use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use reqwest::Response;
 use tokio_util::sync::CancellationToken;
 
-use super::events::{Boundary, WAITING};
-use super::paths::Dialect;
-use super::respond::{self, Refusal};
 use super::running::Running;
-use super::target::root_cause;
 use super::usage;
+use crate::failure;
+use crate::http::events::{Boundary, WAITING};
+use crate::http::paths::Dialect;
+use crate::http::refusal::{self, Refusal};
 
 /// Most of a target's error answer that is read when it has to travel in an event.
 const LONGEST_ERROR: usize = 64 * 1024;
@@ -80,7 +80,7 @@ pub(super) fn whole(response: Response, mut running: Running) -> (Body, bool) {
                 }
             }
             Some(Err(error)) => {
-                tracing::warn!(error = root_cause(error), "the target broke off");
+                tracing::warn!(error = failure::explain(error), "the target broke off");
                 running.fails();
             }
             None => running.finishes(),
@@ -200,7 +200,7 @@ impl Events {
                 Step::Broken(error) => {
                     let refusal = Refusal::BrokeOff {
                         url: self.target.clone(),
-                        cause: root_cause(&error),
+                        cause: failure::explain(&error),
                     };
                     return Some(self.fail(&refusal.event(self.dialect)));
                 }
@@ -220,7 +220,7 @@ impl Events {
     async fn begin(&mut self, answer: Response) -> Result<(), Bytes> {
         let status = answer.status();
         if !status.is_success() {
-            return Err(respond::targets_error(self.dialect, status, &error_body(answer).await));
+            return Err(refusal::targets_error(self.dialect, status, &error_body(answer).await));
         }
         if !is_open_event_stream(answer.headers()) {
             let content_type = content_type(answer.headers()).to_owned();
@@ -259,7 +259,7 @@ pub(crate) async fn explained(dialect: Dialect, answer: Response) -> Response {
     }
     let (status, mut headers) = (answer.status(), answer.headers().clone());
     let body = error_body(answer).await.freeze();
-    let body = match respond::explained(dialect, status, &body) {
+    let body = match refusal::explained(dialect, status, &body) {
         Some(explained) => {
             headers.insert(header::CONTENT_LENGTH, explained.len().into());
             explained

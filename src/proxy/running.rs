@@ -8,8 +8,8 @@ use tokio::runtime::Handle;
 use tokio::sync::watch as channel;
 
 use super::agreement::Question;
-use super::paths::Route;
 use crate::engine::{Attachment, Counts, Occupied};
+use crate::http::paths::Route;
 use crate::observe::metrics::Ended;
 use crate::observe::recent::Record;
 use crate::observe::{Observed, Outcome};

@@ -20,17 +20,18 @@ use super::problem::Problem;
 use super::stream::Events;
 use crate::cluster::swap::Name;
 use crate::config::Secret;
+use crate::http::admission::{self, Asked};
+use crate::http::body;
 use crate::http::excerpt::excerpt;
+use crate::http::headers::{self, Credentials, MEASURING, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
+use crate::http::members::Members;
 use crate::http::origin::{self, Guard};
+use crate::http::paths::{Access, Dialect, Route};
 use crate::http::peer::Peer;
-use crate::proxy::admission::{self, Asked};
-use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
-use crate::proxy::paths::{Access, Dialect, Route};
+use crate::http::refusal::Refusal;
+use crate::http::target::Outgoing;
+use crate::http::token;
 use crate::proxy::relay;
-use crate::proxy::respond::Refusal;
-use crate::proxy::target::Outgoing;
-use crate::proxy::{token, usage};
-use crate::upstream::MEASURING;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -131,7 +132,7 @@ async fn admit(State(front): State<Arc<Front>>, request: Request, next: Next) ->
     }
     let dialect = Dialect::of(path);
     let (parts, body) = request.into_parts();
-    admission::discard(body, &parts.headers);
+    body::discard(body, &parts.headers);
     Refusal::Unauthorized.response(dialect)
 }
 
@@ -149,7 +150,7 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let route = Route::of(&parts.method, parts.uri.path());
     let refuses_drafts = front.refuses_drafts_of(&parts);
     if let Some(refusal) = refused(route.access, refuses_drafts, &parts.headers) {
-        admission::discard(body, &parts.headers);
+        body::discard(body, &parts.headers);
         return refusal.response(dialect);
     }
     if refuses_drafts.is_some() {
@@ -229,7 +230,7 @@ async fn with_refusal(answer: Response, reason: &str) -> Response {
     };
     let reason = serde_json::Value::from(reason).to_string();
     let props = std::str::from_utf8(&bytes).ok();
-    let told = props.and_then(|props| usage::with_member(props, "draft_refused", &reason));
+    let told = props.and_then(|props| Some(Members::of(props)?.with("draft_refused", &reason)));
     let body = told.map_or(bytes, bytes::Bytes::from);
     parts.headers.insert(header::CONTENT_LENGTH, body.len().into());
     Response::from_parts(parts, Body::from(body))

@@ -13,10 +13,10 @@ use super::pool::{Granted, Pool};
 use super::problem::Problem;
 use crate::cluster::swap::{Ended, State};
 use crate::failure;
-use crate::proxy::events::Boundary;
-use crate::proxy::paths::Dialect;
+use crate::http::events::Boundary;
+use crate::http::paths::Dialect;
+use crate::http::refusal::{self, Refusal};
 use crate::proxy::relay;
-use crate::proxy::respond::{self, Refusal};
 
 /// Silence after which a waiting client gets a comment.
 const COMMENTS: Duration = Duration::from_secs(3);
@@ -167,7 +167,7 @@ async fn begin(dialect: Dialect, granted: Granted, answer: reqwest::Response) ->
     let status = answer.status();
     if !status.is_success() {
         let body = relay::error_body(answer).await;
-        return Err(respond::targets_error(dialect, status, &body));
+        return Err(refusal::targets_error(dialect, status, &body));
     }
     if !relay::is_open_event_stream(answer.headers()) {
         let refusal = Refusal::NotAStream {

@@ -24,7 +24,7 @@ use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
-use crate::proxy::token;
+use crate::http::token;
 use crate::supervise::notify::Notifier;
 
 /// Pause between two looks whether a lease is over.
