@@ -10,10 +10,10 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::load::Load;
-use crate::cluster::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 use crate::config::Secret;
 use crate::http::target::{Target, TargetError};
 use crate::observe::problems::Problems;
+use crate::pool::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 
 /// What the driver is told.
 pub(super) enum Message {

@@ -8,9 +8,9 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::pool::{Life, Pool};
-use crate::cluster::swap::{Ended, Refused};
 use crate::http::paths::Dialect;
 use crate::http::refusal::{self, Refusal};
+use crate::pool::swap::{Ended, Refused};
 
 /// Why a worker was lost is known so long after its server's connections broke, at the latest.
 const DIAGNOSIS: Duration = Duration::from_secs(4);

@@ -18,7 +18,6 @@ use super::own;
 use super::pool::{Granted, Life, Pool, Ticket};
 use super::problem::Problem;
 use super::stream::Events;
-use crate::cluster::swap::Name;
 use crate::config::Secret;
 use crate::http::admission::{self, Asked};
 use crate::http::body;
@@ -31,6 +30,7 @@ use crate::http::peer::Peer;
 use crate::http::refusal::Refusal;
 use crate::http::target::Outgoing;
 use crate::http::token;
+use crate::pool::swap::Name;
 use crate::proxy::relay;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.

@@ -11,11 +11,11 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 
 use super::pool::{Granted, Pool};
 use super::problem::Problem;
-use crate::cluster::swap::{Ended, State};
 use crate::failure;
 use crate::http::events::Boundary;
 use crate::http::paths::Dialect;
 use crate::http::refusal::{self, Refusal};
+use crate::pool::swap::{Ended, State};
 use crate::proxy::relay;
 
 /// Silence after which a waiting client gets a comment.

@@ -20,11 +20,11 @@ use tokio::time::timeout;
 use super::front::Front;
 use super::pool::{Life, Pool};
 use super::problem::Problem;
-use crate::cluster::swap::{self, Refused};
 use crate::http::paths::Dialect;
 use crate::http::refusal;
 use crate::http::target::Outgoing;
 use crate::http::{body, client};
+use crate::pool::swap::{self, Refused};
 
 /// A step is told again after so long, so that who waits sees that all lives.
 const STEP: Duration = Duration::from_secs(2);
