@@ -31,6 +31,7 @@ pub(crate) mod paths;
 pub(crate) mod peer;
 mod progress;
 pub(crate) mod refusal;
+pub(crate) mod relay;
 pub(crate) mod serve;
 mod socket;
 pub(crate) mod target;

@@ -20,7 +20,6 @@
 
 mod agreement;
 mod forward;
-pub(crate) mod relay;
 mod router;
 mod running;
 mod server;
