@@ -12,8 +12,8 @@ use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream, VerificationMode};
+use crate::failure;
 use crate::speculation::Token;
-use crate::upstream::failure;
 use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.

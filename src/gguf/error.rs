@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 /// Why a model file cannot be planned with.
 #[derive(Debug, thiserror::Error)]

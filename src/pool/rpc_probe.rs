@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 const GET_DEVICE_MEMORY: u8 = 11;
 const HELLO: u8 = 14;

@@ -23,8 +23,8 @@ use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
+use crate::http::token;
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
-use crate::proxy::token;
 use crate::supervise::notify::Notifier;
 
 /// Pause between two looks whether a lease is over.
