@@ -10,8 +10,8 @@ use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
 use tokio::sync::watch as channel;
 use tokio::time::Instant;
 
-use super::activity::Activity;
-use super::crowd::Member;
+use super::batch_load::Member;
+use super::busy_clock::Activity;
 use super::draft_stream::{Piece, Stream};
 use super::drafter::{DRAFTER_TIMEOUT, Drafted, Drafter};
 use super::prediction;

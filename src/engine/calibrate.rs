@@ -13,7 +13,7 @@ use futures_util::StreamExt;
 use tokio::time::{sleep, timeout};
 
 use super::draft_server::DraftServer;
-use super::stepper::Stepper;
+use super::step_timer::Stepper;
 use super::watch::{Language, Server, Sight};
 use super::{Shared, Verification};
 use crate::speculation::Pace;

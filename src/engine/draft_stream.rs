@@ -8,7 +8,7 @@ use futures_util::stream::Fuse;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
-use super::activity::Work;
+use super::busy_clock::Work;
 use crate::upstream::{DraftPiece, DraftStream, UpstreamError};
 
 /// Most pieces that are taken at once.
@@ -169,7 +169,7 @@ mod tests {
     use futures_util::stream;
     use tokio::time::sleep;
 
-    use super::super::activity::Activity;
+    use super::super::busy_clock::Activity;
     use super::*;
     use crate::upstream::StreamEnd;
 

@@ -104,7 +104,7 @@ mod tests {
     use futures_util::future::join_all;
     use futures_util::stream;
 
-    use super::super::activity::Activity;
+    use super::super::busy_clock::Activity;
     use super::*;
     use crate::config::Upstream;
     use crate::upstream::DraftPiece;

@@ -3,19 +3,19 @@
 //! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
 //! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
-mod activity;
 mod attach;
 mod background;
+mod batch_load;
+mod busy_clock;
 mod calibrate;
-mod crowd;
 mod draft_server;
 mod draft_stream;
 mod drafter;
-mod occupancy;
+mod in_flight;
 mod prediction;
 mod rounds;
 mod slots;
-mod stepper;
+mod step_timer;
 mod vocabulary;
 mod watch;
 
@@ -32,12 +32,12 @@ use tokio::task::AbortHandle;
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{Outlook, Pace};
 use crate::upstream::{LlamaServer, TextServer};
-use activity::Activity;
 use background::{contained, kept_running};
+use batch_load::Crowd;
+use busy_clock::Activity;
 use calibrate::Measured;
-use crowd::Crowd;
-use occupancy::Occupancy;
-pub use occupancy::Occupied;
+use in_flight::Occupancy;
+pub use in_flight::Occupied;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::Slots;

@@ -7,7 +7,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 use tracing::Level;
 
-use super::occupancy::Occupancy;
+use super::in_flight::Occupancy;
 use super::slots::Slots;
 use super::vocabulary::{self, Comparison};
 use super::{ServerStatus, Verification};

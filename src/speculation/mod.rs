@@ -6,9 +6,9 @@
 use std::time::Duration;
 
 mod copied_text;
+mod cost_model;
 mod lookup;
-mod market;
-mod pace;
+mod policy;
 mod retokenise;
 mod session;
 #[cfg(test)]
@@ -17,7 +17,7 @@ mod slowdown;
 mod step_cost;
 
 pub use lookup::{Lookup, Proposal};
-pub use pace::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};
+pub use policy::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};
 pub use retokenise::{Retokeniser, Spelled};
 pub use session::{Action, Event, Moment, Offer, Policy, Session};
 

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use super::pace::{Choice, Circumstances, Class, Growing, Load};
+use super::policy::{Choice, Circumstances, Class, Growing, Load};
 use super::{Lookup, Token, micros, whole};
 
 /// What happened.

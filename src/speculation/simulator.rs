@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::pace::Pace;
+use super::policy::Pace;
 use super::session::far;
 use super::{Action, Choice, Circumstances, Class, Event, Growing, Load, Moment, Offer, Policy, Session, Step, Token};
 

@@ -1,8 +1,8 @@
-//! What the time of a target and of its drafters is worth: the cycles whose formula stands in `pace.rs`.
+//! What the time of a target and of its drafters is worth: the cycles whose formula stands in `policy.rs`.
 
 use std::ops::Range;
 
-use super::pace::{Choice, Load, SLACK_US, Timing};
+use super::policy::{Choice, Load, SLACK_US, Timing};
 use super::session::far;
 use super::step_cost::StepCost;
 use super::whole;

@@ -40,7 +40,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::market::{Arrival, Cycle, Growth, Market, Supply, Way};
+use super::cost_model::{Arrival, Cycle, Growth, Market, Supply, Way};
 use super::session::{Policy, far};
 use super::slowdown::{Doubt, Pass, Slowdown};
 use super::step_cost::StepCost;
