@@ -2,26 +2,26 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::speculation::Load;
+use crate::speculation::ConcurrentLoad;
 
 /// All running completions of one target.
 #[derive(Debug, Clone, Default)]
-pub struct Crowd(Arc<Mutex<Load>>);
+pub struct BatchLoad(Arc<Mutex<ConcurrentLoad>>);
 
 /// One of them; dropping it takes it out.
 #[derive(Debug)]
-pub struct Member {
-    crowd: Crowd,
+pub struct ActiveCompletion {
+    batch_load: BatchLoad,
     /// Tokens of its last step, its draft included; `None` before its first.
     tokens: Option<usize>,
 }
 
-impl Crowd {
+impl BatchLoad {
     /// A completion that has not begun.
     #[must_use]
-    pub fn join(&self) -> Member {
-        Member {
-            crowd: self.clone(),
+    pub fn join(&self) -> ActiveCompletion {
+        ActiveCompletion {
+            batch_load: self.clone(),
             tokens: None,
         }
     }
@@ -29,39 +29,39 @@ impl Crowd {
     /// Whether no completion runs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.lock().others == 0
+        self.lock().completions == 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, Load> {
+    fn lock(&self) -> MutexGuard<'_, ConcurrentLoad> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Member {
+impl ActiveCompletion {
     /// It took a step over so many tokens.
     pub fn steps(&mut self, tokens: usize) {
-        let mut all = self.crowd.lock();
-        all.others += usize::from(self.tokens.is_none());
+        let mut all = self.batch_load.lock();
+        all.completions += usize::from(self.tokens.is_none());
         all.tokens = all.tokens + tokens - self.tokens.unwrap_or_default();
         self.tokens = Some(tokens);
     }
 
     /// What the others bring.
     #[must_use]
-    pub fn others(&self) -> Load {
-        let all = *self.crowd.lock();
-        Load {
-            others: all.others - usize::from(self.tokens.is_some()),
+    pub fn others(&self) -> ConcurrentLoad {
+        let all = *self.batch_load.lock();
+        ConcurrentLoad {
+            completions: all.completions - usize::from(self.tokens.is_some()),
             tokens: all.tokens - self.tokens.unwrap_or_default(),
         }
     }
 }
 
-impl Drop for Member {
+impl Drop for ActiveCompletion {
     fn drop(&mut self) {
         if let Some(tokens) = self.tokens {
-            let mut all = self.crowd.lock();
-            all.others -= 1;
+            let mut all = self.batch_load.lock();
+            all.completions -= 1;
             all.tokens -= tokens;
         }
     }
@@ -73,17 +73,29 @@ mod tests {
 
     #[test]
     fn everybody_sees_the_others_and_nobody_who_left() {
-        let crowd = Crowd::default();
-        let (mut one, mut two, three) = (crowd.join(), crowd.join(), crowd.join());
+        let batch_load = BatchLoad::default();
+        let (mut one, mut two, three) = (batch_load.join(), batch_load.join(), batch_load.join());
         one.steps(5);
         two.steps(1);
         two.steps(3);
-        assert_eq!(one.others(), Load { others: 1, tokens: 3 });
-        assert_eq!(three.others(), Load { others: 2, tokens: 8 });
+        assert_eq!(
+            one.others(),
+            ConcurrentLoad {
+                completions: 1,
+                tokens: 3
+            }
+        );
+        assert_eq!(
+            three.others(),
+            ConcurrentLoad {
+                completions: 2,
+                tokens: 8
+            }
+        );
         drop(two);
-        assert_eq!(one.others(), Load::default());
-        assert!(!crowd.is_empty());
+        assert_eq!(one.others(), ConcurrentLoad::default());
+        assert!(!batch_load.is_empty());
         drop(one);
-        assert!(crowd.is_empty());
+        assert!(batch_load.is_empty());
     }
 }

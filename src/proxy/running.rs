@@ -9,7 +9,7 @@ use tokio::sync::watch as channel;
 
 use super::agreement::Question;
 use super::paths::Route;
-use crate::engine::{Attachment, Counts, Occupied};
+use crate::engine::{Attachment, Counts, RequestGuard};
 use crate::observe::metrics::Ended;
 use crate::observe::recent::Record;
 use crate::observe::{Observed, Outcome};
@@ -24,7 +24,7 @@ pub(super) struct Running {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
     /// It is the target's to answer.
-    occupied: Option<Occupied>,
+    occupied: Option<RequestGuard>,
     /// The client predicted the answer, and is told what came of it.
     predicted: bool,
     /// What the drafter may be asked too.
@@ -68,7 +68,7 @@ impl Running {
     }
 
     /// The target has this request until it ends.
-    pub(super) fn occupies(&mut self, target: Occupied) {
+    pub(super) fn occupies(&mut self, target: RequestGuard) {
         self.occupied = Some(target);
     }
 
