@@ -203,7 +203,7 @@ fn the_hosts_of_the_documentation_are_those_of_the_template() {
 #[test]
 fn every_option_of_the_documentation_exists() {
     let readme = fs::read_to_string(repository().join("docs/getting-started/nixos.md")).unwrap();
-    let options = fs::read_to_string(repository().join("docs/options.md")).unwrap();
+    let options = fs::read_to_string(repository().join("docs/reference/nixos-options.md")).unwrap();
     let named: BTreeSet<&str> = readme
         .split(|character: char| character.is_whitespace() || "`();,".contains(character))
         .filter(|word| word.starts_with("services.tightwad."))
