@@ -8,8 +8,6 @@ use std::process::Command;
 
 use tightwad::config::load::load_in;
 use tightwad::config::{Coordinator, Environment};
-use tightwad::engine::{Engine, Settings};
-use tightwad::observe::metrics::Metrics;
 
 /// The generated page. `scripts/check-nix` compares it with the options.
 const OPTIONS: &str = "docs/reference/nixos-options.md";
@@ -77,78 +75,6 @@ fn help(arguments: &[&str]) -> String {
         .unwrap();
     assert!(output.status.success(), "tightwad {arguments:?} -h fails");
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// The first cell of each row of the table below `heading`.
-fn first_cells(heading: &str) -> BTreeSet<String> {
-    let text = page("docs/commands.md");
-    let section = text
-        .split(heading)
-        .nth(1)
-        .unwrap_or_else(|| panic!("docs/commands.md has no {heading:?}"));
-    section
-        .lines()
-        .skip_while(|line| !line.starts_with('|'))
-        .take_while(|line| line.starts_with('|'))
-        .skip(2)
-        .map(|line| line.split('|').nth(1).unwrap().trim().trim_matches('`').to_owned())
-        .collect()
-}
-
-/// The commands that a help text lists.
-fn listed(help: &str) -> BTreeSet<String> {
-    let commands = help.split("Commands:\n").nth(1).unwrap_or_default();
-    commands
-        .lines()
-        .take_while(|line| !line.is_empty())
-        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
-        .filter_map(|line| line.split_whitespace().next())
-        .filter(|command| *command != "help")
-        .map(str::to_owned)
-        .collect()
-}
-
-#[test]
-fn every_command_is_documented_and_every_documented_command_exists() {
-    let documented = first_cells("## Commands");
-    let mut existing = BTreeSet::new();
-    for command in listed(&help(&[])) {
-        match command.as_str() {
-            "proxy" => existing.extend(
-                listed(&help(&["proxy"]))
-                    .iter()
-                    .map(|part| format!("tightwad proxy {part}")),
-            ),
-            "run" => existing.extend(
-                ["target", "draft", "proxy", "coordinator", "worker"].map(|part| format!("tightwad run {part}")),
-            ),
-            _ => drop(existing.insert(format!("tightwad {command}"))),
-        }
-    }
-    assert!(
-        help(&["run"]).contains("[possible values: target, draft, proxy, coordinator, worker]"),
-        "{}",
-        help(&["run"])
-    );
-    assert_eq!(documented, existing);
-}
-
-#[test]
-fn the_documented_exit_codes_are_those_of_the_help() {
-    let help = help(&[]);
-    let sentence = help
-        .split("Exit codes:")
-        .nth(1)
-        .unwrap()
-        .split("The environment")
-        .next()
-        .unwrap();
-    let of_the_help: BTreeSet<String> = sentence
-        .split_whitespace()
-        .filter(|word| word.chars().all(|digit| digit.is_ascii_digit()))
-        .map(str::to_owned)
-        .collect();
-    assert_eq!(first_cells("## Exit codes"), of_the_help);
 }
 
 #[test]
@@ -437,22 +363,4 @@ fn every_key_of_the_documentation_is_in_the_reference() {
         }
     }
     assert!(checked > 15, "{checked}");
-}
-
-#[tokio::test]
-async fn the_documented_metrics_exist() {
-    let metrics = Metrics::new(&Engine::start(Settings::default()).unwrap());
-    let text = metrics.text().unwrap();
-    let api = page("docs/api.md");
-    let names: Vec<&str> = api
-        .split('`')
-        .filter(|word| word.starts_with("tightwad_") || word.starts_with("vllm:"))
-        .collect();
-    assert!(names.len() >= 5, "{names:?}");
-    for name in names {
-        assert!(
-            text.contains(name.trim_end_matches("_total")),
-            "{name} is not in\n{text}"
-        );
-    }
 }
