@@ -1,18 +1,14 @@
 //! `bench` and `verify` with real llama-server processes and the tiny models.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
-
-mod harness;
-
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, until, wait};
-use harness::gguf::slow_target;
-use harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
-use harness::proxy::Proxy;
+use crate::harness::fake_upstream::{Act, FakeUpstream, chunk, json as answer_in_json, stream_head, until, wait};
+use crate::harness::gguf::slow_target;
+use crate::harness::llama_server::{LlamaServer, free_port, llama_cpp, model};
+use crate::harness::proxy::Proxy;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tightwad::upstream::ChatServer;

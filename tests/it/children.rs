@@ -1,19 +1,15 @@
 //! The llama.cpp programs that a role keeps running: what they compute on, what they inherit, who may use them, what becomes
 //! of one that hangs.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use harness::llama_server::{Program, free_port, llama_cpp, target};
-use harness::notify_socket::NotifySocket;
-use harness::wait::eventually;
-use harness::worker::{self, children, send};
+use crate::harness::llama_server::{Program, free_port, llama_cpp, target};
+use crate::harness::notify_socket::NotifySocket;
+use crate::harness::wait::eventually;
+use crate::harness::worker::{self, children, send};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 

@@ -1,7 +1,5 @@
 //! The built binary as its users meet it: exit codes, sentences, children.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;

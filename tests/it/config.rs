@@ -1,7 +1,5 @@
 //! The cluster file as a user meets it: what is found, what wins, and what each mistake is answered with.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

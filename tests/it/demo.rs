@@ -1,15 +1,11 @@
 //! The demo and the chat with real llama-server processes and the tiny models.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use harness::gguf::slow_target;
-use harness::llama_server::{free_port, llama_cpp, model, target};
+use crate::harness::gguf::slow_target;
+use crate::harness::llama_server::{free_port, llama_cpp, model, target};
 use serde_json::{Value, json};
 
 /// `tightwad` with nothing in the environment that could change what it does.

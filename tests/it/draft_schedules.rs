@@ -1,19 +1,15 @@
 //! Random schedules of requests at several slots: each drafted answer is the one that the same request gets alone.
 //!
 //! The suite runs a few schedules per model. The long form is
-//! `TIGHTWAD_SCHEDULES=300 cargo test --test draft_schedules -- --nocapture`.
-
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
+//! `TIGHTWAD_SCHEDULES=300 cargo test --test it draft_schedules:: -- --nocapture`.
 
 use std::path::Path;
 use std::time::Duration;
 
+use crate::harness::drafter::{Drafter, new_key};
+use crate::harness::llama_server::LlamaServer;
+use crate::harness::random_model;
 use futures_util::future::join_all;
-use harness::drafter::{Drafter, new_key};
-use harness::llama_server::LlamaServer;
-use harness::random_model;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -243,8 +239,10 @@ async fn assert_exact(name: &str, write_model: fn(&Path)) {
             let requests = schedule(&mut random, n_slots, &mut earlier);
             let mut alone = Vec::new();
             for planned in &requests {
-                let body =
-                    harness::request::with(planned.body.clone(), json!({ "cache_prompt": false, "id_slot": -1 }));
+                let body = crate::harness::request::with(
+                    planned.body.clone(),
+                    json!({ "cache_prompt": false, "id_slot": -1 }),
+                );
                 alone.push(server.post("/completion", &body).await);
             }
             let answers = join_all(
@@ -319,7 +317,7 @@ async fn assert_a_prompt_changes_nothing(write_model: fn(&Path)) {
         };
         let (late, drafted, other) = tokio::join!(
             late,
-            harness::drafter::drafted(&server, "/completion", &bodies[1], next),
+            crate::harness::drafter::drafted(&server, "/completion", &bodies[1], next),
             server.post("/completion", &bodies[2])
         );
         assert_eq!(drafted.1.committed, text, "the drafted answer");

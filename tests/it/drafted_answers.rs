@@ -2,19 +2,15 @@
 //!
 //! Every test asks the target directly and through the proxy, and compares.
 
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::time::{Duration, Instant};
 
+use crate::harness::fake_drafter::FakeDrafter;
+use crate::harness::llama_server::{LlamaServer, essence, free_port, model, target};
+use crate::harness::proxy::{Proxy, Record};
+use crate::harness::request::with;
+use crate::harness::wait::eventually;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
-use harness::fake_drafter::FakeDrafter;
-use harness::llama_server::{LlamaServer, essence, free_port, model, target};
-use harness::proxy::{Proxy, Record};
-use harness::request::with;
-use harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tightwad::config::Upstream;
@@ -33,7 +29,7 @@ const TARGET: [&str; 10] = [
     "32",
     // The one in the model knows no tools.
     "--chat-template-file",
-    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/tools.jinja"),
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/harness/tools.jinja"),
 ];
 const DRAFT: [&str; 7] = ["-np", "4", "-c", "2048", "--threads-http", "32", "--metrics"];
 
@@ -734,7 +730,7 @@ impl Streaming {
     }
 
     fn events(&self) -> Vec<Value> {
-        let Value::Array(events) = harness::llama_server::events(&self.text) else {
+        let Value::Array(events) = crate::harness::llama_server::events(&self.text) else {
             panic!("no events: {}", self.text)
         };
         events

@@ -1,20 +1,16 @@
 //! What drafting costs the proxy itself with a long context: a measurement.
 //!
-//! `cargo test --release --test engine_cost -- --ignored --nocapture` prints the processor time of the whole proxy (so the
+//! `cargo test --release --test it engine_cost:: -- --ignored --nocapture` prints the processor time of the whole proxy (so the
 //! relaying of the answer is in it, but not what it costs at all times) per step of the target, for answers of different
 //! lengths after the same long prompt. What is spent once per answer, on its prompt, is in the shortest one: a step costs
 //! what a longer answer costs more.
 
-#![allow(clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
-
-mod harness;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::gguf::slow_target;
-use harness::llama_server::{LlamaServer, Program, free_port, model};
-use harness::wait::eventually;
+use crate::harness::gguf::slow_target;
+use crate::harness::llama_server::{LlamaServer, Program, free_port, model};
+use crate::harness::wait::eventually;
 use serde_json::{Value, json};
 
 /// Tokens of the prompt, and of the answers, the shorter of which are asked for several times: the same answer costs a half

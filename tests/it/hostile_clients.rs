@@ -1,18 +1,14 @@
 //! Clients that hold what they were given, web pages of others, and text that is meant for a log: tried against the proxy,
 //! the worker's agent and the coordinator.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::fake_upstream::{Act, FakeUpstream, chunk, json, send, stream_head, wait};
-use harness::llama_server::{Program, answer_of, free_port};
-use harness::pool::{Pool, Setup};
-use harness::wait::eventually;
-use harness::worker::{self, lease_request};
+use crate::harness::fake_upstream::{Act, FakeUpstream, chunk, json, send, stream_head, wait};
+use crate::harness::llama_server::{Program, answer_of, free_port};
+use crate::harness::pool::{Pool, Setup};
+use crate::harness::wait::eventually;
+use crate::harness::worker::{self, lease_request};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json as value};
 use tempfile::TempDir;

@@ -1,15 +1,11 @@
 //! Requests that would stop the target for everybody are refused by both fronts, and odd ones of real clients are not.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::time::{Duration, Instant};
 
-use harness::fake_upstream::{Act, FakeUpstream, json as answer};
-use harness::llama_server::{LlamaServer, answer_of, target};
-use harness::pool::{Pool, Setup};
-use harness::proxy::Proxy;
+use crate::harness::fake_upstream::{Act, FakeUpstream, json as answer};
+use crate::harness::llama_server::{LlamaServer, answer_of, target};
+use crate::harness::pool::{Pool, Setup};
+use crate::harness::proxy::Proxy;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::{Value, json};
 use tightwad::config::{Backend, Secret, Upstream, VerificationMode};
@@ -84,7 +80,7 @@ async fn refuses_what_stops_a_server(url: &str) {
             (COMPLETION, json!({ "prompt": "x" })),
             (CHAT, json!({ "messages": [] })),
         ] {
-            let body = harness::request::with(prompt, more.clone());
+            let body = crate::harness::request::with(prompt, more.clone());
             let begun = Instant::now();
             let (status, error) = answer_of(post(url, path, body.to_string())).await;
             assert_eq!(status, 400, "{:.80}: {error}", more.to_string());
@@ -138,11 +134,11 @@ async fn grammars_and_schemas_at_the_bounds_are_answered_soon() {
         .collect();
     let chat = |more: Value| {
         let messages = json!({ "messages": [{ "role": "user", "content": "Hello" }], "max_tokens": 8 });
-        (CHAT, harness::request::with(messages, more))
+        (CHAT, crate::harness::request::with(messages, more))
     };
     let text = |more: Value| {
         let prompt = json!({ "prompt": "Hello", "n_predict": 8 });
-        (COMPLETION, harness::request::with(prompt, more))
+        (COMPLETION, crate::harness::request::with(prompt, more))
     };
     for (path, body) in [
         text(json!({ "grammar": format!("root ::= {}", "[a-y]? ".repeat(16)) })),
@@ -177,7 +173,7 @@ async fn a_hang_up_frees_the_target_whatever_the_client_calls_its_conversation()
     let mut stream = request.send().await.unwrap();
     stream.chunk().await.unwrap();
     drop(stream);
-    let idle = harness::wait::eventually(Duration::from_secs(3), || async {
+    let idle = crate::harness::wait::eventually(Duration::from_secs(3), || async {
         let slots = target.get("/slots").await;
         if slots[0]["is_processing"] == false {
             Ok(())

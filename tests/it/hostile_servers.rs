@@ -1,19 +1,15 @@
 //! Servers behind the proxy that are broken or hostile: whatever they answer, the proxy lives, goes on watching, and does
 //! not grow.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::harness::fake_upstream::{Act, FakeUpstream, Seen, json as whole, send, stream_head};
+use crate::harness::llama_server::{Program, free_port};
+use crate::harness::wait::eventually;
 use futures_util::StreamExt;
-use harness::fake_upstream::{Act, FakeUpstream, Seen, json as whole, send, stream_head};
-use harness::llama_server::{Program, free_port};
-use harness::wait::eventually;
 use serde_json::{Value, json};
 use tightwad::config::{self, Backend, Upstream};
 use tightwad::engine::{self, Engine};

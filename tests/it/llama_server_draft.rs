@@ -1,19 +1,15 @@
 //! The patched llama-server: an external drafter makes a completion faster and cannot change it.
 
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::drafter::{Drafter, Followed, drafted, new_key, perfect, wrong_at_every};
-use harness::llama_server::{LlamaServer, essence, target};
-use harness::random_model;
-use harness::request::with;
+use crate::harness::drafter::{Drafter, Followed, drafted, new_key, perfect, wrong_at_every};
+use crate::harness::llama_server::{LlamaServer, essence, target};
+use crate::harness::random_model;
+use crate::harness::request::with;
 use serde_json::{Value, json};
 
 const EXTERNAL: [&str; 4] = ["--spec-draft-external-max", "8", "-np", "1"];
@@ -430,7 +426,7 @@ async fn a_completion_that_cannot_be_drafted_for_says_why() {
 
 #[tokio::test]
 async fn a_server_that_drafts_by_itself_still_does_and_refuses_others() {
-    let draft = harness::llama_server::model("tightwad-tiny-draft-f16.gguf");
+    let draft = crate::harness::llama_server::model("tightwad-tiny-draft-f16.gguf");
     let own = [
         "-md",
         draft.to_str().expect("UTF-8"),

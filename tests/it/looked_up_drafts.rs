@@ -1,13 +1,9 @@
 //! Drafts without a drafter: text that comes again, and what the client predicts.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::time::Duration;
 
-use harness::llama_server::LlamaServer;
-use harness::proxy::{Proxy, Record};
+use crate::harness::llama_server::LlamaServer;
+use crate::harness::proxy::{Proxy, Record};
 use serde_json::{Value, json};
 
 const TARGET: [&str; 8] = [

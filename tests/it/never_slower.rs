@@ -1,21 +1,17 @@
 //! Whatever the drafter is like, answers come about as fast as from the target alone: a measurement.
 //!
 //! The same questions go directly to the target and through the proxy, in turns, and whoever was first is last the next
-//! time, so that a machine that slows down slows both of them down. `cargo test --release --test never_slower -- --ignored
+//! time, so that a machine that slows down slows both of them down. `cargo test --release --test it never_slower:: -- --ignored
 //! --nocapture --test-threads 1` prints a line for each drafter.
-
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
 
 use std::fmt;
 use std::time::Duration;
 
-use harness::fake_drafter::FakeDrafter;
-use harness::gguf::deep_target;
-use harness::llama_server::{LlamaServer, model};
-use harness::proxy::Proxy;
-use harness::random_model;
+use crate::harness::fake_drafter::FakeDrafter;
+use crate::harness::gguf::deep_target;
+use crate::harness::llama_server::{LlamaServer, model};
+use crate::harness::proxy::Proxy;
+use crate::harness::random_model;
 use serde_json::json;
 use tightwad::upstream::ChatServer;
 use tightwad::upstream::chat::{Answer, Message, Wishes};

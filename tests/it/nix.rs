@@ -1,7 +1,5 @@
 //! What the Nix files pin is what everybody else builds from.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
-
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};

@@ -1,7 +1,5 @@
 //! Whom `proxy stop` and `stop` end, and whom they never do.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;

@@ -1,14 +1,10 @@
 //! What is wrong with a server is told in plain words, with what to do.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::time::Duration;
 
-use harness::fake_upstream::{FakeUpstream, json as answer, send};
-use harness::llama_server::free_port;
-use harness::proxy::Proxy;
+use crate::harness::fake_upstream::{FakeUpstream, json as answer, send};
+use crate::harness::llama_server::free_port;
+use crate::harness::proxy::Proxy;
 use serde_json::Value;
 
 /// What the status tells of the target and the drafter, once it tells it of both.
@@ -42,9 +38,9 @@ async fn a_wrong_key_reads_otherwise_than_a_server_that_does_not_run() {
 #[tokio::test]
 async fn an_answer_that_breaks_off_is_told_without_the_words_of_a_library() {
     let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n{\"a";
-    let broken = FakeUpstream::start(move |_| vec![send(chunked), harness::fake_upstream::Act::Close]).await;
+    let broken = FakeUpstream::start(move |_| vec![send(chunked), crate::harness::fake_upstream::Act::Close]).await;
     let foreign =
-        FakeUpstream::start(|_| vec![send("SSH-2.0-OpenSSH_9\r\n"), harness::fake_upstream::Act::Close]).await;
+        FakeUpstream::start(|_| vec![send("SSH-2.0-OpenSSH_9\r\n"), crate::harness::fake_upstream::Act::Close]).await;
     let [target, draft] = problems(&broken.url(), &foreign.url(), ["broke off", "HTTP"]).await;
     assert!(target.ends_with("the connection broke off"), "{target}");
     assert!(

@@ -1,17 +1,13 @@
 //! `tightwad plan`: what it says of a pool, and that llama-server does it.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
-
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use harness::llama_server::{Program, free_port, llama_cpp, target};
-use harness::wait::eventually;
+use crate::harness::llama_server::{Program, free_port, llama_cpp, target};
+use crate::harness::wait::eventually;
 use serde_json::Value;
 
 /// A folder with a config.

@@ -1,15 +1,11 @@
 //! The pool seen from outside: a coordinator over two CPU workers, with real llama.cpp processes.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::time::{Duration, Instant};
 
+use crate::harness::llama_server::{LlamaServer, answer_of, essence, target};
+use crate::harness::pool::{Pool, Setup, signal};
+use crate::harness::wait::eventually;
 use futures_util::StreamExt;
-use harness::llama_server::{LlamaServer, answer_of, essence, target};
-use harness::pool::{Pool, Setup, signal};
-use harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tightwad::upstream::MEASURING;

@@ -1,16 +1,12 @@
 //! The pool's commands as their users meet them: start, status, swap, benchmark, stop.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::net::TcpListener;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use harness::llama_server::{free_port, target};
-use harness::pool::{Pool, Setup, signal};
-use harness::wait::eventually;
+use crate::harness::llama_server::{free_port, target};
+use crate::harness::pool::{Pool, Setup, signal};
+use crate::harness::wait::eventually;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::process::Command;

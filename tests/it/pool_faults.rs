@@ -1,18 +1,14 @@
 //! Faults, one after the other, while clients ask all the time. Lost may be only what is being answered; no text may be
 //! wrong; and in the end all is well although no human did anything.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use harness::llama_server::{Program, answer_of};
-use harness::pool::{Pool, Setup};
-use harness::worker::children;
+use crate::harness::llama_server::{Program, answer_of};
+use crate::harness::pool::{Pool, Setup};
+use crate::harness::worker::children;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -35,7 +31,7 @@ async fn a_pool_survives_some_random_faults() {
 
 /// All kinds of faults and some more; takes some minutes.
 ///
-/// `cargo nextest run --test pool_faults --run-ignored only --no-capture`, with `FAULTS_SEED` to repeat a run.
+/// `cargo nextest run --test it pool_faults:: --run-ignored only --no-capture`, with `FAULTS_SEED` to repeat a run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes some minutes"]
 async fn a_pool_survives_fifty_random_faults() {

@@ -1,18 +1,14 @@
 //! A pool over a network: one of its two workers is another host, in a network namespace of its own.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use crate::harness::gguf::slow_target;
+use crate::harness::llama_server::{LlamaServer, Program, answer_of, llama_cpp, model};
+use crate::harness::network::{FarHost, is_own};
+use crate::harness::wait::eventually;
 use futures_util::StreamExt;
-use harness::gguf::slow_target;
-use harness::llama_server::{LlamaServer, Program, answer_of, llama_cpp, model};
-use harness::network::{FarHost, is_own};
-use harness::wait::eventually;
 use serde_json::{Value, json};
 use tightwad::bench::Relay;
 
@@ -94,7 +90,7 @@ async fn becomes_ready(coordinator: &Program, within: Duration) {
 /// A measurement: each trip between the coordinator and one of the two workers takes 5 ms, and what drafts is beside the
 /// coordinator. Where the kernel has no netem a relay holds the bytes back.
 ///
-/// `cargo test --test pool_network -- --ignored --nocapture`
+/// `cargo test --test it pool_network:: -- --ignored --nocapture`
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement; it needs a machine that does nothing else"]
 async fn drafts_make_a_pool_with_a_far_worker_at_least_twice_as_fast() {

@@ -1,20 +1,16 @@
 //! The proxy before a pool: drafts for a model that is split over two workers, and that may be another one at any time.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use harness::fake_upstream::{FakeUpstream, json as answer};
-use harness::far_device::FarDevice;
-use harness::gguf::slow_target;
-use harness::llama_server::{LlamaServer, answer_of, model};
-use harness::pool::{Pool, Setup};
-use harness::proxy::Proxy;
-use harness::wait::eventually;
+use crate::harness::fake_upstream::{FakeUpstream, json as answer};
+use crate::harness::far_device::FarDevice;
+use crate::harness::gguf::slow_target;
+use crate::harness::llama_server::{LlamaServer, answer_of, model};
+use crate::harness::pool::{Pool, Setup};
+use crate::harness::proxy::Proxy;
+use crate::harness::wait::eventually;
 use serde_json::{Value, json};
 
 const COMPLETIONS: &str = "/v1/completions";

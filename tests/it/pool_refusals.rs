@@ -1,17 +1,13 @@
 //! What keeps a pool from running is said in one sentence, with what to do next.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::fake_agent::{fake_agent, granted, status};
-use harness::fake_upstream::{Act, FakeUpstream, json as answer, send, wait};
-use harness::llama_server::{Program, answer_of, free_port, llama_cpp, target};
-use harness::wait::eventually;
+use crate::harness::fake_agent::{fake_agent, granted, status};
+use crate::harness::fake_upstream::{Act, FakeUpstream, json as answer, send, wait};
+use crate::harness::llama_server::{Program, answer_of, free_port, llama_cpp, target};
+use crate::harness::wait::eventually;
 use serde_json::{Value, json};
 use tightwad::cluster::build;
 

@@ -1,13 +1,8 @@
 //! The proxy seen from outside: real sockets on both sides, a scripted target behind.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-#[path = "harness/fake_upstream.rs"]
-mod fake_upstream;
-
 use std::time::{Duration, Instant};
 
-use fake_upstream::{Act, FakeUpstream, Seen, chunk, json, send, stream_head, until, wait};
+use crate::harness::fake_upstream::{Act, FakeUpstream, Seen, chunk, json, send, stream_head, until, wait};
 use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
@@ -1050,7 +1045,7 @@ async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
     until("the connections to end", || target.open() == 0).await;
 }
 
-/// Run it with `cargo test --release --test proxy -- --ignored --nocapture`.
+/// Run it with `cargo test --release --test it proxy:: -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement: wants an idle machine and a release build"]
 async fn the_proxy_adds_less_than_a_millisecond_to_the_first_byte() {

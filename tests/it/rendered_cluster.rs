@@ -1,13 +1,9 @@
 //! The rendered files of a cluster of four hosts, run on one machine: what its units would run answers.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::path::Path;
 use std::time::Duration;
 
-use harness::cluster::Cluster;
+use crate::harness::cluster::Cluster;
 use serde_json::json;
 
 /// Long enough for a machine with other things to do.

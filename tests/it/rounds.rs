@@ -1,20 +1,16 @@
 //! Answers in rounds are the target's own: with a stock llama-server (fan-out), and with scripted vLLM and SGLang (scored).
 
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::harness::fake_drafter::FakeDrafter;
+use crate::harness::fake_scoring::{self, Quirks, STORY};
+use crate::harness::fake_upstream::FakeUpstream;
+use crate::harness::llama_server::{LlamaServer, model, target};
+use crate::harness::proxy::{Proxy, Record};
+use crate::harness::request::with;
+use crate::harness::wait::eventually;
 use futures_util::StreamExt;
-use harness::fake_drafter::FakeDrafter;
-use harness::fake_scoring::{self, Quirks, STORY};
-use harness::fake_upstream::FakeUpstream;
-use harness::llama_server::{LlamaServer, model, target};
-use harness::proxy::{Proxy, Record};
-use harness::request::with;
-use harness::wait::eventually;
 use serde_json::{Map, Value, json};
 use tightwad::config::{Backend, Upstream, VerificationMode};
 use tightwad::rounds::{Ask, FanOut, Target};

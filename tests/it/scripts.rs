@@ -1,14 +1,10 @@
 //! The scripts as their users meet them.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use harness::gguf::deep_target;
+use crate::harness::gguf::deep_target;
 
 fn script(name: &str, args: &[&str]) -> Command {
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name));
@@ -138,7 +134,7 @@ fn a_model_without_a_description_and_with_tensors_of_any_type_is_inflated() {
 fn a_file_that_cannot_be_inflated_is_named_without_a_traceback() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = folder.path().join("gemma.gguf");
-    let mut bytes = std::fs::read(harness::llama_server::target()).unwrap();
+    let mut bytes = std::fs::read(crate::harness::llama_server::target()).unwrap();
     let key = b"general.architecture";
     let at = bytes.windows(key.len()).position(|part| part == key).unwrap();
     let value = at + key.len() + 4 + 8;

@@ -1,19 +1,15 @@
 //! Each part as a systemd unit: what it tells systemd, what it takes from it, what it leaves in the journal.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use harness::llama_server::{LlamaServer, Program, free_port, llama_cpp, model, target};
-use harness::notify_socket::NotifySocket;
-use harness::wait::eventually;
-use harness::worker::{TOKEN, children, config as worker_config, is_listening, lease_request, send};
+use crate::harness::llama_server::{LlamaServer, Program, free_port, llama_cpp, model, target};
+use crate::harness::notify_socket::NotifySocket;
+use crate::harness::wait::eventually;
+use crate::harness::worker::{TOKEN, children, config as worker_config, is_listening, lease_request, send};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tightwad::cluster::agent_client::AgentClient;

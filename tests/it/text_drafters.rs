@@ -1,20 +1,16 @@
 //! Drafters that tell text: another vocabulary, Ollama, OpenAI's completion API. What they say becomes tokens of the
 //! target, and the answer is the target's own.
 
-#![allow(clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::harness::fake_ollama::{self, FakeOllama, MODEL, piece};
+use crate::harness::fake_upstream::{Act, FakeUpstream, chunk, json as whole, stream_head};
+use crate::harness::llama_server::{LlamaServer, model};
+use crate::harness::proxy::{Proxy, Record};
+use crate::harness::request::with;
 use futures_util::StreamExt;
-use harness::fake_ollama::{self, FakeOllama, MODEL, piece};
-use harness::fake_upstream::{Act, FakeUpstream, chunk, json as whole, stream_head};
-use harness::llama_server::{LlamaServer, model};
-use harness::proxy::{Proxy, Record};
-use harness::request::with;
 use serde_json::{Value, json};
 use tightwad::config::{Backend, Secret, Upstream};
 use tightwad::upstream::{StreamEnd, TextPiece, TextServer};

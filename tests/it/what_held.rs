@@ -1,17 +1,13 @@
 //! Attacks that came to nothing, in short: they must not come to anything later.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod harness;
-
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::fake_upstream::{FakeUpstream, json as answer};
-use harness::llama_server::{Program, free_port};
-use harness::proxy::Proxy;
-use harness::wait::eventually;
+use crate::harness::fake_upstream::{FakeUpstream, json as answer};
+use crate::harness::llama_server::{Program, free_port};
+use crate::harness::proxy::Proxy;
+use crate::harness::wait::eventually;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;

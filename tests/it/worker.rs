@@ -1,17 +1,13 @@
 //! `tightwad run worker` with real `ggml-rpc-server`s on the CPU, asked as a coordinator asks it.
 
-#![allow(clippy::unwrap_used)]
-
-mod harness;
-
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use harness::llama_server::{LlamaServer, free_port, target};
-use harness::wait::eventually;
-use harness::worker::{Worker, config, is_listening, lease_request, lives, run_worker, send};
+use crate::harness::llama_server::{LlamaServer, free_port, target};
+use crate::harness::wait::eventually;
+use crate::harness::worker::{Worker, config, is_listening, lease_request, lives, run_worker, send};
 use rustix::process::Signal;
 use serde_json::json;
 use tightwad::cluster::agent::EndpointState;
@@ -322,15 +318,15 @@ async fn a_worker_without_an_agent_keeps_its_server_running_for_whoever_comes() 
     let told = probe(SocketAddr::from(([127, 0, 0, 1], port)), SOON).await.unwrap();
     assert_eq!(told.protocol.to_string(), "7.0.0");
     assert!(told.devices[0].total_bytes > 0);
-    let server = harness::worker::children(worker.pid())[0];
+    let server = crate::harness::worker::children(worker.pid())[0];
     send(server, Signal::KILL);
     until("another one listens", || {
-        is_listening(port) && matches!(harness::worker::children(worker.pid())[..], [other] if other != server)
+        is_listening(port) && matches!(crate::harness::worker::children(worker.pid())[..], [other] if other != server)
     })
     .await;
     assert!(worker.log().contains("without an agent"), "{}", worker.log());
     // Nobody would check what a server wrote that died as it wrote.
-    let server = harness::worker::children(worker.pid())[0];
+    let server = crate::harness::worker::children(worker.pid())[0];
     let args = fs::read_to_string(format!("/proc/{server}/cmdline")).unwrap();
     assert!(!args.contains("--cache"), "{args}");
 }

@@ -142,7 +142,7 @@ pub struct LlamaServer {
     program: Mutex<Program>,
     url: String,
     /// What it computes on, if that is not this machine.
-    device: Option<FarDevice>,
+    _device: Option<FarDevice>,
 }
 
 impl LlamaServer {
@@ -170,7 +170,7 @@ impl LlamaServer {
         let device = FarDevice::start().await;
         let server = Self::start(&target(), &[&device.args(), args].concat()).await;
         Self {
-            device: Some(device),
+            _device: Some(device),
             ..server
         }
     }
@@ -180,7 +180,7 @@ impl LlamaServer {
         let device = FarDevice::start().await;
         let server = Self::start_at(port, &target(), &[&device.args(), args].concat()).await;
         Self {
-            device: Some(device),
+            _device: Some(device),
             ..server
         }
     }
@@ -217,7 +217,7 @@ impl LlamaServer {
                 return Some(Self {
                     program: Mutex::new(program),
                     url,
-                    device: None,
+                    _device: None,
                 });
             }
             if !program.is_alive() {
@@ -250,10 +250,6 @@ impl LlamaServer {
         let slots = self.get("/slots").await;
         let slots = slots.as_array().expect("a list of slots");
         slots.iter().filter(|slot| slot["is_processing"] == true).count()
-    }
-
-    pub fn log(&self) -> String {
-        self.program().log()
     }
 
     pub fn is_alive(&self) -> bool {

@@ -1,10 +1,5 @@
 //! Real llama-server processes, scripted drafters and the proxy, for the black-box tests.
 
-// every test file compiles this for itself and uses a part of it
-#![allow(dead_code, missing_docs)]
-// a test that cannot go on is to say so
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
-
 pub mod cluster;
 pub mod drafter;
 pub mod fake_agent;

@@ -15,9 +15,7 @@ use super::wait::eventually;
 /// What the proxy recorded of a request; counts that nobody made are 0.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Record {
-    pub id: String,
     pub path: String,
-    pub status: Option<u16>,
     pub streamed: bool,
     pub duration_ms: f64,
     #[serde(default)]
