@@ -9,7 +9,7 @@ use crate::harness::fake_upstream::{Act, FakeUpstream, json as answer, send, wai
 use crate::harness::llama_server::{Program, answer_of, free_port, llama_cpp, target};
 use crate::harness::wait::eventually;
 use serde_json::{Value, json};
-use tightwad::cluster::build;
+use tightwad::pool::build;
 
 const SOON: Duration = Duration::from_secs(10);
 const PLENTY: u64 = 4 << 30;

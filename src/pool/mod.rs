@@ -7,21 +7,15 @@
 //! | [`build`] | the build of llama.cpp |
 //! | [`rpc_probe`] | asks a ggml-rpc-server that nobody has |
 //! | [`worker`] | a host that lends its GPUs |
-//! | [`gguf`] | the header of a model file |
 //! | [`devices`] | the devices of the pool and their memory |
-//! | [`plan`] | which layers go where (pure) |
 //! | [`swap`] | which model runs, who waits, what happens next (pure) |
 //! | [`coordinator`] | one endpoint over the pool |
-//! | [`benchmark`] | how fast the pool is |
 
 pub mod agent;
 pub mod agent_client;
-pub mod benchmark;
 pub mod build;
 pub mod coordinator;
 pub mod devices;
-pub mod gguf;
-pub mod plan;
 pub mod rpc_probe;
 pub mod swap;
 pub mod worker;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::cluster::agent::{Holder, LeaseRequest};
+use crate::pool::agent::{Holder, LeaseRequest};
 
 /// At most one lease at a time.
 #[derive(Debug)]

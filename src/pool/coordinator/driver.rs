@@ -12,9 +12,9 @@ use super::pool::{Life, Message, Report};
 use super::prepare::{Moment, OwnFree, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
-use crate::cluster::devices::Probed;
-use crate::cluster::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
 use crate::config::{Config, Coordinator};
+use crate::pool::devices::Probed;
+use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
 
 /// The machine is asked at least so often.
 const TICK: Duration = Duration::from_secs(1);

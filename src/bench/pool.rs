@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::bench::median;
+use super::median;
 use crate::config::{Secret, Worker};
 use crate::count::count;
 use crate::upstream::ChatError;

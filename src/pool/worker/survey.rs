@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::servers::list;
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
-use crate::cluster::agent::DeviceStatus;
-use crate::cluster::rpc_probe::{Told, probe};
 use crate::config::GpuBackend;
+use crate::pool::agent::DeviceStatus;
+use crate::pool::rpc_probe::{Told, probe};
 use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;

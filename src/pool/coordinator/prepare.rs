@@ -7,11 +7,11 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 use super::load::TELLS_PROGRESS;
-use crate::cluster::devices::{self, Probed};
-use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, Device, KnownFrom, Plan, PlanError};
-use crate::cluster::swap::{Name, Unready};
 use crate::config::{Config, Coordinator, Model, Secret, Worker};
+use crate::gguf::ModelFile;
+use crate::plan::{self, Device, KnownFrom, Plan, PlanError};
+use crate::pool::devices::{self, Probed};
+use crate::pool::swap::{Name, Unready};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 

@@ -18,13 +18,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::driver::cancelled;
 use super::pool::{Message, WorkerReport};
-use crate::cluster::agent::{Endpoint, EndpointState, LeaseRequest};
-use crate::cluster::agent_client::{AgentClient, AgentError};
-use crate::cluster::build;
-use crate::cluster::devices::Probed;
-use crate::cluster::rpc_probe::{self, Told};
-use crate::cluster::swap::{Event, Failure, Unready};
 use crate::config::Worker;
+use crate::pool::agent::{Endpoint, EndpointState, LeaseRequest};
+use crate::pool::agent_client::{AgentClient, AgentError};
+use crate::pool::build;
+use crate::pool::devices::Probed;
+use crate::pool::rpc_probe::{self, Told};
+use crate::pool::swap::{Event, Failure, Unready};
 
 /// Leases are renewed, and agents looked at, so often.
 const BEAT: Duration = Duration::from_secs(1);

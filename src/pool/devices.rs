@@ -16,10 +16,10 @@ use tokio::time::timeout;
 use super::agent::{DeviceStatus, WorkerStatus};
 use super::agent_client::{AgentClient, AgentError};
 use super::build;
-use super::plan::{Device, KnownFrom};
 use super::rpc_probe::Told;
 use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
 use crate::count::count;
+use crate::plan::{Device, KnownFrom};
 use crate::supervise::{command, environment};
 
 /// An agent answers from memory.
@@ -352,7 +352,7 @@ pub fn parse_list(text: &str) -> Vec<Device> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::rpc_probe::{DeviceMemory, Protocol};
+    use crate::pool::rpc_probe::{DeviceMemory, Protocol};
 
     fn gpu(name: &str, rpc_port: Option<u16>) -> Gpu {
         Gpu {

@@ -25,8 +25,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::gguf::{ModelFile, Shape, TensorType};
 use crate::config::{Coordinator, Model, Server};
+use crate::gguf::{ModelFile, Shape, TensorType};
 use crate::supervise::command::{self, Launch, Pool};
 
 /// Most devices of one model: `--tensor-split` takes fewer than `llama_max_devices()`, which is 16.
@@ -761,7 +761,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cluster::gguf::{LayerMemory, Tensor};
+    use crate::gguf::{LayerMemory, Tensor};
 
     const MIB: u64 = 1 << 20;
 
@@ -1105,7 +1105,7 @@ mod tests {
                 window: Some(numbers[7]),
                 state: numbers[8],
             };
-            let most = |number: u64| number.min(crate::cluster::gguf::MOST_NUMBERS);
+            let most = |number: u64| number.min(crate::gguf::MOST_NUMBERS);
             model.shape.embedding = most(numbers[9]);
             model.shape.feed_forward = most(numbers[10]);
             model.shape.vocabulary = most(numbers[11]);

@@ -1,4 +1,4 @@
-//! The agent: what coordinators ask of this worker, see [`crate::cluster::agent`].
+//! The agent: what coordinators ask of this worker, see [`crate::pool::agent`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,13 +17,13 @@ use tokio_util::sync::CancellationToken;
 use super::lease::Leases;
 use super::servers::{Servers, Shown};
 use super::{NoServer, Spec};
-use crate::cluster::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::Secret;
 use crate::http::Limits;
 use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
+use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::proxy::token;
 use crate::supervise::notify::Notifier;
 

@@ -21,7 +21,7 @@ const MAX_TEXT: u64 = 1024;
 /// Longest array whose values are kept: llama.cpp has no model with more layers (`LLAMA_MAX_LAYERS`).
 const MAX_ARRAY: u64 = 512;
 /// More numbers than any model has in one of a layer's vectors, or entries in its vocabulary.
-pub(super) const MOST_NUMBERS: u64 = 1 << 24;
+pub(crate) const MOST_NUMBERS: u64 = 1 << 24;
 /// More numbers than any layer keeps of a sequence.
 const MOST_STATE: u64 = 1 << 32;
 /// Most dimensions of a tensor (`GGML_MAX_DIMS`).
@@ -937,7 +937,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cluster::plan;
+    use crate::plan;
 
     const TARGET: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),

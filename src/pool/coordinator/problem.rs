@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::pool::{Life, Pool};
-use crate::cluster::swap::{Ended, Refused};
+use crate::pool::swap::{Ended, Refused};
 use crate::proxy::paths::Dialect;
 use crate::proxy::respond::{self, Refusal};
 

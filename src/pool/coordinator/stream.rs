@@ -11,7 +11,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 
 use super::pool::{Granted, Pool};
 use super::problem::Problem;
-use crate::cluster::swap::{Ended, State};
+use crate::pool::swap::{Ended, State};
 use crate::proxy::events::Boundary;
 use crate::proxy::paths::Dialect;
 use crate::proxy::relay;

@@ -10,9 +10,9 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::load::Load;
-use crate::cluster::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 use crate::config::Secret;
 use crate::observe::problems::Problems;
+use crate::pool::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 use crate::proxy::target::{Target, TargetError};
 
 /// What the driver is told.
