@@ -9,6 +9,7 @@
 //! | `own_draft` | a llama-server that drafts in its own process, to compare with |
 //! | `delay` | a longer way to a server |
 //! | `statistics` | medians and ratios |
+//! | [`pool`] | how fast the pool is |
 //! | `report` | what the measurements come to |
 //! | `verify` | whether two answers are the same, and where they part |
 
@@ -17,6 +18,7 @@ mod delay;
 mod measure;
 mod own_draft;
 mod padding;
+pub mod pool;
 mod prompts;
 mod report;
 mod statistics;

@@ -7,7 +7,7 @@ use super::coordinator::{self, Client, Step};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::Steps;
-use crate::cluster::benchmark::{BenchmarkError, Report, Settings, benchmark as measure};
+use crate::bench::pool::{BenchmarkError, Report, Settings, benchmark as measure};
 use crate::config::Config;
 use crate::count::count;
 

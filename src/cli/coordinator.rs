@@ -7,8 +7,8 @@ use reqwest::{RequestBuilder, StatusCode};
 use serde_json::Value;
 
 use super::exit::{Exit, Failure};
-use crate::cluster::coordinator::CoordinatorError;
 use crate::config::{self, Config, Coordinator, Secret};
+use crate::pool::coordinator::CoordinatorError;
 use crate::upstream::chat::{client, refused, unreachable};
 
 /// The section, which the pool's commands need.

@@ -10,12 +10,12 @@ use super::coordinator;
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::wrap;
-use crate::cluster::build;
-use crate::cluster::devices::{self, Found, Probed};
-use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::config::{self, Config, Coordinator, Model};
 use crate::count::count;
+use crate::gguf::ModelFile;
+use crate::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
+use crate::pool::build;
+use crate::pool::devices::{self, Found, Probed};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 

@@ -15,11 +15,11 @@ use super::server_status::{self, SeenServer};
 use super::status::duration;
 use super::wrap::fitted;
 use super::{signals, status};
-use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
-use crate::cluster::agent_client::AgentClient;
-use crate::cluster::plan::amount;
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
 use crate::count::count;
+use crate::plan::amount;
+use crate::pool::agent::{Endpoint, EndpointState, WorkerStatus};
+use crate::pool::agent_client::AgentClient;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -173,7 +173,7 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
     if !worker.has_agent() {
         return None;
     }
-    let unknown = |error: crate::cluster::agent_client::AgentError| Failure::new(Exit::Unreachable, error.to_string());
+    let unknown = |error: crate::pool::agent_client::AgentError| Failure::new(Exit::Unreachable, error.to_string());
     let asking = async {
         let agent = AgentClient::new(&worker).map_err(unknown)?;
         agent.status().await.map_err(unknown)

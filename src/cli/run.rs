@@ -5,10 +5,10 @@ use tokio_util::sync::CancellationToken;
 use super::coordinator::Step;
 use super::exit::{Exit, Failure};
 use super::{coordinator, pid_file, plan, proxy, signals};
-use crate::cluster;
-use crate::cluster::gguf::ModelFile;
-use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server, local_key};
+use crate::gguf::ModelFile;
+use crate::pool;
+use crate::pool::worker::{WorkerError, own_entry};
 use crate::supervise::command::Role;
 use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight;
@@ -94,7 +94,7 @@ async fn coordinator(
             notifier.ready();
         }
     };
-    Ok(cluster::coordinator::serve(listener, config.clone(), model, tell, stop).await?)
+    Ok(pool::coordinator::serve(listener, config.clone(), model, tell, stop).await?)
 }
 
 async fn worker(
@@ -108,7 +108,7 @@ async fn worker(
         return Ok(());
     };
     let (entry, address) = own.map_err(WorkerError::from)?;
-    Ok(cluster::worker::run(entry, address, &config.binaries, notifier, stop).await?)
+    Ok(pool::worker::run(entry, address, &config.binaries, notifier, stop).await?)
 }
 
 async fn server(

@@ -15,8 +15,8 @@ use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};
 use crate::bench::{Comparison, Contender, Measurements, OwnDraft, Pair, Plan, Progress, Prompt, Tried, measure, pad};
-use crate::cluster::gguf::ModelFile;
 use crate::config::Config;
+use crate::gguf::ModelFile;
 
 /// Shown below the options.
 pub const EXAMPLES: &str = "\

@@ -1,0 +1,549 @@
+//! The workers, as the coordinator sees them: taken before a server starts, kept while it runs, returned after it.
+
+use std::collections::BTreeSet;
+use std::future::pending;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Once};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::future::{join_all, select_all};
+use futures_util::stream::FuturesUnordered;
+use tokio::net::lookup_host;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::driver::cancelled;
+use super::pool::{Message, WorkerReport};
+use crate::config::Worker;
+use crate::pool::agent::{Endpoint, EndpointState, LeaseRequest};
+use crate::pool::agent_client::{AgentClient, AgentError};
+use crate::pool::build;
+use crate::pool::devices::Probed;
+use crate::pool::rpc_probe::{self, Told};
+use crate::pool::swap::{Event, Failure, Unready};
+
+/// Leases are renewed, and agents looked at, so often.
+const BEAT: Duration = Duration::from_secs(1);
+/// Longest wait for an agent in this.
+const BEAT_PATIENCE: Duration = Duration::from_secs(1);
+/// A worker that was silent for so long, whatever it was asked, is lost.
+const LOST_AFTER: Duration = Duration::from_secs(4);
+/// Longest wait for such a worker to return its lease, which it may do if only its server hangs.
+const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait for a worker without an agent.
+const PROBE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// One worker.
+#[derive(Debug, Clone)]
+struct Member {
+    name: String,
+    /// `None`: its `ggml-rpc-server` is run by hand.
+    agent: Option<AgentClient>,
+    /// `host:port` of each of its `ggml-rpc-server`s.
+    endpoints: Vec<String>,
+}
+
+/// All workers.
+#[derive(Debug, Clone)]
+pub(super) struct Workers {
+    members: Vec<Member>,
+    /// Who we are to them.
+    holder: String,
+    /// Our own, whose build must be theirs.
+    llama_server: PathBuf,
+    /// That a build is not known is said once.
+    warned: Arc<Once>,
+}
+
+/// A worker's lease.
+#[derive(Debug)]
+struct Held {
+    agent: AgentClient,
+    id: String,
+    /// Renews it, from the first moment on: other workers may take longer to start their servers than it lasts.
+    beats: JoinSet<()>,
+}
+
+/// The workers are ours. Dropping this leaves them to expire.
+#[derive(Debug)]
+pub(super) struct Leases {
+    held: Vec<Held>,
+}
+
+impl Workers {
+    pub(super) fn new(workers: &[Worker], holder: String, llama_server: PathBuf) -> Result<Self, AgentError> {
+        let member = |worker: &Worker| {
+            let agent = worker.has_agent().then(|| AgentClient::new(worker)).transpose()?;
+            let ports = worker.rpc_endpoints();
+            Ok(Member {
+                name: worker.name().to_owned(),
+                agent,
+                endpoints: ports.keys().map(|port| format!("{}:{port}", worker.host)).collect(),
+            })
+        };
+        let members = workers.iter().map(member).collect::<Result<_, AgentError>>()?;
+        Ok(Self {
+            members,
+            holder,
+            llama_server,
+            warned: Arc::new(Once::new()),
+        })
+    }
+
+    /// What is known before anybody was asked.
+    pub(super) fn reports(&self) -> Vec<WorkerReport> {
+        let report = |member: &Member| WorkerReport {
+            name: member.name.clone(),
+            ..WorkerReport::default()
+        };
+        self.members.iter().map(report).collect()
+    }
+
+    /// Asks whether all could be taken: reachable, free or ours already, and of one build. Nothing is started for that.
+    /// Returns what the servers told that are run by hand.
+    pub(super) async fn ask(&self) -> Result<Probed, Unready> {
+        let own = build::build(&self.llama_server).await;
+        let seen = join_all(self.members.iter().map(|member| self.sight(member))).await;
+        let mut problems = Vec::new();
+        let mut sights = Vec::new();
+        for result in seen {
+            match result {
+                Ok(sight) => sights.push(sight),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        problems.extend(differences(own.as_deref(), &sights));
+        if !problems.is_empty() {
+            return Err(Unready::Yet(problems.join("; ")));
+        }
+        let unknown = sights.iter().find(|sight| sight.build.is_none());
+        let unknown = unknown.map(|sight| format!("worker {}", sight.name));
+        let unknown = if own.is_none() {
+            Some("this coordinator".to_owned())
+        } else {
+            unknown
+        };
+        if let Some(who) = unknown {
+            self.warned.call_once(|| {
+                tracing::warn!(
+                    "nobody knows which build of llama.cpp {who} runs: make sure that all hosts run the same"
+                );
+            });
+        }
+        Ok(sights.into_iter().flat_map(|sight| sight.told).collect())
+    }
+
+    async fn sight(&self, member: &Member) -> Result<Sight, String> {
+        let mut sight = Sight {
+            name: member.name.clone(),
+            build: None,
+            protocol: None,
+            told: Probed::new(),
+        };
+        let Some(agent) = &member.agent else {
+            for endpoint in &member.endpoints {
+                let told = listens(endpoint).await;
+                let told = told.map_err(|why| format!("worker {}: {why}", member.name))?;
+                sight.protocol = Some(told.protocol.to_string());
+                sight.told.insert(endpoint.clone(), told);
+            }
+            return Ok(sight);
+        };
+        let status = agent.status().await.map_err(|error| error.to_string())?;
+        if let Some(holder) = status.lease.filter(|lease| lease.holder != self.holder) {
+            let worker = member.name.clone();
+            return Err(AgentError::Held { worker, holder }.to_string());
+        }
+        sight.build = Some(status.build).filter(|build| build != build::UNKNOWN);
+        sight.protocol = status.protocol;
+        Ok(sight)
+    }
+
+    /// Takes all workers, or none.
+    pub(super) async fn lease(
+        &self,
+        epoch: u64,
+        tell: &mpsc::UnboundedSender<Message>,
+        cancel: &CancellationToken,
+    ) -> Result<Leases, Unready> {
+        let agents = self.members.iter().filter_map(|member| member.agent.as_ref());
+        let mut taking: FuturesUnordered<_> = agents.map(|agent| self.take(agent, epoch, tell)).collect();
+        let mut leases = Leases { held: Vec::new() };
+        let mut problems = Vec::new();
+        loop {
+            tokio::select! {
+                taken = taking.next() => match taken {
+                    Some(Ok(held)) => leases.held.push(held),
+                    Some(Err(problem)) => problems.push(problem),
+                    None => break,
+                },
+                () = cancel.cancelled() => {
+                    // Who stops waiting for a lease does not get it.
+                    drop(taking);
+                    leases.give_back().await;
+                    return Err(cancelled());
+                }
+            }
+        }
+        if !problems.is_empty() {
+            leases.give_back().await;
+            problems.sort();
+            return Err(Unready::Yet(problems.join("; ")));
+        }
+        Ok(leases)
+    }
+
+    async fn take(
+        &self,
+        agent: &AgentClient,
+        epoch: u64,
+        tell: &mpsc::UnboundedSender<Message>,
+    ) -> Result<Held, String> {
+        let wanted = LeaseRequest {
+            holder: self.holder.clone(),
+            epoch,
+        };
+        // Servers may take a minute to start, and the agent answers other questions meanwhile; a host that is gone does not.
+        let lease = tokio::select! {
+            lease = agent.lease(&wanted) => lease.map_err(|error| error.to_string())?,
+            why = until_silent(agent) => return Err(format!("worker {} was lost ({why})", agent.worker())),
+        };
+        let mut beats = JoinSet::new();
+        beats.spawn(keep(agent.clone(), lease.id.clone(), epoch, tell.clone()));
+        Ok(Held {
+            agent: agent.clone(),
+            id: lease.id,
+            beats,
+        })
+    }
+
+    /// The workers that cannot be reached or do not work, and what is wrong with them; `None`: all are well, as far as can
+    /// be told. One without an agent can only be asked while no server uses it.
+    pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
+        let looks = self.members.iter().map(|member| async move {
+            let wrong = match &member.agent {
+                Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
+                    Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some("its agent does not answer".to_owned()),
+                },
+                None if used => None,
+                None => join_all(member.endpoints.iter().map(|endpoint| listens(endpoint)))
+                    .await
+                    .into_iter()
+                    .find_map(Result::err),
+            };
+            wrong.map(|why| (member.name.clone(), why))
+        });
+        let lost: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
+        let each: Vec<_> = lost
+            .iter()
+            .map(|(name, why)| format!("worker {name} was lost ({why})"))
+            .collect();
+        (!each.is_empty()).then(|| each.join("; "))
+    }
+
+    /// Waits until a server that our llama-server was connected to is so no longer, and says which: it died and has been
+    /// started again, without our model. llama-server itself would notice that with the next request, and lose it.
+    pub(super) async fn until_disconnected(&self) -> String {
+        let members = self.members.iter().filter_map(|member| {
+            let agent = member.agent.as_ref()?;
+            Some(Box::pin(async move { (member, until_one_is_free(agent).await) }))
+        });
+        let members: Vec<_> = members.collect();
+        if members.is_empty() {
+            return pending().await;
+        }
+        let ((member, port), ..) = select_all(members).await;
+        format!(
+            "worker {} was lost (its ggml-rpc-server on port {port} was started again, without the model)",
+            member.name
+        )
+    }
+
+    /// The one that is meant when nothing else is known.
+    pub(super) fn only(&self) -> Option<&str> {
+        match &self.members[..] {
+            [only] => Some(&only.name),
+            _ => None,
+        }
+    }
+
+    /// Looks at all agents for ever, for the status, and tells of those that come back.
+    pub(super) async fn watch(self, tell: mpsc::UnboundedSender<Message>) {
+        let watches = self.members.iter().enumerate().map(|(index, member)| {
+            let tell = tell.clone();
+            async move {
+                let mut was_up = true;
+                while !tell.is_closed() {
+                    let report = member.report().await;
+                    let up = report.up != Some(false);
+                    let _ = tell.send(Message::Worker(index, report));
+                    if up && !was_up {
+                        tracing::info!("worker {} is back", member.name);
+                        let _ = tell.send(Message::Event(Event::WorkerBack));
+                    }
+                    was_up = up;
+                    sleep(BEAT).await;
+                }
+            }
+        });
+        join_all(watches).await;
+    }
+}
+
+impl Member {
+    async fn report(&self) -> WorkerReport {
+        let mut report = WorkerReport {
+            name: self.name.clone(),
+            ..WorkerReport::default()
+        };
+        let Some(agent) = &self.agent else { return report };
+        match timeout(BEAT_PATIENCE, agent.status()).await {
+            Ok(Ok(status)) => {
+                report.up = Some(true);
+                report.problem = Endpoint::problem(&status.endpoints);
+                report.build = Some(status.build);
+                report.leased_by = status.lease.map(|lease| lease.holder);
+            }
+            Ok(Err(error)) => {
+                report.up = Some(false);
+                report.problem = Some(error.to_string());
+            }
+            Err(_) => {
+                report.up = Some(false);
+                report.problem = Some(format!("worker {} does not answer", self.name));
+            }
+        }
+        report
+    }
+}
+
+impl Leases {
+    /// Returns them; their memory is free after that, as far as the workers can be reached.
+    pub(super) async fn give_back(self) {
+        join_all(self.held.into_iter().map(|mut held| async move {
+            // Who keeps a lease stops only when it is lost.
+            let lost = held.beats.try_join_next().is_some();
+            held.beats.abort_all();
+            let returned = held.agent.give_back(&held.id);
+            let returned = if lost {
+                timeout(LOST_RETURN_PATIENCE, returned).await.unwrap_or(Ok(()))
+            } else {
+                returned.await
+            };
+            match returned {
+                Ok(()) | Err(AgentError::Over { .. }) => {}
+                Err(error) => tracing::warn!("a lease was not returned and will expire: {error}"),
+            }
+        }))
+        .await;
+    }
+}
+
+/// Waits until a server was connected and then twice in a row is not: once may mean that llama-server itself ends.
+async fn until_one_is_free(agent: &AgentClient) -> u16 {
+    let (mut connected, mut suspects) = (BTreeSet::new(), BTreeSet::new());
+    loop {
+        if let Ok(Ok(status)) = timeout(BEAT_PATIENCE, agent.status()).await {
+            let ports_that = |are: EndpointState| {
+                let endpoints = status.endpoints.iter().filter(move |endpoint| endpoint.state == are);
+                endpoints.map(|endpoint| endpoint.port)
+            };
+            connected.extend(ports_that(EndpointState::Connected));
+            let free: BTreeSet<u16> = ports_that(EndpointState::Listening)
+                .filter(|port| connected.contains(port))
+                .collect();
+            if let Some(port) = free.intersection(&suspects).next() {
+                return *port;
+            }
+            suspects = free;
+        }
+        sleep(BEAT).await;
+    }
+}
+
+/// How long an agent has been silent.
+struct Silence {
+    since: Instant,
+    missed: u32,
+}
+
+impl Silence {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            missed: 0,
+        }
+    }
+
+    fn broken(&mut self) {
+        *self = Self::new();
+    }
+
+    /// Another question was not answered. Says whether the worker is lost: one that is missed may be due to a busy disk, or
+    /// to the network.
+    fn goes_on(&mut self) -> bool {
+        self.missed += 1;
+        self.missed >= 2 && self.since.elapsed() + BEAT >= LOST_AFTER
+    }
+}
+
+/// Waits until an agent has not answered for so long that its worker is lost, and says what happened last.
+async fn until_silent(agent: &AgentClient) -> String {
+    let mut silence = Silence::new();
+    loop {
+        sleep(BEAT).await;
+        let problem = match timeout(BEAT_PATIENCE, agent.status()).await {
+            Ok(Ok(_)) => {
+                silence.broken();
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "its agent does not answer".to_owned(),
+        };
+        if silence.goes_on() {
+            return problem;
+        }
+    }
+}
+
+/// Renews a lease until it is lost.
+async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedSender<Message>) {
+    let mut silence = Silence::new();
+    let why = loop {
+        sleep(BEAT).await;
+        let problem = match timeout(BEAT_PATIENCE, beat(&agent, &id)).await {
+            Ok(Ok(None)) => {
+                silence.broken();
+                continue;
+            }
+            Ok(Ok(Some(failed))) => break failed,
+            Ok(Err(error @ AgentError::Over { .. })) => break error.to_string(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "its agent does not answer".to_owned(),
+        };
+        if silence.goes_on() {
+            break problem;
+        }
+    };
+    let why = format!("worker {} was lost ({why})", agent.worker());
+    let failure = Failure {
+        why,
+        curable: true,
+        worker: true,
+    };
+    let _ = tell.send(Message::Event(Event::Broken(epoch, failure)));
+}
+
+async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentError> {
+    Ok(Endpoint::problem(&agent.renew(id).await?.endpoints))
+}
+
+/// What is known of a worker's llama.cpp.
+#[derive(Debug)]
+struct Sight {
+    name: String,
+    build: Option<String>,
+    /// Version of the RPC protocol.
+    protocol: Option<String>,
+    /// By its servers that are run by hand.
+    told: Probed,
+}
+
+/// What keeps these from working together, as far as they tell. Where a build is not known the protocol has to do: a client
+/// refuses a server of another major version, or of a newer minor one.
+fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
+    let Some(own) = own else { return Vec::new() };
+    // A worker of our build speaks our protocol.
+    let same = |sight: &&Sight| sight.build.as_deref() == Some(own);
+    let ours = sights
+        .iter()
+        .filter(same)
+        .find_map(|sight| version(sight.protocol.as_deref()?));
+    let difference = |sight: &Sight| {
+        let name = &sight.name;
+        match (&sight.build, &sight.protocol) {
+            (Some(build), _) => build::difference(name, build, own),
+            (None, Some(protocol)) => {
+                let (major, minor) = ours?;
+                let theirs = version(protocol)?;
+                (theirs.0 != major || theirs.1 > minor).then(|| {
+                    format!(
+                        "worker {name} speaks version {protocol} of llama.cpp's RPC protocol, this coordinator \
+                         {major}.{minor}: install the same build on both"
+                    )
+                })
+            }
+            (None, None) => None,
+        }
+    };
+    sights.iter().filter_map(difference).collect()
+}
+
+/// Major and minor.
+fn version(protocol: &str) -> Option<(u32, u32)> {
+    let mut parts = protocol.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
+async fn listens(endpoint: &str) -> Result<Told, String> {
+    let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
+    let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
+    let address = address.ok_or_else(|| format!("{endpoint} has no IPv4 address"))?;
+    rpc_probe::probe(address, PROBE_PATIENCE)
+        .await
+        .map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sight(name: &str, build: Option<&str>, protocol: &str) -> Sight {
+        Sight {
+            name: name.to_owned(),
+            build: build.map(str::to_owned),
+            protocol: Some(protocol.to_owned()),
+            told: Probed::new(),
+        }
+    }
+
+    #[test]
+    fn a_worker_of_another_build_is_refused_with_both() {
+        let seen = [sight("a", Some("b1"), "7.0.0"), sight("b", Some("b2"), "7.0.0")];
+        let found = differences(Some("b1"), &seen);
+        assert_eq!(found.len(), 1);
+        assert!(
+            found[0].contains("worker b") && found[0].contains("b2") && found[0].contains("b1"),
+            "{found:?}"
+        );
+        assert!(differences(None, &seen).is_empty());
+    }
+
+    #[test]
+    fn without_a_build_the_protocols_must_fit() {
+        for (protocol, fits) in [("7.1.9", true), ("7.0.0", true), ("7.2.0", false), ("6.1.0", false)] {
+            let seen = [sight("a", Some("b1"), "7.1.0"), sight("by-hand", None, protocol)];
+            let found = differences(Some("b1"), &seen);
+            assert_eq!(found.is_empty(), fits, "{protocol}: {found:?}");
+        }
+        // Nobody knows what we speak ourselves.
+        assert!(differences(Some("b1"), &[sight("by-hand", None, "6.0.0")]).is_empty());
+    }
+
+    #[test]
+    fn one_missed_answer_is_not_the_end() {
+        let mut silence = Silence::new();
+        silence.since = Instant::now().checked_sub(LOST_AFTER).unwrap_or_else(Instant::now);
+        assert!(!silence.goes_on());
+        assert!(silence.goes_on());
+        silence.broken();
+        assert!(!silence.goes_on() && !silence.goes_on(), "that was too soon");
+    }
+}
