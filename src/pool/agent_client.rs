@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 
 use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::{ConfigError, Secret, Worker};
+use crate::failure;
 use crate::http::client::{self, ReadError};
-use crate::upstream::failure;
 
 /// A host that is up answers the first packet in milliseconds.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 const GET_DEVICE_MEMORY: u8 = 11;
 const HELLO: u8 = 14;
@@ -56,7 +56,7 @@ pub struct DeviceMemory {
 
 /// What a server told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Told {
+pub struct RpcServer {
     /// Its protocol.
     pub protocol: Protocol,
     /// Its devices, in the order in which its clients see them; none if its protocol is unknown to us.
@@ -65,7 +65,7 @@ pub struct Told {
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum ProbeError {
+pub enum RpcProbeError {
     /// Nothing listens there, or the connection broke.
     #[error("no ggml-rpc-server answers at {address} ({}); start it there, and check host, port and firewall", explain(.source))]
     Unreachable {
@@ -92,18 +92,18 @@ pub enum ProbeError {
 }
 
 /// Asks; gives up after `patience`.
-pub async fn probe(address: SocketAddr, patience: Duration) -> Result<Told, ProbeError> {
+pub async fn probe(address: SocketAddr, patience: Duration) -> Result<RpcServer, RpcProbeError> {
     match timeout(patience, ask(address)).await {
         Ok(Ok(told)) => Ok(told),
         Ok(Err(source)) if matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
-            Err(ProbeError::Foreign { address })
+            Err(RpcProbeError::Foreign { address })
         }
-        Ok(Err(source)) => Err(ProbeError::Unreachable { address, source }),
-        Err(_) => Err(ProbeError::Silent { address }),
+        Ok(Err(source)) => Err(RpcProbeError::Unreachable { address, source }),
+        Err(_) => Err(RpcProbeError::Silent { address }),
     }
 }
 
-async fn ask(address: SocketAddr) -> io::Result<Told> {
+async fn ask(address: SocketAddr) -> io::Result<RpcServer> {
     let mut server = TcpStream::connect(address).await?;
     server.set_nodelay(true)?;
     let hello: [u8; 4 + CAPABILITIES] = call(&mut server, HELLO, &[0; CAPABILITIES]).await?;
@@ -124,7 +124,7 @@ async fn ask(address: SocketAddr) -> io::Result<Told> {
             });
         }
     }
-    Ok(Told { protocol, devices })
+    Ok(RpcServer { protocol, devices })
 }
 
 /// One command and its answer, which has a known size.
@@ -173,13 +173,13 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_has_another_client_is_silent_and_we_do_not_hang() {
         let address = saying(b"").await;
-        assert!(matches!(probe(address, SOON).await, Err(ProbeError::Silent { .. })));
+        assert!(matches!(probe(address, SOON).await, Err(RpcProbeError::Silent { .. })));
     }
 
     #[tokio::test]
     async fn what_speaks_another_protocol_is_foreign() {
         let address = saying(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
-        assert!(matches!(probe(address, SOON).await, Err(ProbeError::Foreign { .. })));
+        assert!(matches!(probe(address, SOON).await, Err(RpcProbeError::Foreign { .. })));
     }
 
     #[tokio::test]
@@ -189,7 +189,7 @@ mod tests {
         drop(listener);
         assert!(matches!(
             probe(address, SOON).await,
-            Err(ProbeError::Unreachable { .. })
+            Err(RpcProbeError::Unreachable { .. })
         ));
     }
 

@@ -13,16 +13,18 @@ use axum::routing::get;
 use tokio_util::sync::CancellationToken;
 
 use super::agreement::Agreement;
-use super::headers::X_REQUEST_ID;
-use super::paths::Dialect;
-use super::respond::Refusal;
+use super::observed::Observed;
 use super::settings::Settings;
-use super::target::{Target, TargetError};
-use super::{admission, forward, status, token};
+use super::{forward, status};
 use crate::engine::Engine;
+use crate::http::body::discard;
 use crate::http::excerpt::excerpt;
+use crate::http::headers::X_REQUEST_ID;
 use crate::http::origin::{self, Guard};
-use crate::observe::Observed;
+use crate::http::paths::Dialect;
+use crate::http::refusal::Refusal;
+use crate::http::target::{Target, TargetError};
+use crate::http::token;
 use crate::observe::problems::Problems;
 
 /// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.
@@ -107,7 +109,7 @@ async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
         tracing::warn!(%id, path = excerpt(request.uri().path()), "no or a wrong token");
         let dialect = Dialect::of(request.uri().path());
         let (parts, body) = request.into_parts();
-        admission::discard(body, &parts.headers);
+        discard(body, &parts.headers);
         Refusal::Unauthorized.response(dialect)
     };
     response.headers_mut().insert(X_REQUEST_ID, id.header());

@@ -7,10 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tightwad::engine::{Engine, Settings};
-use tightwad::observe::Outcome;
-use tightwad::observe::metrics::{Ended, Metrics};
-
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -301,75 +297,109 @@ fn samples(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-#[tokio::test]
-async fn every_metric_of_the_proxy_is_documented_and_no_other() {
-    let metrics = Metrics::new(&Engine::start(Settings::default()).unwrap());
-    let ended = Ended {
-        path: "other",
-        outcome: Outcome::Finished,
-    };
-    metrics.requests.get_or_create(&ended).inc();
-    let existing = samples(&metrics.text().unwrap());
-    let page = read("docs/reference/metrics.md");
-    let documented = names(section(&page, "## The proxy"));
-    assert_eq!(documented, existing.iter().map(String::as_str).collect());
+/// A server of Tightwad's that ends with the test.
+struct Server {
+    process: Child,
+    port: u16,
+    _folder: tempfile::TempDir,
 }
 
-/// A process that ends with the test.
-struct Ends(Child);
-
-impl Drop for Ends {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+impl Server {
+    /// `tightwad COMMAND` with a config of these lines, in which `PORT` is a free port; returns when it listens.
+    fn start(command: &[&str], config: &str) -> Self {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("cluster.yaml");
+        std::fs::write(&file, config.replace("PORT", &port.to_string())).unwrap();
+        let mut program = Command::new(env!("CARGO_BIN_EXE_tightwad"));
+        program.arg("-c").arg(&file).args(command).stderr(Stdio::null());
+        let server = Self {
+            process: program.spawn().unwrap(),
+            port,
+            _folder: folder,
+        };
+        let until = Instant::now() + Duration::from_secs(30);
+        while let Err(error) = server.connect() {
+            assert!(Instant::now() < until, "{command:?} does not listen: {error}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        server
     }
+
+    fn connect(&self) -> std::io::Result<TcpStream> {
+        TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))
+    }
+
+    /// The answer to `GET path`, with its head.
+    fn get(&self, path: &str) -> String {
+        let mut connection = self.connect().unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        connection.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        connection.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn has_the_metrics_of(server: &Server, heading: &str) {
+    let text = server.get("/metrics");
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    let page = read("docs/reference/metrics.md");
+    let existing = samples(&text);
+    let existing: BTreeSet<&str> = existing.iter().map(String::as_str).collect();
+    assert_eq!(names(section(&page, heading)), existing, "{text}");
+}
+
+#[test]
+fn every_metric_of_the_proxy_is_documented_and_no_other() {
+    let proxy = Server::start(
+        &["proxy", "start"],
+        "proxy: { port: PORT, target: { url: 'http://127.0.0.1:1' } }\n",
+    );
+    // Requests show once one has ended.
+    proxy.get("/v1/models");
+    has_the_metrics_of(&proxy, "## The proxy");
 }
 
 #[test]
 fn every_metric_of_the_coordinator_is_documented_and_no_other() {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("cluster.yaml");
     // It is asked before it has a server: the worker does not answer, and no program is started.
     let config = format!(
-        "coordinator: {{ port: {port}, backend: cpu }}\n\
+        "coordinator: {{ port: PORT, backend: cpu }}\n\
          workers: [ {{ host: 127.0.0.1, agent_port: 1, gpus: [ {{ name: none, vram_gb: 1 }} ] }} ]\n\
          models: {{ tiny: {{ path: {} }} }}\n\
          binaries: {{ llama_server: {} }}\n",
         repository().join("tests/models/tightwad-tiny-draft-f16.gguf").display(),
         env!("CARGO_BIN_EXE_tightwad"),
     );
-    std::fs::write(&file, config).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tightwad"));
-    command
-        .arg("-c")
-        .arg(&file)
-        .args(["run", "coordinator"])
-        .stderr(Stdio::null());
-    let _coordinator = Ends(command.spawn().unwrap());
-    let until = Instant::now() + Duration::from_secs(30);
-    let mut connection = loop {
-        match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
-            Ok(connection) => break connection,
-            Err(error) => assert!(Instant::now() < until, "the coordinator does not listen: {error}"),
+    let coordinator = Server::start(&["run", "coordinator"], &config);
+    has_the_metrics_of(&coordinator, "## The coordinator");
+}
+
+#[test]
+fn every_source_file_that_the_documentation_names_is_there() {
+    let mut pages = files("docs", "md");
+    pages.extend(["README.md", "CONTRIBUTING.md", "SECURITY.md", "nix/llama-cpp/README.md"].map(PathBuf::from));
+    let mut checked = 0;
+    for page in pages {
+        let text = read(&page);
+        for path in quoted(&text).filter(|it| ["src/", "modules/", "configs/"].iter().any(|of| it.starts_with(of))) {
+            // `src/llama-….cpp` is a file of llama.cpp.
+            if !path.contains(".cpp") {
+                let found = repository().join(path).exists();
+                assert!(found, "{}: there is no {path}", page.display());
+                checked += 1;
+            }
         }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    connection
-        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        .unwrap();
-    let mut text = String::new();
-    connection.read_to_string(&mut text).unwrap();
-    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
-    let page = read("docs/reference/metrics.md");
-    let documented = names(section(&page, "## The coordinator"));
-    assert_eq!(
-        samples(&text).iter().map(String::as_str).collect::<BTreeSet<_>>(),
-        documented,
-        "{text}"
-    );
+    }
+    assert!(checked > 30, "{checked}");
 }

@@ -21,6 +21,7 @@ mod engine_cost;
 mod hostile_clients;
 mod hostile_requests;
 mod hostile_servers;
+mod layout;
 mod llama_server_draft;
 mod looked_up_drafts;
 mod never_slower;

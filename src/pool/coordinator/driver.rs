@@ -9,12 +9,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::load::Load;
 use super::pool::{Life, Message, Report};
-use super::prepare::{Moment, OwnFree, Planner, Prepared};
+use super::prepare::{OwnFree, PlanBasis, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
 use crate::config::{Config, Coordinator};
-use crate::pool::devices::Probed;
-use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
+use crate::pool::devices::ProbedServers;
+use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, NotReady, Refused, State, Swap};
 
 /// The machine is asked at least so often.
 const TICK: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ struct Running {
 }
 
 /// What a lease comes to, told to the driver alone.
-pub(super) type Outcome = Result<(Leases, Prepared), Unready>;
+pub(super) type Outcome = Result<(Leases, Prepared), NotReady>;
 
 impl Driver {
     pub(super) fn new(
@@ -161,7 +161,7 @@ impl Driver {
                 prepared: Some(prepared),
             });
         });
-        if let Err(Unready::Yet(why) | Unready::Ever(why)) = &result
+        if let Err(NotReady::Retryable(why) | NotReady::Permanent(why)) = &result
             && !self.leasing.is_cancelled()
         {
             self.in_the_way(why);
@@ -235,11 +235,13 @@ impl Driver {
         let (planner, tell) = (Arc::clone(&self.planner), self.tell.clone());
         let own_free = self.server.is_some().then(|| self.own_free.clone());
         tokio::spawn(async move {
-            let unasked = Probed::new();
-            let moment = own_free.as_ref().map_or(Moment::Free(&unasked), Moment::Beside);
-            let result = match planner.plan(&model, moment).await {
+            let unasked = ProbedServers::new();
+            let basis = own_free
+                .as_ref()
+                .map_or(PlanBasis::FreeNow(&unasked), PlanBasis::BesideServer);
+            let result = match planner.plan(&model, basis).await {
                 Ok(_) => Ok(()),
-                Err(Unready::Yet(why) | Unready::Ever(why)) => Err(why),
+                Err(NotReady::Retryable(why) | NotReady::Permanent(why)) => Err(why),
             };
             let _ = tell.send(Message::Event(Event::Checked(model, result)));
         });
@@ -255,21 +257,21 @@ impl Driver {
                 // Nobody's servers are started for a model that cannot be loaded.
                 let ready = async {
                     let probed = workers.ask().await?;
-                    planner.plan(&model, Moment::Free(&probed)).await?;
+                    planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
                     Ok(probed)
                 };
                 let probed = unless(&cancel, ready).await?;
                 let leases = workers.lease(epoch, &tell, &cancel).await?;
                 // Fresh servers know best what is free.
                 let prepared = async {
-                    let plan = planner.plan(&model, Moment::Free(&probed)).await?;
+                    let plan = planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
                     planner.launch(&model, &plan).await
                 };
                 match unless(&cancel, prepared).await {
                     Ok(prepared) => Ok((leases, prepared)),
-                    Err(unready) => {
+                    Err(not_ready) => {
                         leases.give_back().await;
-                        Err(unready)
+                        Err(not_ready)
                     }
                 }
             };
@@ -397,7 +399,7 @@ impl Driver {
 }
 
 /// What `work` comes to, unless it is cancelled.
-async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, Unready>>) -> Result<T, Unready> {
+async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, NotReady>>) -> Result<T, NotReady> {
     tokio::select! {
         result = work => result,
         () = cancel.cancelled() => Err(cancelled()),
@@ -405,6 +407,6 @@ async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result
 }
 
 /// What nobody reads: who cancels knows why.
-pub(super) fn cancelled() -> Unready {
-    Unready::Yet("cancelled".to_owned())
+pub(super) fn cancelled() -> NotReady {
+    NotReady::Retryable("cancelled".to_owned())
 }

@@ -7,30 +7,29 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::http::{HeaderMap, Method, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{get, post};
-use futures_util::StreamExt;
-use futures_util::stream;
 
 use super::own;
 use super::pool::{Granted, Life, Pool, Ticket};
 use super::problem::Problem;
-use super::stream::Events;
+use super::stream::Exchange;
 use crate::config::Secret;
+use crate::http::admission::{self, Asked};
+use crate::http::body;
 use crate::http::excerpt::excerpt;
+use crate::http::headers::{self, Credentials, MEASURING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
+use crate::http::members::Members;
 use crate::http::origin::{self, Guard};
+use crate::http::paths::{Access, Dialect, Route};
 use crate::http::peer::Peer;
+use crate::http::refusal::Refusal;
+use crate::http::relay::{self, Exchange as _};
+use crate::http::target::Outgoing;
+use crate::http::token;
 use crate::pool::swap::Name;
-use crate::proxy::admission::{self, Asked};
-use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
-use crate::proxy::paths::{Access, Dialect, Route};
-use crate::proxy::relay;
-use crate::proxy::respond::Refusal;
-use crate::proxy::target::Outgoing;
-use crate::proxy::{token, usage};
-use crate::upstream::MEASURING;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -131,7 +130,7 @@ async fn admit(State(front): State<Arc<Front>>, request: Request, next: Next) ->
     }
     let dialect = Dialect::of(path);
     let (parts, body) = request.into_parts();
-    admission::discard(body, &parts.headers);
+    body::discard(body, &parts.headers);
     Refusal::Unauthorized.response(dialect)
 }
 
@@ -149,7 +148,7 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let route = Route::of(&parts.method, parts.uri.path());
     let refuses_drafts = front.refuses_drafts_of(&parts);
     if let Some(refusal) = refused(route.access, refuses_drafts, &parts.headers) {
-        admission::discard(body, &parts.headers);
+        body::discard(body, &parts.headers);
         return refusal.response(dialect);
     }
     if refuses_drafts.is_some() {
@@ -161,19 +160,24 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         Err(refusal) => return refusal.response(dialect),
     };
     let tells_props = parts.method == Method::GET && route.label == "/props";
+    let method = parts.method.clone();
     let prepared = Prepared {
         method: parts.method,
         uri: parts.uri,
         headers: parts.headers,
         body,
     };
+    let exchange = Exchange {
+        pool: front.pool.clone(),
+        dialect,
+    };
     let Some(asked) = asked else {
         let answer = match front.pool.life() {
             Some(life) => {
-                let answer = prepared.send(Granted::uncounted(life)).await;
-                conclude(&front.pool, dialect, answer)
+                let answer = prepared.send(Granted::uncounted(life));
+                relay::respond(exchange, &method, None, answer).await
             }
-            None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect, &front.pool),
+            None => exchange.refuse(Problem::refused(front.pool.not_ready(), &front.pool)),
         };
         return match refuses_drafts.filter(|_| tells_props) {
             Some(reason) => with_refusal(answer, reason).await,
@@ -183,17 +187,9 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let Asked { model, streamed, .. } = asked;
     let ticket = front.pool.ask(model.and_then(|model| front.meant(&model)), false);
     let admitted = admitted(ticket, front.pool.clone());
-    let mut answer = Box::pin(async move { prepared.send(admitted.await?).await });
-    let answer = if streamed {
-        // llama-server sends no head before a slot is free.
-        let Ok(answer) = tokio::time::timeout(SILENCE, &mut answer).await else {
-            return keep_waiting(Events::awaiting(dialect, front.pool.clone(), answer));
-        };
-        answer
-    } else {
-        answer.await
-    };
-    conclude(&front.pool, dialect, answer)
+    let answer = async move { prepared.send(admitted.await?).await };
+    // llama-server sends no head before a slot is free.
+    relay::respond(exchange, &method, streamed.then_some(SILENCE), answer).await
 }
 
 /// Why a request has no answer here, from what its path is for.
@@ -229,7 +225,7 @@ async fn with_refusal(answer: Response, reason: &str) -> Response {
     };
     let reason = serde_json::Value::from(reason).to_string();
     let props = std::str::from_utf8(&bytes).ok();
-    let told = props.and_then(|props| usage::with_member(props, "draft_refused", &reason));
+    let told = props.and_then(|props| Some(Members::of(props)?.with("draft_refused", &reason)));
     let body = told.map_or(bytes, bytes::Bytes::from);
     parts.headers.insert(header::CONTENT_LENGTH, body.len().into());
     Response::from_parts(parts, Body::from(body))
@@ -246,11 +242,10 @@ impl Prepared {
     /// Sends it, and waits for the head of its answer or the end of the server.
     async fn send(self, granted: Granted) -> Result<(Granted, reqwest::Response), Problem> {
         let life = Arc::clone(&granted.life);
-        let dialect = Dialect::of(self.uri.path());
         let outgoing = self.outgoing(&life);
         tokio::select! {
             answer = life.target.send(outgoing) => match answer {
-                Ok(answer) => Ok((granted, relay::explained(dialect, answer).await)),
+                Ok(answer) => Ok((granted, answer)),
                 Err(refusal) => Err(Problem::broke(refusal, &life).await),
             },
             ended = life.ended() => Err(Problem::Ended(ended)),
@@ -270,45 +265,4 @@ impl Prepared {
             body: self.body,
         }
     }
-}
-
-/// The answer for the client.
-fn conclude(pool: &Pool, dialect: Dialect, answer: Result<(Granted, reqwest::Response), Problem>) -> Response {
-    let (granted, answer) = match answer {
-        Ok(answer) => answer,
-        Err(problem) => return problem.response(dialect, pool),
-    };
-    pool.problems().clear();
-    let status = answer.status();
-    let mut headers = headers::to_client(answer.headers().clone());
-    let body = if relay::is_open_event_stream(&headers) {
-        headers.insert(X_ACCEL_BUFFERING, header::HeaderValue::from_static("no"));
-        Events::of(dialect, pool.clone(), granted, answer).body()
-    } else {
-        // The request counts until its answer is over.
-        let bytes = answer.bytes_stream().map(Some).chain(stream::once(async { None }));
-        Body::from_stream(bytes.filter_map(move |chunk| {
-            let _ = &granted;
-            std::future::ready(chunk)
-        }))
-    };
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    *response.headers_mut() = headers;
-    response
-}
-
-/// Tells a client that wants a stream that it has one, before there is a model.
-fn keep_waiting(events: Events) -> Response {
-    let mut response = Response::new(events.body());
-    *response.status_mut() = StatusCode::OK;
-    let headers = response.headers_mut();
-    for (name, value) in [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        (header::CACHE_CONTROL, "no-cache"),
-        (X_ACCEL_BUFFERING, "no"),
-    ] {
-        headers.insert(name, header::HeaderValue::from_static(value));
-    }
-    response
 }

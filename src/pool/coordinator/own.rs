@@ -20,11 +20,11 @@ use tokio::time::timeout;
 use super::front::Front;
 use super::pool::{Life, Pool};
 use super::problem::Problem;
+use crate::http::paths::Dialect;
+use crate::http::refusal;
+use crate::http::target::Outgoing;
 use crate::http::{body, client};
 use crate::pool::swap::{self, Refused};
-use crate::proxy::paths::Dialect;
-use crate::proxy::respond;
-use crate::proxy::target::Outgoing;
 
 /// A step is told again after so long, so that who waits sees that all lives.
 const STEP: Duration = Duration::from_secs(2);
@@ -47,7 +47,7 @@ pub(super) async fn health(State(front): State<Arc<Front>>, headers: HeaderMap) 
         "message": "no model is ready: ask again later",
         "type": "model_loading", "code": "model_loading", "param": null,
     }});
-    respond::error_response(StatusCode::SERVICE_UNAVAILABLE, &error, Some("5"))
+    refusal::error_response(StatusCode::SERVICE_UNAVAILABLE, &error, Some("5"))
 }
 
 /// `GET /v1/tightwad/status`

@@ -11,9 +11,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::load::Load;
 use crate::config::Secret;
+use crate::http::target::{Target, TargetError};
 use crate::observe::problems::Problems;
 use crate::pool::swap::{Ended, Event, Id, Name, Refused, Snapshot};
-use crate::proxy::target::{Target, TargetError};
 
 /// What the driver is told.
 pub(super) enum Message {

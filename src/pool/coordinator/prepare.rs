@@ -10,8 +10,9 @@ use super::load::TELLS_PROGRESS;
 use crate::config::{Config, Coordinator, Model, Secret, Worker};
 use crate::gguf::ModelFile;
 use crate::plan::{self, Device, KnownFrom, Plan, PlanError};
-use crate::pool::devices::{self, Probed};
-use crate::pool::swap::{Name, Unready};
+use crate::pool::devices::{self, ProbedServers};
+use crate::pool::launch;
+use crate::pool::swap::{Name, NotReady};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -30,12 +31,12 @@ pub(super) struct Prepared {
 
 /// When a plan is made.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Moment<'a> {
+pub(super) enum PlanBasis<'a> {
     /// Nothing runs: what is free now is free for it. With what servers told that are run by hand.
-    Free(&'a Probed),
+    FreeNow(&'a ProbedServers),
     /// Beside a server that is to make room. The coordinator's own GPUs are full of it, so this is what they had free before
     /// it; workers tell such a number themselves.
-    Beside(&'a OwnFree),
+    BesideServer(&'a OwnFree),
 }
 
 /// Free bytes of the coordinator's own GPUs, by name.
@@ -59,18 +60,18 @@ impl Planner {
         }
     }
 
-    fn model(&self, name: &Name) -> Result<&Model, Unready> {
-        let unknown = || Unready::Ever("it is not in the config".to_owned());
+    fn model(&self, name: &Name) -> Result<&Model, NotReady> {
+        let unknown = || NotReady::Permanent("it is not in the config".to_owned());
         self.config.models.get(&**name).ok_or_else(unknown)
     }
 
-    async fn program(&self) -> Result<PathBuf, Unready> {
+    async fn program(&self) -> Result<PathBuf, NotReady> {
         let name = self.config.binaries.llama_server.clone();
         unhurried(move || preflight::program(&name).map_err(|error| ever(&error))).await
     }
 
     /// Plans the model over the devices that there are.
-    pub(super) async fn plan(&self, name: &Name, moment: Moment<'_>) -> Result<Plan, Unready> {
+    pub(super) async fn plan(&self, name: &Name, basis: PlanBasis<'_>) -> Result<Plan, NotReady> {
         let model = self.model(name)?;
         let path = model.path.clone();
         let file = unhurried(move || {
@@ -82,11 +83,11 @@ impl Planner {
         let ask = || preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default());
         // A program that was too slow to tell is asked again at the next plan.
         let drafts = self.drafts.get_or_try_init(ask).await;
-        let drafts = *drafts.map_err(|error| Unready::Yet(error.to_string()))?;
+        let drafts = *drafts.map_err(|error| NotReady::Retryable(error.to_string()))?;
         let want = plan::Settings::of(model, &self.coordinator, drafts).map_err(|error| ever(&error))?;
-        let mut devices = self.devices(moment).await?;
+        let mut devices = self.devices(basis).await?;
         let plan = plan::plan(&file, &devices, &want).map_err(|error| match error {
-            PlanError::NoDevices => Unready::Yet(error.to_string()),
+            PlanError::NoDevices => NotReady::Retryable(error.to_string()),
             _ => ever(&error),
         })?;
         if plan.fits {
@@ -98,16 +99,18 @@ impl Planner {
         }
         if plan::plan(&file, &devices, &want).is_ok_and(|plan| plan.fits) {
             let why = format!("it does not fit into what is free in the pool: {shortage}");
-            return Err(Unready::Yet(why));
+            return Err(NotReady::Retryable(why));
         }
-        Err(Unready::Ever(format!("it does not fit into the pool: {shortage}")))
+        Err(NotReady::Permanent(format!(
+            "it does not fit into the pool: {shortage}"
+        )))
     }
 
-    async fn devices(&self, moment: Moment<'_>) -> Result<Vec<Device>, Unready> {
-        let unasked = Probed::new();
-        let probed = match moment {
-            Moment::Free(probed) => probed,
-            Moment::Beside(_) => &unasked,
+    async fn devices(&self, basis: PlanBasis<'_>) -> Result<Vec<Device>, NotReady> {
+        let unasked = ProbedServers::new();
+        let probed = match basis {
+            PlanBasis::FreeNow(probed) => probed,
+            PlanBasis::BesideServer(_) => &unasked,
         };
         let found = devices::find(&self.config, &self.coordinator, probed);
         let found = found.await.map_err(|error| ever(&error))?;
@@ -115,8 +118,8 @@ impl Planner {
             tracing::debug!("{note}");
         }
         let mut devices = found.devices;
-        match moment {
-            Moment::Free(_) => {
+        match basis {
+            PlanBasis::FreeNow(_) => {
                 let told = |worker: &Worker| {
                     let own = |device: &Device| device.known_from == KnownFrom::Agent && device.host == worker.name();
                     devices.iter().any(own)
@@ -127,10 +130,10 @@ impl Planner {
                         "worker {} does not tell its devices yet; if it stays so, its log says why",
                         worker.name()
                     );
-                    return Err(Unready::Yet(why));
+                    return Err(NotReady::Retryable(why));
                 }
             }
-            Moment::Beside(before) => {
+            PlanBasis::BesideServer(before) => {
                 for device in devices.iter_mut().filter(|device| device.endpoint.is_none()) {
                     device.free_bytes = before.get(&device.name).copied().unwrap_or(device.total_bytes);
                 }
@@ -141,7 +144,7 @@ impl Planner {
 
     /// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
     /// know.
-    pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, Unready> {
+    pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, NotReady> {
         let model = self.model(name)?;
         let program = self.program().await?;
         let port = preflight::free_port().map_err(|error| ever(&error))?;
@@ -151,7 +154,7 @@ impl Planner {
             api_key_file: None,
             ..(*self.coordinator).clone()
         };
-        let mut launch = plan.launch(program, &behind, (name, model), ("127.0.0.1", port));
+        let mut launch = launch::launch(plan, program, &behind, (name, model), ("127.0.0.1", port));
         launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
         // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
         launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));
@@ -176,13 +179,13 @@ impl Planner {
 
 /// What comes of work with files, which may lie on a disk that hangs: it never holds up the leases.
 async fn unhurried<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Unready> + Send + 'static,
-) -> Result<T, Unready> {
+    work: impl FnOnce() -> Result<T, NotReady> + Send + 'static,
+) -> Result<T, NotReady> {
     tokio::task::spawn_blocking(work).await.map_err(|error| ever(&error))?
 }
 
-fn ever(error: &impl ToString) -> Unready {
-    Unready::Ever(error.to_string())
+fn ever(error: &impl ToString) -> NotReady {
+    NotReady::Permanent(error.to_string())
 }
 
 /// The models by the names that the machine knows them by: `first`, and all but the one that only drafts.

@@ -8,9 +8,9 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::pool::{Life, Pool};
+use crate::http::paths::Dialect;
+use crate::http::refusal::{self, Refusal};
 use crate::pool::swap::{Ended, Refused};
-use crate::proxy::paths::Dialect;
-use crate::proxy::respond::{self, Refusal};
 
 /// Why a worker was lost is known so long after its server's connections broke, at the latest.
 const DIAGNOSIS: Duration = Duration::from_secs(4);
@@ -119,7 +119,7 @@ impl Problem {
     }
 
     fn body(&self, dialect: Dialect) -> Value {
-        let mut body = respond::in_dialect(dialect, &self.error());
+        let mut body = refusal::in_dialect(dialect, &self.error());
         if let (Self::Refused { loading, why }, Some(body)) = (self, body.as_object_mut())
             && !matches!(why, Refused::Unknown { .. } | Refused::OtherRuns { .. })
         {
@@ -133,12 +133,12 @@ impl Problem {
         let status = self.status();
         self.log("refused", pool);
         let again = (status == StatusCode::SERVICE_UNAVAILABLE).then_some("5");
-        respond::error_response(status, &self.body(dialect), again)
+        refusal::error_response(status, &self.body(dialect), again)
     }
 
     /// As the last event of a stream whose 200 is out already.
     pub(super) fn event(&self, dialect: Dialect, pool: &Pool) -> Bytes {
         self.log("a stream ends", pool);
-        respond::event(dialect, &self.body(dialect))
+        refusal::event(dialect, &self.body(dialect))
     }
 }

@@ -22,9 +22,9 @@ use crate::config::Worker;
 use crate::pool::agent::{Endpoint, EndpointState, LeaseRequest};
 use crate::pool::agent_client::{AgentClient, AgentError};
 use crate::pool::build;
-use crate::pool::devices::Probed;
-use crate::pool::rpc_probe::{self, Told};
-use crate::pool::swap::{Event, Failure, Unready};
+use crate::pool::devices::ProbedServers;
+use crate::pool::rpc_probe::{self, RpcServer};
+use crate::pool::swap::{Event, Failure, NotReady};
 
 /// Leases are renewed, and agents looked at, so often.
 const BEAT: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// One worker.
 #[derive(Debug, Clone)]
-struct Member {
+struct PoolWorker {
     name: String,
     /// `None`: its `ggml-rpc-server` is run by hand.
     agent: Option<AgentClient>,
@@ -50,7 +50,7 @@ struct Member {
 /// All workers.
 #[derive(Debug, Clone)]
 pub(super) struct Workers {
-    members: Vec<Member>,
+    workers: Vec<PoolWorker>,
     /// Who we are to them.
     holder: String,
     /// Our own, whose build must be theirs.
@@ -61,7 +61,7 @@ pub(super) struct Workers {
 
 /// A worker's lease.
 #[derive(Debug)]
-struct Held {
+struct WorkerLease {
     agent: AgentClient,
     id: String,
     /// Renews it, from the first moment on: other workers may take longer to start their servers than it lasts.
@@ -71,23 +71,23 @@ struct Held {
 /// The workers are ours. Dropping this leaves them to expire.
 #[derive(Debug)]
 pub(super) struct Leases {
-    held: Vec<Held>,
+    held: Vec<WorkerLease>,
 }
 
 impl Workers {
     pub(super) fn new(workers: &[Worker], holder: String, llama_server: PathBuf) -> Result<Self, AgentError> {
-        let member = |worker: &Worker| {
+        let worker = |worker: &Worker| {
             let agent = worker.has_agent().then(|| AgentClient::new(worker)).transpose()?;
             let ports = worker.rpc_endpoints();
-            Ok(Member {
+            Ok(PoolWorker {
                 name: worker.name().to_owned(),
                 agent,
                 endpoints: ports.keys().map(|port| format!("{}:{port}", worker.host)).collect(),
             })
         };
-        let members = workers.iter().map(member).collect::<Result<_, AgentError>>()?;
+        let workers = workers.iter().map(worker).collect::<Result<_, AgentError>>()?;
         Ok(Self {
-            members,
+            workers,
             holder,
             llama_server,
             warned: Arc::new(Once::new()),
@@ -96,32 +96,32 @@ impl Workers {
 
     /// What is known before anybody was asked.
     pub(super) fn reports(&self) -> Vec<WorkerReport> {
-        let report = |member: &Member| WorkerReport {
-            name: member.name.clone(),
+        let report = |worker: &PoolWorker| WorkerReport {
+            name: worker.name.clone(),
             ..WorkerReport::default()
         };
-        self.members.iter().map(report).collect()
+        self.workers.iter().map(report).collect()
     }
 
     /// Asks whether all could be taken: reachable, free or ours already, and of one build. Nothing is started for that.
     /// Returns what the servers told that are run by hand.
-    pub(super) async fn ask(&self) -> Result<Probed, Unready> {
+    pub(super) async fn ask(&self) -> Result<ProbedServers, NotReady> {
         let own = build::build(&self.llama_server).await;
-        let seen = join_all(self.members.iter().map(|member| self.sight(member))).await;
+        let seen = join_all(self.workers.iter().map(|worker| self.probe(worker))).await;
         let mut problems = Vec::new();
-        let mut sights = Vec::new();
+        let mut probes = Vec::new();
         for result in seen {
             match result {
-                Ok(sight) => sights.push(sight),
+                Ok(probe) => probes.push(probe),
                 Err(problem) => problems.push(problem),
             }
         }
-        problems.extend(differences(own.as_deref(), &sights));
+        problems.extend(differences(own.as_deref(), &probes));
         if !problems.is_empty() {
-            return Err(Unready::Yet(problems.join("; ")));
+            return Err(NotReady::Retryable(problems.join("; ")));
         }
-        let unknown = sights.iter().find(|sight| sight.build.is_none());
-        let unknown = unknown.map(|sight| format!("worker {}", sight.name));
+        let unknown = probes.iter().find(|probe| probe.build.is_none());
+        let unknown = unknown.map(|probe| format!("worker {}", probe.name));
         let unknown = if own.is_none() {
             Some("this coordinator".to_owned())
         } else {
@@ -134,33 +134,33 @@ impl Workers {
                 );
             });
         }
-        Ok(sights.into_iter().flat_map(|sight| sight.told).collect())
+        Ok(probes.into_iter().flat_map(|probe| probe.told).collect())
     }
 
-    async fn sight(&self, member: &Member) -> Result<Sight, String> {
-        let mut sight = Sight {
-            name: member.name.clone(),
+    async fn probe(&self, worker: &PoolWorker) -> Result<WorkerProbe, String> {
+        let mut probe = WorkerProbe {
+            name: worker.name.clone(),
             build: None,
             protocol: None,
-            told: Probed::new(),
+            told: ProbedServers::new(),
         };
-        let Some(agent) = &member.agent else {
-            for endpoint in &member.endpoints {
+        let Some(agent) = &worker.agent else {
+            for endpoint in &worker.endpoints {
                 let told = listens(endpoint).await;
-                let told = told.map_err(|why| format!("worker {}: {why}", member.name))?;
-                sight.protocol = Some(told.protocol.to_string());
-                sight.told.insert(endpoint.clone(), told);
+                let told = told.map_err(|why| format!("worker {}: {why}", worker.name))?;
+                probe.protocol = Some(told.protocol.to_string());
+                probe.told.insert(endpoint.clone(), told);
             }
-            return Ok(sight);
+            return Ok(probe);
         };
         let status = agent.status().await.map_err(|error| error.to_string())?;
         if let Some(holder) = status.lease.filter(|lease| lease.holder != self.holder) {
-            let worker = member.name.clone();
+            let worker = worker.name.clone();
             return Err(AgentError::Held { worker, holder }.to_string());
         }
-        sight.build = Some(status.build).filter(|build| build != build::UNKNOWN);
-        sight.protocol = status.protocol;
-        Ok(sight)
+        probe.build = Some(status.build).filter(|build| build != build::UNKNOWN);
+        probe.protocol = status.protocol;
+        Ok(probe)
     }
 
     /// Takes all workers, or none.
@@ -169,8 +169,8 @@ impl Workers {
         epoch: u64,
         tell: &mpsc::UnboundedSender<Message>,
         cancel: &CancellationToken,
-    ) -> Result<Leases, Unready> {
-        let agents = self.members.iter().filter_map(|member| member.agent.as_ref());
+    ) -> Result<Leases, NotReady> {
+        let agents = self.workers.iter().filter_map(|worker| worker.agent.as_ref());
         let mut taking: FuturesUnordered<_> = agents.map(|agent| self.take(agent, epoch, tell)).collect();
         let mut leases = Leases { held: Vec::new() };
         let mut problems = Vec::new();
@@ -192,7 +192,7 @@ impl Workers {
         if !problems.is_empty() {
             leases.give_back().await;
             problems.sort();
-            return Err(Unready::Yet(problems.join("; ")));
+            return Err(NotReady::Retryable(problems.join("; ")));
         }
         Ok(leases)
     }
@@ -202,7 +202,7 @@ impl Workers {
         agent: &AgentClient,
         epoch: u64,
         tell: &mpsc::UnboundedSender<Message>,
-    ) -> Result<Held, String> {
+    ) -> Result<WorkerLease, String> {
         let wanted = LeaseRequest {
             holder: self.holder.clone(),
             epoch,
@@ -214,7 +214,7 @@ impl Workers {
         };
         let mut beats = JoinSet::new();
         beats.spawn(keep(agent.clone(), lease.id.clone(), epoch, tell.clone()));
-        Ok(Held {
+        Ok(WorkerLease {
             agent: agent.clone(),
             id: lease.id,
             beats,
@@ -224,20 +224,20 @@ impl Workers {
     /// The workers that cannot be reached or do not work, and what is wrong with them; `None`: all are well, as far as can
     /// be told. One without an agent can only be asked while no server uses it.
     pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
-        let looks = self.members.iter().map(|member| async move {
-            let wrong = match &member.agent {
+        let looks = self.workers.iter().map(|worker| async move {
+            let wrong = match &worker.agent {
                 Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
                     Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
                     Ok(Err(error)) => Some(error.to_string()),
                     Err(_) => Some("its agent does not answer".to_owned()),
                 },
                 None if used => None,
-                None => join_all(member.endpoints.iter().map(|endpoint| listens(endpoint)))
+                None => join_all(worker.endpoints.iter().map(|endpoint| listens(endpoint)))
                     .await
                     .into_iter()
                     .find_map(Result::err),
             };
-            wrong.map(|why| (member.name.clone(), why))
+            wrong.map(|why| (worker.name.clone(), why))
         });
         let lost: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
         let each: Vec<_> = lost
@@ -250,24 +250,24 @@ impl Workers {
     /// Waits until a server that our llama-server was connected to is so no longer, and says which: it died and has been
     /// started again, without our model. llama-server itself would notice that with the next request, and lose it.
     pub(super) async fn until_disconnected(&self) -> String {
-        let members = self.members.iter().filter_map(|member| {
-            let agent = member.agent.as_ref()?;
-            Some(Box::pin(async move { (member, until_one_is_free(agent).await) }))
+        let workers = self.workers.iter().filter_map(|worker| {
+            let agent = worker.agent.as_ref()?;
+            Some(Box::pin(async move { (worker, until_one_is_free(agent).await) }))
         });
-        let members: Vec<_> = members.collect();
-        if members.is_empty() {
+        let workers: Vec<_> = workers.collect();
+        if workers.is_empty() {
             return pending().await;
         }
-        let ((member, port), ..) = select_all(members).await;
+        let ((worker, port), ..) = select_all(workers).await;
         format!(
             "worker {} was lost (its ggml-rpc-server on port {port} was started again, without the model)",
-            member.name
+            worker.name
         )
     }
 
     /// The one that is meant when nothing else is known.
     pub(super) fn only(&self) -> Option<&str> {
-        match &self.members[..] {
+        match &self.workers[..] {
             [only] => Some(&only.name),
             _ => None,
         }
@@ -275,16 +275,16 @@ impl Workers {
 
     /// Looks at all agents for ever, for the status, and tells of those that come back.
     pub(super) async fn watch(self, tell: mpsc::UnboundedSender<Message>) {
-        let watches = self.members.iter().enumerate().map(|(index, member)| {
+        let watches = self.workers.iter().enumerate().map(|(index, worker)| {
             let tell = tell.clone();
             async move {
                 let mut was_up = true;
                 while !tell.is_closed() {
-                    let report = member.report().await;
+                    let report = worker.report().await;
                     let up = report.up != Some(false);
                     let _ = tell.send(Message::Worker(index, report));
                     if up && !was_up {
-                        tracing::info!("worker {} is back", member.name);
+                        tracing::info!("worker {} is back", worker.name);
                         let _ = tell.send(Message::Event(Event::WorkerBack));
                     }
                     was_up = up;
@@ -296,7 +296,7 @@ impl Workers {
     }
 }
 
-impl Member {
+impl PoolWorker {
     async fn report(&self) -> WorkerReport {
         let mut report = WorkerReport {
             name: self.name.clone(),
@@ -446,28 +446,28 @@ async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentErro
 
 /// What is known of a worker's llama.cpp.
 #[derive(Debug)]
-struct Sight {
+struct WorkerProbe {
     name: String,
     build: Option<String>,
     /// Version of the RPC protocol.
     protocol: Option<String>,
     /// By its servers that are run by hand.
-    told: Probed,
+    told: ProbedServers,
 }
 
 /// What keeps these from working together, as far as they tell. Where a build is not known the protocol has to do: a client
 /// refuses a server of another major version, or of a newer minor one.
-fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
+fn differences(own: Option<&str>, probes: &[WorkerProbe]) -> Vec<String> {
     let Some(own) = own else { return Vec::new() };
     // A worker of our build speaks our protocol.
-    let same = |sight: &&Sight| sight.build.as_deref() == Some(own);
-    let ours = sights
+    let same = |probe: &&WorkerProbe| probe.build.as_deref() == Some(own);
+    let ours = probes
         .iter()
         .filter(same)
-        .find_map(|sight| version(sight.protocol.as_deref()?));
-    let difference = |sight: &Sight| {
-        let name = &sight.name;
-        match (&sight.build, &sight.protocol) {
+        .find_map(|probe| version(probe.protocol.as_deref()?));
+    let difference = |probe: &WorkerProbe| {
+        let name = &probe.name;
+        match (&probe.build, &probe.protocol) {
             (Some(build), _) => build::difference(name, build, own),
             (None, Some(protocol)) => {
                 let (major, minor) = ours?;
@@ -482,7 +482,7 @@ fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
             (None, None) => None,
         }
     };
-    sights.iter().filter_map(difference).collect()
+    probes.iter().filter_map(difference).collect()
 }
 
 /// Major and minor.
@@ -492,7 +492,7 @@ fn version(protocol: &str) -> Option<(u32, u32)> {
 }
 
 /// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
-async fn listens(endpoint: &str) -> Result<Told, String> {
+async fn listens(endpoint: &str) -> Result<RpcServer, String> {
     let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
     let address = address.ok_or_else(|| format!("{endpoint} has no IPv4 address"))?;
@@ -505,18 +505,18 @@ async fn listens(endpoint: &str) -> Result<Told, String> {
 mod tests {
     use super::*;
 
-    fn sight(name: &str, build: Option<&str>, protocol: &str) -> Sight {
-        Sight {
+    fn probe(name: &str, build: Option<&str>, protocol: &str) -> WorkerProbe {
+        WorkerProbe {
             name: name.to_owned(),
             build: build.map(str::to_owned),
             protocol: Some(protocol.to_owned()),
-            told: Probed::new(),
+            told: ProbedServers::new(),
         }
     }
 
     #[test]
     fn a_worker_of_another_build_is_refused_with_both() {
-        let seen = [sight("a", Some("b1"), "7.0.0"), sight("b", Some("b2"), "7.0.0")];
+        let seen = [probe("a", Some("b1"), "7.0.0"), probe("b", Some("b2"), "7.0.0")];
         let found = differences(Some("b1"), &seen);
         assert_eq!(found.len(), 1);
         assert!(
@@ -529,12 +529,12 @@ mod tests {
     #[test]
     fn without_a_build_the_protocols_must_fit() {
         for (protocol, fits) in [("7.1.9", true), ("7.0.0", true), ("7.2.0", false), ("6.1.0", false)] {
-            let seen = [sight("a", Some("b1"), "7.1.0"), sight("by-hand", None, protocol)];
+            let seen = [probe("a", Some("b1"), "7.1.0"), probe("by-hand", None, protocol)];
             let found = differences(Some("b1"), &seen);
             assert_eq!(found.is_empty(), fits, "{protocol}: {found:?}");
         }
         // Nobody knows what we speak ourselves.
-        assert!(differences(Some("b1"), &[sight("by-hand", None, "6.0.0")]).is_empty());
+        assert!(differences(Some("b1"), &[probe("by-hand", None, "6.0.0")]).is_empty());
     }
 
     #[test]

@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Worker;
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 /// The server's folder inside of the one that it is given.
 const PARTS: &str = "rpc";

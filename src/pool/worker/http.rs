@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::lease::Leases;
-use super::servers::{Servers, Shown};
+use super::servers::{Servers, ServersView};
 use super::{NoServer, Spec};
 use crate::config::Secret;
 use crate::http::Limits;
@@ -23,8 +23,8 @@ use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
+use crate::http::token;
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
-use crate::proxy::token;
 use crate::supervise::notify::Notifier;
 
 /// Pause between two looks whether a lease is over.
@@ -42,7 +42,7 @@ const MOST_BODY: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Agent {
     spec: Arc<Spec>,
-    shown: Shown,
+    shown: ServersView,
     token: Option<Secret>,
     expiry: Duration,
     /// Together, so that the servers that run are always those of the lease.

@@ -14,7 +14,7 @@ use crate::supervise::command::{self, Launch};
     "worker {worker} serves its GPUs on several ports, and its config does not say which is which; give the worker a \
      `backend`, or each GPU a `device`, such as CUDA0"
 )]
-pub struct Unclear {
+pub struct AmbiguousGpus {
     worker: String,
 }
 
@@ -27,7 +27,7 @@ pub fn rpc_server(
     port: u16,
     gpus: &[&Gpu],
     cache: Option<&Path>,
-) -> Result<Launch, Unclear> {
+) -> Result<Launch, AmbiguousGpus> {
     let mut args: Vec<OsString> = vec!["--host".into(), host.to_string().into()];
     args.extend(["--port".into(), port.to_string().into()]);
     if let Some(devices) = devices(worker, gpus)? {
@@ -62,7 +62,7 @@ pub fn rpc_server(
 }
 
 /// What `--device` says; `None` leaves it to the server, which takes all GPUs, else the CPU.
-fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, Unclear> {
+fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, AmbiguousGpus> {
     if worker.backend == Some(GpuBackend::Cpu) {
         return Ok(Some("CPU".to_owned()));
     }
@@ -73,7 +73,7 @@ fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, Unclear> {
     let names: Option<Vec<String>> = gpus.iter().map(|gpu| worker.device_name(gpu)).collect();
     match names {
         Some(names) => Ok(Some(names.join(","))),
-        None => Err(Unclear {
+        None => Err(AmbiguousGpus {
             worker: worker.name().to_owned(),
         }),
     }
@@ -112,7 +112,7 @@ mod tests {
             .collect()
     }
 
-    fn launch(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Result<Launch, Unclear> {
+    fn launch(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Result<Launch, AmbiguousGpus> {
         let host = Ipv4Addr::new(10, 0, 0, 2);
         rpc_server(Path::new("ggml-rpc-server"), worker, host, port, gpus, None)
     }

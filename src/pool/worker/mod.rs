@@ -8,7 +8,7 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `own_entry` | which entry of `workers` this host is |
+//! | `local_worker` | which entry of `workers` this host is |
 //! | `launch` | ggml-rpc-server's arguments (pure) |
 //! | `lease` | who has the worker (pure) |
 //! | `servers` | starts and ends the servers, one set after the other |
@@ -20,7 +20,7 @@ mod cache;
 mod http;
 mod launch;
 mod lease;
-mod own_entry;
+mod local_worker;
 mod servers;
 mod survey;
 
@@ -32,16 +32,16 @@ use std::time::Duration;
 use futures_util::future::{join_all, select_all};
 use tokio_util::sync::CancellationToken;
 
-use super::rpc_probe::ProbeError;
+use super::rpc_probe::RpcProbeError;
 use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::Missing;
 use crate::supervise::notify::{Notifier, Words};
-use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::restart;
 use crate::supervise::service::{GaveUp, Service};
-pub use own_entry::{NotFound, own_entry};
+pub use local_worker::{NotFound, local_worker};
 
 /// A lease is over when it was not renewed for so long. Coordinators renew it every second.
 const EXPIRY: Duration = Duration::from_secs(10);
@@ -62,10 +62,10 @@ pub enum WorkerError {
     Token(#[from] ConfigError),
     /// A program is missing, or a port is taken.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// The config does not say which GPU goes to which server.
     #[error(transparent)]
-    Launch(#[from] launch::Unclear),
+    Launch(#[from] launch::AmbiguousGpus),
     /// The servers do not start.
     #[error(transparent)]
     NoServer(#[from] NoServer),
@@ -79,7 +79,7 @@ pub enum WorkerError {
 pub enum NoServer {
     /// Its port is taken.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// It died.
     #[error("the ggml-rpc-server of port {port} does not start: {death}")]
     Died {
@@ -107,7 +107,7 @@ pub enum NoServer {
     },
     /// It listens and does not answer.
     #[error(transparent)]
-    Mute(#[from] ProbeError),
+    Mute(#[from] RpcProbeError),
     /// It may not use its cache yet.
     #[error(
         "the worker still checks the model parts on its disk ({:.1} of {:.1} GiB); ask again in a while",

@@ -11,10 +11,10 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::cache::Cache;
-use super::survey::{self, Look};
+use super::survey::{self, Survey};
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE, Spec};
 use crate::pool::agent::{DeviceStatus, Endpoint, EndpointState};
-use crate::pool::rpc_probe::{Told, probe};
+use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::{Tail, is_stopped};
 use crate::supervise::command::Role;
 use crate::supervise::service::{Service, State};
@@ -29,8 +29,8 @@ const TIDY_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Servers {
     spec: Arc<Spec>,
-    shown: Shown,
-    tidying: Arc<Tidying>,
+    shown: ServersView,
+    keeper: Arc<CacheKeeper>,
     job: Option<Job>,
 }
 
@@ -45,7 +45,7 @@ struct Job {
 /// Tidies the cache. What was begun goes on even if nobody waits for it any more, so that a check of a big cache ends some
 /// day. Only jobs begin it, and a job that starts servers waits for its end.
 #[derive(Debug)]
-struct Tidying {
+struct CacheKeeper {
     cache: Cache,
     stop: CancellationToken,
     running: tokio::sync::Mutex<Option<JoinHandle<()>>>,
@@ -53,7 +53,7 @@ struct Tidying {
 
 /// What can be seen of the servers, whatever goes on.
 #[derive(Debug, Clone)]
-pub struct Shown(Arc<Mutex<View>>);
+pub struct ServersView(Arc<Mutex<View>>);
 
 #[derive(Debug)]
 struct View {
@@ -86,8 +86,8 @@ impl Servers {
             last_lines: Vec::new(),
         };
         Self {
-            shown: Shown(Arc::new(Mutex::new(view))),
-            tidying: Arc::new(Tidying::new(spec.cache.clone())),
+            shown: ServersView(Arc::new(Mutex::new(view))),
+            keeper: Arc::new(CacheKeeper::new(spec.cache.clone())),
             spec,
             job: None,
         }
@@ -97,7 +97,7 @@ impl Servers {
         &self.spec
     }
 
-    pub fn shown(&self) -> Shown {
+    pub fn shown(&self) -> ServersView {
         self.shown.clone()
     }
 
@@ -110,8 +110,8 @@ impl Servers {
     /// [`Self::start`] or [`Self::end`].
     pub fn start(&mut self) -> oneshot::Receiver<Result<(), NoServer>> {
         let (told, listening) = oneshot::channel();
-        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
-        self.next(move |stop| async move { serve(&spec, &shown, &tidying, &stop, told).await });
+        let (spec, shown, keeper) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.keeper));
+        self.next(move |stop| async move { serve(&spec, &shown, &keeper, &stop, told).await });
         listening
     }
 
@@ -137,7 +137,7 @@ impl Servers {
 
     /// Ends what goes on; the answer is cancelled when that is done.
     pub fn shut_down(&mut self) -> Option<CancellationToken> {
-        self.tidying.stop.cancel();
+        self.keeper.stop.cancel();
         self.job.as_ref().map(|job| {
             job.stop.cancel();
             job.ended.clone()
@@ -147,11 +147,11 @@ impl Servers {
     fn look_again(&mut self) {
         // A look that fails is not repeated at once either.
         self.shown.view().looked = Some(Instant::now());
-        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
+        let (spec, shown, keeper) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.keeper));
         self.next(move |stop| async move {
             // What the servers wrote is read while nobody waits for it.
             tokio::select! {
-                () = tidying.done() => {}
+                () = keeper.done() => {}
                 () = stop.cancelled() => return,
             }
             match look(&spec, &shown, &stop).await {
@@ -197,13 +197,13 @@ impl Drop for Servers {
 /// One set of servers, from its start to its end.
 async fn serve(
     spec: &Spec,
-    shown: &Shown,
-    tidying: &Tidying,
+    shown: &ServersView,
+    keeper: &CacheKeeper,
     stop: &CancellationToken,
     told: oneshot::Sender<Result<(), NoServer>>,
 ) {
     let tidied = tokio::select! {
-        tidied = timeout(TIDY_PATIENCE, tidying.done()) => tidied.map_err(|_| NoServer::Checking(tidying.cache.progress())),
+        tidied = timeout(TIDY_PATIENCE, keeper.done()) => tidied.map_err(|_| NoServer::Checking(keeper.cache.progress())),
         () = stop.cancelled() => Err(NoServer::Ended),
     };
     if let Err(not_yet) = tidied {
@@ -227,7 +227,7 @@ async fn serve(
 
 async fn bring_up(
     spec: &Spec,
-    shown: &Shown,
+    shown: &ServersView,
     stop: &CancellationToken,
     services: &mut Vec<Service>,
 ) -> Result<(), NoServer> {
@@ -268,7 +268,7 @@ async fn listens(endpoint: &EndpointSpec, service: &Service) -> Result<(), NoSer
     }
 }
 
-impl Tidying {
+impl CacheKeeper {
     fn new(cache: Cache) -> Self {
         Self {
             cache,
@@ -293,7 +293,7 @@ impl Tidying {
     }
 }
 
-async fn look(spec: &Spec, shown: &Shown, stop: &CancellationToken) -> Result<(), NoServer> {
+async fn look(spec: &Spec, shown: &ServersView, stop: &CancellationToken) -> Result<(), NoServer> {
     for (number, endpoint) in spec.endpoints.iter().enumerate() {
         let look = survey::look(endpoint, stop).await?;
         shown.looked(number, look);
@@ -301,12 +301,12 @@ async fn look(spec: &Spec, shown: &Shown, stop: &CancellationToken) -> Result<()
     Ok(())
 }
 
-impl Shown {
+impl ServersView {
     fn view(&self) -> MutexGuard<'_, View> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn looked(&self, number: usize, look: Look) {
+    fn looked(&self, number: usize, look: Survey) {
         let mut view = self.view();
         view.protocol = Some(look.protocol);
         view.looked = Some(Instant::now());
@@ -342,7 +342,7 @@ impl Shown {
     }
 
     /// What a server that nobody has yet told.
-    fn told(&self, number: usize, told: &Told) {
+    fn told(&self, number: usize, told: &RpcServer) {
         let mut view = self.view();
         view.protocol = Some(told.protocol.to_string());
         if let Some(endpoint) = view.endpoints.get_mut(number)
@@ -429,14 +429,14 @@ mod tests {
             cache_dir: Some(folder.path().to_owned()),
             ..Worker::at("127.0.0.1")
         };
-        let tidying = Tidying::new(Cache::of(&worker));
+        let keeper = CacheKeeper::new(Cache::of(&worker));
         for _ in 0..3 {
-            assert!(timeout(Duration::from_millis(5), tidying.done()).await.is_err());
+            assert!(timeout(Duration::from_millis(5), keeper.done()).await.is_err());
         }
-        assert_eq!(tidying.cache.progress().of, 64 << 20);
-        let begun = tidying.running.lock().await.as_ref().map(JoinHandle::id);
+        assert_eq!(keeper.cache.progress().of, 64 << 20);
+        let begun = keeper.running.lock().await.as_ref().map(JoinHandle::id);
         assert!(begun.is_some());
-        tidying.done().await;
+        keeper.done().await;
         assert!(!broken.exists());
     }
 }

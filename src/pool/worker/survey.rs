@@ -9,7 +9,7 @@ use super::servers::list;
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
 use crate::config::GpuBackend;
 use crate::pool::agent::DeviceStatus;
-use crate::pool::rpc_probe::{Told, probe};
+use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
@@ -19,14 +19,14 @@ use crate::supervise::{preflight, sockets};
 
 /// What a look at one endpoint shows.
 #[derive(Debug)]
-pub struct Look {
+pub struct Survey {
     pub protocol: String,
     pub devices: Vec<DeviceStatus>,
 }
 
 /// Starts a server like the endpoint's on a loopback port, so that no client can take it for the real one. `stop` cuts it
 /// short.
-pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<Look, NoServer> {
+pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<Survey, NoServer> {
     let died = |death| NoServer::Died {
         port: endpoint.port,
         death,
@@ -55,7 +55,7 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<L
     let lines = child.last_lines().await;
     let told = told?;
     let devices = devices(&told, checked(endpoint, &lines)?);
-    Ok(Look {
+    Ok(Survey {
         protocol: told.protocol.to_string(),
         devices,
     })
@@ -105,7 +105,7 @@ fn elsewhere(launch: &Launch, address: SocketAddrV4) -> Launch {
     launch
 }
 
-fn devices(told: &Told, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
+fn devices(told: &RpcServer, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
     if told.devices.len() != named.len() {
         return named;
     }

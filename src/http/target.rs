@@ -1,7 +1,6 @@
 //! The connection to the target.
 
 use std::cell::Cell;
-use std::error::Error;
 use std::future::Future;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
@@ -11,10 +10,10 @@ use bytes::Bytes;
 use reqwest::{Client, RequestBuilder, Response, Url};
 use tower::util::MapRequestLayer;
 
-use super::respond::Refusal;
+use super::client;
+use super::refusal::Refusal;
 use crate::config::Secret;
-use crate::http::client;
-use crate::upstream::failure;
+use crate::failure;
 
 /// A server that does not take a connection within this time is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -147,7 +146,7 @@ impl Target {
                 (answer, _) => answer,
             };
             answer.map_err(|error| {
-                let cause = root_cause(&error);
+                let cause = failure::explain(&error);
                 if error.is_connect() || error.is_timeout() {
                     Refusal::Unreachable { url, cause }
                 } else {
@@ -189,11 +188,6 @@ fn was_closed(error: &reqwest::Error) -> bool {
             )
         })
     })
-}
-
-/// What happened, in plain words.
-pub(crate) fn root_cause(error: &(dyn Error + 'static)) -> String {
-    failure::explain(error)
 }
 
 #[cfg(test)]

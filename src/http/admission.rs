@@ -11,12 +11,12 @@ use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::body::{self, Unread, discard};
 use super::bounds::{self, Bounded};
+use super::excerpt::excerpt;
 use super::nesting;
-use super::respond::Refusal;
-pub(crate) use crate::http::body::discard;
-use crate::http::body::{self, Unread};
-use crate::http::excerpt::excerpt;
+use super::refusal::Refusal;
+use crate::failure;
 
 /// Refuses a body that cannot be looked into, and JSON that is nested deeper than servers bear.
 pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal> {
@@ -36,7 +36,7 @@ pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes,
     let (refusal, rest) = match body::read(body, parts, limit).await {
         Ok(whole) => return Ok(whole),
         Err(Unread::TooSlow) => return Err(Refusal::TooSlow),
-        Err(Unread::Cut(error)) => return Err(Refusal::BodyCut(super::target::root_cause(&error))),
+        Err(Unread::Cut(error)) => return Err(Refusal::BodyCut(failure::explain(&error))),
         Err(Unread::TooLarge(rest)) => (Refusal::TooLarge { limit }, rest),
         Err(Unread::NoMemory(rest)) => (Refusal::NoMemory, rest),
     };

@@ -47,7 +47,7 @@ pub enum NotFound {
 
 /// The entry called `wanted` (by name, else by host), else the only one whose address is this host's; and its address,
 /// which `ggml-rpc-server` takes only as four numbers.
-pub async fn own_entry<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a Worker, Ipv4Addr), NotFound> {
+pub async fn local_worker<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a Worker, Ipv4Addr), NotFound> {
     let workers = &config.workers;
     if workers.is_empty() {
         return Err(NotFound::NoWorkers);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     async fn found(config: &Config, wanted: Option<&str>) -> Result<String, String> {
-        let entry = own_entry(config, wanted).await;
+        let entry = local_worker(config, wanted).await;
         entry
             .map(|(worker, address)| format!("{} at {address}", worker.name()))
             .map_err(|error| error.to_string())

@@ -3,7 +3,6 @@
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::token::API_KEYS;
-use crate::upstream::MEASURING;
 
 /// The name by which a drafter finds a completion at the target.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
@@ -13,6 +12,10 @@ pub(crate) const X_DRAFT_AUTHORIZATION: HeaderName = HeaderName::from_static("x-
 
 /// Makes llama-server generate on when the client hangs up, and give the answer to anybody who names the same id.
 const X_CONVERSATION_ID: HeaderName = HeaderName::from_static("x-conversation-id");
+
+/// Marks a completion that only measures the server. No client waits for its text, so a coordinator that swaps its model
+/// ends it at once.
+pub const MEASURING: &str = "x-tightwad-measuring";
 
 /// The name of a request in the logs of everybody who handles it.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::bounds::Excess;
+use super::origin::Foreign;
 use super::paths::Dialect;
-use crate::http::origin::Foreign;
 
 /// Most of a target's own error that is quoted when that is not JSON.
 const QUOTED: usize = 500;
