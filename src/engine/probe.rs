@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 
 use serde_json::Map;
 
-use super::{Ask, Target};
+use super::verifier::{Verifier, VerifyRequest};
 use crate::speculation::Token;
 use crate::upstream::UpstreamError;
 
 /// What is continued. It says the same again and again, so that a penalty on that shows.
-pub const PROOF_TEXT: &str = "one two three four one two three four one two three four one two";
+pub const PROBE_TEXT: &str = "one two three four one two three four one two three four one two";
 /// Tokens that are generated.
 const N: usize = 12;
 
 /// Why a target is not asked in rounds.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum Flaw {
+pub enum ProbeError {
     /// It did not answer.
     #[error("the target could not be tried: {0}")]
     Failed(#[from] UpstreamError),
@@ -34,14 +34,14 @@ pub enum Flaw {
     },
 }
 
-/// Tries a target; tells how long it took over how many draft tokens, and the tokens of [`PROOF_TEXT`].
-pub async fn prove(target: &dyn Target) -> Result<(Vec<(usize, Duration)>, Vec<Token>), Flaw> {
-    let prompt = target.tokens(PROOF_TEXT).await?;
+/// Tries a target; tells how long it took over how many draft tokens, and the tokens of [`PROBE_TEXT`].
+pub async fn probe(target: &dyn Verifier) -> Result<(Vec<(usize, Duration)>, Vec<Token>), ProbeError> {
+    let prompt = target.tokens(PROBE_TEXT).await?;
     let own = target.complete(&prompt, N).await?;
     // Each is an answer of its own: nothing that one has computed may stand for what another is to compute.
     let answers: [String; 3] = std::array::from_fn(|_| format!("{:032x}", rand::random::<u128>()));
     let sampling = Map::from_iter([("temperature".to_owned(), 0.into())]);
-    let ask = |nth: usize, draft, n| Ask {
+    let ask = |nth: usize, draft, n| VerifyRequest {
         answer: &answers[nth],
         context: &prompt,
         draft,
@@ -54,7 +54,7 @@ pub async fn prove(target: &dyn Target) -> Result<(Vec<(usize, Duration)>, Vec<T
     let said = &plain.next[..plain.next.len().saturating_sub(usize::from(plain.ended))];
     let text = target.text(&prompt, said).await?;
     if text.trim_end_matches('\u{fffd}') != own.trim_end_matches('\u{fffd}') {
-        return Err(Flaw::Differs {
+        return Err(ProbeError::Differs {
             what: "what the target generates token by token",
         });
     }
@@ -64,7 +64,7 @@ pub async fn prove(target: &dyn Target) -> Result<(Vec<(usize, Duration)>, Vec<T
     let begun = Instant::now();
     let right = target.verify(ask(1, draft, 1)).await?;
     let cost = begun.elapsed();
-    let differs = |what| Err(Flaw::Differs { what });
+    let differs = |what| Err(ProbeError::Differs { what });
     if right.accepted != draft.len() || right.next.first().is_some_and(|next| next != last) {
         return differs("the verdict on a right draft");
     }

@@ -176,7 +176,7 @@ impl Exchange {
     fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
         let drafting = self.app.engine.rounds()?;
         let body = nesting::without_bom(body);
-        let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
+        let request = rounds::Request::of(rounds::endpoint_at(self.route.label)?, body)?;
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }
 

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use rand::Rng;
 use serde_json::{Value, json};
 
-use super::{Endpoint, Finish};
+use super::Finish;
+use crate::engine::Endpoint;
 
 /// The last event of a stream.
 pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");

@@ -1,4 +1,6 @@
-//! Does what the swap machine says, and tells it what came of that.
+//! Carries out the actions of the swap machine ([`crate::pool::swap`]) and feeds the results back as events.
+//!
+//! Invariant: the driver alone touches the server and the leases, one action at a time.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,10 +18,10 @@ use crate::config::{Config, Coordinator};
 use crate::pool::devices::ProbedServers;
 use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, NotReady, Refused, State, Swap};
 
-/// The machine is asked at least so often.
+/// Longest time between two ticks of the machine.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The driver; all that lasts is in here, so that its end is the end of all.
+/// The driver. It owns everything that lasts, so dropping it ends everything.
 pub(super) struct Driver {
     coordinator: Arc<Coordinator>,
     planner: Arc<Planner>,
@@ -29,15 +31,15 @@ pub(super) struct Driver {
     told: mpsc::UnboundedReceiver<Message>,
     report: watch::Sender<Report>,
     waiting: HashMap<Id, oneshot::Sender<Result<Arc<Life>, Refused>>>,
-    /// Ends the leasing that goes on.
+    /// Cancels the leasing in progress.
     leasing: CancellationToken,
-    /// What the coordinator's own GPUs had free when nothing ran.
+    /// Free memory of the coordinator's own GPUs while nothing ran.
     own_free: OwnFree,
-    /// Of the leases that are taken, and what was prepared with them.
+    /// The leases in hand, and the start prepared with them.
     taken: Option<Taken>,
-    /// The server that is, or is on its way.
+    /// The server that runs or is being started.
     server: Option<Running>,
-    /// Why no server runs, as it was logged last.
+    /// The last logged reason why no server runs.
     in_the_way: Option<String>,
 }
 
@@ -54,7 +56,7 @@ struct Running {
     last_lines: oneshot::Receiver<Vec<String>>,
 }
 
-/// What a lease comes to, told to the driver alone.
+/// The result of leasing, sent to the driver.
 pub(super) type Outcome = Result<(Leases, Prepared), NotReady>;
 
 impl Driver {
@@ -95,7 +97,7 @@ impl Driver {
         (driver, reports)
     }
 
-    /// Drives until `stop`, and then to the end.
+    /// Drives until `stop`, then shuts down in order.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let watching = tokio::spawn(self.workers.clone().watch(self.tell.clone()));
         let (outcomes, mut outcome) = mpsc::unbounded_channel();
@@ -169,7 +171,7 @@ impl Driver {
         self.handle(Event::Leased(epoch, result), outcomes)
     }
 
-    /// Logs what keeps the model from being started, unless that was logged last.
+    /// Logs why the model cannot start, unless that was the last thing logged.
     fn in_the_way(&mut self, why: &str) {
         if self.in_the_way.as_deref() != Some(why) {
             tracing::warn!("not ready to start: {why}");
@@ -177,7 +179,7 @@ impl Driver {
         }
     }
 
-    /// Whether it goes on.
+    /// Hands an event to the machine and carries its actions out. Returns whether to continue.
     fn handle(&mut self, event: Event, outcomes: &mpsc::UnboundedSender<(u64, Outcome)>) -> bool {
         if let Event::Left(id) = &event {
             self.waiting.remove(id);
@@ -226,7 +228,7 @@ impl Driver {
 
     fn answer(&mut self, id: Id, answer: Result<Arc<Life>, Refused>) {
         if let Some(waiter) = self.waiting.remove(&id) {
-            // Who has left meanwhile says so itself.
+            // A client that has left drops its receiver.
             let _ = waiter.send(answer);
         }
     }
@@ -254,7 +256,7 @@ impl Driver {
         self.leasing = cancel.clone();
         tokio::spawn(async move {
             let outcome = async {
-                // Nobody's servers are started for a model that cannot be loaded.
+                // Check the model before any worker starts servers for it.
                 let ready = async {
                     let probed = workers.ask().await?;
                     planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
@@ -262,7 +264,7 @@ impl Driver {
                 };
                 let probed = unless(&cancel, ready).await?;
                 let leases = workers.lease(epoch, &tell, &cancel).await?;
-                // Fresh servers know best what is free.
+                // Fresh servers report the free memory best.
                 let prepared = async {
                     let plan = planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
                     planner.launch(&model, &plan).await
@@ -275,7 +277,7 @@ impl Driver {
                     }
                 }
             };
-            // A driver that has ended drops the leases, which expire.
+            // If the driver has ended, the leases are dropped and expire.
             let _ = outcomes.send((epoch, outcome.await));
         });
     }
@@ -333,18 +335,18 @@ impl Driver {
     }
 
     fn stop(&mut self, epoch: u64, broken: bool) {
-        // All counted answers are over by now. What is left is not waited for, such as a drafter's measuring.
+        // All counted answers are over by now. Uncounted requests, such as a drafter's measurements, are not waited for.
         self.end_answers(Ended::Shutdown);
         let stop = self.server.as_mut().and_then(|running| running.stop.take());
         if stop.is_none_or(|stop| stop.send(broken).is_err()) {
-            // It has ended by itself, and has said so or is about to: either way it is gone.
+            // The server has ended by itself.
             let _ = self.tell.send(Message::Event(Event::Stopped(epoch)));
         }
     }
 
     fn free(&mut self, epoch: u64) {
         if let Some(running) = self.server.take() {
-            // Requests that are not counted, such as a drafter's.
+            // Ends uncounted requests, such as a drafter's.
             running.life.end(Ended::Shutdown);
         }
         let (taken, tell) = (self.taken.take(), self.tell.clone());
@@ -378,7 +380,7 @@ impl Driver {
             let changed = report.now != now || pid.is_some() || report.life.is_some() != life.is_some();
             if report.now.state != now.state {
                 report.since = Instant::now();
-                // Tries that come to nothing are no news.
+                // Log repeated failed tries at debug level only.
                 if in_the_way && matches!(now.state, State::Leasing | State::Down) {
                     tracing::debug!("`{}` is {}", now.model, now.state);
                 } else {
@@ -398,7 +400,7 @@ impl Driver {
     }
 }
 
-/// What `work` comes to, unless it is cancelled.
+/// The result of `work`, unless it is cancelled first.
 async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, NotReady>>) -> Result<T, NotReady> {
     tokio::select! {
         result = work => result,
@@ -406,7 +408,7 @@ async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result
     }
 }
 
-/// What nobody reads: who cancels knows why.
+/// A placeholder reason; whoever cancels knows the real one.
 pub(super) fn cancelled() -> NotReady {
     NotReady::Retryable("cancelled".to_owned())
 }

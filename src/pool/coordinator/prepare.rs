@@ -1,4 +1,4 @@
-//! From a model's name to a llama-server's command line.
+//! Prepares a start: from a model's name to the command line of its llama-server.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,38 +16,38 @@ use crate::pool::swap::{Name, NotReady};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
-/// What a start needs.
+/// Everything that a start needs.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) launch: Launch,
     pub(super) url: reqwest::Url,
     /// The key of this one server.
     pub(super) key: Secret,
-    /// A line for each device.
+    /// One line per device, for the log and the status.
     pub(super) devices: Vec<String>,
-    /// Before the start.
+    /// Free memory of the coordinator's GPUs before the start.
     pub(super) own_free: OwnFree,
 }
 
-/// When a plan is made.
+/// The memory that a plan counts with.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum PlanBasis<'a> {
-    /// Nothing runs: what is free now is free for it. With what servers told that are run by hand.
+    /// Nothing runs, so the model gets what is free now. Includes the memory that servers without an agent reported.
     FreeNow(&'a ProbedServers),
-    /// Beside a server that is to make room. The coordinator's own GPUs are full of it, so this is what they had free before
-    /// it; workers tell such a number themselves.
+    /// A server still runs and will make room. It fills the coordinator's own GPUs, so this is what they had free before it
+    /// started; workers report that number themselves.
     BesideServer(&'a OwnFree),
 }
 
 /// Free bytes of the coordinator's own GPUs, by name.
 pub(super) type OwnFree = BTreeMap<String, u64>;
 
-/// Makes plans.
+/// Plans models over the pool and makes their command lines.
 #[derive(Debug)]
 pub(super) struct Planner {
     config: Arc<Config>,
     coordinator: Arc<Coordinator>,
-    /// The draft tokens that the program can verify: asked once.
+    /// Draft tokens per step that the program can verify; asked once.
     drafts: OnceCell<Option<u16>>,
 }
 
@@ -70,7 +70,7 @@ impl Planner {
         unhurried(move || preflight::program(&name).map_err(|error| ever(&error))).await
     }
 
-    /// Plans the model over the devices that there are.
+    /// Plans the model over the devices of the pool.
     pub(super) async fn plan(&self, name: &Name, basis: PlanBasis<'_>) -> Result<Plan, NotReady> {
         let model = self.model(name)?;
         let path = model.path.clone();
@@ -81,7 +81,7 @@ impl Planner {
         let (file, program) = (file.await?, self.program().await?);
         let max = self.config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
         let ask = || preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default());
-        // A program that was too slow to tell is asked again at the next plan.
+        // A program that did not answer in time is asked again at the next plan.
         let drafts = self.drafts.get_or_try_init(ask).await;
         let drafts = *drafts.map_err(|error| NotReady::Retryable(error.to_string()))?;
         let want = plan::Settings::of(model, &self.coordinator, drafts).map_err(|error| ever(&error))?;
@@ -142,8 +142,7 @@ impl Planner {
         Ok(devices)
     }
 
-    /// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
-    /// know.
+    /// The command line, with a port and a key of its own. Clients never see either; they know only the coordinator's key.
     pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, NotReady> {
         let model = self.model(name)?;
         let program = self.program().await?;
@@ -156,7 +155,7 @@ impl Planner {
         };
         let mut launch = launch::launch(plan, program, &behind, (name, model), ("127.0.0.1", port));
         launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
-        // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
+        // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds and hides the message.
         launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));
         let url = launch.url();
         let url = reqwest::Url::parse(&url).map_err(|error| ever(&error))?;
@@ -177,7 +176,7 @@ impl Planner {
     }
 }
 
-/// What comes of work with files, which may lie on a disk that hangs: it never holds up the leases.
+/// Runs work with files on a blocking thread: a disk that hangs must not delay the leases.
 async fn unhurried<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NotReady> + Send + 'static,
 ) -> Result<T, NotReady> {
@@ -188,7 +187,7 @@ fn ever(error: &impl ToString) -> NotReady {
     NotReady::Permanent(error.to_string())
 }
 
-/// The models by the names that the machine knows them by: `first`, and all but the one that only drafts.
+/// Names of the models that the pool serves: `first`, and all others but a model that only drafts.
 pub(super) fn names(config: &Config, first: &str) -> Vec<Name> {
     let drafts = config.draft.as_ref().and_then(|draft| draft.model.as_deref());
     let models = config

@@ -1,4 +1,6 @@
-//! The workers, as the coordinator sees them: taken before a server starts, kept while it runs, returned after it.
+//! The workers of the pool: leased before a server starts, renewed while it runs, returned after it.
+//!
+//! Invariant: a llama-server runs only while every worker with an agent is leased to this coordinator.
 
 use std::collections::BTreeSet;
 use std::future::pending;
@@ -26,36 +28,36 @@ use crate::pool::devices::ProbedServers;
 use crate::pool::rpc_probe::{self, RpcServer};
 use crate::pool::swap::{Event, Failure, NotReady};
 
-/// Leases are renewed, and agents looked at, so often.
+/// Interval for renewing leases and polling agents.
 const BEAT: Duration = Duration::from_secs(1);
-/// Longest wait for an agent in this.
+/// Timeout for one renewal or poll.
 const BEAT_PATIENCE: Duration = Duration::from_secs(1);
-/// A worker that was silent for so long, whatever it was asked, is lost.
+/// A worker that has not answered for this long is lost.
 const LOST_AFTER: Duration = Duration::from_secs(4);
-/// Longest wait for such a worker to return its lease, which it may do if only its server hangs.
+/// Timeout for a lost worker to return its lease; it still can if only its server hangs.
 const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
-/// Longest wait for a worker without an agent.
+/// Timeout for probing a worker without an agent.
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
-/// One worker.
+/// One worker of the pool.
 #[derive(Debug, Clone)]
 struct PoolWorker {
     name: String,
-    /// `None`: its `ggml-rpc-server` is run by hand.
+    /// `None`: its `ggml-rpc-server` is started by hand.
     agent: Option<AgentClient>,
     /// `host:port` of each of its `ggml-rpc-server`s.
     endpoints: Vec<String>,
 }
 
-/// All workers.
+/// All workers of the pool.
 #[derive(Debug, Clone)]
 pub(super) struct Workers {
     workers: Vec<PoolWorker>,
-    /// Who we are to them.
+    /// The name of this coordinator in leases.
     holder: String,
-    /// Our own, whose build must be theirs.
+    /// The coordinator's own llama-server; all workers must run its build.
     llama_server: PathBuf,
-    /// That a build is not known is said once.
+    /// Logs the warning about an unknown build once.
     warned: Arc<Once>,
 }
 
@@ -64,11 +66,11 @@ pub(super) struct Workers {
 struct WorkerLease {
     agent: AgentClient,
     id: String,
-    /// Renews it, from the first moment on: other workers may take longer to start their servers than it lasts.
+    /// Renews the lease from the start: other workers may take longer to start their servers than a lease lasts.
     beats: JoinSet<()>,
 }
 
-/// The workers are ours. Dropping this leaves them to expire.
+/// Leases of all workers. Dropped leases expire.
 #[derive(Debug)]
 pub(super) struct Leases {
     held: Vec<WorkerLease>,
@@ -94,7 +96,7 @@ impl Workers {
         })
     }
 
-    /// What is known before anybody was asked.
+    /// The reports before any worker was asked.
     pub(super) fn reports(&self) -> Vec<WorkerReport> {
         let report = |worker: &PoolWorker| WorkerReport {
             name: worker.name.clone(),
@@ -103,8 +105,8 @@ impl Workers {
         self.workers.iter().map(report).collect()
     }
 
-    /// Asks whether all could be taken: reachable, free or ours already, and of one build. Nothing is started for that.
-    /// Returns what the servers told that are run by hand.
+    /// Asks whether all workers could be leased: each is reachable, free or leased to us, and of our build. Starts nothing.
+    /// Returns what the servers without an agent reported.
     pub(super) async fn ask(&self) -> Result<ProbedServers, NotReady> {
         let own = build::build(&self.llama_server).await;
         let seen = join_all(self.workers.iter().map(|worker| self.probe(worker))).await;
@@ -163,7 +165,7 @@ impl Workers {
         Ok(probe)
     }
 
-    /// Takes all workers, or none.
+    /// Leases all workers, or none.
     pub(super) async fn lease(
         &self,
         epoch: u64,
@@ -182,7 +184,7 @@ impl Workers {
                     None => break,
                 },
                 () = cancel.cancelled() => {
-                    // Who stops waiting for a lease does not get it.
+                    // A request for a lease that is dropped does not get it.
                     drop(taking);
                     leases.give_back().await;
                     return Err(cancelled());
@@ -207,7 +209,7 @@ impl Workers {
             holder: self.holder.clone(),
             epoch,
         };
-        // Servers may take a minute to start, and the agent answers other questions meanwhile; a host that is gone does not.
+        // Servers may take a minute to start. The agent answers other requests meanwhile; a host that is gone does not.
         let lease = tokio::select! {
             lease = agent.lease(&wanted) => lease.map_err(|error| error.to_string())?,
             why = until_silent(agent) => return Err(format!("worker {} was lost ({why})", agent.worker())),
@@ -221,8 +223,8 @@ impl Workers {
         })
     }
 
-    /// The workers that cannot be reached or do not work, and what is wrong with them; `None`: all are well, as far as can
-    /// be told. One without an agent can only be asked while no server uses it.
+    /// The workers that cannot be reached or do not work, each with its problem; `None` if no problem is known. A worker
+    /// without an agent can be asked only while no server uses it (`used`).
     pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
         let looks = self.workers.iter().map(|worker| async move {
             let wrong = match &worker.agent {
@@ -247,8 +249,8 @@ impl Workers {
         (!each.is_empty()).then(|| each.join("; "))
     }
 
-    /// Waits until a server that our llama-server was connected to is so no longer, and says which: it died and has been
-    /// started again, without our model. llama-server itself would notice that with the next request, and lose it.
+    /// Waits until a server loses its connection to our llama-server, and says which: it died and was started again,
+    /// without our model. llama-server would notice that only with the next request, and lose it.
     pub(super) async fn until_disconnected(&self) -> String {
         let workers = self.workers.iter().filter_map(|worker| {
             let agent = worker.agent.as_ref()?;
@@ -265,7 +267,7 @@ impl Workers {
         )
     }
 
-    /// The one that is meant when nothing else is known.
+    /// The name of the worker, if the pool has only one.
     pub(super) fn only(&self) -> Option<&str> {
         match &self.workers[..] {
             [only] => Some(&only.name),
@@ -273,7 +275,7 @@ impl Workers {
         }
     }
 
-    /// Looks at all agents for ever, for the status, and tells of those that come back.
+    /// Polls all agents for ever; reports their state, and each worker that comes back.
     pub(super) async fn watch(self, tell: mpsc::UnboundedSender<Message>) {
         let watches = self.workers.iter().enumerate().map(|(index, worker)| {
             let tell = tell.clone();
@@ -324,10 +326,10 @@ impl PoolWorker {
 }
 
 impl Leases {
-    /// Returns them; their memory is free after that, as far as the workers can be reached.
+    /// Returns the leases, which frees the memory of all workers that can be reached.
     pub(super) async fn give_back(self) {
         join_all(self.held.into_iter().map(|mut held| async move {
-            // Who keeps a lease stops only when it is lost.
+            // The renewal task ends only when the lease is lost.
             let lost = held.beats.try_join_next().is_some();
             held.beats.abort_all();
             let returned = held.agent.give_back(&held.id);
@@ -345,7 +347,7 @@ impl Leases {
     }
 }
 
-/// Waits until a server was connected and then twice in a row is not: once may mean that llama-server itself ends.
+/// Waits until a server that was connected is not so twice in a row; once may mean that llama-server itself is ending.
 async fn until_one_is_free(agent: &AgentClient) -> u16 {
     let (mut connected, mut suspects) = (BTreeSet::new(), BTreeSet::new());
     loop {
@@ -385,15 +387,14 @@ impl Silence {
         *self = Self::new();
     }
 
-    /// Another question was not answered. Says whether the worker is lost: one that is missed may be due to a busy disk, or
-    /// to the network.
+    /// Counts another missed answer. Returns whether the worker is lost; a single miss may be due to a busy disk or network.
     fn goes_on(&mut self) -> bool {
         self.missed += 1;
         self.missed >= 2 && self.since.elapsed() + BEAT >= LOST_AFTER
     }
 }
 
-/// Waits until an agent has not answered for so long that its worker is lost, and says what happened last.
+/// Waits until an agent has been silent so long that its worker is lost; returns the last error.
 async fn until_silent(agent: &AgentClient) -> String {
     let mut silence = Silence::new();
     loop {
@@ -444,19 +445,19 @@ async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentErro
     Ok(Endpoint::problem(&agent.renew(id).await?.endpoints))
 }
 
-/// What is known of a worker's llama.cpp.
+/// The llama.cpp of a worker.
 #[derive(Debug)]
 struct WorkerProbe {
     name: String,
     build: Option<String>,
     /// Version of the RPC protocol.
     protocol: Option<String>,
-    /// By its servers that are run by hand.
+    /// Reports of its servers without an agent.
     told: ProbedServers,
 }
 
-/// What keeps these from working together, as far as they tell. Where a build is not known the protocol has to do: a client
-/// refuses a server of another major version, or of a newer minor one.
+/// Differences that keep the workers from working together. Where a build is unknown, the protocol decides: a client
+/// refuses a server of another major version or of a newer minor one.
 fn differences(own: Option<&str>, probes: &[WorkerProbe]) -> Vec<String> {
     let Some(own) = own else { return Vec::new() };
     // A worker of our build speaks our protocol.
@@ -491,7 +492,7 @@ fn version(protocol: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
+/// Probes a `ggml-rpc-server`. Allowed only while no client uses it.
 async fn listens(endpoint: &str) -> Result<RpcServer, String> {
     let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));

@@ -1,4 +1,4 @@
-//! ggml-rpc-server's arguments.
+//! The arguments and environment of `ggml-rpc-server`. Pure.
 
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::config::{Gpu, GpuBackend, Secret, Worker};
 use crate::supervise::command::{self, Launch};
 
-/// The config does not say which of a host's GPUs a server gets.
+/// The config does not say which GPUs of a host each of its servers gets.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "worker {worker} serves its GPUs on several ports, and its config does not say which is which; give the worker a \
@@ -18,8 +18,8 @@ pub struct AmbiguousGpus {
     worker: String,
 }
 
-/// The command line of the server that listens at `host:port` and has `gpus`. What the file says in `extra_args` comes
-/// last and wins.
+/// The command line of the server that listens at `host:port` and serves `gpus`. `extra_args` of the config come last and
+/// win.
 pub fn rpc_server(
     program: &Path,
     worker: &Worker,
@@ -40,7 +40,7 @@ pub fn rpc_server(
     }
     let known_good = command::gpu_environment(worker.backend, worker.gpus.len()).iter();
     env.extend(known_good.map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
-    // Of two values of one name the later one is taken.
+    // The later of two values with one name wins.
     env.extend(
         worker
             .env
@@ -61,7 +61,7 @@ pub fn rpc_server(
     })
 }
 
-/// What `--device` says; `None` leaves it to the server, which takes all GPUs, else the CPU.
+/// The value of `--device`; `None` lets the server take all GPUs, or the CPU if there is none.
 fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, AmbiguousGpus> {
     if worker.backend == Some(GpuBackend::Cpu) {
         return Ok(Some("CPU".to_owned()));

@@ -1,25 +1,25 @@
-//! Which entry of `workers` this host is.
+//! Finds the entry of `workers` that is this host.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use crate::config::{Config, Worker};
 
-/// Why this host's entry is not found.
+/// Why no entry of `workers` is this host.
 #[derive(Debug, thiserror::Error)]
 pub enum NotFound {
-    /// The list is empty.
+    /// The config has no workers.
     #[error("the config has no `workers`; add an entry with this host's address as `host`")]
     NoWorkers,
-    /// No such name.
+    /// No worker has this name.
     #[error("no worker is called `{wanted}`; the workers are {names}")]
     NoSuchName {
-        /// What was asked for.
+        /// The name asked for.
         wanted: String,
         /// All of them.
         names: String,
     },
-    /// None is here.
+    /// No worker has an address of this host.
     #[error(
         "the address of none of the workers ({names}) is this host's; say which one it is: `tightwad run worker NAME`"
     )]
@@ -27,13 +27,13 @@ pub enum NotFound {
         /// All of them.
         names: String,
     },
-    /// Several are here.
+    /// Several workers have an address of this host.
     #[error("several workers are on this host; say which one to run: `tightwad run worker NAME`, one of {names}")]
     Several {
-        /// Those on this host.
+        /// Their names.
         names: String,
     },
-    /// Its host is no IPv4 address, and no name of one.
+    /// Its host is neither an IPv4 address nor the name of one.
     #[error("worker {worker}: `{host}` has no IPv4 address ({reason}); correct `host`")]
     NoAddress {
         /// Its name.
@@ -45,8 +45,8 @@ pub enum NotFound {
     },
 }
 
-/// The entry called `wanted` (by name, else by host), else the only one whose address is this host's; and its address,
-/// which `ggml-rpc-server` takes only as four numbers.
+/// Returns the worker called `wanted` (by name, else by host), or the only one with an address of this host; and its IPv4
+/// address, the only form that `ggml-rpc-server` accepts.
 pub async fn local_worker<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a Worker, Ipv4Addr), NotFound> {
     let workers = &config.workers;
     if workers.is_empty() {
@@ -105,7 +105,7 @@ async fn address_of(worker: &Worker) -> Result<Ipv4Addr, NotFound> {
     address.ok_or_else(|| none("only an IPv6 one".into()))
 }
 
-/// Only an own address can be listened on.
+/// Whether the address belongs to this host: only such an address can be bound.
 fn is_own(address: Ipv4Addr) -> bool {
     TcpListener::bind((address, 0)).is_ok()
 }
