@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Map;
 
 use super::verifier::{Verifier, VerifyRequest};
+use crate::http::auth::unguessable;
 use crate::speculation::Token;
 use crate::upstream::UpstreamError;
 
@@ -39,7 +40,7 @@ pub async fn probe(target: &dyn Verifier) -> Result<(Vec<(usize, Duration)>, Vec
     let prompt = target.tokens(PROBE_TEXT).await?;
     let own = target.complete(&prompt, N).await?;
     // Each is an answer of its own: nothing that one has computed may stand for what another is to compute.
-    let answers: [String; 3] = std::array::from_fn(|_| format!("{:032x}", rand::random::<u128>()));
+    let answers: [String; 3] = std::array::from_fn(|_| unguessable());
     let sampling = Map::from_iter([("temperature".to_owned(), 0.into())]);
     let ask = |nth: usize, draft, n| VerifyRequest {
         answer: &answers[nth],

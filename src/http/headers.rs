@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::token::API_KEYS;
+use super::auth::API_KEYS;
 
 /// The name by which a drafter finds a completion at the target.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");

@@ -17,6 +17,7 @@
 //! This module imports nothing of this crate but [`crate::config`].
 
 pub(crate) mod admission;
+pub(crate) mod auth;
 pub(crate) mod body;
 mod bounds;
 pub mod client;
@@ -35,6 +36,5 @@ pub(crate) mod relay;
 pub(crate) mod serve;
 mod socket;
 pub(crate) mod target;
-pub(crate) mod token;
 
 pub use limits::Limits;

@@ -14,6 +14,7 @@ use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
 use super::{Action, Event, Finish, Request, Rounds};
 use crate::engine::{Counts, Drafting, Endpoint, Prompt, Verifier, VerifyRequest};
+use crate::http::auth::unguessable;
 use crate::speculation::{StepSample, Token, TokenClass};
 use crate::upstream::UpstreamError;
 
@@ -173,10 +174,6 @@ impl Telling {
     }
 }
 
-fn new_name() -> String {
-    format!("{:032x}", rand::random::<u128>())
-}
-
 /// The rounds, and the text that comes of them.
 struct Run {
     target: Arc<dyn Verifier>,
@@ -207,7 +204,7 @@ impl Run {
         let mut run = Self {
             is_predicted: !prediction.is_empty(),
             target,
-            name: new_name(),
+            name: unguessable(),
             sampling: request.sampling,
             rounds: Rounds::new(prompt.tokens, prediction, prompt.limit),
             actions: VecDeque::new(),
@@ -290,7 +287,7 @@ impl Run {
             Err(UpstreamError::Refused { url, status, message }) if !draft.is_empty() => {
                 tracing::debug!("{url} does not take a draft: {status} {message}");
                 // The target may have computed and kept it.
-                self.name = new_name();
+                self.name = unguessable();
                 self.handle(Event::Refused);
                 return Ok(());
             }

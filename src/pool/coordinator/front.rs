@@ -8,7 +8,6 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, header};
-use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{get, post};
 
@@ -18,6 +17,7 @@ use super::problem::Problem;
 use super::stream::Exchange;
 use crate::config::Secret;
 use crate::http::admission::{self, Asked};
+use crate::http::auth::{self, Auth};
 use crate::http::body;
 use crate::http::excerpt::excerpt;
 use crate::http::headers::{self, Credentials, MEASURING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
@@ -28,7 +28,6 @@ use crate::http::peer::Peer;
 use crate::http::refusal::Refusal;
 use crate::http::relay::{self, Exchange as _};
 use crate::http::target::Outgoing;
-use crate::http::token;
 use crate::pool::swap::Name;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
@@ -48,7 +47,7 @@ const ALSO_WAIT: [&str; 7] = [
     "/reranking",
 ];
 /// What watchers may ask without a key. It tells nothing but whether a model is ready.
-const OPEN: [&str; 2] = ["/health", "/v1/health"];
+pub(super) const OPEN: [&str; 2] = ["/health", "/v1/health"];
 
 /// What all requests share.
 #[derive(Debug)]
@@ -56,8 +55,7 @@ pub(super) struct Front {
     pub(super) pool: Pool,
     /// The models of the config, the first one first.
     pub(super) models: Vec<Name>,
-    /// What clients must send.
-    pub(super) api_key: Option<Secret>,
+    pub(super) auth: Auth,
     /// What those who draft must send. `None`: they must be on this host.
     pub(super) draft_key: Option<Secret>,
 }
@@ -76,7 +74,7 @@ impl Front {
     fn refuses_drafts_of(&self, request: &Parts) -> Option<&'static str> {
         let (may_draft, reason) = if let Some(key) = &self.draft_key {
             let given = request.headers.get(X_DRAFT_AUTHORIZATION);
-            let knows_key = given.is_some_and(|given| token::is_equal(key, given));
+            let knows_key = given.is_some_and(|given| auth::is_equal(key, given));
             (knows_key, WRONG_DRAFT_KEY)
         } else {
             let peer = request.extensions.get::<Peer>().copied().unwrap_or_default();
@@ -95,16 +93,11 @@ impl Front {
     fn meant(&self, name: &str) -> Option<Name> {
         (self.models.len() > 1).then(|| self.named(name))
     }
-
-    /// Whether the sender of these headers may be told everything.
-    pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
-        self.api_key.as_ref().is_none_or(|key| token::is_known(key, headers))
-    }
 }
 
 /// All endpoints, for those that `guard` lets in.
 pub(super) fn router(front: Front, guard: Guard) -> Router {
-    let front = Arc::new(front);
+    let auth = front.auth.clone();
     let router = Router::new()
         .route("/health", get(own::health))
         .route("/v1/health", get(own::health))
@@ -115,23 +108,14 @@ pub(super) fn router(front: Front, guard: Guard) -> Router {
         .route("/v1/tightwad/swap", post(own::swap))
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward)
-        .layer(middleware::from_fn_with_state(Arc::clone(&front), admit))
         .layer(DefaultBodyLimit::max(MOST_OWN_BODY))
-        .with_state(front);
+        .with_state(Arc::new(front));
+    let router = auth::guarded(router, auth, |request| {
+        Refusal::Unauthorized.response(Dialect::of(request.uri.path()))
+    });
     origin::guarded(router, guard, |foreign, path| {
         Refusal::Foreign(foreign.clone()).response(Dialect::of(path))
     })
-}
-
-async fn admit(State(front): State<Arc<Front>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if OPEN.contains(&path) || front.knows(request.headers()) {
-        return next.run(request).await;
-    }
-    let dialect = Dialect::of(path);
-    let (parts, body) = request.into_parts();
-    body::discard(body, &parts.headers);
-    Refusal::Unauthorized.response(dialect)
 }
 
 /// A request on its way.

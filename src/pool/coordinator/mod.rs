@@ -39,6 +39,7 @@ use super::agent_client::AgentError;
 use super::swap::{Rules, Swap};
 use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
 use crate::http::Limits;
+use crate::http::auth::Auth;
 use crate::http::origin::Guard;
 use crate::http::serve::{self, Running};
 
@@ -102,7 +103,7 @@ pub async fn serve(
     let front = Front {
         pool: pool.clone(),
         models: names,
-        api_key,
+        auth: Auth::new(api_key, &front::OPEN),
         draft_key,
     };
     let running = Running {

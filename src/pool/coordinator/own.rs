@@ -40,7 +40,7 @@ pub(super) async fn health(State(front): State<Arc<Front>>, headers: HeaderMap) 
     if front.pool.life().is_some() {
         return Json(json!({ "status": "ok" })).into_response();
     }
-    if front.knows(&headers) {
+    if front.auth.admits(&headers) {
         return Problem::refused(front.pool.not_ready(), &front.pool).response(Dialect::OpenAi, &front.pool);
     }
     let error = json!({ "error": {

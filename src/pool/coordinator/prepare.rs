@@ -9,6 +9,7 @@ use tokio::sync::OnceCell;
 use super::load::TELLS_PROGRESS;
 use crate::config::{Config, Coordinator, Model, Secret, Worker};
 use crate::gguf::ModelFile;
+use crate::http::auth::unguessable;
 use crate::plan::{self, Device, KnownFrom, Plan, PlanError};
 use crate::pool::devices::{self, ProbedServers};
 use crate::pool::launch;
@@ -147,7 +148,7 @@ impl Planner {
         let model = self.model(name)?;
         let program = self.program().await?;
         let port = preflight::free_port().map_err(|error| ever(&error))?;
-        let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+        let key = Secret::new(unguessable());
         let behind = Coordinator {
             api_key: Some(key.clone()),
             api_key_file: None,

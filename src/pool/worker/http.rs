@@ -4,9 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
@@ -19,11 +18,11 @@ use super::servers::{Servers, ServersView};
 use super::{NoServer, Spec};
 use crate::config::Secret;
 use crate::http::Limits;
+use crate::http::auth::{self, Auth};
 use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
-use crate::http::token;
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::supervise::notify::Notifier;
 
@@ -43,7 +42,7 @@ const MOST_BODY: usize = 16 * 1024;
 pub struct Agent {
     spec: Arc<Spec>,
     shown: ServersView,
-    token: Option<Secret>,
+    auth: Auth,
     expiry: Duration,
     /// One lock for both, so that the running servers always belong to the lease.
     rule: Mutex<(Leases, Servers)>,
@@ -54,7 +53,7 @@ impl Agent {
         Self {
             spec: Arc::clone(servers.spec()),
             shown: servers.shown(),
-            token,
+            auth: Auth::new(token, &[]),
             expiry,
             rule: Mutex::new((Leases::new(expiry), servers)),
         }
@@ -109,16 +108,21 @@ impl Agent {
 
 /// Serves until `stop`, then ends the servers.
 pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier, stop: CancellationToken) {
-    let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.token.is_some(), &[], None);
+    let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.auth.asks_for_token(), &[], None);
     let router = Router::new()
         .route("/v1/worker", get(status))
         .route("/v1/worker/lease", post(lease))
         .route("/v1/worker/lease/{id}/renew", post(renew))
         .route("/v1/worker/lease/{id}", delete(give_back))
         .fallback(|| async { refusal(StatusCode::NOT_FOUND, "this is a worker's agent; it has no such path") })
-        .layer(middleware::from_fn_with_state(Arc::clone(&agent), guard))
         .layer(DefaultBodyLimit::max(MOST_BODY))
         .with_state(Arc::clone(&agent));
+    let router = auth::guarded(router, agent.auth.clone(), |_| {
+        refusal(
+            StatusCode::UNAUTHORIZED,
+            "the token is missing or wrong; send the worker's agent_token as `Authorization: Bearer …`",
+        )
+    });
     let router = origin::guarded(router, guard_pages, |foreign, _| {
         refusal(StatusCode::FORBIDDEN, foreign.to_string())
     });
@@ -139,17 +143,6 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
     if timeout(LAST_ANSWERS, &mut serving).await.is_err() {
         tracing::debug!("cutting off a request");
         serving.abort();
-    }
-}
-
-/// Refuses requests without the token.
-async fn guard(State(agent): State<Arc<Agent>>, request: Request, next: Next) -> Response {
-    match &agent.token {
-        Some(token) if !token::is_known(token, request.headers()) => refusal(
-            StatusCode::UNAUTHORIZED,
-            "the token is missing or wrong; send the worker's agent_token as `Authorization: Bearer …`",
-        ),
-        _ => next.run(request).await,
     }
 }
 
@@ -189,7 +182,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
         }
     };
     wanted.holder = excerpt(&wanted.holder);
-    let id = format!("{:032x}", rand::random::<u128>());
+    let id = auth::unguessable();
     let listening = {
         let (leases, servers) = &mut *agent.rule();
         if let Err(holder) = leases.ask(Instant::now(), &wanted, id.clone()) {
