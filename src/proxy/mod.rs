@@ -30,6 +30,5 @@ mod settings;
 mod status;
 mod usage;
 
-pub use observed::metrics;
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};
