@@ -1,7 +1,7 @@
 //! `tightwad chat`.
 
 use std::io::{self, BufRead, IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use tokio::sync::mpsc;
@@ -11,6 +11,9 @@ use super::status::{self, Counts};
 use crate::config::{self, Config, Secret};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{Answer, Message, Piece, Wishes};
+
+/// How long the list of models may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Options of `chat`.
 #[derive(Debug, Args)]
@@ -25,6 +28,8 @@ struct Chat {
     server: ChatServer,
     /// Where to ask how drafting went; not when talking past the proxy.
     proxy: Option<(String, Option<Secret>)>,
+    /// Whether the server is sent the key that the servers of this host share.
+    sends_local_key: bool,
     messages: Vec<Message>,
     interactive: bool,
 }
@@ -34,6 +39,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
     let mut chat = Chat::new(config, options)?;
     let mut prompts = read_lines();
     let mut last = Ok(());
+    let mut asked = false;
     loop {
         chat.ask_for_prompt();
         let prompt = tokio::select! {
@@ -50,6 +56,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         if prompt.trim().is_empty() {
             continue;
         }
+        asked = true;
         last = chat.turn(prompt).await;
         match &last {
             Err(failure) if chat.interactive => eprintln!("error: {failure}"),
@@ -62,6 +69,10 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         // Each failure was told when it happened.
         return Ok(());
     }
+    if !asked {
+        // Without a question, a server that is down must still be a failure.
+        chat.server.get("/v1/models", PATIENCE).await?;
+    }
     last
 }
 
@@ -70,6 +81,7 @@ impl Chat {
         let (_, target) = config.proxy_upstreams();
         let model = target.as_ref().and_then(|target| target.model_name.clone());
         let interactive = io::stdin().is_terminal();
+        let sends_local_key = options.direct && target.as_ref().is_some_and(|target| target.asks_local_key);
         let (server, proxy) = if options.direct {
             let target = target.ok_or_else(|| {
                 Failure::new(
@@ -96,6 +108,7 @@ impl Chat {
         Ok(Self {
             server,
             proxy,
+            sends_local_key,
             messages: Vec::new(),
             interactive,
         })
@@ -137,7 +150,7 @@ impl Chat {
             }
             Err(failure) => {
                 self.messages.pop();
-                Err(failure.into())
+                Err(Failure::from(failure).with_local_key(self.sends_local_key))
             }
         }
     }

@@ -9,7 +9,7 @@ use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream, local_key};
-use crate::upstream::{ChatError, ChatServer, LlamaServer};
+use crate::upstream::{ChatError, ChatServer, LlamaServer, UpstreamError};
 
 /// How long a proxy that runs may take to find out what its servers can.
 const RUNNING_PATIENCE: Duration = Duration::from_secs(3);
@@ -86,7 +86,12 @@ impl Deployment {
             .map_err(|error| Failure::other("make an HTTP client", error))?;
         // Fails with the target's name, before a proxy is started that would wait for it.
         plain.get("/v1/models", STARTING_PATIENCE).await?;
-        let is_llama_server = llama_server.props().await.is_ok();
+        let is_llama_server = match llama_server.props().await {
+            Err(error @ UpstreamError::Refused { status: 401 | 403, .. }) if target.asks_local_key => {
+                return Err(Failure::new(Exit::Refused, error.to_string()).with_local_key(true));
+            }
+            props => props.is_ok(),
+        };
 
         let section = config.and_then(|config| config.proxy.clone()).unwrap_or_default();
         let model = target.model_name.clone();

@@ -10,7 +10,7 @@ use crate::cluster::coordinator::CoordinatorError;
 use crate::cluster::gguf::ModelFileError;
 use crate::cluster::plan::PlanError;
 use crate::cluster::worker::{NoServer, WorkerError};
-use crate::config::ConfigError;
+use crate::config::{ConfigError, local_key};
 use crate::supervise::preflight::Unfit;
 use crate::supervise::service::GaveUp;
 use crate::upstream::ChatError;
@@ -84,6 +84,23 @@ impl Failure {
     #[must_use]
     pub fn silent(exit: Exit) -> Self {
         Self::new(exit, "")
+    }
+
+    /// Says which key a server has refused, if that is the key that the servers of this host share.
+    #[must_use]
+    pub fn with_local_key(mut self, is_local_key: bool) -> Self {
+        if is_local_key
+            && self.exit == Exit::Refused
+            && let Ok(path) = local_key::path()
+        {
+            self.message = format!(
+                "{}; the key sent is that of {}: a server that another user has started takes the key of that user's file, so \
+                 start both as one user or set `api_key_file`",
+                self.message,
+                path.display()
+            );
+        }
+        self
     }
 
     /// An error that has no exit code of its own, with what was being done.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit::Failure;
 use super::progress::Line;
-use super::proxy;
+use super::{proxy, status};
 use crate::config;
 use crate::engine::Engine;
 use crate::upstream::{ChatError, ChatServer};
@@ -60,7 +60,7 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
     let line = Line::new();
     let mut said = None;
     loop {
-        let Some(status) = status(proxy).await? else {
+        let Some(status) = fetch(proxy).await? else {
             return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
         };
         let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
@@ -92,6 +92,12 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
     }
 }
 
+/// The URLs of the proxy's drafts that do not answer.
+pub async fn urls_of_drafts_down(proxy: &ChatServer) -> Result<Vec<String>, ChatError> {
+    let status = fetch(proxy).await?.unwrap_or_default();
+    Ok(status::drafts_down(&status).into_iter().map(str::to_owned).collect())
+}
+
 /// What is wrong with the drafters, if that is so of all that there are.
 fn drafts_down(status: &Value) -> Option<String> {
     let drafts = status["drafts"].as_array().filter(|drafts| !drafts.is_empty())?.iter();
@@ -108,12 +114,12 @@ fn drafts_down(status: &Value) -> Option<String> {
 
 /// Whether the proxy answers in rounds, which it does for no request that wants to know token ids.
 pub async fn answers_in_rounds(proxy: &ChatServer) -> Result<bool, ChatError> {
-    let status = status(proxy).await?.unwrap_or_default();
+    let status = fetch(proxy).await?.unwrap_or_default();
     Ok(["fan-out", "scored"].map(Value::from).contains(&status["verification"]))
 }
 
 /// Its status; `None` of a server that is no proxy of ours.
-async fn status(proxy: &ChatServer) -> Result<Option<Value>, ChatError> {
+async fn fetch(proxy: &ChatServer) -> Result<Option<Value>, ChatError> {
     match proxy.get("/v1/tightwad/status", PATIENCE).await {
         Ok(status) => Ok(serde_json::from_str(&status).ok()),
         Err(ChatError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(None),

@@ -129,6 +129,13 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
     Ok(Stopped::Yes(number))
 }
 
+/// The process that holds the name; `None` if no process does, or the file cannot be read.
+pub fn holder(name: &str) -> Option<i32> {
+    let mut file = File::open(path(name).ok()?).ok()?;
+    let held = is_locked(&file).ok()?;
+    held.then(|| Process::read(&mut file).ok()).flatten().map(|process| process.pid)
+}
+
 fn open(path: &PathBuf) -> io::Result<File> {
     let exists = path.try_exists()?;
     if !exists && path.parent().is_some_and(|folder| !folder.is_dir()) {

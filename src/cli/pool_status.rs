@@ -242,7 +242,7 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
         .filter_map(coordinator_problem)
         .chain(servers("target").filter_map(|server| server_problem(server, proxy)))
         .chain(worker_problem(&seen.workers))
-        .chain(proxy.and_then(|proxy| proxy_problem(proxy, has_pool)))
+        .chain(proxy.and_then(|proxy| proxy_problem(proxy, &seen.servers, has_pool)))
         .chain(servers("draft").filter_map(|server| server_problem(server, proxy)));
     // A draft that is down is the least of it, also where the proxy says so.
     let (drafts, mut worst): (Vec<_>, Vec<_>) = problems.partition(|failure| failure.exit == Exit::DraftDown);
@@ -290,12 +290,26 @@ fn worker_problem(workers: &[SeenWorker]) -> Option<Failure> {
     (!down.is_empty()).then(|| Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
 }
 
-fn proxy_problem(proxy: &Seen<Value>, has_pool: bool) -> Option<Failure> {
+fn proxy_problem(proxy: &Seen<Value>, servers: &[SeenServer], has_pool: bool) -> Option<Failure> {
     match (&proxy.problem, &proxy.status) {
         // A host of the pool need not have the proxy's token.
         (Some(_), _) if has_pool && proxy.exit == Exit::File => None,
         (Some(problem), _) => Some(Failure::new(proxy.exit, problem)),
-        (None, Some(status)) => status::verdict(status).err(),
+        (None, Some(status)) => {
+            let failed: Vec<&str> = servers
+                .iter()
+                .filter(|server| server.problem.is_some())
+                .map(|server| server.url.as_str())
+                .collect();
+            // A server that is down is named once, by its own section if it has one.
+            let is_named = |failure: &Failure| {
+                failure.exit == Exit::DraftDown
+                    && status::drafts_down(status)
+                        .iter()
+                        .all(|url| failed.contains(&url.trim_end_matches('/')))
+            };
+            status::verdict(status).err().filter(|failure| !is_named(failure))
+        }
         (None, None) => None,
     }
 }

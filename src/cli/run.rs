@@ -4,7 +4,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::coordinator::Step;
 use super::exit::{Exit, Failure};
-use super::{coordinator, pid_file, plan, proxy, signals};
+use super::pid_file::PidFile;
+use super::{coordinator, pid_file, plan, proxy, server_status, signals};
 use crate::cluster;
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::worker::{WorkerError, own_entry};
@@ -146,6 +147,8 @@ async fn server(
     let launch = launch?;
     ModelFile::check_complete(&model.1.path)?;
     warn_of_context(model);
+    // Without it `tightwad status` cannot know that the server is being restarted; nothing else depends on it.
+    let _supervised = PidFile::claim(&server_status::pid_name(role.as_str(), server.port)).ok();
     let mut service = Service::start(role, launch, stop);
     let state = service.state();
     let ended = tokio::select! {
@@ -177,12 +180,7 @@ fn with_local_key(role: Role, server: &Server) -> Result<Server, Failure> {
     }
     let local = local_key::obtain()?;
     tracing::info!(
-        "the {role} on {}:{} asks for the key in {}: this host's proxy, chat, bench and verify send it, and so does \
-         `curl -H \"Authorization: Bearer $(cat {})\"`; `{role}.api_key_file` sets another, and \
-         `{role}.allow_unauthenticated: true` none",
-        server.host,
-        server.port,
-        local.path.display(),
+        "the {role} asks its clients for the key in {}",
         local.path.display()
     );
     Ok(Server {

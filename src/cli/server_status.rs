@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::exit::{Exit, Failure};
+use super::pid_file;
 use super::status::MOST_BYTES;
 use crate::config::{self, Config, Secret, Server};
 use crate::http;
@@ -18,6 +19,7 @@ use crate::upstream::chat::{client, unreachable};
 pub struct Asked {
     role: &'static str,
     url: String,
+    port: u16,
     model: Option<String>,
     key: Option<Secret>,
     elsewhere: bool,
@@ -55,6 +57,12 @@ pub struct Slots {
     pub busy: usize,
 }
 
+/// Name of the pid file of a `tightwad run target` or `run draft`. A host may run several, but only one per port.
+#[must_use]
+pub fn pid_name(role: &str, port: u16) -> String {
+    format!("{role}-{port}")
+}
+
 /// The llama-servers that the config declares, the target first.
 #[must_use]
 pub fn declared(config: &Config) -> Vec<Asked> {
@@ -71,6 +79,7 @@ impl Asked {
         Self {
             role,
             url: config::local_url(&server.host, server.port),
+            port: server.port,
             model: model.map(|(name, _)| name.to_owned()),
             // A host that lacks the key sees less; whether the server is up it sees without one.
             key: server.api_key().ok().flatten(),
@@ -132,6 +141,13 @@ impl Asked {
         let (role, url) = (self.role, &self.url);
         let answer = client()?.get(format!("{url}/health")).send().await.map_err(|error| {
             if error.is_connect() && !error.is_timeout() {
+                if let Some(pid) = pid_file::holder(&pid_name(role, self.port)) {
+                    let message = format!(
+                        "the {role} at {url} is being started or restarted by `tightwad run {role}` (process {pid}), whose log \
+                         says why"
+                    );
+                    return Failure::new(Exit::Unreachable, message);
+                }
                 let message = format!("no {role} runs at {url}; start it with `tightwad run {role}`");
                 return Failure::new(Exit::NotRunning, message);
             }

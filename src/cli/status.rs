@@ -131,11 +131,7 @@ pub fn verdict(status: &Value) -> Result<(), Failure> {
             "the proxy has no target that answers, so it cannot answer either; start the target, or check where it is";
         return Err(Failure::new(Exit::Unreachable, message));
     }
-    let down: Vec<&str> = drafts(status)
-        .iter()
-        .filter(|draft| draft["healthy"] != true)
-        .map(|draft| draft["url"].as_str().unwrap_or("?"))
-        .collect();
+    let down = drafts_down(status);
     if down.is_empty() {
         return Ok(());
     }
@@ -144,6 +140,15 @@ pub fn verdict(status: &Value) -> Result<(), Failure> {
         down.join(", ")
     );
     Err(Failure::new(Exit::DraftDown, message))
+}
+
+/// The URLs of the drafts that do not answer.
+pub fn drafts_down(status: &Value) -> Vec<&str> {
+    drafts(status)
+        .iter()
+        .filter(|draft| draft["healthy"] != true)
+        .map(|draft| draft["url"].as_str().unwrap_or("?"))
+        .collect()
 }
 
 fn drafts(status: &Value) -> &[Value] {

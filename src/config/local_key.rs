@@ -61,7 +61,8 @@ fn refusal(path: &Path, reason: &str) -> ConfigError {
     }
 }
 
-fn path() -> io::Result<PathBuf> {
+/// Where the key of this host stands, or would be made.
+pub fn path() -> io::Result<PathBuf> {
     let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| Path::new(&folder).join(NAME));
     let of_module = File::open(OF_THE_MODULE).is_ok().then(|| OF_THE_MODULE.into());
     match credential.filter(|credential| credential.exists()).or(of_module) {

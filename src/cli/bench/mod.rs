@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
+use super::own_proxy::urls_of_drafts_down;
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};
@@ -125,6 +126,10 @@ pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Fai
     }
     let report = report(options, &setting, &measured, asked.is_ok());
     print_report(&report, options.json, table::table)?;
+    let down = match &report.undrafted {
+        Some(_) => urls_of_drafts_down(&setting.deployment.attached.server).await,
+        None => Ok(Vec::new()),
+    };
     asked.and(setting.close().await)?;
     // What shares a pass with others may differ in the last digits, drafted or not.
     if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
@@ -132,6 +137,15 @@ pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Fai
             Exit::Other,
             "some texts differ from the plain ones; `tightwad verify` shows where",
         ));
+    }
+    let down = down?;
+    if !down.is_empty() {
+        let message = format!(
+            "nothing was drafted, because no draft answers at {}; start it with `tightwad run draft` on its host, or check its \
+             `url`",
+            down.join(", ")
+        );
+        return Err(Failure::new(Exit::DraftDown, message));
     }
     Ok(())
 }
