@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::Value;
 
+use crate::proxy::status::Status;
 use crate::upstream::ChatServer;
 use crate::upstream::chat::Drafting;
 
@@ -69,7 +69,8 @@ impl Contender {
             return None;
         }
         let status = self.server.get("/v1/tightwad/status", PATIENCE).await.ok()?;
-        ProxyStatus::parse(&serde_json::from_str(&status).ok()?)
+        let status = serde_json::from_str(&status).ok()?;
+        Some(ProxyStatus::of(&status))
     }
 }
 
@@ -83,19 +84,18 @@ pub(super) struct ProxyStatus {
 }
 
 impl ProxyStatus {
-    fn parse(status: &Value) -> Option<Self> {
-        let count = |name: &str| status["counts"][name].as_u64();
-        let drafts = status["drafts"].as_array()?.iter();
-        Some(Self {
+    fn of(status: &Status) -> Self {
+        let outlooks = status.drafts.iter().filter_map(|draft| draft.outlook);
+        Self {
             counts: Drafting {
-                generated: count("generated")?,
-                drafted: count("drafted")?,
-                accepted: count("accepted")?,
+                generated: status.counts.generated,
+                drafted: status.counts.drafted,
+                accepted: status.counts.accepted,
             },
-            expected_speed_up: drafts
-                .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
+            expected_speed_up: outlooks
+                .filter_map(|outlook| outlook.expected_speed_up)
                 .max_by(f64::total_cmp),
-        })
+        }
     }
 
     /// What was counted since `earlier`.

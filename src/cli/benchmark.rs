@@ -3,11 +3,12 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::coordinator::{self, Client, Step};
+use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::Steps;
 use crate::cluster::benchmark::{BenchmarkError, Report, Settings, benchmark as measure};
+use crate::cluster::swap::State;
 use crate::config::Config;
 use crate::count::count;
 
@@ -43,14 +44,18 @@ pub async fn benchmark(config: &Config, options: &Options) -> Result<(), Failure
     let section = coordinator::section(config)?;
     let client = Client::new(section)?;
     let status = client.status(PATIENCE).await?;
-    if status["state"] != "ready" {
-        let message = format!("not ready: {}; see `tightwad status`", Step::of(&status).doing);
+    if status.now.state != State::Ready {
+        let doing = Description::of_status(&status).doing;
+        let message = format!("not ready: {doing}; see `tightwad status`");
         return Err(Failure::new(Exit::Unreachable, message));
     }
-    let model = status["model"].as_str().unwrap_or_default();
-    let placed = status["devices"].as_array().into_iter().flatten();
-    let placed: Vec<&str> = placed.filter_map(|device| device.as_str()).collect();
-    let has_layers = |name: &str| placed.iter().any(|device| device.starts_with(&format!("{name} ")));
+    let model = &*status.now.model;
+    let has_layers = |name: &str| {
+        status
+            .devices
+            .iter()
+            .any(|device| device.starts_with(&format!("{name} ")))
+    };
     let settings = Settings {
         model: model.to_owned(),
         context: config.models.get(model).map(|model| model.ctx_size),

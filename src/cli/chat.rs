@@ -161,7 +161,7 @@ impl Chat {
         status::fetch(url, token.as_ref())
             .await
             .ok()
-            .map(|status| Counts::of(&status))
+            .map(|status| Counts::of(&status.counts))
     }
 }
 

@@ -16,6 +16,7 @@ mod pool_status;
 mod progress;
 mod proxy;
 mod question_set;
+mod received;
 mod run;
 mod server_status;
 mod signals;

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -13,7 +12,8 @@ use super::exit::Failure;
 use super::progress::Line;
 use super::{proxy, status};
 use crate::config;
-use crate::engine::Engine;
+use crate::engine::{DraftStatus, Engine, Verification};
+use crate::proxy::status::Status;
 use crate::upstream::{ChatError, ChatServer};
 
 /// Pause between two looks at a proxy that has not found out yet what its servers can.
@@ -63,14 +63,10 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         let Some(status) = fetch(proxy).await? else {
             return Ok(Some(format!("{} is no proxy of Tightwad's", proxy.url())));
         };
-        let verifies = status["verification"].as_str().is_some_and(|how| how != "none");
-        let reason = status["reason"]
-            .as_str()
-            .map(str::to_owned)
-            .or_else(|| drafts_down(&status));
-        let measuring = status["measuring"] == true && began.elapsed() < MEASURING.max(patience);
-        let hopeless =
-            status["target"]["healthy"] == true && status["drafts"] == serde_json::json!([]) && reason.is_some();
+        let verifies = status.verification != Verification::None;
+        let reason = status.reason.clone().or_else(|| drafts_down(&status));
+        let measuring = status.measuring && began.elapsed() < MEASURING.max(patience);
+        let hopeless = status.target.healthy && status.drafts.is_empty() && reason.is_some();
         if !measuring && verifies && reason.is_none() {
             return Ok(None);
         }
@@ -94,32 +90,29 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
 
 /// The URLs of the proxy's drafts that do not answer.
 pub async fn urls_of_drafts_down(proxy: &ChatServer) -> Result<Vec<String>, ChatError> {
-    let status = fetch(proxy).await?.unwrap_or_default();
-    Ok(status::drafts_down(&status).into_iter().map(str::to_owned).collect())
+    let status = fetch(proxy).await?;
+    let down = status.as_ref().map(status::drafts_down).unwrap_or_default();
+    Ok(down.into_iter().map(str::to_owned).collect())
 }
 
 /// What is wrong with the drafters, if that is so of all that there are.
-fn drafts_down(status: &Value) -> Option<String> {
-    let drafts = status["drafts"].as_array().filter(|drafts| !drafts.is_empty())?.iter();
-    let problem = |draft: &Value| {
-        Some(format!(
-            "the draft {}: {}",
-            draft["url"].as_str()?,
-            draft["problem"].as_str()?
-        ))
+fn drafts_down(status: &Status) -> Option<String> {
+    let problem = |draft: &DraftStatus| {
+        let server = &draft.server;
+        Some(format!("the draft {}: {}", server.url, server.problem.as_ref()?))
     };
-    let problems = drafts.map(problem).collect::<Option<Vec<_>>>()?;
-    Some(problems.join(", "))
+    let problems = status.drafts.iter().map(problem).collect::<Option<Vec<_>>>()?;
+    (!problems.is_empty()).then(|| problems.join(", "))
 }
 
 /// Whether the proxy answers in rounds, which it does for no request that wants to know token ids.
 pub async fn answers_in_rounds(proxy: &ChatServer) -> Result<bool, ChatError> {
-    let status = fetch(proxy).await?.unwrap_or_default();
-    Ok(["fan-out", "scored"].map(Value::from).contains(&status["verification"]))
+    let status = fetch(proxy).await?;
+    Ok(status.is_some_and(|status| matches!(status.verification, Verification::FanOut | Verification::Scored)))
 }
 
 /// Its status; `None` of a server that is no proxy of ours.
-async fn fetch(proxy: &ChatServer) -> Result<Option<Value>, ChatError> {
+async fn fetch(proxy: &ChatServer) -> Result<Option<Status>, ChatError> {
     match proxy.get("/v1/tightwad/status", PATIENCE).await {
         Ok(status) => Ok(serde_json::from_str(&status).ok()),
         Err(ChatError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(None),

@@ -133,7 +133,9 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
 pub fn holder(name: &str) -> Option<i32> {
     let mut file = File::open(path(name).ok()?).ok()?;
     let held = is_locked(&file).ok()?;
-    held.then(|| Process::read(&mut file).ok()).flatten().map(|process| process.pid)
+    held.then(|| Process::read(&mut file).ok())
+        .flatten()
+        .map(|process| process.pid)
 }
 
 fn open(path: &PathBuf) -> io::Result<File> {

@@ -8,18 +8,22 @@ use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::coordinator::{Client, Step};
+use super::coordinator::{Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::{print, print_report};
+use super::received::Received;
 use super::server_status::{self, SeenServer};
-use super::status::duration;
+use super::status::{ProxyReport, duration};
 use super::wrap::fitted;
 use super::{signals, status};
 use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::cluster::agent_client::AgentClient;
+use crate::cluster::coordinator::status::{Status, Step};
 use crate::cluster::plan::amount;
+use crate::cluster::swap::{Failed, State};
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
 use crate::count::count;
+use crate::engine::ServerStatus;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -48,12 +52,12 @@ pub struct Options {
 #[derive(Debug, Default, Serialize)]
 struct Overview {
     /// `None`: the config has none.
-    coordinator: Option<Seen<Value>>,
+    coordinator: Option<Seen<Received<Status>>>,
     /// The sections `target` and `draft`.
     servers: Vec<SeenServer>,
     workers: Vec<SeenWorker>,
     /// `None`: the config has none.
-    proxy: Option<Seen<Value>>,
+    proxy: Option<Seen<ProxyReport>>,
     /// What to do.
     hints: Vec<String>,
 }
@@ -148,13 +152,13 @@ async fn seen<T>(asked: Option<JoinHandle<Seen<T>>>) -> Option<Seen<T>> {
     asked?.await.ok()
 }
 
-async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Value> {
+async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Received<Status>> {
     let url = config::local_url(&section.host, section.port);
     let asking = async { Client::new(&section)?.status(BOUND).await };
     Seen::of(url, timeout_at(give_up, asking).await.ok())
 }
 
-async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
+async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<ProxyReport> {
     let url = config::local_url(&section.host, section.port);
     let token = match section.token() {
         Ok(token) => token,
@@ -163,8 +167,8 @@ async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
     let asking = timeout_at(give_up, status::fetch(&url, token.as_ref()));
     let answer = match asking.await.ok() {
         // A proxy that answers is asked once more for the speed of what runs.
-        Some(Ok(answer)) if status::running(&answer) > 0 => Some(status::fetch_with_speed(&url, token.as_ref()).await),
-        answer => answer,
+        Some(Ok(status)) if status.in_flight > 0 => Some(status::fetch_with_speed(&url, token.as_ref()).await),
+        answer => answer.map(|answer| answer.map(ProxyReport::from)),
     };
     Seen::of(url, answer)
 }
@@ -255,22 +259,22 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
     Err(Failure::new(exit, messages.join("; ")))
 }
 
-fn coordinator_problem(coordinator: &Seen<Value>) -> Option<Failure> {
+fn coordinator_problem(coordinator: &Seen<Received<Status>>) -> Option<Failure> {
     match (&coordinator.problem, &coordinator.status) {
         (Some(problem), _) => Some(Failure::new(coordinator.exit, problem)),
-        (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => Some(Failure::new(
+        (None, Some(status)) if !matches!(status.now.state, State::Ready | State::Draining) => Some(Failure::new(
             Exit::Unreachable,
-            format!("not ready: {}", Step::of(status).doing),
+            format!("not ready: {}", Description::of_status(status).doing),
         )),
         _ => None,
     }
 }
 
-fn server_problem(server: &SeenServer, proxy: Option<&Seen<Value>>) -> Option<Failure> {
+fn server_problem(server: &SeenServer, proxy: Option<&Seen<ProxyReport>>) -> Option<Failure> {
     // A proxy on this host reaches what this host does, and notices later when a server dies.
     let reached = proxy.filter(|proxy| !proxy.is_on_this_host());
     let reached = reached.and_then(|proxy| proxy.status.as_ref());
-    if reached.is_some_and(|proxy| server.is_healthy_for(proxy)) {
+    if reached.is_some_and(|proxy| server.is_healthy_for(&proxy.status)) {
         return None;
     }
     let exit = if server.role == "draft" {
@@ -290,12 +294,12 @@ fn worker_problem(workers: &[SeenWorker]) -> Option<Failure> {
     (!down.is_empty()).then(|| Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
 }
 
-fn proxy_problem(proxy: &Seen<Value>, servers: &[SeenServer], has_pool: bool) -> Option<Failure> {
+fn proxy_problem(proxy: &Seen<ProxyReport>, servers: &[SeenServer], has_pool: bool) -> Option<Failure> {
     match (&proxy.problem, &proxy.status) {
         // A host of the pool need not have the proxy's token.
         (Some(_), _) if has_pool && proxy.exit == Exit::File => None,
         (Some(problem), _) => Some(Failure::new(proxy.exit, problem)),
-        (None, Some(status)) => {
+        (None, Some(ProxyReport { status, .. })) => {
             let failed: Vec<&str> = servers
                 .iter()
                 .filter(|server| server.problem.is_some())
@@ -323,9 +327,9 @@ fn hints(seen: &Overview) -> Vec<String> {
     if seen.proxy.as_ref().is_some_and(Seen::absent) {
         hints.push("start the proxy with `tightwad proxy start`".to_owned());
     }
-    let told = coordinator.and_then(|coordinator| coordinator.status.as_ref());
-    if let Some(told) = told.filter(|told| told["state"] == "gave-up") {
-        let model = told["model"].as_str().unwrap_or_default();
+    let status = coordinator.and_then(|coordinator| coordinator.status.as_ref());
+    if let Some(status) = status.filter(|status| status.now.state == State::GaveUp) {
+        let model = &status.now.model;
         hints.push(format!("once the cause is gone, `tightwad swap {model}` tries again"));
     }
     let mut builds: Vec<&str> = seen
@@ -355,7 +359,7 @@ fn table(seen: &Overview) -> String {
     if let Some(coordinator) = &seen.coordinator {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
-            Some(told) => of_coordinator(told, &seen.workers, &mut line),
+            Some(status) => of_coordinator(status, &seen.workers, &mut line),
             None if coordinator.absent() => line("", "not running"),
             None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
         }
@@ -376,7 +380,7 @@ fn table(seen: &Overview) -> String {
     }
     if let Some(proxy) = &seen.proxy {
         match &proxy.status {
-            Some(told) => of_proxy(&proxy.url, told, &mut line),
+            Some(report) => of_proxy(&proxy.url, report, &mut line),
             None if proxy.absent() => line("proxy", &format!("{}: not running", proxy.url)),
             None => line("proxy", proxy.problem.as_deref().unwrap_or("no answer")),
         }
@@ -387,44 +391,47 @@ fn table(seen: &Overview) -> String {
     text
 }
 
-fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
-    line("proxy", &format!("{url}{}", status::activity(told)));
-    let well = |server: &Value| if server["healthy"] == true { "healthy" } else { "down" };
-    let drafts = told["drafts"].as_array().into_iter().flatten();
-    let mut servers = vec![format!("target {}", well(&told["target"]))];
+fn of_proxy(url: &str, report: &ProxyReport, line: &mut impl FnMut(&str, &str)) {
+    let status = &report.status;
+    let activity = status::activity(status, report.tokens_per_second);
+    line("proxy", &format!("{url}{activity}"));
+    let well = |server: &ServerStatus| if server.healthy { "healthy" } else { "down" };
+    let drafts = status.drafts.iter().map(|draft| &draft.server);
+    let mut servers = vec![format!("target {}", well(&status.target))];
     servers.extend(drafts.map(|draft| format!("draft {}", well(draft))));
-    servers.push(format!("verification {}", status::verification(told)));
+    servers.push(format!("verification {}", status::verification(status)));
     line("", &servers.join(", "));
-    if let Some(counts) = status::Counts::of(told).describe() {
+    if let Some(counts) = status::Counts::of(&status.counts).describe() {
         line("", &counts);
     }
 }
 
-fn of_coordinator(told: &Value, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
-    let mut told = told.clone();
-    let problem = told["problem"].as_str().unwrap_or_default();
+fn of_coordinator(status: &Status, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
+    let mut step = Step::of(&status.now, status.load);
+    let problem = step.problem.as_deref().unwrap_or_default();
     let mut down = workers.iter().filter(|worker| worker.problem().is_some());
     // What is wrong with a worker stands below, with the worker.
     if down.any(|worker| problem.contains(&format!("worker {} ", worker.name))) {
-        told["problem"] = "a worker is down".into();
+        step.problem = Some("a worker is down".to_owned());
     }
-    let step = Step::of(&told);
-    let progress = told["progress"].as_f64().filter(|_| step.progress.is_some());
+    let Description {
+        doing,
+        progress,
+        detail,
+    } = Description::of(&step);
     let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
-    let since = told["state_seconds"]
-        .as_f64()
+    let since = status
+        .state_seconds
         .map(|seconds| format!(", for {}", duration(seconds)));
     let (percent, since) = (percent.unwrap_or_default(), since.unwrap_or_default());
-    line("", &format!("{}{percent}{}{since}", step.doing, step.detail));
-    let number = |name: &str| told[name].as_u64().unwrap_or_default();
-    let running = count(number("running"), "answer runs", "answers run");
-    let waiting = count(number("waiting"), "request waits", "requests wait");
+    line("", &format!("{doing}{percent}{detail}{since}"));
+    let running = count(status.now.running as u64, "answer runs", "answers run");
+    let waiting = count(status.now.waiting as u64, "request waits", "requests wait");
     line("", &format!("{running}, {waiting}"));
-    for device in told["devices"].as_array().into_iter().flatten() {
-        line("", device.as_str().unwrap_or_default());
+    for device in &status.devices {
+        line("", device);
     }
-    let failed = &told["last_failure"];
-    if let (Some(model), Some(why)) = (failed["model"].as_str(), failed["why"].as_str()) {
+    if let Some(Failed { model, why }) = &status.now.last_failure {
         line("", &format!("the last swap failed: `{model}`: {why}"));
     }
 }

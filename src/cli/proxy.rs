@@ -163,7 +163,7 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     print_report(&answer, json, |answer| {
         fitted(&status::table(&url, answer), status::INDENT)
     })?;
-    status::verdict(&answer)
+    status::verdict(&answer.status)
 }
 
 #[cfg(test)]

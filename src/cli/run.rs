@@ -2,11 +2,12 @@
 
 use tokio_util::sync::CancellationToken;
 
-use super::coordinator::Step;
+use super::coordinator::Description;
 use super::exit::{Exit, Failure};
 use super::pid_file::PidFile;
 use super::{coordinator, pid_file, plan, proxy, server_status, signals};
 use crate::cluster;
+use crate::cluster::coordinator::status::Status;
 use crate::cluster::gguf::ModelFile;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server, local_key};
@@ -89,8 +90,8 @@ async fn coordinator(
     );
     let tell = {
         let notifier = notifier.clone();
-        move |status: &serde_json::Value| {
-            notifier.status(&Step::of(status).to_string());
+        move |status: &Status| {
+            notifier.status(&Description::of_status(status).to_string());
             // Whoever comes before its model is loaded waits, or is told how far that is.
             notifier.ready();
         }
@@ -179,10 +180,7 @@ fn with_local_key(role: Role, server: &Server) -> Result<Server, Failure> {
         return Ok(server.clone());
     }
     let local = local_key::obtain()?;
-    tracing::info!(
-        "the {role} asks its clients for the key in {}",
-        local.path.display()
-    );
+    tracing::info!("the {role} asks its clients for the key in {}", local.path.display());
     Ok(Server {
         api_key: Some(local.key),
         ..server.clone()

@@ -4,14 +4,14 @@ use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use super::exit::{Exit, Failure};
 use super::pid_file;
 use super::status::MOST_BYTES;
 use crate::config::{self, Config, Secret, Server};
 use crate::http;
+use crate::proxy::status::Status;
 use crate::upstream::chat::{client, unreachable};
 
 /// A llama-server to ask.
@@ -46,6 +46,13 @@ pub struct SeenServer {
     /// Its slots, and how many of them are answering a request; `None` where it did not say in time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slots: Option<Slots>,
+}
+
+/// A slot, as llama-server lists it.
+#[derive(Debug, Deserialize)]
+struct Slot {
+    #[serde(default)]
+    is_processing: bool,
 }
 
 /// The slots of a llama-server.
@@ -174,11 +181,10 @@ impl Asked {
         if let Some(key) = &self.key {
             request = request.bearer_auth(key.expose());
         }
-        let slots: Value = http::client::json(request.send().await.ok()?, MOST_BYTES).await.ok()?;
-        let slots = slots.as_array()?;
+        let slots: Vec<Slot> = http::client::json(request.send().await.ok()?, MOST_BYTES).await.ok()?;
         Some(Slots {
             all: slots.len(),
-            busy: slots.iter().filter(|slot| slot["is_processing"] == true).count(),
+            busy: slots.iter().filter(|slot| slot.is_processing).count(),
         })
     }
 }
@@ -214,10 +220,9 @@ impl SeenServer {
 
     /// Whether a proxy reaches it that this host does not: the proxy may run where the server listens on loopback.
     #[must_use]
-    pub fn is_healthy_for(&self, proxy: &Value) -> bool {
-        let is_this = |server: &&Value| server["url"].as_str().map(|url| url.trim_end_matches('/')) == Some(&*self.url);
-        let drafts = proxy["drafts"].as_array().into_iter().flatten();
-        let mut known = drafts.chain([&proxy["target"]]).filter(is_this);
-        known.any(|server| server["healthy"] == true)
+    pub fn is_healthy_for(&self, proxy: &Status) -> bool {
+        let drafts = proxy.drafts.iter().map(|draft| &draft.server);
+        let mut known = drafts.chain([&proxy.target]);
+        known.any(|server| server.healthy && server.url.trim_end_matches('/') == self.url)
     }
 }

@@ -9,16 +9,18 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::coordinator::{self, Client, Step};
+use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::print_line;
 use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
+use crate::cluster::coordinator::status::Status;
+use crate::cluster::swap::State;
 use crate::config::{Config, Coordinator, Loaded};
 use crate::observe::log::Format;
 use crate::supervise::{notify, preflight};
@@ -215,9 +217,8 @@ async fn listen(section: &Coordinator) -> Result<(), Failure> {
 }
 
 /// The model of a coordinator that runs, if it is the wanted one.
-fn runs_already(status: &Value, wanted: Option<&str>) -> Result<String, Failure> {
-    let coming = status["next"].as_str().or_else(|| status["model"].as_str());
-    let model = coming.unwrap_or_default();
+fn runs_already(status: &Status, wanted: Option<&str>) -> Result<String, Failure> {
+    let model = &**status.now.next.as_ref().unwrap_or(&status.now.model);
     match wanted.filter(|wanted| *wanted != model) {
         None => Ok(model.to_owned()),
         Some(wanted) => Err(Failure::new(
@@ -242,33 +243,30 @@ async fn follow(
             return Err(ended(status).into());
         }
         match client.status(PATIENCE).await {
-            Ok(told) => {
-                let state = told["state"].as_str().unwrap_or_default();
-                let Step {
+            Ok(status) => {
+                let Description {
                     doing,
                     progress,
                     detail,
-                } = Step::of(&told);
-                match state {
-                    "ready" => return Ok(()),
-                    "gave-up" => {
-                        let lines = told["last_lines"].as_array().into_iter().flatten();
-                        let lines: Vec<String> = lines.filter_map(|line| line.as_str().map(str::to_owned)).collect();
+                } = Description::of_status(&status);
+                match (status.now.state, &status.now.problem) {
+                    (State::Ready, _) => return Ok(()),
+                    (State::GaveUp, _) => {
+                        let lines = &status.last_lines;
                         return Err(Unserved {
                             failure: Failure::new(Exit::ChildGaveUp, doing),
                             last_lines: lines[lines.len().saturating_sub(LINES)..].to_vec(),
                             log: None,
                         });
                     }
-                    "loading" | "draining" => blocked = None,
-                    _ if told["problem"].is_string() => {
+                    (State::Loading | State::Draining, _) => blocked = None,
+                    (_, Some(problem)) => {
                         let since = *blocked.get_or_insert_with(Instant::now);
                         if since.elapsed() >= patience {
-                            let problem = told["problem"].as_str().unwrap_or_default();
-                            return Err(Failure::new(Exit::Unreachable, problem).into());
+                            return Err(Failure::new(Exit::Unreachable, problem.as_str()).into());
                         }
                     }
-                    _ => {}
+                    (_, None) => {}
                 }
                 steps.show(&doing, progress, &detail);
             }

@@ -25,7 +25,7 @@ pub async fn stop(config: &Config) -> Result<(), Failure> {
     let client = Client::new(section)?;
     // A coordinator that is ending takes no more questions, so this is the last chance.
     let before = client.status(PATIENCE).await;
-    let running = before.as_ref().ok().and_then(|told| told["running"].as_u64());
+    let running = before.as_ref().ok().map(|status| status.now.running);
     let waiting = running.filter(|running| *running > 0).map_or_else(
         || "stopping the coordinator".to_owned(),
         |running| {

@@ -3,14 +3,15 @@
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::timeout;
 
-use super::coordinator::{self, Client, Step};
+use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::{print, print_line};
 use super::progress::Steps;
 use super::{plan, signals};
+use crate::cluster::coordinator::status::{Step, SwapError, SwapLine};
 use crate::config::{Config, is_loopback, is_wildcard};
 use crate::upstream::chat::{refused, unreachable};
 
@@ -45,21 +46,21 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     let client = Client::new(section)?;
     let began = Instant::now();
     let mut steps = Steps::new();
-    let mut last = Value::Null;
+    let mut last = None;
     let outcome = tokio::select! {
         outcome = follow(&client, model, options.json, &mut steps, &mut last) => Some(outcome),
         () = stop.cancelled() => None,
     };
     steps.end();
-    match outcome.unwrap_or_else(|| Err(interrupted(model, &last))) {
+    match outcome.unwrap_or_else(|| Err(interrupted(model, last.as_ref()))) {
         Ok(()) if options.json => Ok(()),
         Ok(()) => {
             let (url, seconds) = (client.url(), began.elapsed().as_secs_f32());
             print_line(format_args!("`{model}` is served at {url}/v1 after {seconds:.1} s"))
         }
         Err(mut failure) if failure.exit == Exit::ChildGaveUp => {
-            if let Ok(told) = client.status(PATIENCE).await {
-                let now = Step::of(&told).doing;
+            if let Ok(status) = client.status(PATIENCE).await {
+                let now = Description::of_status(&status).doing;
                 failure.message = format!("{}; now {now}", failure.message);
             }
             // The coordinator tells the reason in words only. Its own host can see two of them.
@@ -76,8 +77,8 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
 }
 
 /// What Ctrl-C leaves behind after this step: who hangs up takes the command back until the old model is stopped.
-fn interrupted(model: &str, last: &Value) -> Failure {
-    let message = match last["model"].as_str() {
+fn interrupted(model: &str, last: Option<&Step>) -> Failure {
+    let message = match last.map(|step| &*step.model) {
         Some(now) if now == model => {
             format!("interrupted; `{model}` goes on to load without you: see `tightwad status`")
         }
@@ -88,7 +89,13 @@ fn interrupted(model: &str, last: &Value) -> Failure {
 }
 
 /// Shows the steps of a swap; `last` is the last one.
-async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps, last: &mut Value) -> Result<(), Failure> {
+async fn follow(
+    client: &Client,
+    model: &str,
+    json: bool,
+    steps: &mut Steps,
+    last: &mut Option<Step>,
+) -> Result<(), Failure> {
     let request = client.post("/v1/tightwad/swap", &json!({ "model": model }));
     let hangs = |_| {
         let (url, seconds) = (client.url(), SILENCE.as_secs());
@@ -114,34 +121,35 @@ async fn follow(client: &Client, model: &str, json: bool, steps: &mut Steps, las
         lines.extend_from_slice(&more.map_err(|error| unreachable(client.url(), &error))?);
         while let Some(end) = lines.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = lines.drain(..=end).collect();
-            let told: Value = serde_json::from_slice(&line).unwrap_or_default();
+            let read = serde_json::from_slice(&line);
             if json {
                 print(line)?;
             }
-            if told["done"] == true {
-                return Ok(());
+            match read {
+                Ok(SwapLine::Done { .. }) => return Ok(()),
+                Ok(SwapLine::Failed { error }) => return Err(failure(&error)),
+                Ok(SwapLine::Step(step)) => {
+                    if !json {
+                        let step = Description::of(&step);
+                        steps.show(&step.doing, step.progress, &step.detail);
+                    }
+                    *last = Some(step);
+                }
+                // A line that only another version knows.
+                Err(_) => {}
             }
-            if let Some(failure) = failure(&told["error"]) {
-                return Err(failure);
-            }
-            if !json {
-                let step = Step::of(&told);
-                steps.show(&step.doing, step.progress, &step.detail);
-            }
-            *last = told;
         }
     }
     let message = format!("{} broke off while it swapped; see `tightwad status`", client.url());
     Err(Failure::new(Exit::Unreachable, message))
 }
 
-fn failure(error: &Value) -> Option<Failure> {
-    let message = error["message"].as_str()?;
-    let exit = match error["code"].as_str().unwrap_or_default() {
+fn failure(error: &SwapError) -> Failure {
+    let exit = match error.code.as_str() {
         "model_not_found" => Exit::Config,
         "model_failed" => Exit::ChildGaveUp,
         "shutting_down" => Exit::NotRunning,
         _ => Exit::Other,
     };
-    Some(Failure::new(exit, message))
+    Failure::new(exit, error.message.as_str())
 }

@@ -17,7 +17,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::count::count;
 use crate::supervise::restart::{self, Decision, Restarts};
@@ -256,7 +256,7 @@ enum Next {
 }
 
 /// What the phase is called in the status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Nothing runs; it will be tried again.
@@ -277,6 +277,9 @@ pub enum State {
     Freeing,
     /// The end.
     Stopped,
+    /// A state that only another version of the coordinator knows. This one reads it and never takes it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl fmt::Display for State {
@@ -291,12 +294,13 @@ impl fmt::Display for State {
             Self::Stopping => "stopping",
             Self::Freeing => "freeing",
             Self::Stopped => "stopped",
+            Self::Unknown => "unknown",
         })
     }
 }
 
 /// What is told about the machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Where it stands.
     pub state: State,
@@ -307,19 +311,22 @@ pub struct Snapshot {
     /// The model that is being checked beside it.
     pub checking: Option<Name>,
     /// Answers that run.
+    #[serde(default)]
     pub running: usize,
     /// Requests that wait.
+    #[serde(default)]
     pub waiting: usize,
     /// Why nothing runs.
     pub problem: Option<String>,
     /// The last swap that failed.
     pub last_failure: Option<Failed>,
     /// Starts so far, as a number that only grows.
+    #[serde(default)]
     pub epoch: u64,
 }
 
 /// A model that another one was to give way to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failed {
     /// Which.
     pub model: Name,

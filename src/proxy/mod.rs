@@ -32,7 +32,7 @@ mod router;
 mod running;
 mod server;
 mod settings;
-mod status;
+pub mod status;
 pub(crate) mod target;
 pub(crate) mod token;
 pub(crate) mod usage;

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `front`, `stream` | the public port: forwards byte for byte; lets requests wait |
 //! | `own` | the endpoints that are answered here |
+//! | `status` | the status and the steps of a swap as JSON |
 //! | `problem` | everything that can go wrong, as HTTP |
 //! | `pool` | what the front and the driver share |
 //! | `driver` | does what the machine in [`super::swap`] says |
@@ -20,6 +21,7 @@ mod pool;
 mod prepare;
 mod problem;
 mod server;
+pub mod status;
 mod stream;
 mod workers;
 
@@ -34,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use self::driver::Driver;
 use self::front::Front;
 use self::pool::Pool;
+use self::status::Status;
 use self::workers::Workers;
 use super::agent_client::AgentError;
 use super::swap::{Rules, Swap};
@@ -68,7 +71,7 @@ pub async fn serve(
     listener: TcpListener,
     config: Config,
     model: Option<&str>,
-    tell: impl Fn(&serde_json::Value),
+    tell: impl Fn(&Status),
     stop: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator.clone().ok_or(CoordinatorError::NoSection)?;
@@ -123,11 +126,11 @@ pub async fn serve(
 }
 
 /// Tells the status again and again, for ever.
-async fn tell_all(pool: &Pool, tell: impl Fn(&serde_json::Value)) {
+async fn tell_all(pool: &Pool, tell: impl Fn(&Status)) {
     let mut reports = pool.reports();
     loop {
         reports.mark_unchanged();
-        tell(&own::status_of(pool));
+        tell(&Status::of(pool.report()));
         if reports.changed().await.is_err() {
             return std::future::pending().await;
         }

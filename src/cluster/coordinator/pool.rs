@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use axum::http::HeaderValue;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::load::Load;
@@ -193,21 +193,17 @@ impl Life {
 }
 
 /// All that is told, from memory.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub(super) struct Report {
     /// The machine's own words.
-    #[serde(flatten)]
     pub(super) now: Snapshot,
     /// How far the load is.
-    #[serde(flatten)]
     pub(super) load: Load,
     /// The server's process.
     pub(super) pid: Option<u32>,
     /// Since when `state` is as it is.
-    #[serde(skip)]
     pub(super) since: Instant,
     /// The server that takes requests.
-    #[serde(skip)]
     pub(super) life: Option<Arc<Life>>,
     /// In the order of the config.
     pub(super) workers: Vec<WorkerReport>,
@@ -220,13 +216,16 @@ pub(super) struct Report {
 }
 
 /// What is known of a worker.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub(super) struct WorkerReport {
-    pub(super) name: String,
-    /// `None`: it has no agent, so nobody can ask.
-    pub(super) up: Option<bool>,
-    pub(super) build: Option<String>,
-    /// Who has it.
-    pub(super) leased_by: Option<String>,
-    pub(super) problem: Option<String>,
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerReport {
+    /// Its name in the cluster file.
+    pub name: String,
+    /// Whether its agent answers; `None` for a worker without an agent.
+    pub up: Option<bool>,
+    /// Its build of llama.cpp.
+    pub build: Option<String>,
+    /// The coordinator that holds its lease.
+    pub leased_by: Option<String>,
+    /// Why it cannot be used.
+    pub problem: Option<String>,
 }
