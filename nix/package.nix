@@ -1,16 +1,16 @@
-# The program `tightwad`. It starts llama.cpp's programs, which it looks for on PATH or where the config says.
+# The program `tightwad`. It finds llama.cpp's programs on PATH, or at the paths in the config.
 { lib, rustPlatform }:
 let
   inherit (lib) fileset;
   manifest = lib.importTOML ../Cargo.toml;
 
-  # These read files of the repository that the program is not built from.
+  # Tests that read files of the repository outside of the package's source.
   ofTheRepository = [
     "nix.rs"
     "readme.rs"
     "scripts.rs"
   ];
-  # What declares the harness starts llama.cpp, and runs in the check `tests` instead.
+  # Tests with the harness start llama.cpp. They run in the check `tests` instead.
   startsLlamaCpp =
     file:
     let
