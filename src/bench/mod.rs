@@ -15,7 +15,7 @@
 mod contender;
 mod delay;
 mod measure;
-mod own_draft;
+mod native_draft;
 mod padding;
 mod prompts;
 mod report;
@@ -25,7 +25,7 @@ mod verify;
 pub use contender::{Contender, Mode};
 pub use delay::{Relay, RelayError};
 pub use measure::{Measurements, Plan, Progress, Sample, measure};
-pub use own_draft::{OwnDraft, OwnDraftError, Pair, Tried};
+pub use native_draft::{OwnDraft, OwnDraftError, Pair, Tried};
 pub use padding::pad;
 pub use prompts::{Prompt, PromptError};
 pub use report::{Acceptance, Comparison, Figures, Group};

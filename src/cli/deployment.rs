@@ -5,8 +5,8 @@ use std::time::Duration;
 use clap::Args;
 use tokio::net::TcpListener;
 
+use super::embedded_proxy::{OwnProxy, why_undrafted};
 use super::exit::{Exit, Failure};
-use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream, local_key};
 use crate::upstream::{ChatError, ChatServer, LlamaServer, UpstreamError};
@@ -45,7 +45,7 @@ pub struct Deployment {
     pub is_llama_server: bool,
     /// Why answers will not be drafted; `None` when they will be.
     pub undrafted: Option<String>,
-    own_proxy: Option<OwnProxy>,
+    embedded_proxy: Option<OwnProxy>,
     // they relay as long as they live
     _relays: Vec<Relay>,
 }
@@ -95,7 +95,7 @@ impl Deployment {
 
         let section = config.and_then(|config| config.proxy.clone()).unwrap_or_default();
         let model = target.model_name.clone();
-        let (proxy, own_proxy) = if let Some(url) = &servers.proxy {
+        let (proxy, embedded_proxy) = if let Some(url) = &servers.proxy {
             (ChatServer::new(url.trim_end_matches('/'), None, model)?, None)
         } else if delay.is_some() || servers.target.is_some() || !servers.draft.is_empty() {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
@@ -114,7 +114,7 @@ impl Deployment {
             let url = config::local_url(&section.host, section.port);
             (ChatServer::new(url, section.token()?, model)?, None)
         };
-        let patience = if own_proxy.is_some() {
+        let patience = if embedded_proxy.is_some() {
             STARTING_PATIENCE
         } else {
             RUNNING_PATIENCE
@@ -143,14 +143,14 @@ impl Deployment {
             target: llama_server,
             is_llama_server,
             undrafted,
-            own_proxy,
+            embedded_proxy,
             _relays: relays,
         })
     }
 
     /// Ends what runs in this process.
     pub async fn close(self) -> Result<(), Failure> {
-        match self.own_proxy {
+        match self.embedded_proxy {
             Some(proxy) => proxy.close().await,
             None => Ok(()),
         }

@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::bench::show;
 use super::deployment::{Deployment, Servers};
+use super::embedded_proxy::{answers_in_rounds, why_undrafted};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::own_proxy::{answers_in_rounds, why_undrafted};
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};

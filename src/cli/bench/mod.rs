@@ -9,9 +9,9 @@ use futures_util::TryFutureExt;
 use serde::Serialize;
 
 use super::deployment::{Deployment, Servers};
+use super::embedded_proxy::urls_of_drafts_down;
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::own_proxy::urls_of_drafts_down;
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};

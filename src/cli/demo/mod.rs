@@ -10,8 +10,8 @@ use clap::Args;
 use futures_util::TryFutureExt;
 use tokio_util::sync::CancellationToken;
 
+use super::embedded_proxy::{OwnProxy, why_undrafted};
 use super::exit::{Exit, Failure};
-use super::own_proxy::{OwnProxy, why_undrafted};
 use super::progress::Countdown;
 use super::signals::{self, unless_stopped};
 use super::{bench, progress, proxy};
@@ -99,13 +99,13 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
         }],
         ..section
     };
-    let own_proxy = OwnProxy::start(listener, section)?;
+    let embedded_proxy = OwnProxy::start(listener, section)?;
     let equal = compare(options, (&target_url, &key), &url, &stop).await?;
     if !options.once {
         serve_on(&url, &mut services, &stop).await?;
     }
     // The proxy first, so that its last answers still find their servers.
-    own_proxy.close().await?;
+    embedded_proxy.close().await?;
     for (_, service) in services {
         service.stop().await;
     }
