@@ -1,4 +1,4 @@
-//! `tightwad benchmark`: how fast the coordinator that runs is.
+//! `tightwad benchmark`: measures the speed of the running coordinator.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -14,36 +14,35 @@ use crate::count::count;
 
 pub const EXAMPLES: &str = "\
 Example: tightwad benchmark --prompt-sizes 512,4096 --batch 1,4 --json
-The server's own clock measures. Prompts are cold: none of them is in a cache. Others who use the pool meanwhile slow it
-down.";
+The times are those of the server. No prompt is in a cache. Other requests at the same time make the pool slower.";
 
-/// It answers that from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time limit for the status, which the coordinator answers from memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What `tightwad benchmark` is asked.
+/// Options of `tightwad benchmark`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Lengths of the prompts in tokens.
+    /// Lengths of the prompts in tokens
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "64,512,2048")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     prompt_sizes: Vec<u32>,
-    /// How many requests are answered at once.
+    /// Numbers of parallel requests
     #[arg(long, value_name = "REQUESTS", value_delimiter = ',', default_value = "1,2,4,8")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     batch: Vec<u16>,
-    /// Tokens of each answer.
+    /// Tokens per answer
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
-    /// All of it as JSON.
+    /// Print everything as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Measures and shows.
+/// Measures and prints the figures.
 pub async fn benchmark(config: &Config, options: &Options) -> Result<(), Failure> {
     let section = coordinator::section(config)?;
     let client = Client::new(section)?;
-    let status = client.status(PATIENCE).await?;
+    let status = client.status(STATUS_TIMEOUT).await?;
     if status.now.state != State::Ready {
         let doing = Description::of_status(&status).doing;
         let message = format!("not ready: {doing}; see `tightwad status`");

@@ -1,4 +1,4 @@
-//! The coordinator of the config, as the commands that start, stop, swap and ask it see it.
+//! Client of the coordinator, for the commands `start`, `stop`, `status`, `swap` and `benchmark`, and its steps in words.
 
 use std::fmt;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::cluster::swap::State;
 use crate::config::{self, Config, Coordinator, Secret};
 use crate::upstream::chat::{client, refused, unreachable};
 
-/// The section, which the pool's commands need.
+/// The section `coordinator`, or a failure that names it.
 pub fn section(config: &Config) -> Result<&Coordinator, Failure> {
     config
         .coordinator
@@ -22,12 +22,12 @@ pub fn section(config: &Config) -> Result<&Coordinator, Failure> {
         .ok_or_else(|| CoordinatorError::NoSection.into())
 }
 
-/// A host may run several coordinators, but only one per port.
+/// Name of the pid file. A host may run several coordinators, but only one per port.
 pub fn pid_name(section: &Coordinator) -> String {
     format!("coordinator-{}", section.port)
 }
 
-/// Asks a coordinator that runs.
+/// Client of a running coordinator.
 #[derive(Debug, Clone)]
 pub struct Client {
     url: String,
@@ -50,12 +50,12 @@ impl Client {
         &self.url
     }
 
-    /// What clients send.
+    /// The key that clients send.
     pub fn key(&self) -> Option<&Secret> {
         self.key.as_ref()
     }
 
-    /// How it is.
+    /// Its status.
     pub async fn status(&self, patience: Duration) -> Result<Received<Status>, Failure> {
         let url = format!("{}/v1/tightwad/status", self.url);
         let request = self.authorized(self.http.get(url)).timeout(patience);
@@ -77,12 +77,12 @@ impl Client {
         })
     }
 
-    /// A POST.
+    /// A POST request.
     pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {
         self.authorized(self.http.post(format!("{}{path}", self.url)).json(body))
     }
 
-    /// Nobody answers.
+    /// The failure for a request without an answer.
     pub fn silent(&self, error: &reqwest::Error) -> Failure {
         if error.is_connect() && !error.is_timeout() {
             let message = format!("no coordinator runs at {}; start it with `tightwad start`", self.url);
@@ -102,7 +102,7 @@ impl Client {
 /// A step of the coordinator in words.
 #[derive(Debug, PartialEq)]
 pub struct Description {
-    /// What the coordinator does, and why not more.
+    /// The current action of the coordinator, with the problem if there is one.
     pub doing: String,
     /// Progress of that, from 0 to 1.
     pub progress: Option<f64>,
@@ -111,12 +111,12 @@ pub struct Description {
 }
 
 impl Description {
-    /// What the coordinator does now.
+    /// Describes the current step.
     pub fn of_status(status: &Status) -> Self {
         Self::of(&Step::of(&status.now, status.load))
     }
 
-    /// What it does in this step.
+    /// Describes a step.
     pub fn of(step: &Step) -> Self {
         let (state, model) = (step.state, &step.model);
         let problem = step.problem.as_ref().map(|problem| format!(": {problem}"));
@@ -130,7 +130,7 @@ impl Description {
                 Some(next) => format!("finishing the running answers of `{model}` before `{next}` comes"),
                 None => format!("finishing the running answers of `{model}`"),
             },
-            // The model is named after its successor by now.
+            // `model` is the next model by now, so it is not named.
             (State::Stopping, _) => "stopping the llama-server".to_owned(),
             (State::Freeing, _) => "freeing the workers' memory".to_owned(),
             (State::Down, _) if problem.is_empty() => format!("about to start `{model}`"),

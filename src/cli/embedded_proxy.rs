@@ -1,4 +1,4 @@
-//! A proxy inside of this process, for measurements.
+//! A proxy inside of this process, for measurements. Also waits until any proxy can draft.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,24 +16,24 @@ use crate::engine::{DraftStatus, Engine, Verification};
 use crate::proxy::status::Status;
 use crate::upstream::{ChatError, ChatServer};
 
-/// Pause between two looks at a proxy that has not found out yet what its servers can.
-const POLL: Duration = Duration::from_millis(100);
-/// A proxy that has just met its servers measures them for about so long at most.
-const MEASURING: Duration = Duration::from_secs(20);
-/// Time after which a proxy that still probes its servers says so.
-const SILENCE: Duration = Duration::from_secs(1);
-/// How long a proxy's status may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Interval between status requests while the proxy probes its servers.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Time limit for the measurements of a proxy that has just found its servers.
+const MEASURING_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time before the first message about a wait.
+const FIRST_MESSAGE_AFTER: Duration = Duration::from_secs(1);
+/// Time limit for a proxy's status.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running proxy.
 #[derive(Debug)]
-pub struct OwnProxy {
+pub struct EmbeddedProxy {
     stop: CancellationToken,
     serving: JoinHandle<Result<(), Failure>>,
 }
 
-impl OwnProxy {
-    /// Serves on `listener` as the section says.
+impl EmbeddedProxy {
+    /// Starts a proxy on `listener` with the settings of the section.
     pub fn start(listener: TcpListener, section: config::Proxy) -> Result<Self, Failure> {
         let engine: Arc<Engine> = proxy::start_engine(&section)?;
         let stop = CancellationToken::new();
@@ -51,10 +51,10 @@ impl OwnProxy {
     }
 }
 
-/// Waits until the proxy can draft with any of its drafters and has measured its servers, for at most `patience`, or until it
-/// knows its target and has no draft at all; then the reason why it cannot.
+/// Waits until the proxy can draft and has measured its servers. Returns the reason if it cannot draft within `patience`, or if it has no
+/// draft at all.
 ///
-/// While it waits it says so on stderr, once for each reason.
+/// Prints each reason for the wait once on stderr.
 pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Option<String>, ChatError> {
     let began = tokio::time::Instant::now();
     let line = Line::new();
@@ -65,7 +65,7 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
         };
         let verifies = status.verification != Verification::None;
         let reason = status.reason.clone().or_else(|| drafts_down(&status));
-        let measuring = status.measuring && began.elapsed() < MEASURING.max(patience);
+        let measuring = status.measuring && began.elapsed() < MEASURING_TIMEOUT.max(patience);
         let hopeless = status.target.healthy && status.drafts.is_empty() && reason.is_some();
         if !measuring && verifies && reason.is_none() {
             return Ok(None);
@@ -79,12 +79,12 @@ pub async fn why_undrafted(proxy: &ChatServer, patience: Duration) -> Result<Opt
             let reason = reason.as_deref().unwrap_or("the servers do not answer yet");
             format!("waiting for at most {} s: {reason}", patience.as_secs())
         };
-        // What comes right at once needs no words.
-        if began.elapsed() >= SILENCE && said.as_ref() != Some(&waits) {
+        // A short wait needs no message.
+        if began.elapsed() >= FIRST_MESSAGE_AFTER && said.as_ref() != Some(&waits) {
             line.tell(&waits);
             said = Some(waits);
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -95,7 +95,7 @@ pub async fn urls_of_drafts_down(proxy: &ChatServer) -> Result<Vec<String>, Chat
     Ok(down.into_iter().map(str::to_owned).collect())
 }
 
-/// What is wrong with the drafters, if that is so of all that there are.
+/// The problems of the drafters, if all of them have one.
 fn drafts_down(status: &Status) -> Option<String> {
     let problem = |draft: &DraftStatus| {
         let server = &draft.server;
@@ -105,15 +105,15 @@ fn drafts_down(status: &Status) -> Option<String> {
     (!problems.is_empty()).then(|| problems.join(", "))
 }
 
-/// Whether the proxy answers in rounds, which it does for no request that wants to know token ids.
+/// Whether the proxy answers in rounds. Such a proxy sends no token ids.
 pub async fn answers_in_rounds(proxy: &ChatServer) -> Result<bool, ChatError> {
     let status = fetch(proxy).await?;
     Ok(status.is_some_and(|status| matches!(status.verification, Verification::FanOut | Verification::Scored)))
 }
 
-/// Its status; `None` of a server that is no proxy of ours.
+/// The status of the proxy; `None` if the server is not a Tightwad proxy.
 async fn fetch(proxy: &ChatServer) -> Result<Option<Status>, ChatError> {
-    match proxy.get("/v1/tightwad/status", PATIENCE).await {
+    match proxy.get("/v1/tightwad/status", STATUS_TIMEOUT).await {
         Ok(status) => Ok(serde_json::from_str(&status).ok()),
         Err(ChatError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(None),
         Err(error) => Err(error),

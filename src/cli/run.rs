@@ -1,4 +1,4 @@
-//! `tightwad run …`: this host's part, in the foreground.
+//! `tightwad run …`: runs a part of the cluster in the foreground until Ctrl-C or SIGTERM, and reports its state to systemd.
 
 use tokio_util::sync::CancellationToken;
 
@@ -12,27 +12,27 @@ use crate::cluster::gguf::ModelFile;
 use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server, local_key};
 use crate::supervise::command::Role;
-use crate::supervise::notify::{Notifier, Words};
+use crate::supervise::notify::{Notifier, StatusLines};
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
 
-/// What a host can run.
+/// A part of the cluster that a host can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Part {
-    /// The llama-server with the big model.
+    /// The llama-server with the big model
     Target,
-    /// The llama-server with the small model.
+    /// The llama-server with the small model
     Draft,
-    /// The OpenAI-compatible endpoint.
+    /// The OpenAI-compatible endpoint
     Proxy,
-    /// The endpoint over the workers' GPUs.
+    /// The endpoint over the workers' GPUs
     Coordinator,
-    /// The GPUs that this host lends to a coordinator.
+    /// The GPUs that this host lends to a coordinator
     Worker,
 }
 
-/// Runs it until Ctrl-C or SIGTERM, and tells systemd how it goes.
-/// `name` says which worker, or the coordinator's first model.
+/// Runs the part until Ctrl-C or SIGTERM, and reports its state to systemd. `name` is that of the worker, or of the coordinator's first
+/// model.
 pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
     if let (Some(name), Part::Target | Part::Draft | Part::Proxy) = (name, part) {
@@ -75,7 +75,7 @@ async fn coordinator(
     let _claim = pid_file::claim(&coordinator::pid_name(section), &what, "tightwad stop")?;
     let listener = proxy::listen_at(&section.host, section.port).await?;
     notifier.status(&format!("checking `{}`", first.0));
-    // It may ask a GPU that wakes up.
+    // This may take long, because a GPU driver may have to wake up.
     match stop
         .run_until_cancelled(plan::could_ever_fit(config, section, first))
         .await
@@ -92,7 +92,7 @@ async fn coordinator(
         let notifier = notifier.clone();
         move |status: &Status| {
             notifier.status(&Description::of_status(status).to_string());
-            // Whoever comes before its model is loaded waits, or is told how far that is.
+            // Ready before the model is loaded: requests wait, or get the progress of the load.
             notifier.ready();
         }
     };
@@ -105,7 +105,7 @@ async fn worker(
     notifier: &Notifier,
     stop: CancellationToken,
 ) -> Result<(), Failure> {
-    // Whose addresses are names may have to wait for them.
+    // Host names in the config may take time to resolve.
     let Some(own) = stop.run_until_cancelled(own_entry(config, name)).await else {
         return Ok(());
     };
@@ -134,14 +134,14 @@ async fn server(
         .as_ref()
         .map(|proxy| proxy.max_draft_tokens)
         .unwrap_or_default();
-    let words = Words {
+    let words = StatusLines {
         starting: format!("loading {}", model.0),
         serving: format!("{} serves", model.0),
     };
     notifier.status(&words.starting);
     let server = &with_local_key(role, server)?;
     let prepared = preflight::llama_server(role, &config.binaries, server, model, drafts);
-    // It may ask a GPU that wakes up.
+    // This may take long, because a GPU driver may have to wake up.
     let Some(launch) = stop.run_until_cancelled(prepared).await else {
         return Ok(());
     };
@@ -160,7 +160,7 @@ async fn server(
     Ok(ended?)
 }
 
-/// llama-server gives each slot no more than that, and says so in its own words only.
+/// Warns of a context that is longer than the model was trained for. llama-server cuts it without a clear message.
 fn warn_of_context((name, model): (&str, &config::Model)) {
     let trained = ModelFile::read(&model.path)
         .ok()
@@ -174,7 +174,7 @@ fn warn_of_context((name, model): (&str, &config::Model)) {
     }
 }
 
-/// The section with the key that this host's roles share, if it has none and listens on a loopback address.
+/// The section, with the shared key of this host if it has no key and listens on a loopback address.
 fn with_local_key(role: Role, server: &Server) -> Result<Server, Failure> {
     if !server.asks_local_key() {
         return Ok(server.clone());

@@ -1,4 +1,4 @@
-//! The proxy's status, fetched and shown.
+//! Fetches the proxy's status and shows it to people. `tightwad status`, `proxy status` and `chat` use it.
 
 use std::time::Duration;
 
@@ -15,14 +15,14 @@ use crate::proxy::status::{Measured, Status, Sums};
 use crate::speculation::Outlook;
 use crate::upstream::chat::{client, refused, unreachable};
 
-/// Columns of the name that a line of a status begins with.
+/// Width of the first column of a status.
 pub const INDENT: usize = 14;
-/// How long the answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Longest status of a server; a proxy's holds its last 50 requests.
-pub const MOST_BYTES: usize = 4 << 20;
+/// Time limit for the status.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest status in bytes. That of a proxy holds its last 50 requests.
+pub const MAX_BYTES: usize = 4 << 20;
 
-/// Time between the two statuses that the speed of running requests follows from.
+/// Interval between the two statuses that give the speed of running requests.
 const SPEED_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A proxy's status, and the speed that two of them show.
@@ -69,7 +69,9 @@ fn speed(before: &Status, after: &Status) -> Option<f64> {
 
 /// Asks a proxy for its status.
 pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Received<Status>, Failure> {
-    let mut request = client()?.get(format!("{url}/v1/tightwad/status")).timeout(PATIENCE);
+    let mut request = client()?
+        .get(format!("{url}/v1/tightwad/status"))
+        .timeout(STATUS_TIMEOUT);
     if let Some(token) = token {
         request = request.bearer_auth(token.expose());
     }
@@ -84,7 +86,7 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Received<Status>
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         return Err(refused(url, response).await.into());
     }
-    let answer: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
+    let answer: Option<Value> = http::client::json(response, MAX_BYTES).await.ok();
     let report = answer.filter(|_| status.is_success()).and_then(Received::read);
     report.ok_or_else(|| {
         let message = format!(
@@ -96,7 +98,7 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Received<Status>
     })
 }
 
-/// The counts of drafting so far.
+/// Counts of drafting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     steps: u64,
@@ -117,7 +119,7 @@ impl Counts {
         }
     }
 
-    /// What was counted since an earlier look.
+    /// The counts since an earlier status.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
         Self {
@@ -128,7 +130,7 @@ impl Counts {
         }
     }
 
-    /// In words; `None` when nothing was drafted.
+    /// The counts in words; `None` if nothing was drafted.
     #[must_use]
     pub fn describe(self) -> Option<String> {
         (self.steps > 0 && self.drafted > 0).then(|| {
@@ -142,7 +144,7 @@ impl Counts {
     }
 }
 
-/// Whether the proxy can answer, and with all of its drafters. The target comes first: without it nothing is answered.
+/// Fails if the target is down, else if a drafter is down.
 pub fn verdict(status: &Status) -> Result<(), Failure> {
     if !status.target.healthy {
         let message =
@@ -169,13 +171,13 @@ pub fn drafts_down(status: &Status) -> Vec<&str> {
         .collect()
 }
 
-/// A line of a status: the name of a server, and what there is to say of it. Without a name the line continues the one before.
+/// A line of a status: the name of a server and a value. A line without a name continues the line before.
 #[must_use]
 pub fn line(name: &str, value: &str) -> String {
     format!("{name:<INDENT$}{value}\n")
 }
 
-/// The status for people.
+/// The status as a table.
 #[must_use]
 pub fn table(url: &str, report: &ProxyReport) -> String {
     let status = &report.status;
@@ -201,7 +203,7 @@ pub fn table(url: &str, report: &ProxyReport) -> String {
     text
 }
 
-/// `attached`, or `none` with the reason.
+/// The kind of verification, with the reason if there is one.
 #[must_use]
 pub fn verification(status: &Status) -> String {
     let how = status.verification.name();
@@ -222,7 +224,7 @@ fn drafting(status: &Status) -> String {
         .unwrap_or_else(|| nothing.to_owned())
 }
 
-/// How long the proxy has been up, how many requests it answers now, and how fast: `: up 3 min, 2 requests running, 61 tok/s`.
+/// Uptime, running requests and speed of the proxy: `: up 3 min, 2 requests running, 61 tok/s`.
 #[must_use]
 pub fn activity(status: &Status, tokens_per_second: Option<f64>) -> String {
     let Some(uptime) = status.uptime_seconds else {
@@ -238,7 +240,7 @@ pub fn activity(status: &Status, tokens_per_second: Option<f64>) -> String {
     format!(": {}", words.join(", "))
 }
 
-/// Seconds as people say them.
+/// A duration in seconds, minutes or hours.
 #[must_use]
 pub fn duration(seconds: f64) -> String {
     match seconds {
@@ -254,7 +256,7 @@ fn worth(outlook: &Outlook) -> Option<String> {
     let pays = if outlook.pays {
         ""
     } else {
-        "; it does not make the target faster now, so it is only tried now and then"
+        "; it does not make the target faster now, so it is tried only sometimes"
     };
     let turns = if outlook.drafter_rests {
         ", in turns with the target, whose device it shares"

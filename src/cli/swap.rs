@@ -1,4 +1,4 @@
-//! `tightwad swap`: another model over the same workers.
+//! `tightwad swap`: makes the coordinator run another model over the same workers, and shows each step.
 
 use std::time::{Duration, Instant};
 
@@ -17,27 +17,27 @@ use crate::upstream::chat::{refused, unreachable};
 
 pub const EXAMPLES: &str = "\
 Example: tightwad swap qwen3-72b --json | jq -c .state
-Exit codes: 0 it serves, 3 no such model, 6 the coordinator broke off, 7 none runs, 8 the model could not be started (on the
-coordinator's host 4 if its file is missing, 9 if it does not fit, 11 if its file is broken), 1 a later command asked for another one,
-130 Ctrl-C, which takes it back unless the old model is being stopped already.";
+Exit codes: 0 the model answers, 1 a later command asked for another model, 3 no such model, 6 the connection to the coordinator
+broke, 7 no coordinator is running, 8 the model could not be started (on the coordinator's host 4 if its file is missing, 9 if it
+does not fit, 11 if its file is broken), 130 Ctrl-C, which cancels the swap unless the old model is being stopped already.";
 
-/// It answers that from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time limit for the status, which the coordinator answers from memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A coordinator tells a step every two seconds, whatever goes on. One that is silent for so long hangs.
-const SILENCE: Duration = Duration::from_secs(7);
+/// Time limit for the next step. A coordinator sends a step at least every two seconds, so a silent one hangs.
+const STEP_TIMEOUT: Duration = Duration::from_secs(7);
 
-/// What `tightwad swap` is asked.
+/// Options of `tightwad swap`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Which of `models`.
+    /// Name of the model in `models`
     model: String,
-    /// Each step as a line of JSON; the last one has `done` or `error`.
+    /// Print each step as a line of JSON; the last line has `done` or `error`
     #[arg(long)]
     json: bool,
 }
 
-/// Makes the coordinator run another model and shows each step.
+/// Makes the coordinator run another model, and shows each step.
 pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let section = coordinator::section(config)?;
@@ -59,11 +59,11 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
             print_line(format_args!("`{model}` is served at {url}/v1 after {seconds:.1} s"))
         }
         Err(mut failure) if failure.exit == Exit::ChildGaveUp => {
-            if let Ok(status) = client.status(PATIENCE).await {
+            if let Ok(status) = client.status(STATUS_TIMEOUT).await {
                 let now = Description::of_status(&status).doing;
                 failure.message = format!("{}; now {now}", failure.message);
             }
-            // The coordinator tells the reason in words only. Its own host can see two of them.
+            // The coordinator sends the reason as text. On its own host this command can find out the exit code.
             if (is_loopback(&section.host) || is_wildcard(&section.host))
                 && let Err(seen) = plan::check(config, section, named).await
                 && matches!(seen.exit, Exit::File | Exit::BrokenModel | Exit::DoesNotFit)
@@ -76,7 +76,7 @@ pub async fn swap(config: &Config, options: &Options) -> Result<(), Failure> {
     }
 }
 
-/// What Ctrl-C leaves behind after this step: who hangs up takes the command back until the old model is stopped.
+/// The failure after Ctrl-C in this step. Closing the connection cancels the swap until the old model is stopped.
 fn interrupted(model: &str, last: Option<&Step>) -> Failure {
     let message = match last.map(|step| &*step.model) {
         Some(now) if now == model => {
@@ -88,7 +88,7 @@ fn interrupted(model: &str, last: Option<&Step>) -> Failure {
     Failure::new(Exit::Interrupted, message)
 }
 
-/// Shows the steps of a swap; `last` is the last one.
+/// Shows the steps of a swap, and keeps the last one in `last`.
 async fn follow(
     client: &Client,
     model: &str,
@@ -98,12 +98,12 @@ async fn follow(
 ) -> Result<(), Failure> {
     let request = client.post("/v1/tightwad/swap", &json!({ "model": model }));
     let hangs = |_| {
-        let (url, seconds) = (client.url(), SILENCE.as_secs());
+        let (url, seconds) = (client.url(), STEP_TIMEOUT.as_secs());
         let message =
             format!("the coordinator at {url} has said nothing for {seconds} s and seems to hang; restart it");
         Failure::new(Exit::Unreachable, message)
     };
-    let answer = timeout(SILENCE, request.send()).await.map_err(hangs)?;
+    let answer = timeout(STEP_TIMEOUT, request.send()).await.map_err(hangs)?;
     let answer = answer.map_err(|error| client.silent(&error))?;
     if answer.status() == reqwest::StatusCode::NOT_FOUND {
         let message = format!(
@@ -117,7 +117,7 @@ async fn follow(
     }
     let mut bytes = answer.bytes_stream();
     let mut lines = Vec::new();
-    while let Some(more) = timeout(SILENCE, bytes.next()).await.map_err(hangs)? {
+    while let Some(more) = timeout(STEP_TIMEOUT, bytes.next()).await.map_err(hangs)? {
         lines.extend_from_slice(&more.map_err(|error| unreachable(client.url(), &error))?);
         while let Some(end) = lines.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = lines.drain(..=end).collect();

@@ -1,4 +1,6 @@
-//! What can be seen from outside: the log, the metrics, the most recent requests.
+//! Makes the program visible from outside: the log, the metrics and the most recent requests.
+//!
+//! Nothing here changes an answer. The proxy writes to [`Observed`]; `/metrics` and the status read it.
 
 pub mod journal;
 pub mod log;
@@ -20,14 +22,14 @@ use crate::engine::Engine;
 pub enum Outcome {
     /// The whole answer went out.
     Finished,
-    /// The client went away, or we were told to stop, before the answer was complete.
+    /// The client left, or the proxy was stopped, before the answer was complete.
     Cancelled,
     /// It was refused, the target refused it, or the answer broke off.
     Failed,
 }
 
 impl Outcome {
-    /// As it is written in the log, the metrics and the status.
+    /// Name in the log, the metrics and the status.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -44,7 +46,7 @@ impl EncodeLabelValue for Outcome {
     }
 }
 
-/// Everything that is counted.
+/// All counts of a proxy.
 #[derive(Debug)]
 pub struct Observed {
     /// For Prometheus.
@@ -54,7 +56,7 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// Begins to count; what the engine counts by itself is read from it at each scrape.
+    /// Starts at zero. The engine's own counts are read from `engine` at each scrape.
     #[must_use]
     pub fn new(engine: &Arc<Engine>) -> Self {
         Self {
