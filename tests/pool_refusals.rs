@@ -13,7 +13,7 @@ use harness::fake_upstream::{Act, FakeUpstream, json as answer, send, wait};
 use harness::llama_server::{Program, answer_of, free_port, llama_cpp, target};
 use harness::wait::eventually;
 use serde_json::{Value, json};
-use tightwad::cluster::build;
+use tightwad::pool::build;
 
 const SOON: Duration = Duration::from_secs(10);
 const PLENTY: u64 = 4 << 30;

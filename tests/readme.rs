@@ -9,7 +9,7 @@ use std::process::Command;
 use tightwad::config::load::load_in;
 use tightwad::config::{Coordinator, Environment};
 use tightwad::engine::{Engine, Settings};
-use tightwad::observe::metrics::Metrics;
+use tightwad::proxy;
 
 /// The README and every page of `docs/`, but for the options, which `scripts/check-nix` compares: the name and the text.
 fn pages() -> BTreeMap<String, String> {
@@ -319,7 +319,7 @@ fn every_key_of_the_documentation_is_in_the_reference() {
 
 #[tokio::test]
 async fn the_documented_metrics_exist() {
-    let metrics = Metrics::new(&Engine::start(Settings::default()).unwrap());
+    let metrics = proxy::metrics(&Engine::start(Settings::default()).unwrap());
     let text = metrics.text().unwrap();
     let api = page("docs/api.md");
     let names: Vec<&str> = api

@@ -16,8 +16,8 @@ use harness::wait::eventually;
 use harness::worker::{TOKEN, children, config as worker_config, is_listening, lease_request, send};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tightwad::cluster::agent_client::AgentClient;
 use tightwad::config::Secret;
+use tightwad::pool::agent_client::AgentClient;
 
 /// Long enough for a machine with other things to do, and less than systemd waits.
 const SOON: Duration = Duration::from_secs(20);

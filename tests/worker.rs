@@ -14,9 +14,9 @@ use harness::wait::eventually;
 use harness::worker::{Worker, config, is_listening, lease_request, lives, run_worker, send};
 use rustix::process::Signal;
 use serde_json::json;
-use tightwad::cluster::agent::EndpointState;
-use tightwad::cluster::agent_client::AgentError;
-use tightwad::cluster::rpc_probe::probe;
+use tightwad::pool::agent::EndpointState;
+use tightwad::pool::agent_client::AgentError;
+use tightwad::pool::rpc_probe::probe;
 
 /// Long enough for a machine with other things to do.
 const SOON: Duration = Duration::from_secs(20);
@@ -393,11 +393,11 @@ async fn a_port_that_somebody_else_took_meanwhile_is_told_to_the_coordinator() {
 
 #[tokio::test]
 async fn a_worker_that_is_not_there_is_unreachable_and_another_server_is_no_agent() {
-    let nobody = tightwad::cluster::agent_client::AgentClient::at("w", "http://127.0.0.1:1", None).unwrap();
+    let nobody = tightwad::pool::agent_client::AgentClient::at("w", "http://127.0.0.1:1", None).unwrap();
     let error = nobody.status().await.unwrap_err();
     assert!(matches!(error, AgentError::Unreachable { .. }), "{error:?}");
     let server = LlamaServer::start(&target(), &[]).await;
-    let other = tightwad::cluster::agent_client::AgentClient::at("w", server.url(), None).unwrap();
+    let other = tightwad::pool::agent_client::AgentClient::at("w", server.url(), None).unwrap();
     let error = other.status().await.unwrap_err();
     assert!(matches!(error, AgentError::NotAnAgent { .. }), "{error:?}");
 }

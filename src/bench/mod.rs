@@ -11,6 +11,7 @@
 //! | `native_draft` | a llama-server that drafts in its own process, to compare with |
 //! | `delay` | a relay that adds latency to a server |
 //! | `statistics` | medians, percentiles and ratios |
+//! | [`pool`] | measures the speed of a pool |
 //! | `report` | the figures of each mode, side by side |
 //! | `verify` | compares answers and finds the first difference |
 
@@ -19,6 +20,7 @@ mod delay;
 mod measure;
 mod native_draft;
 mod padding;
+pub mod pool;
 mod prompts;
 mod report;
 mod statistics;

@@ -9,6 +9,7 @@ use super::contender::{Contender, Mode};
 use super::prompts::Prompt;
 use super::statistics::ratio;
 use crate::config::{self, Binaries, MaxDraftTokens, Model, Secret};
+use crate::http::auth::unguessable;
 use crate::supervise::command::Role;
 use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::service::{GaveUp, Service};
@@ -133,7 +134,7 @@ impl NativeDraft {
 /// Starts a server and waits until it is ready.
 async fn serve(pair: &ModelPair, n_max: u16) -> Result<(Contender, Service), NativeDraftError> {
     // A random key, because only this process uses the server.
-    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let key = Secret::new(unguessable());
     let server = config::Server {
         api_key: Some(key.clone()),
         api_key_file: None,

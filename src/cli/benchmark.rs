@@ -7,10 +7,10 @@ use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::Steps;
-use crate::cluster::benchmark::{BenchmarkError, Report, Settings, benchmark as measure};
-use crate::cluster::swap::State;
+use crate::bench::pool::{BenchmarkError, Report, Settings, benchmark as measure};
 use crate::config::Config;
 use crate::count::count;
+use crate::pool::swap::State;
 
 pub const EXAMPLES: &str = "\
 Example: tightwad benchmark --prompt-sizes 512,4096 --batch 1,4 --json

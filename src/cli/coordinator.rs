@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::exit::{Exit, Failure};
 use super::received::Received;
-use crate::cluster::coordinator::CoordinatorError;
-use crate::cluster::coordinator::status::{Status, Step};
-use crate::cluster::swap::State;
 use crate::config::{self, Config, Coordinator, Secret};
+use crate::pool::coordinator::CoordinatorError;
+use crate::pool::coordinator::status::{Status, Step};
+use crate::pool::swap::State;
 use crate::upstream::chat::{client, refused, unreachable};
 
 /// The section `coordinator`, or a failure that names it.

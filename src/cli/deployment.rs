@@ -10,6 +10,7 @@ use super::embedded_proxy::{EmbeddedProxy, why_undrafted};
 use super::exit::{Exit, Failure};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream, local_key};
+use crate::http::auth::unguessable;
 use crate::upstream::{ChatError, ChatServer, LlamaServer};
 
 /// Time limit for a running proxy to probe its servers.
@@ -103,7 +104,7 @@ impl Deployment {
         } else if delay.is_some() || servers.target.is_some() || !servers.draft.is_empty() {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
             let url = format!("http://{}", listener.local_addr()?);
-            let token = Secret::new(format!("{:032x}", rand::random::<u128>()));
+            let token = Secret::new(unguessable());
             let section = config::Proxy {
                 target: Some(target),
                 draft: drafts,

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use reqwest::StatusCode;
 
 use crate::bench::{NativeDraftError, PromptError, RelayError};
-use crate::cluster::coordinator::CoordinatorError;
-use crate::cluster::gguf::ModelFileError;
-use crate::cluster::plan::PlanError;
-use crate::cluster::worker::{NoServer, WorkerError};
 use crate::config::{ConfigError, local_key};
+use crate::gguf::ModelFileError;
+use crate::plan::PlanError;
+use crate::pool::coordinator::CoordinatorError;
+use crate::pool::worker::{NoServer, WorkerError};
 use crate::supervise::preflight::PreflightError;
 use crate::supervise::service::GaveUp;
 use crate::upstream::ChatError;

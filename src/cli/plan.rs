@@ -10,12 +10,13 @@ use super::coordinator;
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::wrap;
-use crate::cluster::build;
-use crate::cluster::devices::{self, Found, Probed};
-use crate::cluster::gguf::ModelFile;
-use crate::cluster::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::config::{self, Config, Coordinator, Model};
 use crate::count::count;
+use crate::gguf::ModelFile;
+use crate::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
+use crate::pool::build;
+use crate::pool::devices::{self, FoundDevices, ProbedServers};
+use crate::pool::launch;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -60,10 +61,10 @@ pub async fn check(config: &Config, coordinator: &Coordinator, named: (&str, &Mo
 async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
     let file = ModelFile::read(&model.path)?;
     // Does not ask a worker without an agent: its server has one client at a time, which may be a coordinator.
-    let found = devices::find(config, coordinator, &Probed::new())
+    let found = devices::find(config, coordinator, &ProbedServers::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
-    let Found {
+    let FoundDevices {
         devices,
         mut notes,
         builds,
@@ -115,7 +116,8 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     let coordinator = coordinator::section(config)?;
     let (name, model) = config.model_for(options.model.as_deref())?;
     let Planned { plan, notes, .. } = planned(config, coordinator, model).await?;
-    let launch = plan.launch(
+    let launch = launch::launch(
+        &plan,
         &config.binaries.llama_server,
         coordinator,
         (name, model),
@@ -144,7 +146,7 @@ pub async fn could_ever_fit(
 ) -> Result<(), Failure> {
     let file = ModelFile::read(&model.path)?;
     let settings = Settings::of(model, coordinator, None)?;
-    let found = devices::find(config, coordinator, &Probed::new())
+    let found = devices::find(config, coordinator, &ProbedServers::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
     let all_known = found.silent.is_empty();

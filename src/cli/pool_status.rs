@@ -16,14 +16,14 @@ use super::server_status::{self, SeenServer};
 use super::status::{ProxyReport, duration};
 use super::wrap::fitted;
 use super::{signals, status};
-use crate::cluster::agent::{Endpoint, EndpointState, WorkerStatus};
-use crate::cluster::agent_client::AgentClient;
-use crate::cluster::coordinator::status::{Status, Step};
-use crate::cluster::plan::amount;
-use crate::cluster::swap::{Failed, State};
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
 use crate::count::count;
 use crate::engine::ServerStatus;
+use crate::plan::amount;
+use crate::pool::agent::{Endpoint, EndpointState, WorkerStatus};
+use crate::pool::agent_client::AgentClient;
+use crate::pool::coordinator::status::{Status, Step};
+use crate::pool::swap::{FailedSwap, State};
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -177,7 +177,7 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
     if !worker.has_agent() {
         return None;
     }
-    let unknown = |error: crate::cluster::agent_client::AgentError| Failure::new(Exit::Unreachable, error.to_string());
+    let unknown = |error: crate::pool::agent_client::AgentError| Failure::new(Exit::Unreachable, error.to_string());
     let asking = async {
         let agent = AgentClient::new(&worker).map_err(unknown)?;
         agent.status().await.map_err(unknown)
@@ -431,7 +431,7 @@ fn of_coordinator(status: &Status, workers: &[SeenWorker], line: &mut impl FnMut
     for device in &status.devices {
         line("", device);
     }
-    if let Some(Failed { model, why }) = &status.now.last_failure {
+    if let Some(FailedSwap { model, why }) = &status.now.last_failure {
         line("", &format!("the last swap failed: `{model}`: {why}"));
     }
 }

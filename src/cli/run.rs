@@ -6,11 +6,11 @@ use super::coordinator::Description;
 use super::exit::{Exit, Failure};
 use super::pid_file::PidFile;
 use super::{coordinator, pid_file, plan, proxy, server_status, signals};
-use crate::cluster;
-use crate::cluster::coordinator::status::Status;
-use crate::cluster::gguf::ModelFile;
-use crate::cluster::worker::{WorkerError, own_entry};
 use crate::config::{self, Config, Loaded, Server, local_key};
+use crate::gguf::ModelFile;
+use crate::pool;
+use crate::pool::coordinator::status::Status;
+use crate::pool::worker::{WorkerError, local_worker};
 use crate::supervise::command::Role;
 use crate::supervise::notify::{Notifier, StatusLines};
 use crate::supervise::preflight;
@@ -96,7 +96,7 @@ async fn coordinator(
             notifier.ready();
         }
     };
-    Ok(cluster::coordinator::serve(listener, config.clone(), model, tell, stop).await?)
+    Ok(pool::coordinator::serve(listener, config.clone(), model, tell, stop).await?)
 }
 
 async fn worker(
@@ -106,11 +106,11 @@ async fn worker(
     stop: CancellationToken,
 ) -> Result<(), Failure> {
     // Host names in the config may take time to resolve.
-    let Some(own) = stop.run_until_cancelled(own_entry(config, name)).await else {
+    let Some(own) = stop.run_until_cancelled(local_worker(config, name)).await else {
         return Ok(());
     };
     let (entry, address) = own.map_err(WorkerError::from)?;
-    Ok(cluster::worker::run(entry, address, &config.binaries, notifier, stop).await?)
+    Ok(pool::worker::run(entry, address, &config.binaries, notifier, stop).await?)
 }
 
 async fn server(

@@ -19,10 +19,10 @@ use super::exit::{Exit, Failure};
 use super::output::print_line;
 use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
-use crate::cluster::coordinator::status::Status;
-use crate::cluster::swap::State;
 use crate::config::{Config, Coordinator, Loaded};
 use crate::observe::log::Format;
+use crate::pool::coordinator::status::Status;
+use crate::pool::swap::State;
 use crate::supervise::{notify, preflight};
 
 pub const EXAMPLES: &str = "\

@@ -12,7 +12,7 @@ use crate::config::Secret;
 use crate::engine::ServerStatus;
 use crate::http;
 use crate::proxy::status::{Measured, Status, Sums};
-use crate::speculation::Outlook;
+use crate::speculation::DrafterOutlook;
 use crate::upstream::chat::{client, refused, unreachable};
 
 /// Width of the first column of a status.
@@ -251,7 +251,7 @@ pub fn duration(seconds: f64) -> String {
 }
 
 /// The worth of a drafter in words; `None` before it is measured.
-fn worth(outlook: &Outlook) -> Option<String> {
+fn worth(outlook: &DrafterOutlook) -> Option<String> {
     let milliseconds = |ms: Option<f64>| ms.map_or("?".to_owned(), |ms| format!("{ms:.1}"));
     let pays = if outlook.pays {
         ""

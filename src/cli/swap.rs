@@ -11,8 +11,8 @@ use super::exit::{Exit, Failure};
 use super::output::{print, print_line};
 use super::progress::Steps;
 use super::{plan, signals};
-use crate::cluster::coordinator::status::{Step, SwapError, SwapLine};
 use crate::config::{Config, is_loopback, is_wildcard};
+use crate::pool::coordinator::status::{Step, SwapError, SwapLine};
 use crate::upstream::chat::{refused, unreachable};
 
 pub const EXAMPLES: &str = "\

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::load::read_text;
 use super::origin::{Finding, KeyPath, key_path};
 use super::{Config, Model, resolve};
-use crate::cluster::gguf::{ModelFile, ModelFileError};
+use crate::gguf::{ModelFile, ModelFileError};
 
 /// Options of llama-server that extend the context beyond the trained length.
 const CONTEXT_STRETCHERS: [&str; 4] = ["--rope-scal", "--rope-freq", "--yarn-", "--override-kv"];

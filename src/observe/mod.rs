@@ -1,20 +1,16 @@
-//! Makes the program visible from outside: the log, the metrics and the most recent requests.
+//! Makes the program visible from outside: the log, the metrics, and the problems that were logged.
 //!
-//! Nothing here changes an answer. The proxy writes to [`Observed`]; `/metrics` and the status read it.
+//! Nothing here changes an answer, and nothing here knows the modules that it observes.
 
 pub mod journal;
 pub mod log;
 pub mod metrics;
 pub mod problems;
-pub mod recent;
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 
 use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 use serde::Serialize;
-
-use crate::engine::Engine;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -43,25 +39,5 @@ impl Outcome {
 impl EncodeLabelValue for Outcome {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         encoder.write_str(self.name())
-    }
-}
-
-/// All counts of a proxy.
-#[derive(Debug)]
-pub struct Observed {
-    /// For Prometheus.
-    pub metrics: metrics::Metrics,
-    /// For people.
-    pub recent: recent::Recent,
-}
-
-impl Observed {
-    /// Starts at zero. The engine's own counts are read from `engine` at each scrape.
-    #[must_use]
-    pub fn new(engine: &Arc<Engine>) -> Self {
-        Self {
-            metrics: metrics::Metrics::new(engine),
-            recent: recent::Recent::default(),
-        }
     }
 }

@@ -14,28 +14,22 @@
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
 //! | `usage` | what a request with a prediction finds in its answer's usage |
 //! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
+//! | `observed`, `recent` | metrics and the last requests |
 //! | `running` | what is counted of a request while it lives |
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
-pub(crate) mod admission;
 mod agreement;
-mod bounds;
-pub(crate) mod events;
 mod forward;
-pub(crate) mod headers;
-mod nesting;
-pub(crate) mod paths;
-pub(crate) mod relay;
-pub(crate) mod respond;
+mod observed;
+mod recent;
 mod router;
 mod running;
 mod server;
 mod settings;
 pub mod status;
-pub(crate) mod target;
-pub(crate) mod token;
-pub(crate) mod usage;
+mod usage;
 
+pub use observed::metrics;
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

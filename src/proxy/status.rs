@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use super::agreement::Measured;
+use super::recent::Record;
 use super::router::App;
 use crate::engine::{self, Counts};
 use crate::observe::metrics::CONTENT_TYPE;
-use crate::observe::recent::Record;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -30,7 +30,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>, headers: HeaderMap) -> Re
         return Json(json!({ "status": "ready" })).into_response();
     }
     let mut body = json!({ "status": "not ready" });
-    if app.knows(&headers) {
+    if app.admits(&headers) {
         let reason = target.problem.as_deref();
         body["reason"] = reason.unwrap_or("the target has not answered yet").into();
     }

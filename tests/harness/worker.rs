@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-use tightwad::cluster::agent::{EndpointState, LeaseRequest, WorkerStatus};
-use tightwad::cluster::agent_client::AgentClient;
 use tightwad::config::Secret;
+use tightwad::pool::agent::{EndpointState, LeaseRequest, WorkerStatus};
+use tightwad::pool::agent_client::AgentClient;
 use tightwad::supervise::sockets;
 
 use super::llama_server::{Program, free_port, llama_cpp};

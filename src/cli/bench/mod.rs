@@ -18,8 +18,8 @@ use super::signals::{self, unless_stopped};
 use crate::bench::{
     Comparison, Contender, LengthTrial, Measurements, ModelPair, NativeDraft, Plan, Progress, Prompt, measure, pad,
 };
-use crate::cluster::gguf::ModelFile;
 use crate::config::Config;
+use crate::gguf::ModelFile;
 
 /// Shown below the options.
 pub const EXAMPLES: &str = "\

@@ -17,8 +17,9 @@ use super::progress::Countdown;
 use super::signals::{self, unless_stopped};
 use super::{bench, progress, proxy};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
-use crate::cluster::gguf::ModelFile;
 use crate::config::{self, Binaries, Model, Secret, Upstream};
+use crate::gguf::ModelFile;
+use crate::http::auth::unguessable;
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -79,7 +80,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
 
     // Not `stop` itself: the servers must outlive the proxy, which finishes its running answers.
     let servers = CancellationToken::new();
-    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let key = Secret::new(unguessable());
     let (target, target_url) = start(options, Role::Target, &key, &servers).await?;
     let (draft, draft_url) = start(options, Role::Draft, &key, &servers).await?;
     let mut services = [(Role::Target, target), (Role::Draft, draft)];
