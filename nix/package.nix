@@ -1,4 +1,4 @@
-# The program `tightwad`. It starts llama.cpp's programs, which it looks for on PATH or where the config says.
+# The program `tightwad`. It finds llama.cpp's programs on PATH, or at the paths in the config.
 { lib, rustPlatform }:
 let
   inherit (lib) fileset;

@@ -26,7 +26,7 @@ pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
 pub async fn build(llama_server: &Path) -> Option<String> {
     let mut command = Command::new(llama_server);
     command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
-    environment::give(&mut command, &[]);
+    environment::apply(&mut command, &[]);
     let output = timeout(PATIENCE, command.output()).await.ok()?.ok()?;
     parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
 }

@@ -273,7 +273,7 @@ async fn own(llama_server: &Path, coordinator: &Coordinator) -> FoundDevices {
 
 async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Device>, String> {
     let mut command = tokio::process::Command::new(llama_server);
-    environment::give(&mut command, &[]);
+    environment::apply(&mut command, &[]);
     command
         .arg("--list-devices")
         .envs(

@@ -27,7 +27,7 @@ mod router;
 mod running;
 mod server;
 mod settings;
-mod status;
+pub mod status;
 mod usage;
 
 pub use server::{ServeError, serve};

@@ -38,7 +38,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::cost_model::{CostModel, DraftLatency, DraftSchedule, DrafterProfile, ScheduleEstimate, WaitCandidate};
 use super::session::{Policy, max_lookahead};
@@ -239,7 +239,8 @@ impl Default for AdaptivePolicy {
 }
 
 /// What a drafter is worth on the whole.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DrafterOutlook {
     /// Share of its tokens that were the target's own, after the same text.
     pub agreement: Option<f64>,

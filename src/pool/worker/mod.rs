@@ -37,7 +37,7 @@ use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::Missing;
-use crate::supervise::notify::{Notifier, Words};
+use crate::supervise::notify::{Notifier, StatusLines};
 use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::restart;
 use crate::supervise::service::{GaveUp, Service};
@@ -62,7 +62,7 @@ pub enum WorkerError {
     Token(#[from] ConfigError),
     /// A program is missing, or a port is taken.
     #[error(transparent)]
-    PreflightError(#[from] PreflightError),
+    Preflight(#[from] PreflightError),
     /// The config does not say which GPU goes to which server.
     #[error(transparent)]
     Launch(#[from] launch::AmbiguousGpus),
@@ -79,7 +79,7 @@ pub enum WorkerError {
 pub enum NoServer {
     /// Its port is taken.
     #[error(transparent)]
-    PreflightError(#[from] PreflightError),
+    Preflight(#[from] PreflightError),
     /// It died.
     #[error("the ggml-rpc-server of port {port} does not start: {death}")]
     Died {
@@ -269,7 +269,7 @@ async fn without_agent(mut spec: Spec, notifier: &Notifier, stop: &CancellationT
         endpoint.launch = survey::bound(endpoint, &devices)?;
     }
     let name = format!("the ggml-rpc-server of worker {}", spec.name);
-    let words = Words {
+    let words = StatusLines {
         starting: format!("starting {name}"),
         serving: format!("{name} listens"),
     };

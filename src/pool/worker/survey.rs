@@ -14,7 +14,7 @@ use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::{Missing, complaint};
-use crate::supervise::service::RPC_STOP_PATIENCE;
+use crate::supervise::service::RPC_STOP_TIMEOUT;
 use crate::supervise::{preflight, sockets};
 
 /// The result for one endpoint.
@@ -49,7 +49,7 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<S
             return Err(died(Death::explain(status, child.last_lines().await)));
         }
     };
-    child.stop(RPC_STOP_PATIENCE).await.map_err(not_started)?;
+    child.stop(RPC_STOP_TIMEOUT).await.map_err(not_started)?;
     // The server names its devices only in its log, which is complete now.
     let lines = child.last_lines().await;
     let told = told?;
