@@ -11,7 +11,7 @@ use super::statistics::ratio;
 use crate::config::{self, Binaries, MaxDraftTokens, Model, Secret};
 use crate::http::auth::unguessable;
 use crate::supervise::command::Role;
-use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::service::{GaveUp, Service};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{ChatError, Wishes};
@@ -66,7 +66,7 @@ pub struct OwnDraft {
 pub enum OwnDraftError {
     /// Something that it needs is missing.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// It does not start.
     #[error(transparent)]
     GaveUp(#[from] GaveUp),

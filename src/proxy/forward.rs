@@ -101,7 +101,7 @@ impl Exchange {
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
-            self.running.occupies(self.app.engine.occupy());
+            self.running.occupies(self.app.engine.track_request());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
                 return Err(Refusal::Drafter { name });
@@ -176,7 +176,7 @@ impl Exchange {
     fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
         let drafting = self.app.engine.rounds()?;
         let body = nesting::without_bom(body);
-        let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
+        let request = rounds::Request::of(rounds::endpoint_at(self.route.label)?, body)?;
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }
 

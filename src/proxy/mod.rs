@@ -14,12 +14,15 @@
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
 //! | `usage` | what a request with a prediction finds in its answer's usage |
 //! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
+//! | `observed`, `recent` | metrics and the last requests |
 //! | `running` | what is counted of a request while it lives |
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
 mod agreement;
 mod forward;
+mod observed;
+mod recent;
 mod router;
 mod running;
 mod server;
@@ -27,5 +30,6 @@ mod settings;
 mod status;
 mod usage;
 
+pub use observed::metrics;
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

@@ -14,6 +14,7 @@ use axum::routing::get;
 use tokio_util::sync::CancellationToken;
 
 use super::agreement::Agreement;
+use super::observed::Observed;
 use super::settings::Settings;
 use super::{forward, status};
 use crate::engine::Engine;
@@ -24,7 +25,6 @@ use crate::http::origin::{self, Guard};
 use crate::http::paths::Dialect;
 use crate::http::refusal::Refusal;
 use crate::http::target::{Target, TargetError};
-use crate::observe::Observed;
 use crate::observe::problems::Problems;
 
 /// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.

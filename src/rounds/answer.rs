@@ -12,10 +12,10 @@ use tokio::sync::watch as channel;
 
 use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
-use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
-use crate::engine::{Counts, Drafting};
+use super::{Action, Event, Finish, Request, Rounds};
+use crate::engine::{Counts, Drafting, Endpoint, Prompt, Verifier, VerifyRequest};
 use crate::http::auth::unguessable;
-use crate::speculation::{Class, Step, Token};
+use crate::speculation::{StepSample, Token, TokenClass};
 use crate::upstream::UpstreamError;
 
 /// Tokens before a piece of text that are detokenised with it.
@@ -102,15 +102,15 @@ impl Telling {
             drafting,
         } = answer;
         let target = Arc::clone(drafting.target());
-        let Some(prompt) = target.prompt(&request).await? else {
+        let Some(prompt) = target.prompt(&request.prompt).await? else {
             return Ok(None);
         };
         let prediction = match prediction {
             Some(text) => drafting.predicted(text).await,
             None => Vec::new(),
         };
-        let style = Style::new(request.endpoint, prompt.model.clone());
-        let is_chat = request.endpoint == super::Endpoint::Chat;
+        let style = Style::new(request.prompt.endpoint, prompt.model.clone());
+        let is_chat = request.prompt.endpoint == Endpoint::Chat;
         let include_usage = request.include_usage;
         let mut run = Run::new(request, prompt, &prediction, drafting, target);
         let mut first = VecDeque::new();
@@ -176,7 +176,7 @@ impl Telling {
 
 /// The rounds, and the text that comes of them.
 struct Run {
-    target: Arc<dyn Target>,
+    target: Arc<dyn Verifier>,
     drafting: Drafting,
     /// Names this answer to the target.
     name: String,
@@ -199,7 +199,7 @@ impl Run {
         prompt: Prompt,
         prediction: &[Token],
         drafting: Drafting,
-        target: Arc<dyn Target>,
+        target: Arc<dyn Verifier>,
     ) -> Self {
         let mut run = Self {
             is_predicted: !prediction.is_empty(),
@@ -230,8 +230,8 @@ impl Run {
     }
 
     fn handle(&mut self, event: Event) {
-        let moment = self.drafting.moment();
-        let actions = self.rounds.handle(event, &mut *self.drafting.pace(), &moment);
+        let context = self.drafting.verify_context();
+        let actions = self.rounds.handle(event, &mut *self.drafting.policy(), &context);
         self.actions.extend(actions);
     }
 
@@ -276,14 +276,14 @@ impl Run {
 
     async fn verify(&mut self, draft: &[Token], n: usize) -> Result<(), UpstreamError> {
         let begun = Instant::now();
-        let ask = Ask {
+        let step = VerifyRequest {
             answer: &self.name,
             context: self.rounds.context(),
             draft,
             n,
             sampling: &self.sampling,
         };
-        let verdict = match self.target.verify(ask).await {
+        let verdict = match self.target.verify(step).await {
             Err(UpstreamError::Refused { url, status, message }) if !draft.is_empty() => {
                 tracing::debug!("{url} does not take a draft: {status} {message}");
                 // The target may have computed and kept it.
@@ -309,7 +309,7 @@ impl Run {
             self.learn(verdict.judged, verdict.accepted, steps, duration, since_last);
         }
         let (judged, accepted) = (verdict.judged as u64, verdict.accepted as u64);
-        let predicted = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+        let predicted = |classes: &[TokenClass]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
         let all_predicted = predicted(self.rounds.classes(verdict.judged));
         let right_predicted = predicted(self.rounds.classes(verdict.accepted));
         self.handle(Event::Verified(verdict));
@@ -325,16 +325,16 @@ impl Run {
     }
 
     fn learn(&self, judged: usize, accepted: usize, steps: usize, duration: Duration, since_last: Duration) {
-        let mut pace = self.drafting.pace();
+        let mut policy = self.drafting.policy();
         for _ in 0..steps {
-            let step = Step {
+            let step = StepSample {
                 drafted: judged,
                 accepted,
                 duration,
                 since_last,
                 batch: 1 + judged,
             };
-            pace.record_step(&step, &[]);
+            policy.record_step(&step, &[]);
         }
     }
 

@@ -5,7 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::{Endpoint, Finish};
+use super::Finish;
+use crate::engine::Endpoint;
 use crate::http::auth::unguessable;
 
 /// The last event of a stream.

@@ -1,4 +1,4 @@
-//! The agent: what coordinators ask of this worker, see [`crate::pool::agent`].
+//! The agent's HTTP server; [`crate::pool::agent`] describes the protocol.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::lease::Leases;
-use super::servers::{Servers, Shown};
+use super::servers::{Servers, ServersView};
 use super::{NoServer, Spec};
 use crate::config::Secret;
 use crate::http::Limits;
@@ -26,25 +26,25 @@ use crate::http::serve::{self as server, Running};
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::supervise::notify::Notifier;
 
-/// Pause between two looks whether a lease is over.
+/// Interval for checking whether the lease has expired.
 const TICK: Duration = Duration::from_millis(250);
-/// What the cache has is counted so often: a load fills it.
+/// Interval for counting the bytes of the cache, which a load fills.
 const COUNT: Duration = Duration::from_secs(30);
-/// How long answers that are under way have once the servers have ended.
+/// How long running answers may take once the servers have ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
-/// How long they have in all.
+/// How long running answers may take in all.
 const DRAIN: Duration = Duration::from_secs(60);
 /// Largest request body in bytes.
 const MOST_BODY: usize = 16 * 1024;
 
-/// What the requests share.
+/// State that all requests share.
 #[derive(Debug)]
 pub struct Agent {
     spec: Arc<Spec>,
-    shown: Shown,
+    shown: ServersView,
     auth: Auth,
     expiry: Duration,
-    /// Together, so that the servers that run are always those of the lease.
+    /// One lock for both, so that the running servers always belong to the lease.
     rule: Mutex<(Leases, Servers)>,
 }
 
@@ -67,7 +67,7 @@ impl Agent {
         self.rule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends leases that nobody renews, and tells who has one.
+    /// Ends leases that expire, and notifies the service manager of the holder.
     async fn expire(&self, notifier: &Notifier) {
         let mut tick = tokio::time::interval(TICK);
         loop {
@@ -88,7 +88,7 @@ impl Agent {
         }
     }
 
-    /// Counts what the cache has, so that no answer has to wait for the disk.
+    /// Counts the bytes of the cache, so that no answer waits for the disk.
     async fn count_cache(&self) {
         let mut tick = tokio::time::interval(COUNT);
         loop {
@@ -106,7 +106,7 @@ impl Agent {
     }
 }
 
-/// Answers until `stop`, and then ends the servers.
+/// Serves until `stop`, then ends the servers.
 pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier, stop: CancellationToken) {
     let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.auth.asks_for_token(), &[], None);
     let router = Router::new()
@@ -218,7 +218,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
     }
 }
 
-/// A lease whose servers do not listen yet. It ends with this, which may be because nobody waits for it any more.
+/// A lease whose servers do not listen yet. Dropping it ends the lease, for example when the requester leaves.
 struct Tentative<'a> {
     agent: &'a Agent,
     id: &'a str,
@@ -258,7 +258,7 @@ async fn give_back(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> R
     }
 }
 
-/// The answer to a lease that was taken over as it began, or that began as the worker stops.
+/// The answer to a lease that was replaced before its servers listened, or requested while the worker stops.
 fn superseded(agent: &Agent) -> Response {
     let holder = agent.rule().0.holder().cloned();
     match holder {

@@ -1,0 +1,106 @@
+//! How long a drafter has been at work, whichever completions it drafts for.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A clock that goes while the drafter is at work.
+#[derive(Debug, Clone, Default)]
+pub struct BusyClock(Arc<Mutex<BusyState>>);
+
+#[derive(Debug, Default)]
+struct BusyState {
+    works: usize,
+    since: Option<Instant>,
+    before: Duration,
+}
+
+/// The drafter works on something until this is dropped.
+#[derive(Debug)]
+pub struct BusyGuard {
+    busy_clock: BusyClock,
+    /// It has been done for so long.
+    done: Duration,
+}
+
+impl BusyGuard {
+    /// The drafter was done with it so long ago.
+    pub fn ended(mut self, ago: Duration) {
+        self.done = ago;
+    }
+
+    /// The drafter is done with what it is at within this time: on average after half of it. Must be called within a tokio
+    /// runtime.
+    pub fn ends_within(self, time: Duration) {
+        tokio::spawn(async move {
+            tokio::time::sleep(time / 2).await;
+            drop(self);
+        });
+    }
+}
+
+impl BusyClock {
+    /// It begins to work on something.
+    #[must_use]
+    pub fn begin(&self) -> BusyGuard {
+        let mut clock = self.lock();
+        clock.works += 1;
+        clock.since.get_or_insert_with(Instant::now);
+        drop(clock);
+        BusyGuard {
+            busy_clock: self.clone(),
+            done: Duration::ZERO,
+        }
+    }
+
+    /// Time during which it was at work on anything.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        let clock = self.lock();
+        clock.before + clock.since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BusyState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for BusyGuard {
+    fn drop(&mut self) {
+        let mut clock = self.busy_clock.lock();
+        clock.works -= 1;
+        if clock.works == 0
+            && let Some(since) = clock.since.take()
+        {
+            clock.before += since.elapsed().saturating_sub(self.done);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_goes_while_anybody_works_and_counts_no_time_twice() {
+        let busy_clock = BusyClock::default();
+        assert_eq!(busy_clock.total(), Duration::ZERO);
+        let began = Instant::now();
+        let (one, two) = (busy_clock.begin(), busy_clock.begin());
+        std::thread::sleep(Duration::from_millis(5));
+        drop(one);
+        let halfway = busy_clock.total();
+        assert!(halfway >= Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
+        drop(two);
+        let total = busy_clock.total();
+        assert!(total >= halfway + Duration::from_millis(5) && total <= began.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(busy_clock.total(), total);
+        let late = busy_clock.begin();
+        std::thread::sleep(Duration::from_millis(20));
+        late.ended(Duration::from_millis(15));
+        let more = busy_clock.total().saturating_sub(total);
+        assert!(more >= Duration::from_millis(5), "{more:?}");
+        assert!(more + Duration::from_millis(30) <= began.elapsed(), "{more:?}");
+    }
+}
