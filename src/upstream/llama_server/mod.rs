@@ -20,7 +20,7 @@ pub use self::draft::{DraftPiece, DraftStream, StreamEnd};
 pub use self::offer::{DraftAnswer, DraftCall, DraftState};
 pub use self::props::Props;
 use self::props::{MOST_TOKENS, count};
-use super::connection::{Connection, LONG, PATIENCE, SHORT, UpstreamError};
+use super::connection::{Connection, LONG, METADATA_TIMEOUT, SHORT, UpstreamError};
 use crate::config::Secret;
 use crate::http::headers::{MEASURING, X_DRAFT_KEY};
 use crate::speculation::{Spelled, Token};
@@ -128,7 +128,7 @@ impl LlamaServer {
         let body = serde_json::json!({ "tokens": tokens });
         let answer: Text = self
             .connection
-            .post("/detokenize", &body, Some(PATIENCE), SHORT)
+            .post("/detokenize", &body, Some(METADATA_TIMEOUT), SHORT)
             .await?;
         Ok(answer.content)
     }
@@ -158,7 +158,10 @@ impl LlamaServer {
             Bytes(Vec<u8>),
         }
         let body = serde_json::json!({ "content": text, "parse_special": true, "with_pieces": true });
-        let answer: Spelling = self.connection.post("/tokenize", &body, Some(PATIENCE), LONG).await?;
+        let answer: Spelling = self
+            .connection
+            .post("/tokenize", &body, Some(METADATA_TIMEOUT), LONG)
+            .await?;
         let spelled = |Entry { id, piece }| Spelled {
             token: id,
             bytes: match piece {
@@ -181,7 +184,10 @@ impl LlamaServer {
         struct Tokens {
             tokens: Vec<Token>,
         }
-        let answer: Tokens = self.connection.post("/tokenize", body, Some(PATIENCE), LONG).await?;
+        let answer: Tokens = self
+            .connection
+            .post("/tokenize", body, Some(METADATA_TIMEOUT), LONG)
+            .await?;
         Ok(answer.tokens)
     }
 
@@ -194,7 +200,7 @@ impl LlamaServer {
         let body = serde_json::json!({ "messages": messages });
         let answer: Templated = self
             .connection
-            .post("/apply-template", &body, Some(PATIENCE), LONG)
+            .post("/apply-template", &body, Some(METADATA_TIMEOUT), LONG)
             .await?;
         Ok(answer.prompt)
     }
