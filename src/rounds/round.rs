@@ -379,7 +379,7 @@ mod tests {
                             text.push(choice(&text));
                         }
                         let right = text[machine.context().len()..].iter();
-                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, TokenClass::untold(0)));
+                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, TokenClass::of_drafter(0)));
                         Event::Drafted(drafted.collect())
                     }
                     Action::Verify { draft, n } => {
