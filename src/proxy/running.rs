@@ -8,11 +8,12 @@ use tokio::runtime::Handle;
 use tokio::sync::watch as channel;
 
 use super::agreement::Question;
+use super::observed::Observed;
 use super::paths::Route;
+use super::recent::Record;
 use crate::engine::{Attachment, Counts, Occupied};
+use crate::observe::Outcome;
 use crate::observe::metrics::Ended;
-use crate::observe::recent::Record;
-use crate::observe::{Observed, Outcome};
 
 /// Longest path that is kept for the status page.
 const LONGEST_PATH: usize = 128;
