@@ -16,6 +16,7 @@ use crate::gguf::ModelFile;
 use crate::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::pool::build;
 use crate::pool::devices::{self, Found, Probed};
+use crate::pool::launch;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
@@ -116,7 +117,8 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     let coordinator = coordinator::section(config)?;
     let (name, model) = config.model_for(options.model.as_deref())?;
     let Planned { plan, notes, .. } = planned(config, coordinator, model).await?;
-    let launch = plan.launch(
+    let launch = launch::launch(
+        &plan,
         &config.binaries.llama_server,
         coordinator,
         (name, model),

@@ -10,14 +10,16 @@ use futures_util::future::{BoxFuture, FutureExt, OptionFuture, select_all};
 use tokio::sync::watch as channel;
 use tokio::time::Instant;
 
-use super::activity::Activity;
-use super::crowd::Member;
-use super::draft_stream::{Piece, Stream};
-use super::drafter::{DRAFTER_TIMEOUT, Drafted, Drafter};
+use super::batch_load::ActiveCompletion;
+use super::busy_clock::BusyClock;
+use super::draft_stream::{DrafterStream, StreamItem};
+use super::drafter::{DRAFTER_TIMEOUT, DrafterEvent, SessionDrafter};
 use super::prediction;
-use super::watch::{Language, Server, Sight};
-use super::{Counts, Shared};
-use crate::speculation::{Action, Class, Event, Growing, Moment, Offer, Session, Step, Token};
+use super::watch::{ClusterSnapshot, ConfiguredServer, DraftProtocol};
+use super::{Counts, EngineState};
+use crate::speculation::{
+    Offer, PendingDraft, Session, SessionAction, SessionContext, SessionEvent, StepSample, Token, TokenClass,
+};
 use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServer, StreamEnd, UpstreamError};
 
 /// Pause after a failure of the target.
@@ -27,45 +29,45 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 const SURELY: f64 = 1.5;
 
 /// What a drafting session works with.
-pub(super) struct Servers {
+pub(super) struct SessionServers {
     /// The drafters; without one, drafts are only looked up in the text.
-    pub(super) drafts: Vec<Server>,
+    pub(super) drafts: Vec<ConfiguredServer>,
     pub(super) target: LlamaServer,
 }
 
 /// Runs until the completion ends; cancel it by dropping the future. `prediction` is what the client expects of the answer.
 pub(super) async fn run(
-    shared: Arc<Shared>,
-    servers: Servers,
+    shared: Arc<EngineState>,
+    servers: SessionServers,
     key: String,
     prediction: Option<String>,
     counts: channel::Sender<Counts>,
 ) {
-    let sight = shared.sight.subscribe();
+    let snapshot = shared.snapshot.subscribe();
     let prediction = match prediction {
         Some(text) => {
-            let seen = sight.borrow().clone();
+            let seen = snapshot.borrow().clone();
             prediction::tokens(&seen, text, async |text| servers.target.tokenize(&text).await).await
         }
         None => Vec::new(),
     };
-    let mut attached = Attached {
+    let mut attached = AttachedCompletion {
         session: Session::new(&prediction, servers.drafts.len()),
         follow: None,
         offer: None,
         next_offer: None,
-        drafters: servers.drafts.into_iter().map(Drafter::new).collect(),
+        drafters: servers.drafts.into_iter().map(SessionDrafter::new).collect(),
         answered: DraftAnswer::none(),
         began: Instant::now(),
         stepped: Instant::now(),
-        worked: shared.activity.iter().map(Activity::total).collect(),
-        member: shared.crowd.join(),
+        worked: shared.busy_clock.iter().map(BusyClock::total).collect(),
+        completion: shared.batch_load.join(),
         finished: false,
         counts,
         shared,
         target: servers.target,
         key,
-        sight,
+        snapshot,
     };
     let begin = attached.session.begin();
     attached.act(begin);
@@ -74,21 +76,21 @@ pub(super) async fn run(
     }
 }
 
-type Answer = Result<DraftAnswer, UpstreamError>;
+type OfferResult = Result<DraftAnswer, UpstreamError>;
 
-struct Attached {
-    shared: Arc<Shared>,
+struct AttachedCompletion {
+    shared: Arc<EngineState>,
     target: LlamaServer,
     key: String,
-    sight: channel::Receiver<Sight>,
+    snapshot: channel::Receiver<ClusterSnapshot>,
     counts: channel::Sender<Counts>,
     session: Session,
-    follow: Option<BoxFuture<'static, Answer>>,
+    follow: Option<BoxFuture<'static, OfferResult>>,
     /// With the time when it was sent.
-    offer: Option<(Instant, BoxFuture<'static, Answer>)>,
+    offer: Option<(Instant, BoxFuture<'static, OfferResult>)>,
     /// The newest offer, while an older one is on its way.
     next_offer: Option<Offer>,
-    drafters: Vec<Drafter>,
+    drafters: Vec<SessionDrafter>,
     /// The target's last word.
     answered: DraftAnswer,
     began: Instant,
@@ -96,31 +98,31 @@ struct Attached {
     stepped: Instant,
     /// How long each drafter had been at work then.
     worked: Vec<Duration>,
-    member: Member,
+    completion: ActiveCompletion,
     finished: bool,
 }
 
 /// What there is to handle.
-enum Happened {
-    Followed(Answer),
-    Offered(Answer),
+enum AttachEvent {
+    Followed(OfferResult),
+    Offered(OfferResult),
     /// By the drafter of this number.
-    Drafted(usize, Drafted),
+    Drafted(usize, DrafterEvent),
     /// The servers are seen differently.
     Seen,
 }
 
-impl Attached {
+impl AttachedCompletion {
     /// Waits for the next thing that happens and handles it.
     async fn turn(&mut self) {
         match self.next().await {
-            Happened::Followed(answer) => {
+            AttachEvent::Followed(answer) => {
                 self.follow = None;
                 self.answered(answer, true);
             }
-            Happened::Offered(answer) => {
+            AttachEvent::Offered(answer) => {
                 if let Some((asked, _)) = self.offer.take() {
-                    self.shared.pace().record_round_trip(asked.elapsed());
+                    self.shared.policy().record_round_trip(asked.elapsed());
                 }
                 self.answered(answer, false);
                 if self.offer.is_none()
@@ -129,32 +131,32 @@ impl Attached {
                     self.send_offer(&next);
                 }
             }
-            Happened::Drafted(drafter, Drafted::Pieces(pieces)) => self.drafted(drafter, pieces),
-            Happened::Drafted(drafter, Drafted::Silence) => {
+            AttachEvent::Drafted(drafter, DrafterEvent::Pieces(pieces)) => self.drafted(drafter, pieces),
+            AttachEvent::Drafted(drafter, DrafterEvent::Silent) => {
                 self.drafter_failed(drafter, "it has been silent for too long");
             }
-            Happened::Drafted(drafter, Drafted::Rested) => {
+            AttachEvent::Drafted(drafter, DrafterEvent::RetryDue) => {
                 self.drafters[drafter].retry_at = None;
                 self.check_available();
             }
-            Happened::Seen => self.check_available(),
+            AttachEvent::Seen => self.check_available(),
         }
     }
 
-    async fn next(&mut self) -> Happened {
+    async fn next(&mut self) -> AttachEvent {
         let drafters = self.drafters.iter_mut().map(|drafter| drafter.next().boxed());
         let drafters: Vec<_> = drafters.collect();
         let any = OptionFuture::from((!drafters.is_empty()).then(|| select_all(drafters)));
         tokio::select! {
-            Some(answer) = OptionFuture::from(self.follow.as_mut()) => Happened::Followed(answer),
-            Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => Happened::Offered(answer),
-            Some((drafted, number, _)) = any => Happened::Drafted(number, drafted),
-            Ok(()) = self.sight.changed() => Happened::Seen,
+            Some(answer) = OptionFuture::from(self.follow.as_mut()) => AttachEvent::Followed(answer),
+            Some(answer) = OptionFuture::from(self.offer.as_mut().map(|(_, answer)| answer)) => AttachEvent::Offered(answer),
+            Some((drafted, number, _)) = any => AttachEvent::Drafted(number, drafted),
+            Ok(()) = self.snapshot.changed() => AttachEvent::Seen,
         }
     }
 
     /// The target's word on the completion.
-    fn answered(&mut self, answer: Answer, followed: bool) {
+    fn answered(&mut self, answer: OfferResult, followed: bool) {
         match answer {
             Ok(answer) => match answer.state {
                 DraftState::Unknown if self.session.committed().is_empty() => {
@@ -170,20 +172,20 @@ impl Attached {
                     if answer.state == DraftState::Done {
                         self.count(answer);
                     }
-                    self.handle(Event::Ended);
+                    self.handle(SessionEvent::Ended);
                 }
                 DraftState::Waiting | DraftState::Running => {
                     let (pos, tokens) = (answer.pos, answer.tokens.clone());
                     let streams = self.drafters.iter_mut().filter_map(|it| it.stream.as_mut());
-                    streams.filter(|_| !tokens.is_empty()).for_each(Stream::wake);
+                    streams.filter(|_| !tokens.is_empty()).for_each(DrafterStream::wake);
                     self.count(answer);
-                    self.handle(Event::Committed { pos, tokens, followed });
+                    self.handle(SessionEvent::Committed { pos, tokens, followed });
                     self.check_available();
                 }
             },
             Err(UpstreamError::Refused { status, message, .. }) if (400..500).contains(&status) => {
                 tracing::warn!("the target refuses drafts: {status} {message}");
-                self.handle(Event::Ended);
+                self.handle(SessionEvent::Ended);
             }
             Err(error) => {
                 tracing::debug!("{error}");
@@ -213,7 +215,7 @@ impl Attached {
         if answer.n_steps > old.n_steps {
             let since_last = std::mem::replace(&mut self.stepped, Instant::now()).elapsed();
             let duration = Duration::from_micros(answer.step_us);
-            let clocks = self.worked.iter_mut().zip(&self.shared.activity);
+            let clocks = self.worked.iter_mut().zip(&self.shared.busy_clock);
             let beside_drafts: Vec<f64> = clocks
                 .map(|(before, clock)| {
                     let worked = clock.total();
@@ -223,16 +225,16 @@ impl Attached {
                 .collect();
             // The first step is the prompt's; of steps that went by unseen it is not known what they verified.
             if answer.n_steps == old.n_steps + 1 && answer.n_steps > 1 {
-                let step = Step {
+                let step = StepSample {
                     drafted: answer.step_n,
                     accepted: answer.step_accepted,
                     duration,
                     since_last,
                     batch: answer.step_batch,
                 };
-                self.shared.pace().record_step(&step, &beside_drafts);
+                self.shared.policy().record_step(&step, &beside_drafts);
             }
-            self.member.steps(1 + answer.step_n);
+            self.completion.steps(1 + answer.step_n);
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
         let (accepted, rejected) = predicted(
@@ -257,9 +259,9 @@ impl Attached {
         };
     }
 
-    fn drafted(&mut self, number: usize, pieces: Vec<Piece>) {
+    fn drafted(&mut self, number: usize, pieces: Vec<StreamItem>) {
         let drafter = &mut self.drafters[number];
-        let Some(id) = drafter.stream.as_ref().map(Stream::id) else {
+        let Some(id) = drafter.stream.as_ref().map(DrafterStream::id) else {
             return;
         };
         let mut tokens: Vec<(Token, Option<f64>)> = Vec::new();
@@ -286,26 +288,26 @@ impl Attached {
                 _ => (false, None),
             };
             let made = tokens.len() + usize::from(ends);
-            let waits = self.session.is_waited_for(number, self.began.elapsed());
-            let told = stream.count(made, end.is_some(), took);
-            let mut pace = self.shared.pace();
-            if let Some(latency) = told.first {
-                pace.record_first_token(number, latency, waits);
+            let waits = self.session.target_waits_for(number, self.began.elapsed());
+            let timing = stream.count(made, end.is_some(), took);
+            let mut policy = self.shared.policy();
+            if let Some(latency) = timing.first {
+                policy.record_first_token(number, latency, waits);
             }
-            if let Some((n, time)) = told.further {
-                pace.record_tokens(number, n, time, waits);
+            if let Some((n, time)) = timing.further {
+                policy.record_tokens(number, n, time, waits);
             }
-            drop(pace);
-            drafter.works();
-            let class = |p| Class::of_probability(number, p);
-            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(Class::untold(number), class));
+            drop(policy);
+            drafter.succeeded();
+            let class = |p| TokenClass::of_probability(number, p);
+            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(TokenClass::untold(number), class));
             let tokens = tokens.into_iter().map(classed).collect();
-            self.handle(Event::Drafted { stream: id, tokens });
+            self.handle(SessionEvent::Drafted { stream: id, tokens });
             let drafter = &mut self.drafters[number];
-            if let (Some(stream), Some((_, server))) = (&mut drafter.stream, &drafter.spoken)
-                && server.tells_times()
+            if let (Some(stream), Some((_, server))) = (&mut drafter.stream, &drafter.protocol)
+                && server.reports_timing()
             {
-                stream.rest(self.session.spare() / 2);
+                stream.rest(self.session.slack() / 2);
             }
         }
         // What was said may have made the session end it, and begin another one.
@@ -315,7 +317,7 @@ impl Attached {
                 if let Some(stream) = current.take_if(|stream| stream.id() == id) {
                     stream.end(took);
                 }
-                self.handle(Event::DraftEnded {
+                self.handle(SessionEvent::DraftEnded {
                     stream: id,
                     end_of_text: why == StreamEnd::EndOfText,
                 });
@@ -332,8 +334,8 @@ impl Attached {
         let drafter = &mut self.drafters[number];
         tracing::debug!("the drafter {} failed: {why}", drafter.server.client.url());
         if let Some(stream) = drafter.stream.take() {
-            let waits = self.session.is_waited_for(number, self.began.elapsed());
-            self.shared.pace().record_silence(number, stream.silent(), waits);
+            let waits = self.session.target_waits_for(number, self.began.elapsed());
+            self.shared.policy().record_silence(number, stream.silent(), waits);
         }
         drafter.failed();
         self.check_available();
@@ -341,16 +343,16 @@ impl Attached {
 
     /// Tells the session when a drafter becomes usable or ceases to be.
     fn check_available(&mut self) {
-        let languages: Vec<Option<Language>> = {
-            let sight = self.sight.borrow_and_update();
-            sight.drafts.iter().map(|draft| draft.language.clone()).collect()
+        let protocols: Vec<Option<DraftProtocol>> = {
+            let snapshot = self.snapshot.borrow_and_update();
+            snapshot.drafts.iter().map(|draft| draft.protocol.clone()).collect()
         };
         for number in 0..self.drafters.len() {
             let drafter = &mut self.drafters[number];
-            let language = languages.get(number).cloned().flatten();
-            let can_draft = language.is_some();
-            if let Some(language) = language {
-                drafter.speak(language, &self.target);
+            let protocol = protocols.get(number).cloned().flatten();
+            let can_draft = protocol.is_some();
+            if let Some(protocol) = protocol {
+                drafter.set_protocol(protocol, &self.target);
             }
             let mut available = can_draft && drafter.retry_at.is_none() && !self.session.committed().is_empty();
             if available && drafter.lease.is_none() {
@@ -359,7 +361,7 @@ impl Attached {
             }
             if available != drafter.available {
                 drafter.available = available;
-                self.handle(Event::Available {
+                self.handle(SessionEvent::Available {
                     drafter: number,
                     available,
                 });
@@ -367,19 +369,19 @@ impl Attached {
         }
     }
 
-    fn handle(&mut self, event: Event) {
-        let growing = self.growing();
-        let moment = Moment {
+    fn handle(&mut self, event: SessionEvent) {
+        let pending = self.pending();
+        let context = SessionContext {
             n_max: self.n_max(),
-            growing: &growing,
+            pending: &pending,
             now: self.began.elapsed(),
-            round_trip: self.shared.pace().round_trip(),
-            load: self.member.others(),
+            round_trip: self.shared.policy().round_trip(),
+            load: self.completion.others(),
         };
-        tracing::trace!(?event, ?moment);
+        tracing::trace!(?event, ?context);
         let actions = {
-            let mut pace = self.shared.pace();
-            self.session.handle(event, &mut *pace, &moment)
+            let mut policy = self.shared.policy();
+            self.session.handle(event, &mut *policy, &context)
         };
         for action in actions {
             tracing::trace!(?action);
@@ -388,7 +390,7 @@ impl Attached {
     }
 
     fn n_max(&self) -> usize {
-        let n_max = self.shared.cap.min(self.sight.borrow().n_max);
+        let n_max = self.shared.cap.min(self.snapshot.borrow().n_max);
         if self.answered.state == DraftState::Running {
             n_max.min(self.answered.n_max)
         } else {
@@ -396,52 +398,52 @@ impl Attached {
         }
     }
 
-    fn growing(&self) -> Vec<Growing> {
+    fn pending(&self) -> Vec<PendingDraft> {
         let drafters = self.drafters.iter().enumerate();
-        let growing = drafters.filter_map(|(drafter, it)| {
+        let pending = drafters.filter_map(|(drafter, it)| {
             let stream = it.stream.as_ref()?;
-            Some(Growing {
+            Some(PendingDraft {
                 drafter,
-                begun: stream.begun(),
-                silent: stream.silent(),
+                started: stream.begun(),
+                silent_for: stream.silent(),
             })
         });
-        growing.collect()
+        pending.collect()
     }
 
-    fn act(&mut self, action: Action) {
+    fn act(&mut self, action: SessionAction) {
         match action {
-            Action::Follow(offer) => self.follow = Some(self.post(&offer, true)),
-            Action::Offer(offer) if self.offer.is_some() => self.next_offer = Some(offer),
-            Action::Offer(offer) => self.send_offer(&offer),
-            Action::Draft {
+            SessionAction::Follow(offer) => self.follow = Some(self.post(&offer, true)),
+            SessionAction::Offer(offer) if self.offer.is_some() => self.next_offer = Some(offer),
+            SessionAction::Offer(offer) => self.send_offer(&offer),
+            SessionAction::Draft {
                 drafter,
                 stream: id,
                 prefix,
                 n,
             } => {
                 let it = &mut self.drafters[drafter];
-                let (Some(lease), Some((_, server))) = (&it.lease, &it.spoken) else {
+                let (Some(lease), Some((_, server))) = (&it.lease, &it.protocol) else {
                     return;
                 };
-                let takes = self.shared.pace().draft_time(drafter, n);
-                let enough = self.session.spare().min(DRAFTER_TIMEOUT);
+                let takes = self.shared.policy().draft_time(drafter, n);
+                let enough = self.session.slack().min(DRAFTER_TIMEOUT);
                 let at_once = takes.is_some_and(|takes| enough > takes.mul_f64(SURELY));
                 let pieces = server.draft(prefix, n, lease.index(), at_once);
-                it.stream = Some(Stream::new(id, pieces, self.shared.activity[drafter].begin()));
+                it.stream = Some(DrafterStream::new(id, pieces, self.shared.busy_clock[drafter].begin()));
             }
-            Action::StopDraft { drafter } => {
+            SessionAction::StopDraft { drafter } => {
                 let Some(stream) = self.drafters[drafter].stream.take() else {
                     return;
                 };
-                let mut pace = self.shared.pace();
+                let mut policy = self.shared.policy();
                 if !stream.begun() {
-                    let waits = self.session.is_waited_for(drafter, self.began.elapsed());
-                    pace.record_silence(drafter, stream.silent(), waits);
+                    let waits = self.session.target_waits_for(drafter, self.began.elapsed());
+                    policy.record_silence(drafter, stream.silent(), waits);
                 }
-                stream.stop(pace.token_time(drafter));
+                stream.stop(policy.token_time(drafter));
             }
-            Action::Finish => self.finished = true,
+            SessionAction::Finish => self.finished = true,
         }
     }
 
@@ -463,7 +465,7 @@ impl Attached {
         self.follow = Some(tokio::time::sleep(pause).then(|()| poll).boxed());
     }
 
-    fn post(&self, offer: &Offer, wait: bool) -> BoxFuture<'static, Answer> {
+    fn post(&self, offer: &Offer, wait: bool) -> BoxFuture<'static, OfferResult> {
         let (target, key, offer) = (self.target.clone(), self.key.clone(), offer.clone());
         async move {
             let Offer {
@@ -495,9 +497,9 @@ fn beside(pass: Duration, since_last: Duration, at_work: Duration) -> f64 {
 }
 
 /// How many of `verified` the client had predicted: of the first `accepted`, and of the rest.
-fn predicted(verified: &[Class], accepted: usize) -> (u64, u64) {
+fn predicted(verified: &[TokenClass], accepted: usize) -> (u64, u64) {
     let (accepted, rejected) = verified.split_at(accepted.min(verified.len()));
-    let count = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+    let count = |classes: &[TokenClass]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
     (count(accepted), count(rejected))
 }
 
@@ -529,11 +531,11 @@ mod tests {
     #[test]
     fn only_tokens_of_the_prediction_are_counted_as_such() {
         let classes = [
-            Class::of_prediction(3),
-            Class::of_probability(0, 0.9),
-            Class::of_prediction(40),
-            Class::of_match(40),
-            Class::of_prediction(5),
+            TokenClass::of_prediction(3),
+            TokenClass::of_probability(0, 0.9),
+            TokenClass::of_prediction(40),
+            TokenClass::of_match(40),
+            TokenClass::of_prediction(5),
         ];
         assert_eq!(predicted(&classes, 3), (2, 1));
         assert_eq!(predicted(&classes, 9), (3, 0));

@@ -13,10 +13,10 @@ use futures_util::StreamExt;
 use tokio::time::{sleep, timeout};
 
 use super::draft_server::DraftServer;
-use super::stepper::Stepper;
-use super::watch::{Language, Server, Sight};
-use super::{Shared, Verification};
-use crate::speculation::Pace;
+use super::step_timer::StepTimer;
+use super::watch::{ClusterSnapshot, ConfiguredServer, DraftProtocol};
+use super::{EngineState, Verification};
+use crate::speculation::AdaptivePolicy;
 use crate::upstream::{DraftCall, DraftPiece, LlamaServer, Props, UpstreamError};
 
 /// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
@@ -50,79 +50,79 @@ const BUSY: Duration = Duration::from_millis(100);
 
 /// What was measured, as it was seen then.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(super) struct Measured {
+pub(super) struct MeasuredServers {
     /// Of a target that is there, what it tells of itself.
-    target: Option<Target>,
+    target: Option<MeasuredTarget>,
     /// Of each drafter that can be used how it is talked to.
-    drafters: Vec<Option<Language>>,
+    drafters: Vec<Option<DraftProtocol>>,
 }
 
 /// A target; it may tell nothing of itself.
 #[derive(Debug, Clone, PartialEq)]
-struct Target(Option<Props>);
+struct MeasuredTarget(Option<Props>);
 
-impl Measured {
+impl MeasuredServers {
     /// All that there is to measure.
-    pub(super) fn all(sight: &Sight) -> Self {
-        if sight.verification != Verification::Attached {
+    pub(super) fn all(snapshot: &ClusterSnapshot) -> Self {
+        if snapshot.verification != Verification::Attached {
             return Self::default();
         }
         Self {
-            target: Some(Target(sight.model.clone())),
-            drafters: sight.drafts.iter().map(|draft| draft.language.clone()).collect(),
+            target: Some(MeasuredTarget(snapshot.model.clone())),
+            drafters: snapshot.drafts.iter().map(|draft| draft.protocol.clone()).collect(),
         }
     }
 }
 
 /// Measures the target whenever it comes up, and whenever its model is another one, and each drafter that can be used.
-pub(super) async fn run(shared: Arc<Shared>, target: LlamaServer, drafts: Vec<Server>) {
-    let mut sight = shared.sight.subscribe();
+pub(super) async fn run(shared: Arc<EngineState>, target: LlamaServer, drafts: Vec<ConfiguredServer>) {
+    let mut snapshot = shared.snapshot.subscribe();
     let mut model = None;
     loop {
         let measured = shared.measured().clone();
-        let seen = sight.wait_for(|seen| Measured::all(seen) != measured).await;
-        let Ok((all, n_max)) = seen.map(|seen| (Measured::all(&seen), shared.cap.min(seen.n_max))) else {
+        let seen = snapshot.wait_for(|seen| MeasuredServers::all(seen) != measured).await;
+        let Ok((all, n_max)) = seen.map(|seen| (MeasuredServers::all(&seen), shared.cap.min(seen.n_max))) else {
             return;
         };
         if all.target != measured.target {
             if all.target.is_some() {
                 if model.as_ref().is_some_and(|before| *before != all.target) {
                     // How well drafters guess it was another model's matter too.
-                    *shared.pace() = Pace::default();
+                    *shared.policy() = AdaptivePolicy::default();
                 }
                 model = Some(all.target.clone());
                 if let Err(error) = measure(&shared, &target, n_max).await {
                     tracing::debug!("the target could not be measured: {error}");
                 }
             }
-            *shared.measured() = Measured {
+            *shared.measured() = MeasuredServers {
                 target: all.target,
                 drafters: vec![None; all.drafters.len()],
             };
             continue;
         }
-        let new = |(number, language): &(usize, Option<Language>)| measured.drafters[*number] != *language;
-        let Some((number, language)) = all.drafters.into_iter().enumerate().find(new) else {
+        let new = |(number, protocol): &(usize, Option<DraftProtocol>)| measured.drafters[*number] != *protocol;
+        let Some((number, protocol)) = all.drafters.into_iter().enumerate().find(new) else {
             continue;
         };
-        if let Some(language) = &language {
-            if !shared.crowd.is_empty() {
+        if let Some(protocol) = &protocol {
+            if !shared.batch_load.is_empty() {
                 sleep(BUSY).await;
                 continue;
             }
-            let drafter = DraftServer::new(&drafts[number], language, &target);
+            let drafter = DraftServer::new(&drafts[number], protocol, &target);
             if let Err(error) = measure_drafter(&shared, &target, number, &drafter).await {
                 let url = &drafts[number].config.url;
                 tracing::debug!("the drafter {url} could not be measured: {error}");
             }
         }
-        shared.measured().drafters[number] = language;
+        shared.measured().drafters[number] = protocol;
     }
 }
 
 /// How fast a drafter is while the target does nothing, and then what it costs the target.
 async fn measure_drafter(
-    shared: &Shared,
+    shared: &EngineState,
     target: &LlamaServer,
     number: usize,
     drafter: &DraftServer,
@@ -140,11 +140,11 @@ async fn measure_drafter(
             while let Some(piece) = pieces.next().await {
                 let DraftPiece::Tokens(tokens) = piece? else { break };
                 let now = Instant::now();
-                let mut pace = shared.pace();
+                let mut policy = shared.policy();
                 match last.replace(now) {
                     _ if round == 0 => {}
-                    None => pace.record_first_token(number, now - began, true),
-                    Some(last) => pace.record_tokens(number, tokens.len(), now - last, true),
+                    None => policy.record_first_token(number, now - began, true),
+                    Some(last) => policy.record_tokens(number, tokens.len(), now - last, true),
                 }
             }
         }
@@ -166,21 +166,21 @@ async fn measure_drafter(
         }
     };
     let key = super::new_key();
-    let slowdown = slowdown(Stepper::new(target, &key), drafting);
+    let slowdown = slowdown(StepTimer::new(target, &key), drafting);
     if let Some(factor) = beside_completion(target, &key, TURNS * STEPS, slowdown).await? {
         tracing::debug!("steps of the target take {factor:.2} times as long beside the drafter");
-        shared.pace().calibrate_slowdown(number, factor);
+        shared.policy().calibrate_slowdown(number, factor);
     }
     Ok(())
 }
 
-async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
+async fn measure(shared: &EngineState, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
     // A target that has nothing to do for a call and takes longer is busy with something else.
     timeout(CALLS_BOUND, measure_way(shared, target))
         .await
         .unwrap_or(Ok(()))?;
     let key = super::new_key();
-    let costs = step_costs(Stepper::new(target, &key), n_max);
+    let costs = step_costs(StepTimer::new(target, &key), n_max);
     let costs = beside_completion(target, &key, ROUNDS * SIZES.len(), costs).await?;
     if costs.contains_key(&0) {
         let shown: Vec<String> = costs
@@ -188,7 +188,7 @@ async fn measure(shared: &Shared, target: &LlamaServer, n_max: usize) -> Result<
             .map(|(n, cost)| format!("{n}: {:.1}", cost.as_secs_f64() * 1e3))
             .collect();
         tracing::debug!("milliseconds per step by draft tokens: {}", shown.join(", "));
-        shared.pace().calibrate(costs);
+        shared.policy().calibrate(costs);
     }
     Ok(())
 }
@@ -214,7 +214,7 @@ async fn beside_completion<T>(
 }
 
 /// How long the target takes to answer a call that it has nothing to do for.
-async fn measure_way(shared: &Shared, target: &LlamaServer) -> Result<(), UpstreamError> {
+async fn measure_way(shared: &EngineState, target: &LlamaServer) -> Result<(), UpstreamError> {
     let key = super::new_key();
     let call = DraftCall {
         key: &key,
@@ -227,12 +227,12 @@ async fn measure_way(shared: &Shared, target: &LlamaServer) -> Result<(), Upstre
     for _ in 0..CALLS {
         let asked = Instant::now();
         target.offer(&call).await?;
-        shared.pace().record_round_trip(asked.elapsed());
+        shared.policy().record_round_trip(asked.elapsed());
     }
     Ok(())
 }
 
-async fn step_costs(mut stepper: Stepper<'_>, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
+async fn step_costs(mut step_timer: StepTimer<'_>, n_max: usize) -> Result<BTreeMap<usize, Duration>, UpstreamError> {
     let began = Instant::now();
     let mut costs = BTreeMap::<usize, Duration>::new();
     let mut sizes = (0..ROUNDS).flat_map(|_| SIZES).filter(|size| *size <= n_max);
@@ -241,7 +241,7 @@ async fn step_costs(mut stepper: Stepper<'_>, n_max: usize) -> Result<BTreeMap<u
         let Some(size) = (if settled { sizes.next() } else { Some(0) }) else {
             break;
         };
-        let Some((n, cost)) = stepper.step(size).await? else {
+        let Some((n, cost)) = step_timer.step(size).await? else {
             break;
         };
         let known = costs.entry(n).or_insert(Duration::MAX);
@@ -252,19 +252,19 @@ async fn step_costs(mut stepper: Stepper<'_>, n_max: usize) -> Result<BTreeMap<u
 }
 
 /// How many times as long a step takes beside a drafter as without; `None` where that was not to be seen.
-async fn slowdown<D>(mut stepper: Stepper<'_>, drafting: impl Fn() -> D) -> Result<Option<f64>, UpstreamError>
+async fn slowdown<D>(mut step_timer: StepTimer<'_>, drafting: impl Fn() -> D) -> Result<Option<f64>, UpstreamError>
 where
     D: Future<Output = Result<(), UpstreamError>>,
 {
     let began = Instant::now();
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     while alone.len() < TURNS * STEPS && began.elapsed() < BOUND {
-        if !stepper.plain(STEPS, &mut alone).await? {
+        if !step_timer.plain(STEPS, &mut alone).await? {
             break;
         }
         tokio::select! {
             ended = drafting() => return ended.map(|()| None),
-            more = stepper.plain(STEPS, &mut beside) => if !more? { break },
+            more = step_timer.plain(STEPS, &mut beside) => if !more? { break },
         }
     }
     Ok(median(&mut beside)

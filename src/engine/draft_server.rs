@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, ReadyChunks};
 use tokio::sync::Mutex;
 
-use super::watch::{Language, Server};
+use super::watch::{ConfiguredServer, DraftProtocol};
 use crate::speculation::{Retokeniser, Token};
 use crate::upstream::{
     DraftPiece, DraftStream, LlamaServer, StreamEnd, TextPiece, TextServer, TextStream, UpstreamError, WrittenTokens,
@@ -31,9 +31,9 @@ pub enum DraftServer {
 impl DraftServer {
     /// That drafter, talked to in this language for one completion of the target.
     #[must_use]
-    pub fn new(server: &Server, language: &Language, target: &LlamaServer) -> Self {
-        match (language, &server.text) {
-            (Language::Text { bos }, Some(text)) => {
+    pub fn new(server: &ConfiguredServer, protocol: &DraftProtocol, target: &LlamaServer) -> Self {
+        match (protocol, &server.text) {
+            (DraftProtocol::Text { bos }, Some(text)) => {
                 Self::Text(TextDrafter::new(text.clone(), target.clone(), bos.clone()))
             }
             _ => Self::Tokens(TokenDrafter {
@@ -45,7 +45,7 @@ impl DraftServer {
 
     /// Whether it tells how long its tokens took, so that they may lie around for a while, or come all at once.
     #[must_use]
-    pub fn tells_times(&self) -> bool {
+    pub fn reports_timing(&self) -> bool {
         matches!(self, Self::Tokens(_))
     }
 
@@ -78,7 +78,7 @@ pub struct TextDrafter {
     target: LlamaServer,
     /// The text of the token that begins a sequence: each server puts its own there.
     bos: String,
-    written: Arc<Mutex<Written>>,
+    written: Arc<Mutex<CompletionText>>,
 }
 
 impl TextDrafter {
@@ -131,14 +131,14 @@ impl TextDrafter {
 
 /// The text of a completion as far as it is known, so that only what is new has to be asked for.
 #[derive(Debug, Default)]
-struct Written {
+struct CompletionText {
     tokens: Vec<Token>,
     text: String,
     /// Numbers of tokens, and the bytes of text that they make: whole characters.
     marks: Vec<(usize, usize)>,
 }
 
-impl Written {
+impl CompletionText {
     /// The text of `tokens`, and those at their end that are no whole character yet.
     async fn read(&mut self, target: &LlamaServer, tokens: &[Token]) -> Result<(String, Vec<Token>), UpstreamError> {
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();

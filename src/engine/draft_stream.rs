@@ -8,22 +8,22 @@ use futures_util::stream::Fuse;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
-use super::activity::Work;
+use super::busy_clock::BusyGuard;
 use crate::upstream::{DraftPiece, DraftStream, UpstreamError};
 
 /// Most pieces that are taken at once.
 const PIECES: usize = 64;
 
 /// What a stream says at a time.
-pub(super) type Piece = Result<DraftPiece, UpstreamError>;
+pub(super) type StreamItem = Result<DraftPiece, UpstreamError>;
 
 /// A running stream. To wake up for each of its tokens is most of what drafting costs the proxy, so it may be left alone for
 /// a while.
-pub(super) struct Stream {
+pub(super) struct DrafterStream {
     id: u64,
     pieces: Fuse<DraftStream>,
     /// Pieces that are not handled yet.
-    come: Vec<Piece>,
+    come: Vec<StreamItem>,
     /// When the last token came, or the stream was begun.
     heard_at: Instant,
     /// When its first token came, and the number of all so far.
@@ -33,21 +33,21 @@ pub(super) struct Stream {
     rests_until: Option<Instant>,
     /// What has come came some time ago.
     lay_around: bool,
-    work: Work,
+    work: BusyGuard,
 }
 
 /// What tokens tell of how fast the drafter is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Told {
+pub(super) struct StreamTiming {
     /// How long the first one took.
     pub(super) first: Option<Duration>,
     /// How long so many further ones took.
     pub(super) further: Option<(usize, Duration)>,
 }
 
-impl Stream {
+impl DrafterStream {
     /// A stream of that name, which is what the drafter works at.
-    pub(super) fn new(id: u64, pieces: DraftStream, work: Work) -> Self {
+    pub(super) fn new(id: u64, pieces: DraftStream, work: BusyGuard) -> Self {
         Self {
             id,
             pieces: pieces.fuse(),
@@ -109,7 +109,7 @@ impl Stream {
     }
 
     /// What has come, as soon as something has. It loses nothing when it is dropped.
-    pub(super) async fn next(&mut self) -> Vec<Piece> {
+    pub(super) async fn next(&mut self) -> Vec<StreamItem> {
         if self.come.is_empty() {
             self.come.extend(self.pieces.next().await);
             self.take_ready();
@@ -126,7 +126,7 @@ impl Stream {
     }
 
     /// Takes in that `n` tokens were made, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
-    pub(super) fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> Told {
+    pub(super) fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> StreamTiming {
         let silent = self.silent();
         self.n_tokens += n;
         self.heard_at = Instant::now();
@@ -135,7 +135,7 @@ impl Stream {
             // All at once: what the further ones took was no silence before the first.
             let took = took.filter(|_| ended);
             self.first_at = self.heard_at.checked_sub(took.unwrap_or_default());
-            return Told {
+            return StreamTiming {
                 first: Some(silent.saturating_sub(took.unwrap_or_default())),
                 further: took.map(|took| (further, took)),
             };
@@ -146,7 +146,7 @@ impl Stream {
         } else {
             Some((n, silent))
         };
-        Told { first: None, further }
+        StreamTiming { first: None, further }
     }
 
     /// The drafter has ended it, and is not at work since; `took` as in [`DraftPiece::End`].
@@ -169,7 +169,7 @@ mod tests {
     use futures_util::stream;
     use tokio::time::sleep;
 
-    use super::super::activity::Activity;
+    use super::super::busy_clock::BusyClock;
     use super::*;
     use crate::upstream::StreamEnd;
 
@@ -191,20 +191,20 @@ mod tests {
             .boxed()
     }
 
-    fn first(told: &Told) -> Option<Duration> {
-        assert_eq!(told.further, None);
-        told.first
+    fn first(timing: &StreamTiming) -> Option<Duration> {
+        assert_eq!(timing.further, None);
+        timing.first
     }
 
     #[tokio::test]
     async fn tokens_that_lay_around_took_as_long_as_the_drafter_says() {
-        for (took, told) in [(Some(6 * MS), Some((3, 6 * MS))), (None, None)] {
-            let activity = Activity::default();
+        for (took, timing) in [(Some(6 * MS), Some((3, 6 * MS))), (None, None)] {
+            let busy_clock = BusyClock::default();
             let pieces = stream::iter([Ok(DraftPiece::Tokens(vec![(7, None)]))])
                 .chain(stream::once(sleep(MS)).filter_map(|()| std::future::ready(None)))
                 .chain(said(3, took))
                 .boxed();
-            let mut stream = Stream::new(1, pieces, activity.begin());
+            let mut stream = DrafterStream::new(1, pieces, busy_clock.begin());
             assert_eq!(stream.next().await.len(), 1);
             assert!(first(&stream.count(1, false, None)).is_some());
             stream.rest(60 * MS);
@@ -212,14 +212,14 @@ mod tests {
             assert_eq!(stream.next().await.len(), 4);
             assert_eq!(
                 stream.count(3, true, took),
-                Told {
+                StreamTiming {
                     first: None,
-                    further: told
+                    further: timing
                 }
             );
             let silent = stream.silent();
             stream.end(took);
-            let at_work = activity.total();
+            let at_work = busy_clock.total();
             if took.is_some() {
                 assert!(at_work < 50 * MS, "{at_work:?} at work, last heard of {silent:?} ago");
             } else {
@@ -230,39 +230,39 @@ mod tests {
 
     #[tokio::test]
     async fn tokens_that_are_heard_at_once_took_as_long_as_it_was_silent() {
-        let activity = Activity::default();
-        let mut stream = Stream::new(1, says(2, 5 * MS, 9 * MS), activity.begin());
+        let busy_clock = BusyClock::default();
+        let mut stream = DrafterStream::new(1, says(2, 5 * MS, 9 * MS), busy_clock.begin());
         stream.rested().await;
         assert!(!stream.begun());
         stream.next().await;
         assert!(first(&stream.count(1, false, None)).is_some_and(|time| time >= 5 * MS));
         assert!(stream.begun());
         stream.next().await;
-        let told = stream.count(1, true, Some(9 * MS));
+        let timing = stream.count(1, true, Some(9 * MS));
         assert!(
-            matches!(told.further, Some((1, time)) if time >= 5 * MS && time != 9 * MS),
-            "{told:?}"
+            matches!(timing.further, Some((1, time)) if time >= 5 * MS && time != 9 * MS),
+            "{timing:?}"
         );
     }
 
     #[tokio::test]
     async fn of_a_draft_in_one_piece_the_drafter_says_how_much_was_not_the_first_token() {
-        let activity = Activity::default();
+        let busy_clock = BusyClock::default();
         let pieces = stream::once(sleep(20 * MS))
             .flat_map(|()| said(4, Some(12 * MS)))
             .boxed();
-        let mut stream = Stream::new(1, pieces, activity.begin());
+        let mut stream = DrafterStream::new(1, pieces, busy_clock.begin());
         assert_eq!(stream.next().await.len(), 5);
-        let told = stream.count(4, true, Some(12 * MS));
-        assert_eq!(told.further, Some((3, 12 * MS)));
-        let first = told.first.unwrap_or_default();
+        let timing = stream.count(4, true, Some(12 * MS));
+        assert_eq!(timing.further, Some((3, 12 * MS)));
+        let first = timing.first.unwrap_or_default();
         assert!((8 * MS..1000 * MS).contains(&first), "{first:?}");
     }
 
     #[tokio::test]
     async fn a_stream_that_is_woken_is_heard_before_its_time() {
-        let activity = Activity::default();
-        let mut stream = Stream::new(1, said(4, None), activity.begin());
+        let busy_clock = BusyClock::default();
+        let mut stream = DrafterStream::new(1, said(4, None), busy_clock.begin());
         stream.rest(3600 * 1000 * MS);
         stream.wake();
         stream.rested().await;

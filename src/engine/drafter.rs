@@ -6,9 +6,9 @@ use futures_util::future::OptionFuture;
 use tokio::time::{Instant, sleep_until};
 
 use super::draft_server::DraftServer;
-use super::draft_stream::{Piece, Stream};
-use super::slots::Lease;
-use super::watch::{Language, Server};
+use super::draft_stream::{DrafterStream, StreamItem};
+use super::slots::SlotLease;
+use super::watch::{ConfiguredServer, DraftProtocol};
 use crate::speculation::Token;
 use crate::upstream::LlamaServer;
 
@@ -18,12 +18,12 @@ pub(super) const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// A drafter, as one completion has it.
-pub(super) struct Drafter {
-    pub(super) server: Server,
+pub(super) struct SessionDrafter {
+    pub(super) server: ConfiguredServer,
     /// As it is talked to.
-    pub(super) spoken: Option<(Language, DraftServer)>,
-    pub(super) stream: Option<Stream>,
-    pub(super) lease: Option<Lease>,
+    pub(super) protocol: Option<(DraftProtocol, DraftServer)>,
+    pub(super) stream: Option<DrafterStream>,
+    pub(super) lease: Option<SlotLease>,
     /// What the session was last told of it.
     pub(super) available: bool,
     back_off: Duration,
@@ -31,11 +31,11 @@ pub(super) struct Drafter {
     pub(super) retry_at: Option<Instant>,
 }
 
-impl Drafter {
-    pub(super) fn new(server: Server) -> Self {
+impl SessionDrafter {
+    pub(super) fn new(server: ConfiguredServer) -> Self {
         Self {
             server,
-            spoken: None,
+            protocol: None,
             stream: None,
             lease: None,
             available: false,
@@ -45,21 +45,23 @@ impl Drafter {
     }
 
     /// Talks to it in this language from now on.
-    pub(super) fn speak(&mut self, language: Language, target: &LlamaServer) {
-        if self.spoken.as_ref().is_some_and(|(spoken, _)| *spoken == language) {
+    pub(super) fn set_protocol(&mut self, protocol: DraftProtocol, target: &LlamaServer) {
+        if self.protocol.as_ref().is_some_and(|(current, _)| *current == protocol) {
             return;
         }
-        let server = DraftServer::new(&self.server, &language, target);
-        self.spoken = Some((language, server));
+        let server = DraftServer::new(&self.server, &protocol, target);
+        self.protocol = Some((protocol, server));
     }
 
     /// Whether the target knows a token of its drafts.
     pub(super) fn is_known(&self, token: Token) -> bool {
-        self.spoken.as_ref().is_some_and(|(language, _)| language.knows(token))
+        self.protocol
+            .as_ref()
+            .is_some_and(|(protocol, _)| protocol.knows(token))
     }
 
     /// It has said something.
-    pub(super) fn works(&mut self) {
+    pub(super) fn succeeded(&mut self) {
         self.back_off = BACK_OFF.0;
     }
 
@@ -70,7 +72,7 @@ impl Drafter {
     }
 
     /// What it does next.
-    pub(super) async fn next(&mut self) -> Drafted {
+    pub(super) async fn next(&mut self) -> DrafterEvent {
         if let Some(stream) = &mut self.stream {
             stream.rested().await;
         }
@@ -81,21 +83,21 @@ impl Drafter {
         tokio::select! {
             // What has come counts, however long ago the last piece was heard.
             biased;
-            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(Stream::next)) => Drafted::Pieces(pieces),
-            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => Drafted::Silence,
-            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => Drafted::Rested,
+            Some(pieces) = OptionFuture::from(self.stream.as_mut().map(DrafterStream::next)) => DrafterEvent::Pieces(pieces),
+            () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => DrafterEvent::Silent,
+            () = sleep_until(self.retry_at.unwrap_or_else(Instant::now)), if self.retry_at.is_some() => DrafterEvent::RetryDue,
             else => std::future::pending().await,
         }
     }
 }
 
 /// What a drafter did.
-pub(super) enum Drafted {
-    Pieces(Vec<Piece>),
+pub(super) enum DrafterEvent {
+    Pieces(Vec<StreamItem>),
     /// Its stream was silent for too long.
-    Silence,
+    Silent,
     /// It may be tried again.
-    Rested,
+    RetryDue,
 }
 
 #[cfg(test)]
@@ -104,7 +106,7 @@ mod tests {
     use futures_util::future::join_all;
     use futures_util::stream;
 
-    use super::super::activity::Activity;
+    use super::super::busy_clock::BusyClock;
     use super::*;
     use crate::config::Upstream;
     use crate::upstream::DraftPiece;
@@ -113,16 +115,16 @@ mod tests {
     async fn a_drafter_that_was_left_alone_for_long_is_heard_before_it_is_taken_for_silent() {
         let url = "http://127.0.0.1:1";
         let spoke = || async {
-            let mut drafter = Drafter::new(Server {
+            let mut drafter = SessionDrafter::new(ConfiguredServer {
                 config: Upstream::at(url),
                 client: LlamaServer::new(url, None).unwrap(),
                 text: None,
             });
             let said = stream::iter([Ok(DraftPiece::Tokens(vec![(7, None)]))]).boxed();
-            let mut left_alone = Stream::new(1, said, Activity::default().begin());
+            let mut left_alone = DrafterStream::new(1, said, BusyClock::default().begin());
             left_alone.rest(DRAFTER_TIMEOUT + Duration::from_millis(50));
             drafter.stream = Some(left_alone);
-            matches!(drafter.next().await, Drafted::Pieces(_))
+            matches!(drafter.next().await, DrafterEvent::Pieces(_))
         };
         let spoke = join_all(std::iter::repeat_with(spoke).take(20)).await;
         assert!(spoke.iter().all(|spoke| *spoke), "{spoke:?}");

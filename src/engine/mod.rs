@@ -3,19 +3,19 @@
 //! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
 //! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
 
-mod activity;
 mod attach;
 mod background;
+mod batch_load;
+mod busy_clock;
 mod calibrate;
-mod crowd;
 mod draft_server;
 mod draft_stream;
 mod drafter;
-mod occupancy;
+mod in_flight;
 mod prediction;
 mod rounds;
 mod slots;
-mod stepper;
+mod step_timer;
 mod vocabulary;
 mod watch;
 
@@ -30,18 +30,18 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
-use crate::speculation::{Outlook, Pace};
+use crate::speculation::{AdaptivePolicy, DrafterOutlook};
 use crate::upstream::{LlamaServer, TextServer};
-use activity::Activity;
 use background::{contained, kept_running};
-use calibrate::Measured;
-use crowd::Crowd;
-use occupancy::Occupancy;
-pub use occupancy::Occupied;
+use batch_load::BatchLoad;
+use busy_clock::BusyClock;
+use calibrate::MeasuredServers;
+use in_flight::InFlightRequests;
+pub use in_flight::RequestGuard;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
-use slots::Slots;
-use watch::{Server, Sight, Watcher};
+use slots::DraftSlots;
+use watch::{ClusterSnapshot, ConfiguredServer, Watcher};
 
 /// What the engine needs to know, with the keys read.
 #[derive(Debug, Clone)]
@@ -76,37 +76,37 @@ const FASTEST_STEP: Duration = Duration::from_micros(1500);
 /// Draft servers and a target, watched.
 #[derive(Debug)]
 pub struct Engine {
-    shared: Arc<Shared>,
-    drafts: Vec<Server>,
+    shared: Arc<EngineState>,
+    drafts: Vec<ConfiguredServer>,
     target: Option<LlamaServer>,
     /// The target, if it can be asked in rounds.
     rounds: Option<Arc<RoundsTarget>>,
-    occupancy: Occupancy,
+    in_flight: InFlightRequests,
     watcher: AbortHandle,
 }
 
 /// What all drafted completions of an engine share.
 #[derive(Debug)]
-struct Shared {
-    sight: channel::Sender<Sight>,
+struct EngineState {
+    snapshot: channel::Sender<ClusterSnapshot>,
     /// Of each drafter.
-    slots: Vec<Slots>,
-    crowd: Crowd,
+    slots: Vec<DraftSlots>,
+    batch_load: BatchLoad,
     /// Of each drafter.
-    activity: Vec<Activity>,
-    pace: Mutex<Pace>,
-    measured: Mutex<Measured>,
+    busy_clock: Vec<BusyClock>,
+    policy: Mutex<AdaptivePolicy>,
+    measured: Mutex<MeasuredServers>,
     totals: Mutex<Counts>,
     /// `max_draft_tokens`.
     cap: usize,
 }
 
-impl Shared {
-    fn pace(&self) -> MutexGuard<'_, Pace> {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+impl EngineState {
+    fn policy(&self) -> MutexGuard<'_, AdaptivePolicy> {
+        self.policy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn measured(&self) -> MutexGuard<'_, Measured> {
+    fn measured(&self) -> MutexGuard<'_, MeasuredServers> {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -123,7 +123,7 @@ impl Engine {
     /// When the system cannot set up an HTTP client.
     pub fn start(settings: Settings) -> Result<Arc<Self>, reqwest::Error> {
         let server = |(config, key): (Upstream, Option<Secret>)| {
-            Ok(Server {
+            Ok(ConfiguredServer {
                 client: LlamaServer::new(&config.url, key)?.with_draft_key(config.draft_key.clone()),
                 config,
                 text: None,
@@ -132,7 +132,7 @@ impl Engine {
         let draft_server = |(config, key): (Upstream, Option<Secret>)| {
             let text = TextServer::new(&config.url, key.clone(), config.backend, config.model_name.clone())?;
             let text = Some(text);
-            Ok(Server {
+            Ok(ConfiguredServer {
                 text,
                 ..server((config, key))?
             })
@@ -144,26 +144,26 @@ impl Engine {
             .into_iter()
             .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
-        let slots: Vec<Slots> = drafts.iter().map(|_| Slots::default()).collect();
+        let slots: Vec<DraftSlots> = drafts.iter().map(|_| DraftSlots::default()).collect();
         let rounds = match &target {
             Some(server) => RoundsTarget::of(server, target_key)?.map(Arc::new),
             None => None,
         };
-        let occupancy = Occupancy::default();
+        let in_flight = InFlightRequests::default();
         let watcher = {
-            let (drafts, target, slots, occupancy) = (drafts.clone(), target.clone(), slots.clone(), occupancy.clone());
+            let (drafts, target, slots, in_flight) = (drafts.clone(), target.clone(), slots.clone(), in_flight.clone());
             let (mode, stall_after) = (settings.verification, settings.stall_after);
             move || {
                 let (drafts, target, slots) = (drafts.clone(), target.clone(), slots.clone());
-                Watcher::new(drafts, target, slots, mode, occupancy.clone(), stall_after)
+                Watcher::new(drafts, target, slots, mode, in_flight.clone(), stall_after)
             }
         };
-        let shared = Arc::new(Shared {
-            sight: channel::Sender::new(watcher().first_sight()),
+        let shared = Arc::new(EngineState {
+            snapshot: channel::Sender::new(watcher().initial_snapshot()),
             slots,
-            crowd: Crowd::default(),
-            activity: drafts.iter().map(|_| Activity::default()).collect(),
-            pace: Mutex::default(),
+            batch_load: BatchLoad::default(),
+            busy_clock: drafts.iter().map(|_| BusyClock::default()).collect(),
+            policy: Mutex::default(),
             measured: Mutex::default(),
             totals: Mutex::default(),
             cap: match settings.max_draft_tokens {
@@ -175,7 +175,7 @@ impl Engine {
             let (shared, drafts, target, rounds) = (shared.clone(), drafts.clone(), target.clone(), rounds.clone());
             async move {
                 let clients = || drafts.iter().map(|server| server.client.clone()).collect();
-                let watching = kept_running("the watching of the servers", || watcher().run(shared.sight.clone()));
+                let watching = kept_running("the watching of the servers", || watcher().run(shared.snapshot.clone()));
                 let measuring = OptionFuture::from(target.as_ref().map(|target| {
                     let measure = || calibrate::run(shared.clone(), target.client.clone(), drafts.clone());
                     kept_running("the measuring of the servers", measure)
@@ -193,14 +193,14 @@ impl Engine {
             drafts,
             target: target.map(|server| server.client),
             rounds,
-            occupancy,
+            in_flight,
         }))
     }
 
     /// The target gets a request, and has it until the value is dropped.
     #[must_use]
-    pub fn occupy(&self) -> Occupied {
-        self.occupancy.begin()
+    pub fn track_request(&self) -> RequestGuard {
+        self.in_flight.begin()
     }
 
     /// A drafting session for a completion that is about to be sent to the target, or `None` when its target cannot verify
@@ -208,11 +208,11 @@ impl Engine {
     /// drafter that is down, and ends when the value is dropped.
     #[must_use]
     pub fn attach(&self, prediction: Option<String>) -> Option<Attachment> {
-        let attached = self.shared.sight.borrow().verification == Verification::Attached;
+        let attached = self.shared.snapshot.borrow().verification == Verification::Attached;
         if self.shared.cap == 0 || !attached || self.too_fast() {
             return None;
         }
-        let servers = attach::Servers {
+        let servers = attach::SessionServers {
             drafts: self.drafts.clone(),
             target: self.target.clone()?,
         };
@@ -229,27 +229,27 @@ impl Engine {
 
     /// Whether a step of the target is over sooner than a drafter can be asked.
     fn too_fast(&self) -> bool {
-        let plain = self.shared.pace().plain_step();
+        let plain = self.shared.policy().plain_step();
         plain.is_some_and(|step| step < FASTEST_STEP)
     }
 
     /// The target as last seen.
     #[must_use]
     pub fn target(&self) -> ServerStatus {
-        self.shared.sight.borrow().target.clone()
+        self.shared.snapshot.borrow().target.clone()
     }
 
     /// The drafters as last seen.
     #[must_use]
     pub fn drafters(&self) -> Vec<ServerStatus> {
-        let sight = self.shared.sight.borrow();
-        sight.drafts.iter().map(|draft| draft.status.clone()).collect()
+        let snapshot = self.shared.snapshot.borrow();
+        snapshot.drafts.iter().map(|draft| draft.status.clone()).collect()
     }
 
     /// How drafts are verified now.
     #[must_use]
     pub fn verification(&self) -> Verification {
-        let verification = self.shared.sight.borrow().verification;
+        let verification = self.shared.snapshot.borrow().verification;
         let rounds = self.asked_in_rounds(verification);
         if rounds.is_some_and(|rounds| rounds.reason().is_some()) {
             return Verification::None;
@@ -264,9 +264,9 @@ impl Engine {
     /// What is known of both servers and how the drafting went so far.
     #[must_use]
     pub fn status(&self) -> Status {
-        let sight = self.shared.sight.borrow().clone();
-        let measuring = *self.shared.measured() != Measured::all(&sight);
-        let (mut verification, mut reason) = (sight.verification, sight.reason);
+        let snapshot = self.shared.snapshot.borrow().clone();
+        let measuring = *self.shared.measured() != MeasuredServers::all(&snapshot);
+        let (mut verification, mut reason) = (snapshot.verification, snapshot.reason);
         if let Some(rounds) = self.asked_in_rounds(verification) {
             if let Some(flaw) = rounds.reason() {
                 (verification, reason) = (Verification::None, Some(flaw));
@@ -280,21 +280,21 @@ impl Engine {
             reason =
                 Some("a step of the target takes less than the round trips of drafting, so nothing is drafted".into());
         }
-        let n_max = self.shared.cap.min(sight.n_max);
-        let pace = self.shared.pace().clone();
-        let drafted = |(number, draft): (usize, watch::DraftSight)| DraftStatus {
+        let n_max = self.shared.cap.min(snapshot.n_max);
+        let policy = self.shared.policy().clone();
+        let drafted = |(number, draft): (usize, watch::DrafterSnapshot)| DraftStatus {
             // A draft that is down promises nothing.
-            outlook: pace.outlook(number, n_max).filter(|_| draft.status.healthy),
+            outlook: policy.outlook(number, n_max).filter(|_| draft.status.healthy),
             server: draft.status,
         };
         Status {
-            drafts: sight.drafts.into_iter().enumerate().map(drafted).collect(),
-            target: sight.target,
+            drafts: snapshot.drafts.into_iter().enumerate().map(drafted).collect(),
+            target: snapshot.target,
             verification,
             reason,
             measuring,
-            step_ms: pace.step_costs(),
-            round_trip_ms: pace.round_trip().as_secs_f64() * 1e3,
+            step_ms: policy.step_costs(),
+            round_trip_ms: policy.round_trip().as_secs_f64() * 1e3,
             counts: *self.shared.totals(),
         }
     }
@@ -431,7 +431,7 @@ pub struct DraftStatus {
     #[serde(flatten)]
     pub server: ServerStatus,
     /// What was learnt of it; `None` before it drafted.
-    pub outlook: Option<Outlook>,
+    pub outlook: Option<DrafterOutlook>,
 }
 
 /// The engine's part of `/v1/tightwad/status`.

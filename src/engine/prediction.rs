@@ -3,7 +3,7 @@
 
 use std::future::Future;
 
-use super::watch::Sight;
+use super::watch::ClusterSnapshot;
 use crate::speculation::Token;
 
 /// Most tokens, where the context is larger or not known.
@@ -12,11 +12,15 @@ const MOST: usize = 1 << 17;
 const BYTES: usize = 16;
 
 /// The tokens of a prediction, as far as the target's context has room for them; none where the target does not tell.
-pub(super) async fn tokens<E, F>(sight: &Sight, text: String, tokenize: impl FnOnce(String) -> F) -> Vec<Token>
+pub(super) async fn tokens<E, F>(
+    snapshot: &ClusterSnapshot,
+    text: String,
+    tokenize: impl FnOnce(String) -> F,
+) -> Vec<Token>
 where
     F: Future<Output = Result<Vec<Token>, E>>,
 {
-    let n_ctx = sight
+    let n_ctx = snapshot
         .model
         .as_ref()
         .map_or(0, |model| model.default_generation_settings.n_ctx);
@@ -47,13 +51,13 @@ mod tests {
     fn read(n_ctx: usize, text: &str) -> usize {
         let props = serde_json::json!({ "total_slots": 1, "default_generation_settings": { "n_ctx": n_ctx } });
         let model: Props = serde_json::from_value(props).unwrap();
-        let sight = Sight {
+        let snapshot = ClusterSnapshot {
             model: Some(model),
-            ..Sight::default()
+            ..ClusterSnapshot::default()
         };
         let tokenize = async |text: String| Ok::<_, Infallible>(text.bytes().map(Token::from).collect());
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(tokens(&sight, text.to_owned(), tokenize)).len()
+        runtime.block_on(tokens(&snapshot, text.to_owned(), tokenize)).len()
     }
 
     #[test]

@@ -9,12 +9,12 @@ use tokio::sync::watch as channel;
 use tokio::time::{Instant, timeout_at};
 
 use super::prediction;
-use super::slots::Lease;
-use super::watch::{Server, Sight};
-use super::{Counts, Engine, Shared, Verification};
+use super::slots::SlotLease;
+use super::watch::{ClusterSnapshot, ConfiguredServer};
+use super::{Counts, Engine, EngineState, Verification};
 use crate::config::{Backend, Secret};
-use crate::rounds::{FanOut, Flaw, Moment, PROOF_TEXT, Scored, Target, prove};
-use crate::speculation::{Class, Load, Pace, Policy, Token};
+use crate::rounds::{FanOut, Flaw, PROOF_TEXT, Scored, Target, VerifyContext, prove};
+use crate::speculation::{AdaptivePolicy, ConcurrentLoad, Policy, Token, TokenClass};
 use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm, WrittenTokens};
 
 /// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
@@ -52,7 +52,7 @@ pub(super) struct RoundsTarget {
 
 impl RoundsTarget {
     /// Of a server that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
-    pub(super) fn of(server: &Server, key: Option<Secret>) -> Result<Option<Self>, reqwest::Error> {
+    pub(super) fn of(server: &ConfiguredServer, key: Option<Secret>) -> Result<Option<Self>, reqwest::Error> {
         let (url, model) = (&server.config.url, server.config.model_name.clone());
         let target: Arc<dyn Target> = match server.config.backend {
             Backend::Llamacpp => Arc::new(FanOut::new(server.client.clone())),
@@ -87,14 +87,19 @@ impl RoundsTarget {
     }
 
     /// Tries the target whenever it comes up.
-    pub(super) async fn watch(target: Arc<Self>, shared: Arc<Shared>, drafts: Vec<LlamaServer>) {
-        let mut sight = shared.sight.subscribe();
+    pub(super) async fn watch(target: Arc<Self>, shared: Arc<EngineState>, drafts: Vec<LlamaServer>) {
+        let mut snapshot = shared.snapshot.subscribe();
         loop {
-            if sight.wait_for(|sight| sight.verification.is_in_rounds()).await.is_err() {
+            if snapshot
+                .wait_for(|snapshot| snapshot.verification.is_in_rounds())
+                .await
+                .is_err()
+            {
                 return;
             }
-            let model = sight.borrow().model.clone();
-            let is_another = |sight: &Sight| !sight.verification.is_in_rounds() || sight.model != model;
+            let model = snapshot.borrow().model.clone();
+            let is_another =
+                |snapshot: &ClusterSnapshot| !snapshot.verification.is_in_rounds() || snapshot.model != model;
             let fits = match target.try_out(&shared, &drafts).await {
                 Ok(fits) => fits,
                 Err(flaw) => {
@@ -104,28 +109,28 @@ impl RoundsTarget {
                         Flaw::Failed(_) => TRY_AGAIN.0,
                         Flaw::Differs { .. } => TRY_AGAIN.1,
                     };
-                    let gone = sight.wait_for(is_another);
+                    let gone = snapshot.wait_for(is_another);
                     let _restarted = tokio::time::timeout(pause, gone).await;
                     continue;
                 }
             };
             target.trial.send_replace(Trial::Passed { fits });
             // A drafter that comes up later is compared then.
-            let could_draft = usable(&sight.borrow());
-            let changed = |sight: &Sight| is_another(sight) || usable(sight) != could_draft;
-            if sight.wait_for(changed).await.is_err() {
+            let could_draft = usable(&snapshot.borrow());
+            let changed = |snapshot: &ClusterSnapshot| is_another(snapshot) || usable(snapshot) != could_draft;
+            if snapshot.wait_for(changed).await.is_err() {
                 return;
             }
-            if is_another(&sight.borrow()) {
+            if is_another(&snapshot.borrow()) {
                 target.trial.send_replace(Trial::Pending);
             }
         }
     }
 
     /// Tells which drafters split text into the same tokens.
-    async fn try_out(&self, shared: &Shared, drafts: &[LlamaServer]) -> Result<Vec<bool>, Flaw> {
+    async fn try_out(&self, shared: &EngineState, drafts: &[LlamaServer]) -> Result<Vec<bool>, Flaw> {
         let (costs, tokens) = prove(&*self.target).await?;
-        shared.pace().calibrate(costs);
+        shared.policy().calibrate(costs);
         Ok(join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await)
     }
 }
@@ -136,8 +141,8 @@ async fn splits_alike(draft: &LlamaServer, tokens: &[Token]) -> bool {
 }
 
 /// Which drafters can be used.
-fn usable(sight: &Sight) -> Vec<bool> {
-    sight.drafts.iter().map(|draft| draft.language.is_some()).collect()
+fn usable(snapshot: &ClusterSnapshot) -> Vec<bool> {
+    snapshot.drafts.iter().map(|draft| draft.protocol.is_some()).collect()
 }
 
 impl Engine {
@@ -148,10 +153,10 @@ impl Engine {
         let Trial::Passed { fits } = rounds.trial.borrow().clone() else {
             return None;
         };
-        if self.shared.cap == 0 || !self.shared.sight.borrow().verification.is_in_rounds() {
+        if self.shared.cap == 0 || !self.shared.snapshot.borrow().verification.is_in_rounds() {
             return None;
         }
-        let drafter = |(server, fits): (&Server, bool)| Drafter {
+        let drafter = |(server, fits): (&ConfiguredServer, bool)| Drafter {
             server: server.client.clone(),
             written: WrittenTokens::default(),
             fits,
@@ -163,7 +168,7 @@ impl Engine {
             target: Arc::clone(&rounds.target),
             drafters: self.drafts.iter().zip(fits).map(drafter).collect(),
             counts: channel::Sender::default(),
-            url: self.shared.sight.borrow().target.url.clone(),
+            url: self.shared.snapshot.borrow().target.url.clone(),
         })
     }
 }
@@ -171,7 +176,7 @@ impl Engine {
 /// The drafting of one answer in rounds.
 #[derive(Debug)]
 pub struct Drafting {
-    shared: Arc<Shared>,
+    shared: Arc<EngineState>,
     target: Arc<dyn Target>,
     drafters: Vec<Drafter>,
     counts: channel::Sender<Counts>,
@@ -185,7 +190,7 @@ struct Drafter {
     written: WrittenTokens,
     /// It splits text into the target's tokens.
     fits: bool,
-    lease: Option<Lease>,
+    lease: Option<SlotLease>,
     /// When it is tried again after a failure.
     tired_until: Option<Instant>,
 }
@@ -201,12 +206,12 @@ impl Drafting {
 
     /// The tokens of what the client expects of the answer.
     pub(crate) async fn predicted(&self, text: String) -> Vec<Token> {
-        let seen = self.shared.sight.borrow().clone();
+        let seen = self.shared.snapshot.borrow().clone();
         prediction::tokens(&seen, text, async |text| self.target.tokens(&text).await).await
     }
 
-    pub(crate) fn pace(&self) -> MutexGuard<'_, Pace> {
-        self.shared.pace()
+    pub(crate) fn policy(&self) -> MutexGuard<'_, AdaptivePolicy> {
+        self.shared.policy()
     }
 
     pub(crate) fn counts(&self) -> channel::Receiver<Counts> {
@@ -221,42 +226,43 @@ impl Drafting {
         self.counts.send_replace(new);
     }
 
-    pub(crate) fn moment(&self) -> Moment {
-        let sight = self.shared.sight.borrow();
+    pub(crate) fn verify_context(&self) -> VerifyContext {
+        let snapshot = self.shared.snapshot.borrow();
         let now = Instant::now();
         let usable = |(number, drafter): (usize, &Drafter)| {
             let rested = drafter.tired_until.is_none_or(|until| until <= now);
-            let can_draft = sight.language(number).is_some();
+            let can_draft = snapshot.protocol(number).is_some();
             (drafter.fits && rested && can_draft).then_some(number)
         };
-        Moment {
-            n_max: self.shared.cap.min(sight.n_max),
+        VerifyContext {
+            n_max: self.shared.cap.min(snapshot.n_max),
             drafters: self.drafters.iter().enumerate().filter_map(usable).collect(),
         }
     }
 
     /// At most `n` draft tokens of a drafter after `context`; what does not come in time is left out.
-    pub(crate) async fn draft(&mut self, number: usize, context: &[Token], n: usize) -> Vec<(Token, Class)> {
-        let language = self.shared.sight.borrow().language(number).cloned();
-        let (Some(language), Some(drafter)) = (language, self.drafters.get_mut(number)) else {
+    pub(crate) async fn draft(&mut self, number: usize, context: &[Token], n: usize) -> Vec<(Token, TokenClass)> {
+        let protocol = self.shared.snapshot.borrow().protocol(number).cloned();
+        let (Some(protocol), Some(drafter)) = (protocol, self.drafters.get_mut(number)) else {
             return Vec::new();
         };
         if drafter.lease.is_none() {
             drafter.lease = self.shared.slots.get(number).and_then(|slots| slots.lease(context));
         }
-        let Some(slot) = drafter.lease.as_ref().map(Lease::index) else {
+        let Some(slot) = drafter.lease.as_ref().map(SlotLease::index) else {
             return Vec::new();
         };
         let begun = Instant::now();
-        let step = self.shared.pace().step_us(0, Load::default());
+        let step = self.shared.policy().step_us(0, ConcurrentLoad::default());
         let most = step.map_or(DRAFTING.1, |us| {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
-        let class = |p: Option<f64>| p.map_or_else(|| Class::untold(number), |p| Class::of_probability(number, p));
+        let class =
+            |p: Option<f64>| p.map_or_else(|| TokenClass::untold(number), |p| TokenClass::of_probability(number, p));
         let mut pieces = drafter
             .server
             .draft(context.to_vec(), &mut drafter.written, n, slot, false);
-        let mut found: Vec<(Token, Class)> = Vec::new();
+        let mut found: Vec<(Token, TokenClass)> = Vec::new();
         let mut last = begun;
         loop {
             let piece = match timeout_at(begun + most, pieces.next()).await {
@@ -269,7 +275,7 @@ impl Drafting {
                 }
                 Err(_) => {
                     if found.is_empty() {
-                        self.shared.pace().record_silence(number, begun.elapsed(), true);
+                        self.shared.policy().record_silence(number, begun.elapsed(), true);
                         drafter.tired_until = Some(Instant::now() + BACK_OFF);
                     }
                     break;
@@ -277,15 +283,15 @@ impl Drafting {
             };
             let (now, n_piece) = (Instant::now(), piece.len());
             if found.is_empty() {
-                self.shared.pace().record_first_token(number, now - begun, true);
+                self.shared.policy().record_first_token(number, now - begun, true);
             } else {
-                self.shared.pace().record_tokens(number, n_piece, now - last, true);
+                self.shared.policy().record_tokens(number, n_piece, now - last, true);
             }
             last = now;
-            let known = piece.into_iter().take_while(|(token, _)| language.knows(*token));
+            let known = piece.into_iter().take_while(|(token, _)| protocol.knows(*token));
             found.extend(known.map(|(token, p)| (token, class(p))));
-            let classes: Vec<Class> = found.iter().map(|(_, class)| *class).collect();
-            if found.len() >= n || self.shared.pace().chance(&classes) < HOPELESS {
+            let classes: Vec<TokenClass> = found.iter().map(|(_, class)| *class).collect();
+            if found.len() >= n || self.shared.policy().prefix_acceptance(&classes) < HOPELESS {
                 break;
             }
         }

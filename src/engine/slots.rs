@@ -6,10 +6,10 @@ use crate::speculation::Token;
 
 /// The slots of one draft server.
 #[derive(Debug, Clone, Default)]
-pub struct Slots(Arc<Mutex<Vec<Slot>>>);
+pub struct DraftSlots(Arc<Mutex<Vec<DraftSlot>>>);
 
 #[derive(Debug, Default)]
-struct Slot {
+struct DraftSlot {
     leased: bool,
     /// What was drafted for last.
     cached: Vec<Token>,
@@ -17,20 +17,20 @@ struct Slot {
 
 /// A slot that is held; dropping it gives it back.
 #[derive(Debug)]
-pub struct Lease {
-    slots: Slots,
+pub struct SlotLease {
+    slots: DraftSlots,
     index: usize,
 }
 
-impl Slots {
+impl DraftSlots {
     /// The server has `total` slots; those beyond are forgotten.
     pub fn resize(&self, total: usize) {
-        self.lock().resize_with(total, Slot::default);
+        self.lock().resize_with(total, DraftSlot::default);
     }
 
     /// Holds the free slot whose cache begins most like `tokens`; `None` when all are held.
     #[must_use]
-    pub fn lease(&self, tokens: &[Token]) -> Option<Lease> {
+    pub fn lease(&self, tokens: &[Token]) -> Option<SlotLease> {
         let mut slots = self.lock();
         let (index, slot) = slots
             .iter_mut()
@@ -39,18 +39,18 @@ impl Slots {
             .max_by_key(|(_, slot)| slot.cached.iter().zip(tokens).take_while(|(a, b)| a == b).count())?;
         slot.leased = true;
         slot.cached = tokens.to_vec();
-        Some(Lease {
+        Some(SlotLease {
             slots: self.clone(),
             index,
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<DraftSlot>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Lease {
+impl SlotLease {
     /// The slot's number at the server.
     #[must_use]
     pub fn index(&self) -> usize {
@@ -58,7 +58,7 @@ impl Lease {
     }
 }
 
-impl Drop for Lease {
+impl Drop for SlotLease {
     fn drop(&mut self) {
         if let Some(slot) = self.slots.lock().get_mut(self.index) {
             slot.leased = false;
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn a_slot_goes_to_one_completion_at_a_time_and_to_the_one_it_has_cached() {
-        let slots = Slots::default();
+        let slots = DraftSlots::default();
         slots.resize(2);
         let first = slots.lease(&[1, 2, 3]).unwrap();
         let second = slots.lease(&[7, 8]).unwrap();

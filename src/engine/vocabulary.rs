@@ -8,7 +8,7 @@ const BLOCK: usize = 4096;
 
 /// What the comparison found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Comparison {
+pub enum VocabularyComparison {
     /// Ids below this number mean the same to both; the target knows no others that the drafter knows.
     Same {
         /// Size of the target's vocabulary.
@@ -21,7 +21,7 @@ pub enum Comparison {
 /// Compares the vocabularies token by token.
 ///
 /// Sizes may differ (models of one family pad theirs differently): ids that only one of them has are never offered.
-pub async fn compare(draft: &LlamaServer, target: &LlamaServer) -> Result<Comparison, UpstreamError> {
+pub async fn compare(draft: &LlamaServer, target: &LlamaServer) -> Result<VocabularyComparison, UpstreamError> {
     let (draft_size, target_size) = (draft.vocabulary_size().await?, target.vocabulary_size().await?);
     let shared = draft_size.min(target_size);
     let (mut start, mut end) = (0, shared.min(BLOCK));
@@ -33,7 +33,7 @@ pub async fn compare(draft: &LlamaServer, target: &LlamaServer) -> Result<Compar
             start = end;
             end = shared.min(start + BLOCK);
         } else if end - start == 1 {
-            return Ok(Comparison::Different(format!(
+            return Ok(VocabularyComparison::Different(format!(
                 "the vocabularies differ: token {start} is {theirs:?} to the drafter ({draft_size} tokens) and {ours:?} \
                  to the target ({target_size} tokens); take a drafter of the target's model family"
             )));
@@ -41,5 +41,5 @@ pub async fn compare(draft: &LlamaServer, target: &LlamaServer) -> Result<Compar
             end = start + (end - start) / 2;
         }
     }
-    Ok(Comparison::Same { target_size })
+    Ok(VocabularyComparison::Same { target_size })
 }

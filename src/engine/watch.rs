@@ -7,9 +7,9 @@ use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{self, BoxStream, FuturesUnordered, SelectAll};
 use tracing::Level;
 
-use super::occupancy::Occupancy;
-use super::slots::Slots;
-use super::vocabulary::{self, Comparison};
+use super::in_flight::InFlightRequests;
+use super::slots::DraftSlots;
+use super::vocabulary::{self, VocabularyComparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream, VerificationMode};
 use crate::speculation::Token;
@@ -17,7 +17,7 @@ use crate::upstream::failure;
 use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.
-const INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Completions drafted for at once by a server that does not tell how many it takes; Ollama queues those that are too many.
 const TEXT_SLOTS: usize = 4;
 /// Most draft tokens that a server is asked to score at once.
@@ -29,14 +29,14 @@ const LOADING: &str = "it is loading its model";
 /// What is wrong begins so with a server that nobody has seen yet …
 const NOT_UP_YET: &str = "it is not up yet: ";
 /// … for so long: servers that are started together with the proxy take a while.
-const PATIENCE: Duration = Duration::from_secs(10);
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time between two questions whether the target takes tasks.
 const TASK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A configured server and its client.
 #[derive(Debug, Clone)]
-pub struct Server {
+pub struct ConfiguredServer {
     /// The configuration.
     pub config: Upstream,
     /// The client.
@@ -47,7 +47,7 @@ pub struct Server {
 
 /// How a drafter is talked to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Language {
+pub enum DraftProtocol {
     /// In token ids, which both servers know below this number.
     Tokens {
         /// Size of the target's vocabulary.
@@ -60,7 +60,7 @@ pub enum Language {
     },
 }
 
-impl Language {
+impl DraftProtocol {
     /// Whether a drafter's token can be offered to the target.
     #[must_use]
     pub fn knows(&self, token: Token) -> bool {
@@ -74,9 +74,9 @@ impl Language {
 
 /// What is known of the servers.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Sight {
+pub struct ClusterSnapshot {
     /// The drafters.
-    pub drafts: Vec<DraftSight>,
+    pub drafts: Vec<DrafterSnapshot>,
     /// The target.
     pub target: ServerStatus,
     /// What the target tells of its model: when that changes, what was learnt of it holds no longer, even if it was never
@@ -90,63 +90,63 @@ pub struct Sight {
     pub n_max: usize,
 }
 
-impl Sight {
+impl ClusterSnapshot {
     /// How the drafter of this number can be talked to.
     #[must_use]
-    pub fn language(&self, number: usize) -> Option<&Language> {
-        self.drafts.get(number)?.language.as_ref()
+    pub fn protocol(&self, number: usize) -> Option<&DraftProtocol> {
+        self.drafts.get(number)?.protocol.as_ref()
     }
 }
 
 /// What is known of a drafter.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct DraftSight {
+pub struct DrafterSnapshot {
     /// Its health.
     pub status: ServerStatus,
     /// How it can be talked to; `None` while it cannot be used.
-    pub language: Option<Language>,
+    pub protocol: Option<DraftProtocol>,
 }
 
 /// Looks again and again, and remembers what does not change while the servers stay the same. Nothing waits for a server
 /// that does not answer: neither the looks at the others, nor what is told of them.
 #[derive(Debug)]
 pub struct Watcher {
-    drafts: Vec<Draft>,
-    target: Option<Server>,
+    drafts: Vec<WatchedDrafter>,
+    target: Option<ConfiguredServer>,
     mode: VerificationMode,
-    occupancy: Occupancy,
+    in_flight: InFlightRequests,
     stall_after: Duration,
 }
 
 #[derive(Debug)]
-struct Draft {
-    server: Server,
-    slots: Slots,
+struct WatchedDrafter {
+    server: ConfiguredServer,
+    slots: DraftSlots,
     /// The pair of servers that was compared last, and the outcome.
-    compared: Option<Compared>,
+    compared: Option<PairComparison>,
     /// The drafter was looked at since: a comparison that failed may work now.
     compare_again: bool,
     comparing: bool,
 }
 
 /// Two servers, as far as it takes to notice that one of them is another one now.
-type Pair = (Props, Props);
+type ServerPair = (Props, Props);
 
-type Compared = (Pair, Result<Comparison, UpstreamError>);
+type PairComparison = (ServerPair, Result<VocabularyComparison, UpstreamError>);
 
 impl Watcher {
     /// Watches these servers; each drafter has its slots, and the target has stalled when it has requests and takes no
     /// task for `stall_after`.
     #[must_use]
     pub fn new(
-        drafts: Vec<Server>,
-        target: Option<Server>,
-        slots: Vec<Slots>,
+        drafts: Vec<ConfiguredServer>,
+        target: Option<ConfiguredServer>,
+        slots: Vec<DraftSlots>,
         mode: VerificationMode,
-        occupancy: Occupancy,
+        in_flight: InFlightRequests,
         stall_after: Duration,
     ) -> Self {
-        let draft = |(server, slots)| Draft {
+        let draft = |(server, slots)| WatchedDrafter {
             server,
             slots,
             compared: None,
@@ -157,59 +157,59 @@ impl Watcher {
             drafts: drafts.into_iter().zip(slots).map(draft).collect(),
             target,
             mode,
-            occupancy,
+            in_flight,
             stall_after,
         }
     }
 
     /// What is known before the first look.
     #[must_use]
-    pub fn first_sight(&self) -> Sight {
-        self.judge(&Look::before(self.target.as_ref()), false, &self.not_seen())
+    pub fn initial_snapshot(&self) -> ClusterSnapshot {
+        self.evaluate(&Probe::before(self.target.as_ref()), false, &self.initial_probes())
             .0
     }
 
-    fn not_seen(&self) -> Vec<Look> {
+    fn initial_probes(&self) -> Vec<Probe> {
         self.drafts
             .iter()
-            .map(|draft| Look::before(Some(&draft.server)))
+            .map(|draft| Probe::before(Some(&draft.server)))
             .collect()
     }
 
     /// Looks for ever; publishes what changed.
-    pub async fn run(mut self, sight: tokio::sync::watch::Sender<Sight>) {
-        let mut target_looks = looks(self.target.clone());
-        let mut draft_looks: SelectAll<_> = (self.drafts.iter().enumerate())
+    pub async fn run(mut self, snapshot: tokio::sync::watch::Sender<ClusterSnapshot>) {
+        let mut target_probes = probes(self.target.clone());
+        let mut draft_probes: SelectAll<_> = (self.drafts.iter().enumerate())
             .map(|(number, draft)| {
-                looks(Some(draft.server.clone()))
-                    .map(move |look| (number, look))
+                probes(Some(draft.server.clone()))
+                    .map(move |probe| (number, probe))
                     .boxed()
             })
             .collect();
-        let mut stalls = stalls(self.target.clone(), self.occupancy.clone(), self.stall_after);
-        let mut target = Look::before(self.target.as_ref());
+        let mut stalls = stalls(self.target.clone(), self.in_flight.clone(), self.stall_after);
+        let mut target = Probe::before(self.target.as_ref());
         let mut stalled = false;
-        let mut drafts = self.not_seen();
-        let mut comparisons: FuturesUnordered<BoxFuture<'static, (usize, Compared)>> = FuturesUnordered::new();
+        let mut drafts = self.initial_probes();
+        let mut comparisons: FuturesUnordered<BoxFuture<'static, (usize, PairComparison)>> = FuturesUnordered::new();
         loop {
             tokio::select! {
-                Some(look) = target_looks.next() => target = look,
+                Some(probe) = target_probes.next() => target = probe,
                 Some(now) = stalls.next() => stalled = now,
-                Some((number, look)) = draft_looks.next() => {
-                    self.drafts[number].resize_slots(&look);
+                Some((number, probe)) = draft_probes.next() => {
+                    self.drafts[number].resize_slots(&probe);
                     self.drafts[number].compare_again = true;
-                    drafts[number] = look;
+                    drafts[number] = probe;
                 }
                 Some((number, compared)) = comparisons.next() => {
                     self.drafts[number].comparing = false;
                     self.drafts[number].compared = Some(compared);
                 }
             }
-            let (seen, missing) = self.judge(&target, stalled, &drafts);
+            let (seen, missing) = self.evaluate(&target, stalled, &drafts);
             for (number, pair) in missing {
                 comparisons.extend(self.compare(number, pair));
             }
-            sight.send_if_modified(|old| {
+            snapshot.send_if_modified(|old| {
                 if *old == seen {
                     return false;
                 }
@@ -227,59 +227,60 @@ impl Watcher {
     }
 
     /// What the last looks come to, and the pairs that have yet to be compared.
-    fn judge(&self, target: &Look, stalled: bool, looks: &[Look]) -> (Sight, Vec<(usize, Pair)>) {
-        let mut sight = Sight {
+    fn evaluate(&self, target: &Probe, stalled: bool, probes: &[Probe]) -> (ClusterSnapshot, Vec<(usize, ServerPair)>) {
+        let mut snapshot = ClusterSnapshot {
             target: target.status.clone(),
             model: target.props.clone(),
-            ..Sight::default()
+            ..ClusterSnapshot::default()
         };
         if stalled && target.status.healthy {
-            sight.target.healthy = false;
-            sight.target.problem = Some(format!(
+            snapshot.target.healthy = false;
+            snapshot.target.problem = Some(format!(
                 "it has taken no task for {} s, though it answers how it is: it hangs, or reads a very long prompt",
                 self.stall_after.as_secs()
             ));
         }
         match verification(self.mode, self.target.as_ref(), target) {
             Ok((verification, n_max)) => {
-                sight.verification = verification;
-                sight.n_max = n_max;
+                snapshot.verification = verification;
+                snapshot.n_max = n_max;
             }
-            Err(reason) => sight.reason = Some(reason),
+            Err(reason) => snapshot.reason = Some(reason),
         }
         let mut missing = Vec::new();
-        for (number, (draft, look)) in self.drafts.iter().zip(looks).enumerate() {
-            let mut seen = DraftSight {
-                status: look.status.clone(),
-                language: None,
+        for (number, (draft, probe)) in self.drafts.iter().zip(probes).enumerate() {
+            let mut seen = DrafterSnapshot {
+                status: probe.status.clone(),
+                protocol: None,
             };
-            if sight.verification != Verification::None && look.status.problem.is_none() {
-                match draft.fits(look, sight.verification, target.props.as_ref()) {
-                    Fit::Fits { language, but } => {
-                        seen.language = Some(language);
+            if snapshot.verification != Verification::None && probe.status.problem.is_none() {
+                match draft.fits(probe, snapshot.verification, target.props.as_ref()) {
+                    DrafterFit::Fits { protocol, but } => {
+                        seen.protocol = Some(protocol);
                         seen.status.problem = but;
                     }
-                    Fit::Not(why) => seen.status.problem = Some(why),
-                    Fit::Unknown { why, pair } => {
+                    DrafterFit::Not(why) => seen.status.problem = Some(why),
+                    DrafterFit::Unknown { why, pair } => {
                         seen.status.problem = Some(why);
                         missing.extend(pair.map(|pair| (number, *pair)));
                     }
                 }
             }
-            sight.drafts.push(seen);
+            snapshot.drafts.push(seen);
         }
-        if sight.verification != Verification::None && !sight.drafts.iter().any(|draft| draft.language.is_some()) {
-            let mut problems = sight.drafts.iter().filter(|draft| draft.status.healthy);
-            sight.reason = if self.drafts.is_empty() {
+        if snapshot.verification != Verification::None && !snapshot.drafts.iter().any(|draft| draft.protocol.is_some())
+        {
+            let mut problems = snapshot.drafts.iter().filter(|draft| draft.status.healthy);
+            snapshot.reason = if self.drafts.is_empty() {
                 Some("no drafter is configured (`proxy.draft`), so only text that comes again is drafted".into())
             } else {
                 problems.find_map(|draft| draft.status.problem.clone())
             };
         }
-        (sight, missing)
+        (snapshot, missing)
     }
 
-    fn compare(&mut self, number: usize, pair: Pair) -> Option<BoxFuture<'static, (usize, Compared)>> {
+    fn compare(&mut self, number: usize, pair: ServerPair) -> Option<BoxFuture<'static, (usize, PairComparison)>> {
         let target = self.target.as_ref()?.client.clone();
         let draft = &mut self.drafts[number];
         if draft.comparing {
@@ -293,33 +294,39 @@ impl Watcher {
 }
 
 /// Whether a drafter can draft for the target.
-enum Fit {
-    Fits { language: Language, but: Option<String> },
+enum DrafterFit {
+    Fits {
+        protocol: DraftProtocol,
+        but: Option<String>,
+    },
     Not(String),
-    Unknown { why: String, pair: Option<Box<Pair>> },
+    Unknown {
+        why: String,
+        pair: Option<Box<ServerPair>>,
+    },
 }
 
-impl Draft {
+impl WatchedDrafter {
     /// Takes in for how many completions at once the drafter can draft, where that is known.
-    fn resize_slots(&self, look: &Look) {
-        match (&look.props, self.server.config.backend) {
+    fn resize_slots(&self, probe: &Probe) {
+        match (&probe.props, self.server.config.backend) {
             (Some(props), _) => self.slots.resize(props.total_slots),
             (None, Backend::Llamacpp) => {}
             (None, _) => self.slots.resize(TEXT_SLOTS),
         }
     }
 
-    fn fits(&self, look: &Look, verification: Verification, target: Option<&Props>) -> Fit {
+    fn fits(&self, probe: &Probe, verification: Verification, target: Option<&Props>) -> DrafterFit {
         let text = || match target {
-            Some(target) if verification == Verification::Attached => Some(Language::Text {
+            Some(target) if verification == Verification::Attached => Some(DraftProtocol::Text {
                 bos: target.bos_token.clone(),
             }),
             _ => None,
         };
         if self.server.config.backend != Backend::Llamacpp {
             return match text() {
-                Some(language) => Fit::Fits { language, but: None },
-                None => Fit::Not(format!(
+                Some(protocol) => DrafterFit::Fits { protocol, but: None },
+                None => DrafterFit::Not(format!(
                     "a drafter with `backend: {}` drafts as text, and an answer in rounds ({}) takes token ids only; run the \
                      draft model with llama-server",
                     backend_name(self.server.config.backend),
@@ -327,44 +334,44 @@ impl Draft {
                 )),
             };
         }
-        let Some(props) = &look.props else {
-            return Fit::Unknown {
+        let Some(props) = &probe.props else {
+            return DrafterFit::Unknown {
                 why: COMPARING.into(),
                 pair: None,
             };
         };
         let Some(target) = target else {
             // Who scores prompts does not tell its vocabulary so; a text is compared when it is tried.
-            return Fit::Fits {
-                language: Language::Tokens { vocabulary: usize::MAX },
+            return DrafterFit::Fits {
+                protocol: DraftProtocol::Tokens { vocabulary: usize::MAX },
                 but: None,
             };
         };
         let pair = (props.clone(), target.clone());
         match &self.compared {
             Some((compared, outcome)) if *compared == pair => match outcome {
-                Ok(Comparison::Same { target_size }) => Fit::Fits {
-                    language: Language::Tokens {
+                Ok(VocabularyComparison::Same { target_size }) => DrafterFit::Fits {
+                    protocol: DraftProtocol::Tokens {
                         vocabulary: *target_size,
                     },
                     but: None,
                 },
-                Ok(Comparison::Different(difference)) => match text() {
-                    Some(language) => Fit::Fits {
-                        language,
+                Ok(VocabularyComparison::Different(difference)) => match text() {
+                    Some(protocol) => DrafterFit::Fits {
+                        protocol,
                         but: Some(format!("it drafts as text: {difference}")),
                     },
-                    None => Fit::Not(format!(
+                    None => DrafterFit::Not(format!(
                         "it could draft as text only, and an answer in rounds ({}) takes token ids only: {difference}",
                         verification.name()
                     )),
                 },
-                Err(error) => Fit::Unknown {
+                Err(error) => DrafterFit::Unknown {
                     why: format!("the vocabularies could not be compared: {error}"),
                     pair: self.compare_again.then(|| Box::new(pair)),
                 },
             },
-            _ => Fit::Unknown {
+            _ => DrafterFit::Unknown {
                 why: COMPARING.into(),
                 pair: Some(Box::new(pair)),
             },
@@ -373,22 +380,22 @@ impl Draft {
 }
 
 /// Looks at a server again and again.
-fn looks(server: Option<Server>) -> BoxStream<'static, Look> {
+fn probes(server: Option<ConfiguredServer>) -> BoxStream<'static, Probe> {
     let Some(server) = server else {
         return stream::pending().boxed();
     };
-    let give_up = Instant::now() + PATIENCE;
+    let give_up = Instant::now() + STARTUP_TIMEOUT;
     stream::unfold(
         (server, Duration::ZERO, false),
         move |(server, pause, seen)| async move {
             tokio::time::sleep(pause).await;
-            let mut look = look_at(&server).await;
-            let problem = look.status.problem.as_mut().filter(|problem| *problem != LOADING);
-            let seen = seen || look.status.healthy || problem.is_none();
+            let mut probe = probe_server(&server).await;
+            let problem = probe.status.problem.as_mut().filter(|problem| *problem != LOADING);
+            let seen = seen || probe.status.healthy || problem.is_none();
             if let Some(problem) = problem.filter(|_| !seen && Instant::now() < give_up) {
                 problem.insert_str(0, NOT_UP_YET);
             }
-            Some((look, (server, INTERVAL, seen)))
+            Some((probe, (server, PROBE_INTERVAL, seen)))
         },
     )
     .boxed()
@@ -396,33 +403,33 @@ fn looks(server: Option<Server>) -> BoxStream<'static, Look> {
 
 /// Tells whether a llama-server takes no task, as often as that is asked: only while it has requests or may hang over one,
 /// because one that nobody uses may sleep, and is woken by such a question.
-fn stalls(server: Option<Server>, occupancy: Occupancy, after: Duration) -> BoxStream<'static, bool> {
+fn stalls(server: Option<ConfiguredServer>, in_flight: InFlightRequests, after: Duration) -> BoxStream<'static, bool> {
     let Some(server) = server.filter(|server| server.config.backend == Backend::Llamacpp) else {
         return stream::pending().boxed();
     };
-    let asks = (server, occupancy, Duration::ZERO, 0);
-    stream::unfold(asks, move |(server, occupancy, pause, seen)| async move {
+    let asks = (server, in_flight, Duration::ZERO, 0);
+    stream::unfold(asks, move |(server, in_flight, pause, seen)| async move {
         tokio::time::sleep(pause).await;
-        let changes = occupancy.since(seen).await;
+        let changes = in_flight.since(seen).await;
         if server.client.takes_tasks(after).await {
-            Some((false, (server, occupancy, TASK_INTERVAL, changes)))
+            Some((false, (server, in_flight, TASK_INTERVAL, changes)))
         } else {
             // It is asked again whether it has requests or not.
-            Some((true, (server, occupancy, Duration::ZERO, seen)))
+            Some((true, (server, in_flight, Duration::ZERO, seen)))
         }
     })
     .boxed()
 }
 
-struct Look {
+struct Probe {
     status: ServerStatus,
     /// Of a llama-server that answers.
     props: Option<Props>,
 }
 
-impl Look {
+impl Probe {
     /// Nobody has looked.
-    fn before(server: Option<&Server>) -> Self {
+    fn before(server: Option<&ConfiguredServer>) -> Self {
         let status = server.map(|server| ServerStatus {
             problem: Some("it was not asked yet".into()),
             ..server.unknown()
@@ -434,7 +441,7 @@ impl Look {
     }
 }
 
-impl Server {
+impl ConfiguredServer {
     fn unknown(&self) -> ServerStatus {
         ServerStatus {
             url: self.config.url.clone(),
@@ -444,8 +451,8 @@ impl Server {
     }
 }
 
-async fn look_at(server: &Server) -> Look {
-    let Server { config, client, text } = server;
+async fn probe_server(server: &ConfiguredServer) -> Probe {
+    let ConfiguredServer { config, client, text } = server;
     let text = text.as_ref().filter(|_| config.backend != Backend::Llamacpp);
     let mut status = server.unknown();
     let mut props = None;
@@ -477,11 +484,11 @@ async fn look_at(server: &Server) -> Look {
     if status.model.is_none() {
         status.model = props.as_ref().and_then(|props| props.model_alias.clone());
     }
-    Look { status, props }
+    Probe { status, props }
 }
 
 /// What to do where nothing listens.
-fn remedy(server: &Server, error: &UpstreamError) -> &'static str {
+fn remedy(server: &ConfiguredServer, error: &UpstreamError) -> &'static str {
     match (error, server.config.backend, &server.text) {
         (UpstreamError::Unreachable { cause, .. }, _, _) if !failure::is_refused(cause) => "",
         (UpstreamError::Unreachable { .. }, Backend::Llamacpp, Some(_)) => "; start `tightwad run draft` on that host",
@@ -494,7 +501,11 @@ fn remedy(server: &Server, error: &UpstreamError) -> &'static str {
 }
 
 /// How the target verifies, and how many draft tokens at once; or why it does not.
-fn verification(mode: VerificationMode, target: Option<&Server>, look: &Look) -> Result<(Verification, usize), String> {
+fn verification(
+    mode: VerificationMode,
+    target: Option<&ConfiguredServer>,
+    probe: &Probe,
+) -> Result<(Verification, usize), String> {
     let Some(target) = target else {
         return Err("no target is configured; name one under `proxy.target`".into());
     };
@@ -508,16 +519,16 @@ fn verification(mode: VerificationMode, target: Option<&Server>, look: &Look) ->
     match (mode, backend) {
         (VerificationMode::None, _) => Err("`proxy.verification` is none".into()),
         (VerificationMode::Auto | VerificationMode::Scored, Backend::Vllm | Backend::Sglang) => {
-            if look.status.healthy {
+            if probe.status.healthy {
                 Ok((Verification::Scored, SCORED_MAX))
             } else {
                 Err(NOT_YET.into())
             }
         }
         (VerificationMode::Scored, _) => wants("scored", "vLLM or SGLang"),
-        (VerificationMode::FanOut, Backend::Llamacpp) => fan_out(look.props.as_ref()),
+        (VerificationMode::FanOut, Backend::Llamacpp) => fan_out(probe.props.as_ref()),
         (VerificationMode::FanOut, _) => wants("fan-out", "a llama-server"),
-        (VerificationMode::Auto | VerificationMode::Attached, Backend::Llamacpp) => attached(look.props.as_ref()),
+        (VerificationMode::Auto | VerificationMode::Attached, Backend::Llamacpp) => attached(probe.props.as_ref()),
         (VerificationMode::Attached, _) => wants("attached", "Tightwad's llama-server"),
         (VerificationMode::Auto, Backend::Ollama | Backend::Openai) => Err(format!(
             "a target with `backend: {}` cannot verify drafts; run the model with Tightwad's llama-server to draft for it",
@@ -575,7 +586,7 @@ fn backend_name(backend: Backend) -> &'static str {
 }
 
 /// What a change is worth in the log. Comparing vocabularies is over at once, and no news.
-fn news(old: &Sight, new: &Sight) -> Vec<(Level, String)> {
+fn news(old: &ClusterSnapshot, new: &ClusterSnapshot) -> Vec<(Level, String)> {
     let problem = |status: &ServerStatus| status.problem.clone().filter(|problem| problem != COMPARING);
     let drafts = new.drafts.iter().enumerate();
     let drafts = drafts.map(|(number, new)| ("draft", old.drafts.get(number).map(|old| &old.status), &new.status));
@@ -614,7 +625,7 @@ mod tests {
     use super::*;
 
     /// One drafter and the target, as they are after a look at both.
-    fn sight(draft: (bool, Option<&str>), target: (bool, Option<&str>)) -> Sight {
+    fn snapshot(draft: (bool, Option<&str>), target: (bool, Option<&str>)) -> ClusterSnapshot {
         let status = |name: &str, (healthy, problem): (bool, Option<&str>)| ServerStatus {
             url: format!("http://{name}"),
             healthy,
@@ -623,11 +634,11 @@ mod tests {
         };
         let waits = (!target.0).then(|| NOT_YET.to_owned());
         let compares = draft.1.filter(|problem| *problem == COMPARING).map(str::to_owned);
-        Sight {
+        ClusterSnapshot {
             target: status("t", target),
-            drafts: vec![DraftSight {
+            drafts: vec![DrafterSnapshot {
                 status: status("d", draft),
-                language: None,
+                protocol: None,
             }],
             verification: if target.0 {
                 Verification::Attached
@@ -636,7 +647,7 @@ mod tests {
             },
             reason: waits.or(compares),
             n_max: 16,
-            ..Sight::default()
+            ..ClusterSnapshot::default()
         }
     }
 
@@ -645,18 +656,18 @@ mod tests {
         let (up, gone) = ((true, None), (false, Some("it is unreachable")));
         let waits = (false, Some("it is not up yet: it is unreachable"));
         let sights = [
-            sight(
+            snapshot(
                 (false, Some("it was not asked yet")),
                 (false, Some("it was not asked yet")),
             ),
-            sight(waits, (false, Some("it was not asked yet"))),
-            sight(waits, waits),
-            sight(up, waits),
-            sight(up, gone),
-            sight(up, (false, Some(LOADING))),
-            sight((true, Some(COMPARING)), up),
-            sight(up, up),
-            sight(up, gone),
+            snapshot(waits, (false, Some("it was not asked yet"))),
+            snapshot(waits, waits),
+            snapshot(up, waits),
+            snapshot(up, gone),
+            snapshot(up, (false, Some(LOADING))),
+            snapshot((true, Some(COMPARING)), up),
+            snapshot(up, up),
+            snapshot(up, gone),
         ];
         let told: Vec<String> = (sights.windows(2))
             .flat_map(|pair| news(&pair[0], &pair[1]))

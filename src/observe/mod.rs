@@ -1,18 +1,14 @@
-//! What can be seen from outside: the log, the metrics, the most recent requests.
+//! What can be seen from outside: the log, the metrics, the problems that were logged.
 
 pub mod journal;
 pub mod log;
 pub mod metrics;
 pub mod problems;
-pub mod recent;
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 
 use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 use serde::Serialize;
-
-use crate::engine::Engine;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -41,25 +37,5 @@ impl Outcome {
 impl EncodeLabelValue for Outcome {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         encoder.write_str(self.name())
-    }
-}
-
-/// Everything that is counted.
-#[derive(Debug)]
-pub struct Observed {
-    /// For Prometheus.
-    pub metrics: metrics::Metrics,
-    /// For people.
-    pub recent: recent::Recent,
-}
-
-impl Observed {
-    /// Begins to count; what the engine counts by itself is read from it at each scrape.
-    #[must_use]
-    pub fn new(engine: &Arc<Engine>) -> Self {
-        Self {
-            metrics: metrics::Metrics::new(engine),
-            recent: recent::Recent::default(),
-        }
     }
 }

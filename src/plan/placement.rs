@@ -1,256 +1,20 @@
-//! Which layers go where, and whether that fits. No I/O.
+//! Which layers go where, and whether that fits.
 //!
 //! llama.cpp b11434 puts a model's repeating layers and, as one more, its output layer on the devices in their order: with
 //! `--tensor-split 3,4` the first 3 of 7 on the first device, the others on the second (`load_tensors` in
 //! `src/llama-model.cpp`). So a plan gives the number of layers per device, and llama.cpp's rule has nothing to round:
 //! the tests hold that rule against the plan. The input embeddings stay in the coordinator's own memory.
 //!
-//! What a device needs:
-//!
-//! - **weights**: the bytes of its layers' tensors. A model without an output matrix has a second copy of its embeddings in
-//!   the output layer.
-//! - **KV cache**: keys and values of its layers for each slot's context, rounded up to 256 tokens (`llama_kv_cache`); a
-//!   layer with a window keeps that and one batch; a recurrent layer keeps a state per slot, and one more for each draft
-//!   token that may be taken back.
-//! - **compute**: an estimate. Measured with two CPU workers and models of 96 to 4096 numbers per token: for each token of a
-//!   batch (512) 16 vectors of the embedding's length and 3 of the feed-forward part's, in f32, and for each cell of a slot's
-//!   context 8 bytes with flash attention, 16 and 4 per head without; and the output layer's scores; and a twentieth more. For
-//!   the first device that is 5 to 14 % more than llama-server printed, for later ones, which need less, up to three times
-//!   that. A real GPU also takes some hundred MiB for its driver, which the margin is for.
-//!
-//! Counted though llama-server may leave it out: layers of multi-token prediction.
 
-use std::fmt;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::config::{Coordinator, Model, Server};
-use crate::gguf::{ModelFile, Shape, TensorType};
-use crate::supervise::command::{self, Launch, Pool};
-
-/// Most devices of one model: `--tensor-split` takes fewer than `llama_max_devices()`, which is 16.
-pub const MAX_DEVICES: usize = 15;
-/// What stays free on each device: for its driver, for what the estimate misses, and for what else runs there.
-pub const MARGIN_BYTES: u64 = 512 << 20;
-/// Tokens that llama-server computes at once (`-ub`), unless told otherwise.
-const DEFAULT_BATCH: u64 = 512;
-/// The KV cache has room for a multiple of so many tokens.
-const CELLS: u64 = 256;
-/// Buffers start at a multiple of this, on the backend that rounds most.
-const ALIGNMENT: u64 = 256;
-/// Smallest context that is worth a suggestion.
-const LEAST_CONTEXT: u32 = 1024;
-const GIB: u64 = 1 << 30;
-
-/// A device of the pool, in llama.cpp's order: those of the workers first, in the order of `--rpc`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Device {
-    /// What people call its host: the worker's name, or `coordinator`.
-    pub host: String,
-    /// What it is: `RTX 4070 Ti Super`.
-    pub label: String,
-    /// `host:port` of the `ggml-rpc-server` that serves it; `None`: it is the coordinator's own.
-    pub endpoint: Option<String>,
-    /// As llama.cpp calls it on its host: `CUDA0`.
-    pub name: String,
-    /// Its memory.
-    pub total_bytes: u64,
-    /// What of that is free.
-    pub free_bytes: u64,
-    /// Where that is known from.
-    pub known_from: KnownFrom,
-}
-
-/// Where a device's memory is known from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum KnownFrom {
-    /// The worker's agent.
-    Agent,
-    /// The worker's `ggml-rpc-server`.
-    Probe,
-    /// `llama-server --list-devices`.
-    LlamaServer,
-    /// `vram_gb` in the config: nobody has looked what is free.
-    Config,
-}
-
-/// What is wanted of the model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Settings {
-    /// Context of each slot in tokens.
-    pub context: u32,
-    /// Requests served at once.
-    pub slots: u16,
-    /// Type of the cache's keys.
-    pub key_type: TensorType,
-    /// Type of the cache's values.
-    pub value_type: TensorType,
-    /// Whether attention is computed without a table of all pairs of tokens.
-    pub flash_attention: bool,
-    /// Whether all slots share one cache.
-    pub unified: bool,
-    /// Whether layers with a window keep everything.
-    pub full_windows: bool,
-    /// Tokens computed at once.
-    pub batch: u64,
-    /// Draft tokens per step that it verifies for drafters outside; `None`: it does not.
-    pub draft_tokens: Option<u16>,
-    /// What stays free on each device.
-    pub margin_bytes: u64,
-}
-
-/// Why there is no plan. That a model does not fit is not among it: then there is a [`Plan`] that says so.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum PlanError {
-    /// Nothing to put layers on.
-    #[error("the pool has no device; give `gpus` to the coordinator or to a worker, or start the workers' agents")]
-    NoDevices,
-    /// More devices than llama.cpp can use.
-    #[error(
-        "the pool has {0} devices, and llama.cpp b11434 spreads a model over at most {MAX_DEVICES}; take some `gpus` or \
-         `workers` out of the config"
-    )]
-    TooManyDevices(usize),
-    /// A type of the KV cache that llama.cpp does not have.
-    #[error("`{value}` is no type for a KV cache ({key}); use one of {}", CACHE_TYPES.join(", "))]
-    CacheType {
-        /// The key in the config.
-        key: &'static str,
-        /// What it says.
-        value: String,
-    },
-}
-
-/// Types that llama-server takes for its KV cache (`kv_cache_types` in `common/arg.cpp`).
-const CACHE_TYPES: [&str; 9] = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"];
-/// Options that say where the layers go; given in `extra_args` they win, and the plan is not what happens.
-const PLACING_OPTIONS: [&str; 18] = [
-    "-ts",
-    "--tensor-split",
-    "-dev",
-    "--device",
-    "-ngl",
-    "--gpu-layers",
-    "--n-gpu-layers",
-    "-sm",
-    "--split-mode",
-    "--rpc",
-    "-ot",
-    "--override-tensor",
-    "-cmoe",
-    "--cpu-moe",
-    "-ncmoe",
-    "--n-cpu-moe",
-    "-nkvo",
-    "--no-kv-offload",
-];
-
-impl Settings {
-    /// What the config says, its `extra_args` included: those win on the command line, so they win here.
-    pub fn of(model: &Model, coordinator: &Coordinator, draft_tokens: Option<u16>) -> Result<Self, PlanError> {
-        let extra = Extra(model, coordinator);
-        let number = |names: &[&str]| extra.value(names).and_then(|value| value.parse::<u64>().ok());
-        let slots = number(&["-np", "--parallel"])
-            .and_then(|slots| u16::try_from(slots).ok())
-            .unwrap_or(coordinator.slots)
-            .max(1);
-        let context = number(&["-c", "--ctx-size"])
-            .filter(|all| *all > 0)
-            .and_then(|all| u32::try_from(all / u64::from(slots)).ok())
-            .unwrap_or(model.ctx_size);
-        let cache_type = |key: &'static str, names: &[&str], given: Option<&str>| {
-            let name = extra.value(names).or(given).unwrap_or("f16");
-            TensorType::named(name)
-                .filter(|kind| CACHE_TYPES.contains(&kind.name))
-                .ok_or_else(|| PlanError::CacheType {
-                    key,
-                    value: name.to_owned(),
-                })
-        };
-        let flash_attention = match extra.value(&["-fa", "--flash-attn"]) {
-            Some(value) => !matches!(value, "off" | "0" | "false" | "disabled"),
-            None => model.flash_attn.unwrap_or(true),
-        };
-        Ok(Self {
-            context: context.max(1),
-            slots,
-            key_type: cache_type(
-                "cache_type_k",
-                &["-ctk", "--cache-type-k"],
-                model.cache_type_k.as_deref(),
-            )?,
-            value_type: cache_type(
-                "cache_type_v",
-                &["-ctv", "--cache-type-v"],
-                model.cache_type_v.as_deref(),
-            )?,
-            flash_attention,
-            // As `supervise::command` asks for it: drafts of several slots are verified in one pass.
-            unified: !extra.has(&["-no-kvu", "--no-kv-unified"])
-                && (extra.has(&["-kvu", "--kv-unified"]) || (draft_tokens.is_some() && coordinator.slots > 1)),
-            full_windows: extra.has(&["--swa-full"]),
-            batch: number(&["-ub", "--ubatch-size"]).unwrap_or(DEFAULT_BATCH).max(1),
-            draft_tokens,
-            margin_bytes: MARGIN_BYTES,
-        })
-    }
-
-    /// Tokens that the cache of a layer with this window has room for: per sequence, and how many such.
-    fn cells(&self, window: Option<u64>) -> (u64, u64) {
-        let slots = u64::from(self.slots);
-        let context = u64::from(self.context);
-        let (all, streams, sequences) = if self.unified {
-            ((context * slots).next_multiple_of(CELLS), 1, slots)
-        } else {
-            (context.next_multiple_of(CELLS), slots, 1)
-        };
-        let room = match window.filter(|_| !self.full_windows) {
-            Some(window) => window
-                .saturating_mul(sequences)
-                .saturating_add(self.batch)
-                .min(all)
-                .next_multiple_of(CELLS),
-            None => all,
-        };
-        (room, streams)
-    }
-}
-
-/// The options in `extra_args` that place layers by themselves, so that the plan is not what happens.
-#[must_use]
-pub fn placing_options(model: &Model, coordinator: &Coordinator) -> Vec<String> {
-    Extra(model, coordinator)
-        .all()
-        .filter(|arg| PLACING_OPTIONS.contains(&arg.as_str()))
-        .cloned()
-        .collect()
-}
-
-/// The `extra_args` of a model and its coordinator, in the order of the command line.
-struct Extra<'a>(&'a Model, &'a Coordinator);
-
-impl<'a> Extra<'a> {
-    fn all(&self) -> impl DoubleEndedIterator<Item = &'a String> {
-        self.0.extra_args.iter().chain(&self.1.extra_args)
-    }
-
-    fn has(&self, names: &[&str]) -> bool {
-        self.all().any(|arg| names.contains(&arg.as_str()))
-    }
-
-    fn value(&self, names: &[&str]) -> Option<&'a str> {
-        let mut value = None;
-        for arg in self.all().rev() {
-            if names.contains(&arg.as_str()) {
-                return value;
-            }
-            value = Some(arg.as_str());
-        }
-        None
-    }
-}
+use super::error::PlanError;
+use super::memory::{Need, amount, compute_bytes, host_compute_bytes, needs, score_bytes, sum};
+use super::suggestions::Suggestion;
+use super::{Device, MAX_DEVICES, Settings};
+use crate::gguf::ModelFile;
 
 /// Which layers go where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -305,44 +69,6 @@ pub struct HostShare {
     pub compute_bytes: u64,
 }
 
-/// A change that makes a model fit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Suggestion {
-    /// A smaller context.
-    CtxSize(u32),
-    /// Another type for both parts of the KV cache.
-    CacheType(&'static str),
-    /// Fewer requests at once.
-    Slots(u16),
-    /// One more worker with so many GiB of free memory.
-    WorkerGb(u64),
-}
-
-/// Bytes as people read them.
-#[must_use]
-pub fn amount(bytes: u64) -> String {
-    let mib = bytes as f64 / f64::from(1 << 20);
-    if mib >= 1024.0 {
-        format!("{:.2} GiB", mib / 1024.0)
-    } else if mib >= 100.0 {
-        format!("{mib:.0} MiB")
-    } else {
-        format!("{mib:.1} MiB")
-    }
-}
-
-impl fmt::Display for Suggestion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::CtxSize(tokens) => write!(f, "ctx_size: {tokens}"),
-            Self::CacheType(name) => write!(f, "cache_type_k: {name} and cache_type_v: {name}"),
-            Self::Slots(slots) => write!(f, "slots: {slots}"),
-            Self::WorkerGb(gib) => write!(f, "one more worker with {gib} GiB of free memory"),
-        }
-    }
-}
-
 impl Plan {
     /// The layers of one of its devices in words: `0-31`, `32`, `32-63 and output`, `output`, `none`.
     #[must_use]
@@ -381,73 +107,9 @@ impl Plan {
         let Device { name, host, .. } = &fullest.device;
         format!("{name} of {host} lacks {}; {ways}", amount(lacking))
     }
-
-    /// The devices that get layers, as llama-server's command line names them.
-    #[must_use]
-    pub fn pool(&self) -> Pool {
-        let used = || self.placements.iter().filter(|placement| placement.layers > 0);
-        let mut rpc: Vec<String> = Vec::new();
-        for endpoint in used().filter_map(|placement| placement.device.endpoint.as_ref()) {
-            if !rpc.contains(endpoint) {
-                rpc.push(endpoint.clone());
-            }
-        }
-        Pool {
-            rpc,
-            devices: used().filter_map(|placement| placement.argument.clone()).collect(),
-            layers: used().map(|placement| placement.layers).collect(),
-        }
-    }
-
-    /// The command line that does what is planned, with a llama-server that listens on `host` and `port`.
-    #[must_use]
-    pub fn launch(
-        &self,
-        program: impl Into<std::ffi::OsString>,
-        coordinator: &Coordinator,
-        (name, model): (&str, &Model),
-        (host, port): (&str, u16),
-    ) -> Launch {
-        let mut env = coordinator.env.clone();
-        for (name, value) in command::gpu_environment(Some(coordinator.backend), coordinator.gpus.len()) {
-            env.entry((*name).to_owned()).or_insert_with(|| (*value).to_owned());
-        }
-        let server = Server {
-            host: host.to_owned(),
-            port,
-            model: None,
-            slots: coordinator.slots,
-            threads: coordinator.threads,
-            // The plan names its devices.
-            backend: None,
-            stall_seconds: coordinator.stall_seconds,
-            api_key: coordinator.api_key.clone(),
-            api_key_file: coordinator.api_key_file.clone(),
-            allow_unauthenticated: coordinator.allow_unauthenticated,
-            extra_args: coordinator.extra_args.clone(),
-            env,
-        };
-        command::coordinator(program, &server, name, model, self.settings.draft_tokens, &self.pool())
-    }
 }
 
-/// Puts a model's layers on devices, so that the fullest device is as empty as can be.
-pub fn plan(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan, PlanError> {
-    let mut plan = place(model, devices, want)?;
-    if !plan.fits {
-        plan.suggestions = suggestions(model, devices, want);
-    }
-    Ok(plan)
-}
-
-/// What one layer needs of its device.
-#[derive(Debug, Clone, Copy, Default)]
-struct Need {
-    weights: u64,
-    kv: u64,
-}
-
-fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan, PlanError> {
+pub(super) fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan, PlanError> {
     if devices.is_empty() {
         return Err(PlanError::NoDevices);
     }
@@ -537,97 +199,14 @@ fn name_devices(placements: &mut [Placement]) {
     }
 }
 
-impl Need {
-    fn bytes(&self) -> u64 {
-        self.weights.saturating_add(self.kv)
-    }
-}
-
-/// A context that no pool has room for, or a file of holes, must not become a small number.
-fn sum(bytes: impl IntoIterator<Item = u64>) -> u64 {
-    bytes.into_iter().fold(0, u64::saturating_add)
-}
-
-fn difference(a: u64, b: u64) -> i64 {
+pub(super) fn difference(a: u64, b: u64) -> i64 {
     let difference = i128::from(a) - i128::from(b);
     i64::try_from(difference).unwrap_or(if difference < 0 { i64::MIN } else { i64::MAX })
 }
 
-/// What each layer needs, the output layer last, and the bytes that stay with the coordinator.
-fn needs(model: &ModelFile, want: &Settings) -> (Vec<Need>, u64) {
-    let repeating = model.shape.layers as usize;
-    let mut needs = vec![Need::default(); repeating + 1];
-    let (mut host, mut embeddings, mut has_output) = (0u64, 0u64, false);
-    let add = |to: &mut u64, bytes: u64| *to = to.saturating_add(bytes);
-    for tensor in &model.tensors {
-        let bytes = tensor.bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
-        let stem = tensor.name.split('.').next().unwrap_or_default();
-        match stem {
-            "blk" => {
-                let layer = tensor.name.split('.').nth(1).and_then(|layer| layer.parse().ok());
-                let at = layer.unwrap_or(repeating).min(repeating);
-                add(&mut needs[at].weights, bytes);
-            }
-            "token_embd" | "position_embd" | "token_types" | "per_layer_token_embd" => {
-                add(&mut host, bytes);
-                if stem == "token_embd" {
-                    add(&mut embeddings, bytes);
-                }
-            }
-            "token_embd_norm" | "rope_freqs" | "rope_factors_long" | "rope_factors_short" => {
-                add(&mut needs[0].weights, bytes);
-            }
-            _ => {
-                has_output |= tensor.name == "output.weight";
-                add(&mut needs[repeating].weights, bytes);
-            }
-        }
-    }
-    if !has_output {
-        add(&mut needs[repeating].weights, embeddings);
-    }
-    let states = u64::from(want.slots) * (1 + u64::from(want.draft_tokens.unwrap_or(0)));
-    for (need, memory) in needs.iter_mut().zip(&model.shape.memory) {
-        let (cells, streams) = want.cells(memory.window);
-        let token = sum([
-            want.key_type.row_bytes(memory.key),
-            want.value_type.row_bytes(memory.value),
-        ]);
-        need.kv = (token.saturating_mul(cells).saturating_mul(streams))
-            .saturating_add(memory.state.saturating_mul(4).saturating_mul(states));
-    }
-    (needs, host)
-}
-
-/// Bytes that a device with repeating layers computes with: see the module's text.
-fn compute_bytes(shape: &Shape, want: &Settings) -> u64 {
-    let vectors = 4 * (16 * shape.embedding + 3 * shape.feed_forward);
-    let pair = if want.flash_attention { 8 } else { 16 + 4 * shape.heads };
-    let (cells, _) = want.cells(None);
-    let bytes = want
-        .batch
-        .saturating_mul(vectors.saturating_add(pair.saturating_mul(cells)));
-    bytes.saturating_add(bytes / 20)
-}
-
-/// Bytes that the coordinator itself computes with, measured in the same way.
-fn host_compute_bytes(shape: &Shape, want: &Settings) -> u64 {
-    let pair: u64 = if want.flash_attention { 8 } else { 16 };
-    let (cells, _) = want.cells(None);
-    want.batch
-        .saturating_mul((4 * 11 * shape.embedding).saturating_add(pair.saturating_mul(cells)))
-        .saturating_add(score_bytes(shape, want))
-}
-
-/// Bytes of the scores of all tokens of the vocabulary, for each token whose successor is wanted.
-fn score_bytes(shape: &Shape, want: &Settings) -> u64 {
-    let wanted = u64::from(want.slots) * (1 + u64::from(want.draft_tokens.unwrap_or(0)));
-    (4 * shape.vocabulary).saturating_mul(wanted.min(want.batch))
-}
-
 /// Layers in order onto devices in order, so that the largest share of any device's room is as small as can be: it finds the
 /// least share with which filling one device after the other places all.
-fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
+pub(super) fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
     let total = sum(costs.iter().copied());
     let fill = |share: f64| -> Option<Vec<usize>> {
         let mut next = 0;
@@ -668,164 +247,14 @@ fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
     best
 }
 
-/// The nearest change of each kind that makes the model fit.
-fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings) -> Vec<Suggestion> {
-    let fits = |devices: &[Device], want: &Settings| place(model, devices, want).is_ok_and(|plan| plan.fits);
-    let slots = |slots| Settings { slots, ..want.clone() };
-    let context = |context| Settings {
-        context,
-        ..want.clone()
-    };
-    let mut found = Vec::new();
-    // Each of these needs less memory the further it goes, so the nearest one is found by halves.
-    let most = |least: u64, most: u64, fits: &dyn Fn(u64) -> bool| -> Option<u64> {
-        let (mut low, mut high) = (least, most);
-        if low > high || !fits(low) {
-            return None;
-        }
-        while low < high {
-            let middle = low + (high - low).div_ceil(2);
-            if fits(middle) {
-                low = middle;
-            } else {
-                high = middle - 1;
-            }
-        }
-        Some(low)
-    };
-    let unit = u64::from(LEAST_CONTEXT);
-    let contexts = |units: u64| context(u32::try_from(units * unit).unwrap_or(u32::MAX));
-    let largest = u64::from(want.context).saturating_sub(1) / unit;
-    if let Some(units) = most(1, largest, &|units| fits(devices, &contexts(units))) {
-        found.push(Suggestion::CtxSize(contexts(units).context));
-    }
-    for name in ["q8_0", "q4_0"] {
-        let Some(kind) = TensorType::named(name) else { continue };
-        let smaller = kind.row_bytes(256) < want.key_type.row_bytes(256).max(want.value_type.row_bytes(256));
-        let whole_rows = model
-            .shape
-            .memory
-            .iter()
-            .all(|memory| memory.key.is_multiple_of(kind.block) && memory.value.is_multiple_of(kind.block));
-        let with = Settings {
-            key_type: kind,
-            value_type: kind,
-            ..want.clone()
-        };
-        if smaller && whole_rows && want.flash_attention && fits(devices, &with) {
-            found.push(Suggestion::CacheType(kind.name));
-            break;
-        }
-    }
-    let as_slots = |n: u64| slots(u16::try_from(n).unwrap_or(u16::MAX));
-    if let Some(n) = most(1, u64::from(want.slots).saturating_sub(1), &|n| {
-        fits(devices, &as_slots(n))
-    }) {
-        found.push(Suggestion::Slots(as_slots(n).slots));
-    }
-    if devices.len() < MAX_DEVICES {
-        let with_worker = |gib: u64| {
-            let bytes = gib.saturating_mul(GIB);
-            let worker = Device {
-                host: "another".into(),
-                label: String::new(),
-                endpoint: Some("another".into()),
-                name: String::new(),
-                total_bytes: bytes,
-                free_bytes: bytes,
-                known_from: KnownFrom::Config,
-            };
-            [&[worker], devices].concat()
-        };
-        // With room for all of it on the new worker it fits for sure.
-        let (needs, _) = needs(model, want);
-        let all = sum(needs.iter().map(Need::bytes));
-        let fixed = [
-            compute_bytes(&model.shape, want),
-            score_bytes(&model.shape, want),
-            want.margin_bytes,
-        ];
-        let enough = all.saturating_add(sum(fixed)).div_ceil(GIB) + 1;
-        // By how much it is less than enough.
-        if let Some(less) = most(0, enough - 1, &|less| fits(&with_worker(enough - less), want)) {
-            found.push(Suggestion::WorkerGb(enough - less));
-        }
-    }
-    found
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use proptest::prelude::*;
 
     use super::*;
-    use crate::gguf::{LayerMemory, Tensor};
-
-    const MIB: u64 = 1 << 20;
-
-    fn tensor(name: &str, bytes: u64) -> Tensor {
-        Tensor {
-            name: name.to_owned(),
-            dimensions: vec![bytes],
-            kind: TensorType::named("i8").unwrap(),
-            bytes,
-        }
-    }
-
-    /// A model with layers of so many MiB, embeddings and an output matrix of 100 MiB each.
-    fn model(layers: &[u64]) -> ModelFile {
-        let blocks = layers
-            .iter()
-            .enumerate()
-            .map(|(number, mib)| tensor(&format!("blk.{number}.ffn_up.weight"), mib * MIB));
-        let others = ["token_embd.weight", "output.weight"].map(|name| tensor(name, 100 * MIB));
-        let memory = LayerMemory {
-            key: 1024,
-            value: 1024,
-            window: None,
-            state: 0,
-        };
-        ModelFile {
-            path: "/m/big.gguf".into(),
-            parts: 1,
-            bytes: 0,
-            shape: Shape {
-                architecture: "llama".into(),
-                layers: u32::try_from(layers.len()).unwrap(),
-                embedding: 4096,
-                vocabulary: 32_000,
-                heads: 32,
-                feed_forward: 11_008,
-                memory: vec![memory; layers.len()],
-                ..Shape::default()
-            },
-            tensors: blocks.chain(others).collect(),
-        }
-    }
-
-    fn device(endpoint: Option<&str>, free_mib: u64) -> Device {
-        Device {
-            host: endpoint.unwrap_or("coordinator").into(),
-            label: "GPU".into(),
-            endpoint: endpoint.map(str::to_owned),
-            name: "CUDA0".into(),
-            total_bytes: free_mib * MIB,
-            free_bytes: free_mib * MIB,
-            known_from: KnownFrom::Agent,
-        }
-    }
-
-    fn config() -> (Model, Coordinator) {
-        let model = serde_json::from_value(serde_json::json!({ "path": "/m/big.gguf", "ctx_size": 8192 })).unwrap();
-        (model, Coordinator::default())
-    }
-
-    fn settings() -> Settings {
-        let (model, coordinator) = config();
-        Settings::of(&model, &coordinator, None).unwrap()
-    }
+    use crate::gguf::{LayerMemory, TensorType};
+    use crate::plan::builder::{MIB, device, model, settings, tiny};
+    use crate::plan::{MARGIN_BYTES, plan};
 
     /// Layers per device that llama.cpp b11434 makes of a `--tensor-split`, with its own arithmetic: sums of 32-bit floats, and
     /// each layer goes to the first device whose sum is beyond the layer's place.
@@ -846,10 +275,6 @@ mod tests {
             }
         }
         counts
-    }
-
-    fn tiny(name: &str) -> ModelFile {
-        ModelFile::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models").join(name)).unwrap()
     }
 
     #[test]
@@ -915,106 +340,11 @@ mod tests {
     }
 
     #[test]
-    fn layers_follow_the_free_memory_and_the_workers_come_first() {
-        let devices = [device(Some("a:1"), 24_000), device(None, 12_000)];
-        let plan = plan(&model(&[500; 29]), &devices, &settings()).unwrap();
-        assert!(plan.fits && plan.suggestions.is_empty());
-        let pool = plan.pool();
-        assert_eq!(
-            (pool.rpc, pool.devices),
-            (vec!["a:1".to_owned()], vec!["RPC0".into(), "CUDA0".into()])
-        );
-        assert!(pool.layers == [20, 10] || pool.layers == [21, 9], "{:?}", pool.layers);
-    }
-
-    #[test]
-    fn a_server_without_layers_is_not_named_and_its_number_goes_to_the_next() {
-        let devices = [
-            device(Some("small:1"), 300),
-            device(Some("a:1"), 200),
-            device(Some("a:1"), 24_000),
-            device(Some("b:1"), 24_000),
-        ];
-        let plan = plan(&model(&[500; 20]), &devices, &settings()).unwrap();
-        let pool = plan.pool();
-        assert_eq!(pool.rpc, ["a:1", "b:1"]);
-        assert_eq!(pool.devices, ["RPC1", "RPC2"]);
-        assert_eq!(pool.layers.len(), 2);
-    }
-
-    #[test]
-    fn a_model_without_an_output_matrix_has_its_embeddings_twice() {
-        let mut tied = model(&[10]);
-        tied.tensors.retain(|tensor| tensor.name != "output.weight");
-        let (needs, host) = needs(&tied, &settings());
-        assert_eq!((needs[1].weights, host), (100 * MIB, 100 * MIB));
-    }
-
-    #[test]
     fn no_devices_and_too_many_are_errors() {
         let model = model(&[10]);
         assert_eq!(plan(&model, &[], &settings()), Err(PlanError::NoDevices));
         let many = vec![device(Some("a:1"), 1000); 16];
         assert_eq!(plan(&model, &many, &settings()), Err(PlanError::TooManyDevices(16)));
-    }
-
-    #[test]
-    fn what_extra_args_say_is_what_is_planned() {
-        let (mut model, mut coordinator) = config();
-        model.extra_args = ["-c", "4096", "-ctk", "q8_0", "--kv-unified"]
-            .map(str::to_owned)
-            .to_vec();
-        coordinator.extra_args = ["-np", "2", "-fa", "off", "--tensor-split", "1,1"]
-            .map(str::to_owned)
-            .to_vec();
-        let settings = Settings::of(&model, &coordinator, Some(16)).unwrap();
-        assert_eq!((settings.slots, settings.context, settings.unified), (2, 2048, true));
-        assert_eq!((settings.key_type.name, settings.value_type.name), ("q8_0", "f16"));
-        assert!(!settings.flash_attention);
-        assert_eq!(placing_options(&model, &coordinator), ["--tensor-split"]);
-        model.cache_type_v = Some("q9".into());
-        let error = Settings::of(&model, &coordinator, None).unwrap_err().to_string();
-        assert!(error.contains("q9") && error.contains("cache_type_v"), "{error}");
-    }
-
-    #[test]
-    fn windows_and_shared_caches_have_the_cells_that_llama_cpp_gives_them() {
-        let want = Settings {
-            context: 8000,
-            slots: 4,
-            ..settings()
-        };
-        assert_eq!(want.cells(None), (8192, 4));
-        assert_eq!(want.cells(Some(1000)), (1536, 4));
-        let unified = Settings { unified: true, ..want };
-        assert_eq!(unified.cells(None), (32_000, 1));
-        assert_eq!(unified.cells(Some(1000)), (4608, 1));
-    }
-
-    #[test]
-    fn several_amd_gpus_get_their_environment_unless_the_config_says_otherwise() {
-        let (model_config, mut coordinator) = config();
-        let gpu = serde_json::json!({ "name": "7900 XTX", "vram_gb": 24.0 });
-        coordinator.gpus = vec![serde_json::from_value(gpu).unwrap(); 2];
-        coordinator.env.insert("GPU_MAX_HW_QUEUES".into(), "4".into());
-        let plan = plan(&model(&[10]), &[device(None, 24_000)], &settings()).unwrap();
-        let launch = plan.launch(
-            "llama-server",
-            &coordinator,
-            ("big", &model_config),
-            ("127.0.0.1", 9000),
-        );
-        let env: Vec<_> = launch
-            .env
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.expose()))
-            .collect();
-        assert!(
-            env.ends_with(&[("GPU_MAX_HW_QUEUES", "4"), ("HSA_ENABLE_SDMA", "0")]),
-            "{env:?}"
-        );
-        assert_eq!(launch.url(), "http://127.0.0.1:9000");
-        assert_eq!(launch.value_of("--rpc"), None);
     }
 
     /// What is wanted, with a suggestion taken.
@@ -1030,28 +360,6 @@ mod tests {
             Suggestion::WorkerGb(gib) => devices.insert(0, device(Some("new:1"), gib * 1024)),
         }
         want
-    }
-
-    #[test]
-    fn what_is_suggested_is_the_nearest_of_its_kind() {
-        let devices = [device(Some("a:1"), 6500), device(None, 6500)];
-        let model = model(&[250; 32]);
-        let plan = plan(&model, &devices, &settings()).unwrap();
-        assert!(!plan.fits);
-        let context = plan.suggestions.iter().find_map(|suggestion| match suggestion {
-            Suggestion::CtxSize(tokens) => Some(*tokens),
-            _ => None,
-        });
-        let more = Settings {
-            context: context.unwrap() + 1024,
-            ..settings()
-        };
-        assert!(!super::plan(&model, &devices, &more).unwrap().fits);
-        assert!(
-            plan.suggestions
-                .iter()
-                .any(|suggestion| matches!(suggestion, Suggestion::Slots(1..4)))
-        );
     }
 
     /// Whether any way to put the layers on the devices in order leaves each its margin.

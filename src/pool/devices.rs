@@ -17,16 +17,16 @@ use super::agent::{DeviceStatus, WorkerStatus};
 use super::agent_client::{AgentClient, AgentError};
 use super::build;
 use super::rpc_probe::Told;
-use crate::config::{Config, Coordinator, Gpu, GpuBackend, Worker};
+use crate::config::{Config, Coordinator, GpuBackend, Worker};
 use crate::count::count;
-use crate::plan::{Device, KnownFrom};
+use crate::plan::device::{name, of_config, of_port};
+use crate::plan::{Device, KnownFrom, configured};
 use crate::supervise::{command, environment};
 
 /// An agent answers from memory.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 /// A GPU driver that wakes up takes a while.
 const LIST_PATIENCE: Duration = Duration::from_secs(30);
-const MIB: u64 = 1 << 20;
 /// What people read as the host of the coordinator's own GPUs.
 const COORDINATOR: &str = "coordinator";
 
@@ -210,53 +210,6 @@ fn unnamed(worker: &Worker, endpoint: &str, count: usize) -> Vec<Device> {
     (0..count).map(device).collect()
 }
 
-/// The devices that the config gives a worker, endpoint by endpoint.
-#[must_use]
-pub fn configured(worker: &Worker) -> Vec<Device> {
-    let endpoints = worker.rpc_endpoints().into_iter();
-    endpoints
-        .flat_map(|(port, gpus)| of_port(worker, port, &gpus))
-        .collect()
-}
-
-fn of_port(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Vec<Device> {
-    let device = |(number, gpu): (usize, &&Gpu)| Device {
-        endpoint: Some(format!("{}:{port}", worker.host)),
-        ..of_config(
-            worker.name(),
-            gpu,
-            worker.device_name(gpu).unwrap_or_else(|| name(None, number)),
-        )
-    };
-    gpus.iter().enumerate().map(device).collect()
-}
-
-/// What llama.cpp calls a device, or what we do where nobody has said what kind it is.
-fn name(backend: Option<GpuBackend>, number: usize) -> String {
-    backend.map_or_else(|| format!("GPU{number}"), |backend| backend.device_name(number))
-}
-
-fn of_config(host: &str, gpu: &Gpu, name: String) -> Device {
-    let bytes = gib_to_bytes(gpu.vram_gb);
-    Device {
-        host: host.to_owned(),
-        label: gpu.name.clone(),
-        endpoint: None,
-        name: gpu.device.clone().unwrap_or(name),
-        total_bytes: bytes,
-        free_bytes: bytes,
-        known_from: KnownFrom::Config,
-    }
-}
-
-/// The bytes of so many GiB, whole MiB of them.
-fn gib_to_bytes(gib: f64) -> u64 {
-    // A config has checked that it is above zero; what is beyond all memory is cut.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let mib = (gib * 1024.0) as u64;
-    mib.saturating_mul(MIB)
-}
-
 /// The GPUs of the coordinator's own host, as far as its section lists them.
 async fn own(llama_server: &Path, coordinator: &Coordinator) -> Found {
     let mut found = Found::default();
@@ -352,6 +305,7 @@ pub fn parse_list(text: &str) -> Vec<Device> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Gpu;
     use crate::pool::rpc_probe::{DeviceMemory, Protocol};
 
     fn gpu(name: &str, rpc_port: Option<u16>) -> Gpu {
@@ -375,38 +329,9 @@ mod tests {
                 devices[0].label.as_str(),
                 devices[0].free_bytes
             ),
-            ("CUDA0", "NVIDIA GeForce RTX 4090 (sm (89))", 23900 * MIB)
+            ("CUDA0", "NVIDIA GeForce RTX 4090 (sm (89))", 23900 << 20)
         );
         assert!(parse_list("Available devices:\n  (none)\n").is_empty());
-    }
-
-    #[test]
-    fn gpus_with_one_port_are_one_endpoint() {
-        let worker = Worker {
-            backend: Some(GpuBackend::Cuda),
-            gpus: vec![gpu("a", None), gpu("b", Some(50053)), gpu("c", None)],
-            ..Worker::at("10.0.0.2")
-        };
-        let devices = configured(&worker);
-        let shown: Vec<_> = devices
-            .iter()
-            .map(|device| {
-                (
-                    device.label.as_str(),
-                    device.endpoint.as_deref().unwrap(),
-                    device.name.as_str(),
-                )
-            })
-            .collect();
-        assert_eq!(
-            shown,
-            [
-                ("a", "10.0.0.2:50052", "CUDA0"),
-                ("c", "10.0.0.2:50052", "CUDA2"),
-                ("b", "10.0.0.2:50053", "CUDA1")
-            ]
-        );
-        assert_eq!(devices[0].free_bytes, 16 << 30);
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@
 //! | [`rpc_probe`] | asks a ggml-rpc-server that nobody has |
 //! | [`worker`] | a host that lends its GPUs |
 //! | [`devices`] | the devices of the pool and their memory |
+//! | [`launch`] | the command line of its llama-server |
 //! | [`swap`] | which model runs, who waits, what happens next (pure) |
 //! | [`coordinator`] | one endpoint over the pool |
 
@@ -16,6 +17,7 @@ pub mod agent_client;
 pub mod build;
 pub mod coordinator;
 pub mod devices;
+pub mod launch;
 pub mod rpc_probe;
 pub mod swap;
 pub mod worker;

@@ -12,9 +12,9 @@ use reqwest::Url;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::observed::Observed;
 use crate::config::Upstream;
 use crate::http::client;
-use crate::observe::Observed;
 use crate::upstream::sse::data;
 
 /// The paths whose answers are compared: OpenAI's chat and text completions, which llama-server, Ollama and vLLM have too.

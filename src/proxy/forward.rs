@@ -107,7 +107,7 @@ impl Exchange<'_> {
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
-            self.running.occupies(self.app.engine.occupy());
+            self.running.occupies(self.app.engine.track_request());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
                 return Err(Refusal::Drafter { name });

@@ -14,6 +14,7 @@
 //! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
 //! | `usage` | what a request with a prediction finds in its answer's usage |
 //! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
+//! | `observed`, `recent` | metrics and the last requests |
 //! | `running` | what is counted of a request while it lives |
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
@@ -25,7 +26,9 @@ pub(crate) mod events;
 mod forward;
 pub(crate) mod headers;
 mod nesting;
+mod observed;
 pub(crate) mod paths;
+mod recent;
 pub(crate) mod relay;
 pub(crate) mod respond;
 mod router;

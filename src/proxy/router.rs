@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::agreement::Agreement;
 use super::headers::X_REQUEST_ID;
+use super::observed::Observed;
 use super::paths::Dialect;
 use super::respond::Refusal;
 use super::settings::Settings;
@@ -22,7 +23,6 @@ use super::{admission, forward, status, token};
 use crate::engine::Engine;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
-use crate::observe::Observed;
 use crate::observe::problems::Problems;
 
 /// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.

@@ -8,11 +8,12 @@ use tokio::runtime::Handle;
 use tokio::sync::watch as channel;
 
 use super::agreement::Question;
+use super::observed::Observed;
 use super::paths::Route;
-use crate::engine::{Attachment, Counts, Occupied};
+use super::recent::Record;
+use crate::engine::{Attachment, Counts, RequestGuard};
+use crate::observe::Outcome;
 use crate::observe::metrics::Ended;
-use crate::observe::recent::Record;
-use crate::observe::{Observed, Outcome};
 
 /// Longest path that is kept for the status page.
 const LONGEST_PATH: usize = 128;
@@ -24,7 +25,7 @@ pub(super) struct Running {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
     /// It is the target's to answer.
-    occupied: Option<Occupied>,
+    occupied: Option<RequestGuard>,
     /// The client predicted the answer, and is told what came of it.
     predicted: bool,
     /// What the drafter may be asked too.
@@ -68,7 +69,7 @@ impl Running {
     }
 
     /// The target has this request until it ends.
-    pub(super) fn occupies(&mut self, target: Occupied) {
+    pub(super) fn occupies(&mut self, target: RequestGuard) {
         self.occupied = Some(target);
     }
 

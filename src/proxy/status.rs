@@ -11,10 +11,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::agreement::Measured;
+use super::recent::Record;
 use super::router::App;
 use crate::engine::{self, Counts};
 use crate::observe::metrics::CONTENT_TYPE;
-use crate::observe::recent::Record;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 

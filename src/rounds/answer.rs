@@ -14,7 +14,7 @@ use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
 use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
 use crate::engine::{Counts, Drafting};
-use crate::speculation::{Class, Step, Token};
+use crate::speculation::{StepSample, Token, TokenClass};
 use crate::upstream::UpstreamError;
 
 /// Tokens before a piece of text that are detokenised with it.
@@ -233,8 +233,8 @@ impl Run {
     }
 
     fn handle(&mut self, event: Event) {
-        let moment = self.drafting.moment();
-        let actions = self.rounds.handle(event, &mut *self.drafting.pace(), &moment);
+        let context = self.drafting.verify_context();
+        let actions = self.rounds.handle(event, &mut *self.drafting.policy(), &context);
         self.actions.extend(actions);
     }
 
@@ -312,7 +312,7 @@ impl Run {
             self.learn(verdict.judged, verdict.accepted, steps, duration, since_last);
         }
         let (judged, accepted) = (verdict.judged as u64, verdict.accepted as u64);
-        let predicted = |classes: &[Class]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
+        let predicted = |classes: &[TokenClass]| classes.iter().filter(|class| class.is_predicted()).count() as u64;
         let all_predicted = predicted(self.rounds.classes(verdict.judged));
         let right_predicted = predicted(self.rounds.classes(verdict.accepted));
         self.handle(Event::Verified(verdict));
@@ -328,16 +328,16 @@ impl Run {
     }
 
     fn learn(&self, judged: usize, accepted: usize, steps: usize, duration: Duration, since_last: Duration) {
-        let mut pace = self.drafting.pace();
+        let mut policy = self.drafting.policy();
         for _ in 0..steps {
-            let step = Step {
+            let step = StepSample {
                 drafted: judged,
                 accepted,
                 duration,
                 since_last,
                 batch: 1 + judged,
             };
-            pace.record_step(&step, &[]);
+            policy.record_step(&step, &[]);
         }
     }
 

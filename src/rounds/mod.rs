@@ -34,6 +34,6 @@ pub use answer::Answer;
 pub use fan_out::FanOut;
 pub use proof::{Flaw, PROOF_TEXT, prove};
 pub use request::{Endpoint, Request};
-pub use round::{Action, Event, Finish, Moment, Rounds};
+pub use round::{Action, Event, Finish, Rounds, VerifyContext};
 pub use scored::Scored;
 pub use target::{Ask, Prompt, Target, Verdict};

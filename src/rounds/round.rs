@@ -4,7 +4,7 @@
 //! Where nothing is drafted, the target generates some tokens by itself: that costs it no more than if it did so in an
 //! ordinary answer. Whatever is drafted, only what the target chose is said.
 
-use crate::speculation::{Circumstances, Class, Load, Lookup, Policy, Token};
+use crate::speculation::{ConcurrentLoad, Lookup, Policy, StepContext, Token, TokenClass};
 
 use super::Verdict;
 
@@ -17,7 +17,7 @@ pub enum Event {
     /// The prompt is known.
     Begin,
     /// The drafter's answer to [`Action::Draft`], perhaps nothing.
-    Drafted(Vec<(Token, Class)>),
+    Drafted(Vec<(Token, TokenClass)>),
     /// The target's answer to [`Action::Verify`].
     Verified(Verdict),
     /// The target will not take this draft.
@@ -69,7 +69,7 @@ impl Finish {
 
 /// What has to be known of the moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Moment {
+pub struct VerifyContext {
     /// Most draft tokens that the target can verify at once.
     pub n_max: usize,
     /// The drafters that can be asked, the best first.
@@ -91,7 +91,7 @@ pub struct Rounds {
     computed: Vec<Token>,
     /// What may follow the text, and what is known of each token of it.
     draft: Vec<Token>,
-    classes: Vec<Class>,
+    classes: Vec<TokenClass>,
     lookup: Lookup,
     /// Tokens of the answer, the one that ends it included.
     generated: usize,
@@ -138,25 +138,25 @@ impl Rounds {
 
     /// What is known of the first `n` draft tokens that the target was asked about last.
     #[must_use]
-    pub fn classes(&self, n: usize) -> &[Class] {
+    pub fn classes(&self, n: usize) -> &[TokenClass] {
         &self.classes[..n.min(self.classes.len())]
     }
 
     /// Takes in what happened and tells what to do, in this order.
-    pub fn handle(&mut self, event: Event, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
+    pub fn handle(&mut self, event: Event, policy: &mut impl Policy, context: &VerifyContext) -> Vec<Action> {
         if self.finished {
             return Vec::new();
         }
         match event {
-            Event::Begin => vec![self.next(policy, moment)],
-            Event::Drafted(tokens) => vec![self.verify(&tokens, policy, moment)],
+            Event::Begin => vec![self.next(policy, context)],
+            Event::Drafted(tokens) => vec![self.verify(&tokens, policy, context)],
             // Perhaps it is the draft's fault.
             Event::Refused => vec![self.ask(Vec::new(), Vec::new(), 0, 1)],
-            Event::Verified(verdict) => self.verified(verdict, policy, moment),
+            Event::Verified(verdict) => self.verified(verdict, policy, context),
         }
     }
 
-    fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, moment: &Moment) -> Vec<Action> {
+    fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, context: &VerifyContext) -> Vec<Action> {
         // What ends the text is a token of its own.
         let ended = verdict.ended && !verdict.next.is_empty();
         if verdict.next.is_empty() {
@@ -196,20 +196,20 @@ impl Rounds {
                 self.finished = true;
                 Action::Finish(finish)
             }
-            None if self.computed.is_empty() => self.next(policy, moment),
+            None if self.computed.is_empty() => self.next(policy, context),
             None => self.ask(Vec::new(), Vec::new(), 0, 1),
         });
         actions
     }
 
     /// Most draft tokens: the target adds one.
-    fn most(&self, moment: &Moment) -> usize {
+    fn most(&self, context: &VerifyContext) -> usize {
         let room = self.limit - self.generated;
-        moment.n_max.min(room.saturating_sub(1))
+        context.n_max.min(room.saturating_sub(1))
     }
 
-    fn next(&mut self, policy: &mut impl Policy, moment: &Moment) -> Action {
-        let most = self.most(moment);
+    fn next(&mut self, policy: &mut impl Policy, context: &VerifyContext) -> Action {
+        let most = self.most(context);
         let found = self.lookup.propose(&[], most).map(|proposal| {
             let classes: Vec<_> = proposal.classes().collect();
             (proposal.tokens, classes)
@@ -221,9 +221,16 @@ impl Rounds {
             }
         }
         let asked = |drafter: &&usize| {
-            most > 0 && policy.reach(**drafter, true, most, Load::default(), std::time::Duration::ZERO) > 0
+            most > 0
+                && policy.draft_limit(
+                    **drafter,
+                    true,
+                    most,
+                    ConcurrentLoad::default(),
+                    std::time::Duration::ZERO,
+                ) > 0
         };
-        if let Some(drafter) = moment.drafters.iter().find(asked) {
+        if let Some(drafter) = context.drafters.iter().find(asked) {
             return Action::Draft {
                 drafter: *drafter,
                 n: most,
@@ -232,12 +239,12 @@ impl Rounds {
         self.plain()
     }
 
-    fn verify(&mut self, drafted: &[(Token, Class)], policy: &mut impl Policy, moment: &Moment) -> Action {
+    fn verify(&mut self, drafted: &[(Token, TokenClass)], policy: &mut impl Policy, context: &VerifyContext) -> Action {
         if drafted.is_empty() {
             return self.plain();
         }
-        let (tokens, classes): (Vec<Token>, Vec<Class>) = drafted.iter().copied().unzip();
-        let n = choose(policy, &classes, self.most(moment));
+        let (tokens, classes): (Vec<Token>, Vec<TokenClass>) = drafted.iter().copied().unzip();
+        let n = choose(policy, &classes, self.most(context));
         // Where none is worth it, the drafter may be surer one token further on.
         self.ask(tokens, classes, n, 1)
     }
@@ -247,7 +254,7 @@ impl Rounds {
     }
 
     /// Asks the target about the first `asked` tokens of a draft or, if there are none, to generate `n`.
-    fn ask(&mut self, draft: Vec<Token>, classes: Vec<Class>, asked: usize, n: usize) -> Action {
+    fn ask(&mut self, draft: Vec<Token>, classes: Vec<TokenClass>, asked: usize, n: usize) -> Action {
         self.draft = draft;
         self.classes = classes;
         self.asked = asked;
@@ -259,18 +266,18 @@ impl Rounds {
 }
 
 /// How many tokens of a draft are worth verifying.
-fn choose(policy: &impl Policy, draft: &[Class], n_max: usize) -> usize {
-    let moment = Circumstances {
+fn choose(policy: &impl Policy, draft: &[TokenClass], n_max: usize) -> usize {
+    let context = StepContext {
         n_max,
-        ..Circumstances::default()
+        ..StepContext::default()
     };
-    policy.choose(draft, &moment).n.min(draft.len()).min(n_max)
+    policy.choose(draft, &context).n.min(draft.len()).min(n_max)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::speculation::Pace;
+    use crate::speculation::AdaptivePolicy;
     use proptest::prelude::*;
 
     const END: Token = 9;
@@ -366,11 +373,11 @@ mod tests {
             rounds in prop::collection::vec(behaviour(), 1..20),
         ) {
             let (expected, finish, generated) = greedy(&prompt, limit);
-            let moment = Moment { n_max, drafters: (0..usize::from(can_draft)).collect() };
-            let mut pace = Pace::default();
+            let context = VerifyContext { n_max, drafters: (0..usize::from(can_draft)).collect() };
+            let mut policy = AdaptivePolicy::default();
             let mut machine = Rounds::new(prompt.clone(), &prediction, limit);
             let mut behaviours = rounds.iter().cycle();
-            let mut actions: std::collections::VecDeque<Action> = machine.handle(Event::Begin, &mut pace, &moment).into();
+            let mut actions: std::collections::VecDeque<Action> = machine.handle(Event::Begin, &mut policy, &context).into();
             let (mut said, mut end, mut passes) = (Vec::new(), None, 0);
             let mut computed: Vec<Vec<Token>> = Vec::new();
             while let Some(action) = actions.pop_front() {
@@ -382,7 +389,7 @@ mod tests {
                             text.push(choice(&text));
                         }
                         let right = text[machine.context().len()..].iter();
-                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, Class::untold(0)));
+                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, TokenClass::untold(0)));
                         Event::Drafted(drafted.collect())
                     }
                     Action::Verify { draft, n } => {
@@ -415,7 +422,7 @@ mod tests {
                         continue;
                     }
                 };
-                actions.extend(machine.handle(event, &mut pace, &moment));
+                actions.extend(machine.handle(event, &mut policy, &context));
             }
             prop_assert_eq!(&said, &expected);
             prop_assert_eq!(end, Some(finish));

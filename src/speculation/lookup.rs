@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 
 use super::copied_text::Copied;
-use super::{Class, Token};
+use super::{Token, TokenClass};
 
 /// Tokens that must agree at least.
 pub(super) const SHORTEST: usize = 3;
@@ -38,11 +38,11 @@ pub struct Proposal {
 
 impl Proposal {
     /// What is known of each of these tokens: when its turn comes, those before it match as well.
-    pub fn classes(&self) -> impl Iterator<Item = Class> {
+    pub fn classes(&self) -> impl Iterator<Item = TokenClass> {
         let class = if self.predicted {
-            Class::of_prediction
+            TokenClass::of_prediction
         } else {
-            Class::of_match
+            TokenClass::of_match
         };
         (self.matched..).take(self.tokens.len()).map(class)
     }

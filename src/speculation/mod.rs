@@ -1,14 +1,14 @@
 //! Decisions of speculative decoding, free of I/O: what to draft, what to offer, how long to let the target wait.
 //!
-//! [`Session`] follows one completion; [`Lookup`] drafts from the text itself; [`Pace`] learns what a pair of servers costs
+//! [`Session`] follows one completion; [`Lookup`] drafts from the text itself; [`AdaptivePolicy`] learns what a pair of servers costs
 //! and chooses from it; [`Retokeniser`] makes tokens of what a drafter with another vocabulary says.
 
 use std::time::Duration;
 
 mod copied_text;
+mod cost_model;
 mod lookup;
-mod market;
-mod pace;
+mod policy;
 mod retokenise;
 mod session;
 #[cfg(test)]
@@ -17,9 +17,11 @@ mod slowdown;
 mod step_cost;
 
 pub use lookup::{Lookup, Proposal};
-pub use pace::{Choice, Circumstances, Class, Growing, Load, Outlook, Pace, Step};
+pub use policy::{
+    AdaptivePolicy, ConcurrentLoad, DrafterOutlook, PendingDraft, StepContext, StepPlan, StepSample, TokenClass,
+};
 pub use retokenise::{Retokeniser, Spelled};
-pub use session::{Action, Event, Moment, Offer, Policy, Session};
+pub use session::{Offer, Policy, Session, SessionAction, SessionContext, SessionEvent};
 
 /// A token id of the target's vocabulary.
 pub type Token = i32;

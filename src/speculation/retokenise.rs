@@ -24,7 +24,7 @@ pub struct Spelled {
 
 /// What to tokenise next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
+enum Question {
     /// The look-back and all of the drafter's text.
     LookBack,
     /// What was not handed out yet, alone: where the target has cut a word that its tokenizer would not cut.
@@ -48,7 +48,7 @@ pub struct Retokeniser {
     handed: usize,
     /// Bytes of `text` that were looked at, as far as they may be handed out.
     seen: usize,
-    asked: Option<(Ask, usize)>,
+    asked: Option<(Question, usize)>,
 }
 
 impl Retokeniser {
@@ -92,12 +92,12 @@ impl Retokeniser {
             } else {
                 settled(&self.text)
             };
-            self.asked = (settled > self.seen).then_some((Ask::LookBack, settled));
+            self.asked = (settled > self.seen).then_some((Question::LookBack, settled));
         }
         let (ask, _) = self.asked?;
         Some(match ask {
-            Ask::LookBack => format!("{}{}", self.look_back, self.text),
-            Ask::Alone => self.text[self.handed..].to_owned(),
+            Question::LookBack => format!("{}{}", self.look_back, self.text),
+            Question::Alone => self.text[self.handed..].to_owned(),
         })
     }
 
@@ -107,11 +107,11 @@ impl Retokeniser {
             return Vec::new();
         };
         let found = match ask {
-            Ask::LookBack => {
+            Question::LookBack => {
                 let known = [&self.begun[..], &self.handed_out].concat();
                 self.after(spelled, 0, &known, settled)
             }
-            Ask::Alone => {
+            Question::Alone => {
                 let known = if self.handed == 0 {
                     self.begun.clone()
                 } else {
@@ -121,8 +121,8 @@ impl Retokeniser {
             }
         };
         let Some((tokens, end)) = found else {
-            if ask == Ask::LookBack {
-                self.asked = Some((Ask::Alone, settled));
+            if ask == Question::LookBack {
+                self.asked = Some((Question::Alone, settled));
             } else {
                 self.seen = settled;
             }
@@ -184,19 +184,19 @@ fn look_back(before: &str) -> usize {
 }
 
 #[derive(PartialEq, Eq)]
-enum Class {
+enum CharClass {
     Letter,
     Digit,
     Other,
 }
 
-fn class(c: char) -> Class {
+fn class(c: char) -> CharClass {
     if c.is_alphabetic() {
-        Class::Letter
+        CharClass::Letter
     } else if c.is_numeric() {
-        Class::Digit
+        CharClass::Digit
     } else {
-        Class::Other
+        CharClass::Other
     }
 }
 
@@ -215,8 +215,8 @@ fn settled(text: &str) -> usize {
     for ((at, next), previous) in text.char_indices().skip(1).zip(text.chars()) {
         following -= 1;
         let ends = match class(previous) {
-            Class::Other => false,
-            kind => kind != class(next) && (next.is_ascii() || next.is_whitespace() || class(next) != Class::Other),
+            CharClass::Other => false,
+            kind => kind != class(next) && (next.is_ascii() || next.is_whitespace() || class(next) != CharClass::Other),
         };
         if ends || (unspaced(previous) && following > UNSPACED) {
             settled = at;

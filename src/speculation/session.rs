@@ -8,14 +8,14 @@
 
 use std::time::Duration;
 
-use super::pace::{Choice, Circumstances, Class, Growing, Load};
+use super::policy::{ConcurrentLoad, PendingDraft, StepContext, StepPlan, TokenClass};
 use super::{Lookup, Token, micros, whole};
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum SessionEvent {
     /// The target answered: it has committed `tokens`, the first of which stands at `pos`. With `followed`, this
-    /// answers [`Action::Follow`].
+    /// answers [`SessionAction::Follow`].
     Committed {
         /// Position of the first token, counted from the start of the prompt.
         pos: usize,
@@ -28,14 +28,14 @@ pub enum Event {
     Ended,
     /// A stream of a drafter produced tokens.
     Drafted {
-        /// As in [`Action::Draft`].
+        /// As in [`SessionAction::Draft`].
         stream: u64,
         /// The next tokens of this stream, with what is known of each.
-        tokens: Vec<(Token, Class)>,
+        tokens: Vec<(Token, TokenClass)>,
     },
     /// A stream of a drafter is over.
     DraftEnded {
-        /// As in [`Action::Draft`].
+        /// As in [`SessionAction::Draft`].
         stream: u64,
         /// The drafter thinks that the text ends here, so it has nothing to add.
         end_of_text: bool,
@@ -51,7 +51,7 @@ pub enum Event {
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub enum SessionAction {
     /// Offer `tokens` at `pos` and ask to be told when something is committed beyond `pos`.
     Follow(Offer),
     /// Offer `tokens` at `pos`; replaces an earlier offer that was not sent yet.
@@ -91,35 +91,42 @@ pub struct Offer {
 
 /// What a session has to know of the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Moment<'a> {
+pub struct SessionContext<'a> {
     /// Most draft tokens that the target can verify in one step.
     pub n_max: usize,
     /// The running streams.
-    pub growing: &'a [Growing],
+    pub pending: &'a [PendingDraft],
     /// Time since the session began.
     pub now: Duration,
     /// From asking the target to its answer.
     pub round_trip: Duration,
     /// What else the target does.
-    pub load: Load,
+    pub load: ConcurrentLoad,
 }
 
-/// Who decides; see [`super::Pace`].
+/// Who decides; see [`super::AdaptivePolicy`].
 pub trait Policy {
     /// Learns that a draft token was what the target chose itself, or was not. All tokens before it were.
-    fn observe(&mut self, class: Class, accepted: bool);
+    fn observe(&mut self, class: TokenClass, accepted: bool);
 
     /// How many tokens beyond the committed ones a drafter should draft now, at most; 0: none. It will.
-    fn reach(&mut self, drafter: usize, target_waits: bool, n_max: usize, load: Load, round_trip: Duration) -> usize;
+    fn draft_limit(
+        &mut self,
+        drafter: usize,
+        target_waits: bool,
+        n_max: usize,
+        load: ConcurrentLoad,
+        round_trip: Duration,
+    ) -> usize;
 
     /// The chance that all of `draft` is accepted.
-    fn chance(&self, draft: &[Class]) -> f64;
+    fn prefix_acceptance(&self, draft: &[TokenClass]) -> f64;
 
     /// How long a step over `n` draft tokens takes beside all else, in microseconds; `None` while nothing is known.
-    fn step_us(&self, n: usize, load: Load) -> Option<f64>;
+    fn step_us(&self, n: usize, load: ConcurrentLoad) -> Option<f64>;
 
     /// What the target should do with a draft.
-    fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice;
+    fn choose(&self, draft: &[TokenClass], context: &StepContext) -> StepPlan;
 }
 
 /// The state machine of one completion.
@@ -127,18 +134,18 @@ pub trait Policy {
 pub struct Session {
     committed: Vec<Token>,
     lookup: Lookup,
-    copied: Draft,
-    drafters: Vec<Drafter>,
+    copied: DraftBuffer,
+    drafters: Vec<DrafterState>,
     /// What the target was told last, and what is known of each token of it.
-    told: Offer,
-    told_classes: Vec<Class>,
+    last_offer: Offer,
+    last_offer_classes: Vec<TokenClass>,
     /// When that arrived at the target, in microseconds since the session began.
-    told_at_us: f64,
-    target: Target,
+    last_offer_at_us: f64,
+    target: TargetState,
     /// When its last step that we know of ended, in microseconds since the session began.
-    stepped_us: f64,
+    last_step_end_us: f64,
     /// How long the target can do without further draft tokens, in microseconds.
-    spare_us: f64,
+    slack_us: f64,
     /// Streams started so far.
     streams: u64,
     ended: bool,
@@ -146,80 +153,80 @@ pub struct Session {
 
 /// What may follow `committed[..base]`.
 #[derive(Debug, Default)]
-struct Draft {
+struct DraftBuffer {
     tokens: Vec<Token>,
     /// What is known of each token.
-    classes: Vec<Class>,
+    classes: Vec<TokenClass>,
     base: usize,
 }
 
 #[derive(Debug, Default)]
-struct Drafter {
-    draft: Draft,
+struct DrafterState {
+    draft: DraftBuffer,
     /// The running stream.
     running: Option<u64>,
     /// The draft ends with the end of the text.
     complete: bool,
     available: bool,
     /// The target waited when the stream was begun or its last token came.
-    waited_for: bool,
+    target_waited: bool,
 }
 
 /// What the target does; times are microseconds since the session began.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Target {
+enum TargetState {
     /// It waits for an offer until then, and goes on with what is left of the last one.
-    Waits { until_us: f64, left: usize },
+    Waiting { until_us: f64, left: usize },
     /// It has been in a step over `n` draft tokens since then.
-    Steps { since_us: f64, n: usize },
+    Stepping { since_us: f64, n: usize },
 }
 
-impl Default for Target {
+impl Default for TargetState {
     fn default() -> Self {
-        Self::Steps { since_us: 0.0, n: 0 }
+        Self::Stepping { since_us: 0.0, n: 0 }
     }
 }
 
 /// The draft that is worth most.
-struct Best<'a> {
-    choice: Choice,
+struct BestDraft<'a> {
+    choice: StepPlan,
     /// Its stream runs.
-    grows: bool,
+    streaming: bool,
     /// Drafters that have to rest while the target goes on.
     rest: Vec<usize>,
     /// What of it is to be offered.
     tokens: &'a [Token],
-    classes: &'a [Class],
+    classes: &'a [TokenClass],
 }
 
 /// A draft of which the drafter's next token would be accepted with less chance is not continued.
-const HOPELESS: f64 = 0.05;
+const MIN_PREFIX_ACCEPTANCE: f64 = 0.05;
 /// A stream that is behind by no more tokens than this may catch up: a new one would have to read these as well.
-const MAY_LAG: usize = 2;
+const MAX_STREAM_LAG: usize = 2;
 /// Steps that the target may take unheard of; more are not reckoned with.
-const MAY_PASS: usize = 4;
+const MAX_UNSEEN_STEPS: usize = 4;
 
-impl Draft {
+impl DraftBuffer {
     /// Number of tokens beyond the committed ones.
     fn beyond(&self, committed: usize) -> usize {
         (self.base + self.tokens.len()).saturating_sub(committed)
     }
 
     /// The tokens beyond the committed ones, and their classes.
-    fn ahead(&self, committed: usize) -> (&[Token], &[Class]) {
+    fn ahead(&self, committed: usize) -> (&[Token], &[TokenClass]) {
         let start = self.tokens.len() - self.beyond(committed);
         (&self.tokens[start..], &self.classes[start..])
     }
 
-    /// Forgets what is confirmed. False: it is contradicted, or behind by more than `may_lag` tokens.
-    fn reconcile(&mut self, committed: &[Token], may_lag: usize, policy: &mut impl Policy) -> bool {
+    /// Forgets what is confirmed. False: it is contradicted, or behind by more than `max_lag` tokens.
+    fn reconcile(&mut self, committed: &[Token], max_lag: usize, policy: &mut impl Policy) -> bool {
         let unseen = &committed[self.base..];
         let compared = unseen.len().min(self.tokens.len());
         let agreed = unseen.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
         for (i, class) in self.classes[..compared].iter().enumerate().take(agreed + 1) {
             policy.observe(*class, i < agreed);
         }
-        if agreed < compared || unseen.len() - compared > may_lag {
+        if agreed < compared || unseen.len() - compared > max_lag {
             return false;
         }
         self.tokens.drain(..compared);
@@ -243,7 +250,7 @@ impl Session {
     pub fn new(prediction: &[Token], drafters: usize) -> Self {
         Self {
             lookup: Lookup::new(prediction),
-            drafters: std::iter::repeat_with(Drafter::default).take(drafters).collect(),
+            drafters: std::iter::repeat_with(DrafterState::default).take(drafters).collect(),
             ..Self::default()
         }
     }
@@ -256,38 +263,43 @@ impl Session {
 
     /// What was known of the first `n` tokens that the target was offered after the committed ones.
     #[must_use]
-    pub fn offered(&self, n: usize) -> &[Class] {
-        let classes = &self.told_classes[self.told_classes.len() - self.told_beyond()..];
+    pub fn offered(&self, n: usize) -> &[TokenClass] {
+        let classes = &self.last_offer_classes[self.last_offer_classes.len() - self.last_offer_remaining()..];
         &classes[..n.min(classes.len())]
     }
 
     /// How long the target can do without further draft tokens, as far as is known: it is in a step, and the next offer is
     /// better made with more.
     #[must_use]
-    pub fn spare(&self) -> Duration {
-        Duration::from_secs_f64(self.spare_us.max(0.0) / 1e6)
+    pub fn slack(&self) -> Duration {
+        Duration::from_secs_f64(self.slack_us.max(0.0) / 1e6)
     }
 
     /// Whether this drafter makes its next token for a target that waits, or waited until that took too long: it is how
     /// long such a token takes that decides whether the target is to wait.
     #[must_use]
-    pub fn is_waited_for(&self, drafter: usize, now: Duration) -> bool {
-        self.target_waits(now) || self.drafters.get(drafter).is_some_and(|it| it.waited_for)
+    pub fn target_waits_for(&self, drafter: usize, now: Duration) -> bool {
+        self.target_waits(now) || self.drafters.get(drafter).is_some_and(|it| it.target_waited)
     }
 
     /// Whether the target waits for an offer, as far as is known, at this time since the session began.
     fn target_waits(&self, now: Duration) -> bool {
-        matches!(self.target, Target::Waits { until_us, .. } if micros(now) < until_us)
+        matches!(self.target, TargetState::Waiting { until_us, .. } if micros(now) < until_us)
     }
 
     /// The first thing to do: learn the prompt.
     #[must_use]
-    pub fn begin(&self) -> Action {
-        Action::Follow(Offer::default())
+    pub fn begin(&self) -> SessionAction {
+        SessionAction::Follow(Offer::default())
     }
 
     /// Takes in what happened and tells what to do, in this order.
-    pub fn handle(&mut self, event: Event, policy: &mut impl Policy, moment: &Moment<'_>) -> Vec<Action> {
+    pub fn handle(
+        &mut self,
+        event: SessionEvent,
+        policy: &mut impl Policy,
+        context: &SessionContext<'_>,
+    ) -> Vec<SessionAction> {
         let mut actions = Vec::new();
         if self.ended {
             return actions;
@@ -295,22 +307,22 @@ impl Session {
         let mut follow = false;
         let mut heard = None;
         match event {
-            Event::Committed { pos, tokens, followed } => {
+            SessionEvent::Committed { pos, tokens, followed } => {
                 follow = followed;
-                if !self.commit(pos, &tokens, moment) && !followed {
+                if !self.commit(pos, &tokens, context) && !followed {
                     // An offer arrived. If that were reason enough for another one the two would never end.
                     return actions;
                 }
             }
-            Event::Ended => {
+            SessionEvent::Ended => {
                 self.ended = true;
                 for drafter in 0..self.drafters.len() {
                     self.stop_stream(drafter, &mut actions);
                 }
-                actions.push(Action::Finish);
+                actions.push(SessionAction::Finish);
                 return actions;
             }
-            Event::Drafted { stream, tokens } => {
+            SessionEvent::Drafted { stream, tokens } => {
                 heard = Some(stream);
                 if let Some(drafter) = self.drafter_of(stream) {
                     for (token, class) in tokens {
@@ -319,13 +331,13 @@ impl Session {
                     }
                 }
             }
-            Event::DraftEnded { stream, end_of_text } => {
+            SessionEvent::DraftEnded { stream, end_of_text } => {
                 if let Some(drafter) = self.drafter_of(stream) {
                     drafter.running = None;
                     drafter.complete = end_of_text;
                 }
             }
-            Event::Available { drafter, available } => {
+            SessionEvent::Available { drafter, available } => {
                 if let Some(it) = self.drafters.get_mut(drafter) {
                     it.available = available;
                 }
@@ -335,63 +347,63 @@ impl Session {
             }
         }
         self.reconcile(policy, &mut actions);
-        self.look_up(moment.n_max);
-        let begun: Vec<usize> = (0..self.drafters.len())
-            .filter(|drafter| self.draft_on(*drafter, policy, moment, &mut actions))
+        self.draft_from_text(context.n_max);
+        let started: Vec<usize> = (0..self.drafters.len())
+            .filter(|drafter| self.start_stream(*drafter, policy, context, &mut actions))
             .collect();
-        self.offer(follow, &begun, policy, moment, &mut actions);
-        let waits = self.target_waits(moment.now);
+        self.offer(follow, &started, policy, context, &mut actions);
+        let waits = self.target_waits(context.now);
         for (number, drafter) in self.drafters.iter_mut().enumerate() {
-            if begun.contains(&number) || heard.is_some() && drafter.running == heard {
-                drafter.waited_for = waits;
+            if started.contains(&number) || heard.is_some() && drafter.running == heard {
+                drafter.target_waited = waits;
             }
         }
         actions
     }
 
-    fn drafter_of(&mut self, stream: u64) -> Option<&mut Drafter> {
+    fn drafter_of(&mut self, stream: u64) -> Option<&mut DrafterState> {
         self.drafters.iter_mut().find(|it| it.running == Some(stream))
     }
 
-    fn stop_stream(&mut self, drafter: usize, actions: &mut Vec<Action>) {
+    fn stop_stream(&mut self, drafter: usize, actions: &mut Vec<SessionAction>) {
         if self
             .drafters
             .get_mut(drafter)
             .is_some_and(|it| it.running.take().is_some())
         {
-            actions.push(Action::StopDraft { drafter });
+            actions.push(SessionAction::StopDraft { drafter });
         }
     }
 
     /// Takes in committed tokens; false: they are known.
-    fn commit(&mut self, pos: usize, tokens: &[Token], moment: &Moment<'_>) -> bool {
+    fn commit(&mut self, pos: usize, tokens: &[Token], context: &SessionContext<'_>) -> bool {
         let known = self.committed.len().saturating_sub(pos);
         if pos > self.committed.len() || known >= tokens.len() {
             return false;
         }
         self.committed.extend_from_slice(&tokens[known..]);
         self.lookup.extend(&tokens[known..]);
-        let at_us = micros(moment.now) - micros(moment.round_trip) / 2.0;
-        self.stepped_us = at_us;
-        self.target = self.next_step(at_us, 0, moment.n_max);
+        let at_us = micros(context.now) - micros(context.round_trip) / 2.0;
+        self.last_step_end_us = at_us;
+        self.target = self.next_step(at_us, 0, context.n_max);
         true
     }
 
     /// What the target does after a step that ended at `at_us` with `passed` tokens beyond the committed ones, if they are
     /// those of the offer: what is left of that goes into the next step at once, or is waited for to grow.
-    fn next_step(&self, at_us: f64, passed: usize, n_max: usize) -> Target {
+    fn next_step(&self, at_us: f64, passed: usize, n_max: usize) -> TargetState {
         // An offer that came too late came after one that was alike but for the tokens.
-        let arrived = self.told_at_us <= at_us;
+        let arrived = self.last_offer_at_us <= at_us;
         let left = if arrived {
-            self.told_beyond().saturating_sub(passed).min(n_max)
+            self.last_offer_remaining().saturating_sub(passed).min(n_max)
         } else {
             0
         };
-        if left < self.told.n_min.min(n_max) {
-            let until_us = at_us + self.told.hold_us as f64;
-            Target::Waits { until_us, left }
+        if left < self.last_offer.n_min.min(n_max) {
+            let until_us = at_us + self.last_offer.hold_us as f64;
+            TargetState::Waiting { until_us, left }
         } else {
-            Target::Steps {
+            TargetState::Stepping {
                 since_us: at_us,
                 n: left,
             }
@@ -399,24 +411,26 @@ impl Session {
     }
 
     /// Tokens of the last offer that may still follow the committed ones.
-    fn told_beyond(&self) -> usize {
-        let passed = self.committed.len().saturating_sub(self.told.pos);
-        if self.told.tokens.len() <= passed || self.told.tokens[..passed] != self.committed[self.told.pos..] {
+    fn last_offer_remaining(&self) -> usize {
+        let passed = self.committed.len().saturating_sub(self.last_offer.pos);
+        if self.last_offer.tokens.len() <= passed
+            || self.last_offer.tokens[..passed] != self.committed[self.last_offer.pos..]
+        {
             return 0;
         }
-        self.told.tokens.len() - passed
+        self.last_offer.tokens.len() - passed
     }
 
     /// Forgets what of the drafts is confirmed, and drafts that were contradicted or overtaken.
-    fn reconcile(&mut self, policy: &mut impl Policy, actions: &mut Vec<Action>) {
+    fn reconcile(&mut self, policy: &mut impl Policy, actions: &mut Vec<SessionAction>) {
         if !self.copied.reconcile(&self.committed, 0, policy) {
             self.copied.drop_at(self.committed.len());
         }
         for (number, drafter) in self.drafters.iter_mut().enumerate() {
-            let may_lag = if drafter.running.is_some() { MAY_LAG } else { 0 };
-            if !drafter.draft.reconcile(&self.committed, may_lag, policy) {
+            let max_lag = if drafter.running.is_some() { MAX_STREAM_LAG } else { 0 };
+            if !drafter.draft.reconcile(&self.committed, max_lag, policy) {
                 if drafter.running.take().is_some() {
-                    actions.push(Action::StopDraft { drafter: number });
+                    actions.push(SessionAction::StopDraft { drafter: number });
                 }
                 drafter.draft.drop_at(self.committed.len());
                 drafter.complete = false;
@@ -425,25 +439,25 @@ impl Session {
     }
 
     /// Drafts from the text itself.
-    fn look_up(&mut self, n_max: usize) {
+    fn draft_from_text(&mut self, n_max: usize) {
         let beyond = self.copied.beyond(self.committed.len());
-        if self.committed.is_empty() || n_max == 0 || beyond >= far(n_max) {
+        if self.committed.is_empty() || n_max == 0 || beyond >= max_lookahead(n_max) {
             return;
         }
         let (ahead, _) = self.copied.ahead(self.committed.len());
-        if let Some(proposal) = self.lookup.propose(ahead, far(n_max) - beyond) {
+        if let Some(proposal) = self.lookup.propose(ahead, max_lookahead(n_max) - beyond) {
             self.copied.classes.extend(proposal.classes());
             self.copied.tokens.extend(proposal.tokens);
         }
     }
 
     /// Starts a stream of a drafter that has drafted too little and has none running; says whether it did.
-    fn draft_on(
+    fn start_stream(
         &mut self,
         number: usize,
         policy: &mut impl Policy,
-        moment: &Moment<'_>,
-        actions: &mut Vec<Action>,
+        context: &SessionContext<'_>,
+        actions: &mut Vec<SessionAction>,
     ) -> bool {
         let drafter = &self.drafters[number];
         let beyond = drafter.draft.beyond(self.committed.len());
@@ -452,21 +466,21 @@ impl Session {
             || drafter.complete
             || !drafter.available
             || self.committed.is_empty()
-            || moment.n_max == 0
-            || policy.chance(classes) < HOPELESS
+            || context.n_max == 0
+            || policy.prefix_acceptance(classes) < MIN_PREFIX_ACCEPTANCE
         {
             return false;
         }
-        let (waits, round_trip) = (self.target_waits(moment.now), moment.round_trip);
-        let reach = policy.reach(number, waits, moment.n_max, moment.load, round_trip);
-        if beyond >= reach {
+        let (waits, round_trip) = (self.target_waits(context.now), context.round_trip);
+        let limit = policy.draft_limit(number, waits, context.n_max, context.load, round_trip);
+        if beyond >= limit {
             return false;
         }
         self.streams += 1;
         let prefix = [&self.committed[..], ahead].concat();
-        let n = reach - beyond;
+        let n = limit - beyond;
         self.drafters[number].running = Some(self.streams);
-        actions.push(Action::Draft {
+        actions.push(SessionAction::Draft {
             drafter: number,
             stream: self.streams,
             prefix,
@@ -476,27 +490,27 @@ impl Session {
     }
 
     /// Offers the part of the best draft that is worth it, with a new follow or when the target was told something else.
-    /// The streams of `begun` were just started.
+    /// The streams of `started` were just started.
     fn offer(
         &mut self,
         follow: bool,
-        begun: &[usize],
+        started: &[usize],
         policy: &impl Policy,
-        moment: &Moment<'_>,
-        actions: &mut Vec<Action>,
+        context: &SessionContext<'_>,
+        actions: &mut Vec<SessionAction>,
     ) {
         if self.committed.is_empty() {
             if follow {
-                actions.push(Action::Follow(Offer::default()));
+                actions.push(SessionAction::Follow(Offer::default()));
             }
             return;
         }
-        let arrives_us = micros(moment.now) + micros(moment.round_trip) / 2.0;
-        let (busy_us, passed) = self.busy(arrives_us, policy, moment);
-        let best = self.best(busy_us.unwrap_or(0.0), passed, begun, policy, moment);
-        let Best {
+        let arrives_us = micros(context.now) + micros(context.round_trip) / 2.0;
+        let (busy_us, passed) = self.busy(arrives_us, policy, context);
+        let best = self.best(busy_us.unwrap_or(0.0), passed, started, policy, context);
+        let BestDraft {
             choice,
-            grows,
+            streaming,
             rest,
             tokens,
             classes,
@@ -505,10 +519,10 @@ impl Session {
             // Until we say that it is enough; counted from the last step, or from the one that goes on, which may
             // contradict the draft.
             let hold_us = match busy_us {
-                None => choice.wait_us + whole(arrives_us - self.stepped_us),
+                None => choice.wait_us + whole(arrives_us - self.last_step_end_us),
                 Some(_) => choice.wait_us.max(choice.hold_us),
             };
-            (moment.n_max, hold_us)
+            (context.n_max, hold_us)
         } else if choice.hold_us > 0 && (busy_us.is_some() || choice.n > 0) {
             // These are enough. After the step that takes them the target waits until it has heard what comes next.
             (choice.n.max(1), choice.hold_us)
@@ -525,35 +539,36 @@ impl Session {
         for drafter in rest {
             self.stop_stream(drafter, actions);
         }
-        let news = (offer.pos, &offer.tokens, offer.n_min) != (self.told.pos, &self.told.tokens, self.told.n_min);
+        let news = (offer.pos, &offer.tokens, offer.n_min)
+            != (self.last_offer.pos, &self.last_offer.tokens, self.last_offer.n_min);
         // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
-        let extends = offer.pos == self.told.pos && offer.tokens.starts_with(&self.told.tokens);
-        let round_trip_us = micros(moment.round_trip);
-        let since_told = (arrives_us - self.told_at_us).max(round_trip_us);
+        let extends = offer.pos == self.last_offer.pos && offer.tokens.starts_with(&self.last_offer.tokens);
+        let round_trip_us = micros(context.round_trip);
+        let since_last_offer = (arrives_us - self.last_offer_at_us).max(round_trip_us);
         let busy = busy_us.unwrap_or_default();
-        self.spare_us = busy - since_told;
-        if follow || news && !(grows && extends && self.spare_us > 0.0) {
-            self.spare_us = busy - round_trip_us;
-            self.told = offer.clone();
-            self.told_classes = classes;
-            self.told_at_us = arrives_us;
+        self.slack_us = busy - since_last_offer;
+        if follow || news && !(streaming && extends && self.slack_us > 0.0) {
+            self.slack_us = busy - round_trip_us;
+            self.last_offer = offer.clone();
+            self.last_offer_classes = classes;
+            self.last_offer_at_us = arrives_us;
             if busy_us.is_none() {
-                self.target = if self.told.tokens.len() < self.told.n_min {
-                    Target::Waits {
-                        until_us: self.stepped_us + self.told.hold_us as f64,
-                        left: self.told.tokens.len(),
+                self.target = if self.last_offer.tokens.len() < self.last_offer.n_min {
+                    TargetState::Waiting {
+                        until_us: self.last_step_end_us + self.last_offer.hold_us as f64,
+                        left: self.last_offer.tokens.len(),
                     }
                 } else {
-                    Target::Steps {
+                    TargetState::Stepping {
                         since_us: arrives_us,
-                        n: self.told.tokens.len(),
+                        n: self.last_offer.tokens.len(),
                     }
                 };
             }
             actions.push(if follow {
-                Action::Follow(offer)
+                SessionAction::Follow(offer)
             } else {
-                Action::Offer(offer)
+                SessionAction::Offer(offer)
             });
         }
     }
@@ -565,53 +580,54 @@ impl Session {
         &self,
         busy_us: f64,
         passed: usize,
-        begun: &[usize],
+        started: &[usize],
         policy: &impl Policy,
-        moment: &Moment<'_>,
-    ) -> Best<'_> {
+        context: &SessionContext<'_>,
+    ) -> BestDraft<'_> {
         let committed = self.committed.len();
-        let weigh = |draft: &'_ Draft, growing: Option<Growing>, rests: Option<usize>| {
-            let circumstances = Circumstances {
-                n_max: moment.n_max,
-                growing,
+        let weigh = |draft: &'_ DraftBuffer, pending: Option<PendingDraft>, rests: Option<usize>| {
+            let circumstances = StepContext {
+                n_max: context.n_max,
+                pending,
                 rests,
                 busy_us,
-                round_trip: moment.round_trip,
-                load: moment.load,
+                round_trip: context.round_trip,
+                load: context.load,
             };
             let classes = draft.ahead(committed).1;
             policy.choose(classes.get(passed..).unwrap_or_default(), &circumstances)
         };
         // A step that goes on verifies the draft that was offered: another one is not what it will agree with.
-        let goes_on = |draft: &Draft| {
-            let verified = self.told_beyond().min(passed.saturating_sub(1));
-            let told = &self.told.tokens[self.told.tokens.len() - self.told_beyond()..][..verified];
+        let goes_on = |draft: &DraftBuffer| {
+            let verified = self.last_offer_remaining().min(passed.saturating_sub(1));
+            let told =
+                &self.last_offer.tokens[self.last_offer.tokens.len() - self.last_offer_remaining()..][..verified];
             draft.ahead(committed).0.starts_with(told)
         };
-        let (mut best, mut choice, mut grows) = (&self.copied, weigh(&self.copied, None, None), false);
+        let (mut best, mut choice, mut streaming) = (&self.copied, weigh(&self.copied, None, None), false);
         let mut fits = goes_on(&self.copied);
         let mut rest = Vec::new();
         for (number, drafter) in self.drafters.iter().enumerate() {
-            let growing = if begun.contains(&number) {
-                Some(Growing {
+            let pending = if started.contains(&number) {
+                Some(PendingDraft {
                     drafter: number,
-                    ..Growing::default()
+                    ..PendingDraft::default()
                 })
             } else {
-                let running = moment.growing.iter().find(|growing| growing.drafter == number);
+                let running = context.pending.iter().find(|pending| pending.drafter == number);
                 running.copied().filter(|_| drafter.running.is_some())
             };
             let rests = drafter.available && drafter.running.is_none() && !drafter.complete;
-            if growing.is_none() && !rests && drafter.draft.beyond(committed) == 0 {
+            if pending.is_none() && !rests && drafter.draft.beyond(committed) == 0 {
                 continue;
             }
-            let other = weigh(&drafter.draft, growing, rests.then_some(number));
+            let other = weigh(&drafter.draft, pending, rests.then_some(number));
             let agrees = goes_on(&drafter.draft);
             if other.rests && other.wait_us == 0 && drafter.running.is_some() {
                 rest.push(number);
             }
             if (agrees, other.worth, other.n) >= (fits, choice.worth, choice.n) {
-                (best, choice, fits, grows) = (&drafter.draft, other, agrees, growing.is_some());
+                (best, choice, fits, streaming) = (&drafter.draft, other, agrees, pending.is_some());
             }
         }
         let (tokens, classes) = best.ahead(committed);
@@ -621,9 +637,9 @@ impl Session {
         } else {
             passed.saturating_sub(1).min(tokens.len())
         };
-        Best {
+        BestDraft {
             choice,
-            grows,
+            streaming,
             rest,
             tokens: &tokens[..n],
             classes: &classes[..n],
@@ -632,17 +648,17 @@ impl Session {
 
     /// How long the target goes on with the step that it is in at `at_us`, and how many tokens it will have chosen then if
     /// they are those of the draft. `None`: it waits for an offer.
-    fn busy(&self, at_us: f64, policy: &impl Policy, moment: &Moment<'_>) -> (Option<f64>, usize) {
+    fn busy(&self, at_us: f64, policy: &impl Policy, context: &SessionContext<'_>) -> (Option<f64>, usize) {
         let (mut target, mut passed) = (self.target, 0);
-        for _ in 0..=MAY_PASS {
+        for _ in 0..=MAX_UNSEEN_STEPS {
             let (since_us, n) = match target {
-                Target::Waits { until_us, .. } if at_us < until_us => {
+                TargetState::Waiting { until_us, .. } if at_us < until_us => {
                     return (if passed == 0 { None } else { Some(0.0) }, passed);
                 }
-                Target::Waits { until_us, left } => (until_us, left),
-                Target::Steps { since_us, n } => (since_us, n),
+                TargetState::Waiting { until_us, left } => (until_us, left),
+                TargetState::Stepping { since_us, n } => (since_us, n),
             };
-            let Some(step_us) = policy.step_us(n, moment.load) else {
+            let Some(step_us) = policy.step_us(n, context.load) else {
                 return (None, 0);
             };
             let end_us = since_us + step_us;
@@ -650,72 +666,75 @@ impl Session {
             if end_us >= at_us {
                 return (Some(end_us - at_us), passed);
             }
-            target = self.next_step(end_us, passed, moment.n_max);
+            target = self.next_step(end_us, passed, context.n_max);
         }
         (Some(0.0), passed)
     }
 }
 
 /// How far a draft goes at most: enough for a step, for the token that the target adds, and for the next step.
-pub(super) fn far(n_max: usize) -> usize {
+pub(super) fn max_lookahead(n_max: usize) -> usize {
     2 * n_max + 1
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Pace;
+    use super::super::AdaptivePolicy;
     use super::*;
     use proptest::prelude::*;
 
-    const MOMENT: Moment<'_> = Moment {
+    const CONTEXT: SessionContext<'_> = SessionContext {
         n_max: 4,
-        growing: &[],
+        pending: &[],
         now: Duration::ZERO,
         round_trip: Duration::from_micros(100),
-        load: Load { others: 0, tokens: 0 },
+        load: ConcurrentLoad {
+            completions: 0,
+            tokens: 0,
+        },
     };
 
     /// A session with costs of which nothing is known.
     struct Tried {
         session: Session,
-        pace: Pace,
+        policy: AdaptivePolicy,
     }
 
     impl Tried {
-        fn handle(&mut self, event: Event) -> Vec<Action> {
-            self.session.handle(event, &mut self.pace, &MOMENT)
+        fn handle(&mut self, event: SessionEvent) -> Vec<SessionAction> {
+            self.session.handle(event, &mut self.policy, &CONTEXT)
         }
     }
 
-    fn committed(pos: usize, tokens: &[Token]) -> Event {
-        Event::Committed {
+    fn committed(pos: usize, tokens: &[Token]) -> SessionEvent {
+        SessionEvent::Committed {
             pos,
             tokens: tokens.to_vec(),
             followed: true,
         }
     }
 
-    fn drafted(stream: u64, tokens: &[Token]) -> Event {
-        Event::Drafted {
+    fn drafted(stream: u64, tokens: &[Token]) -> SessionEvent {
+        SessionEvent::Drafted {
             stream,
-            tokens: tokens.iter().map(|token| (*token, Class::untold(0))).collect(),
+            tokens: tokens.iter().map(|token| (*token, TokenClass::untold(0))).collect(),
         }
     }
 
-    fn available(available: bool) -> Event {
-        Event::Available { drafter: 0, available }
+    fn available(available: bool) -> SessionEvent {
+        SessionEvent::Available { drafter: 0, available }
     }
 
-    fn started(actions: &[Action]) -> Option<(u64, Vec<Token>, usize)> {
+    fn started(actions: &[SessionAction]) -> Option<(u64, Vec<Token>, usize)> {
         actions.iter().find_map(|action| match action {
-            Action::Draft { stream, prefix, n, .. } => Some((*stream, prefix.clone(), *n)),
+            SessionAction::Draft { stream, prefix, n, .. } => Some((*stream, prefix.clone(), *n)),
             _ => None,
         })
     }
 
-    fn sent(actions: &[Action]) -> Option<Offer> {
+    fn sent(actions: &[SessionAction]) -> Option<Offer> {
         actions.iter().rev().find_map(|action| match action {
-            Action::Follow(offer) | Action::Offer(offer) => Some(offer.clone()),
+            SessionAction::Follow(offer) | SessionAction::Offer(offer) => Some(offer.clone()),
             _ => None,
         })
     }
@@ -724,7 +743,7 @@ mod tests {
     fn drafting() -> Tried {
         let mut tried = Tried {
             session: Session::new(&[], 1),
-            pace: Pace::default(),
+            policy: AdaptivePolicy::default(),
         };
         tried.handle(available(true));
         let actions = tried.handle(committed(0, &[1, 2, 3]));
@@ -750,7 +769,7 @@ mod tests {
     fn a_draft_that_was_contradicted_is_dropped_and_begun_again() {
         let mut session = drafting();
         let actions = session.handle(committed(3, &[4, 9]));
-        assert!(actions.contains(&Action::StopDraft { drafter: 0 }));
+        assert!(actions.contains(&SessionAction::StopDraft { drafter: 0 }));
         assert_eq!(sent(&actions).map(|draft| (draft.pos, draft.tokens)), Some((5, vec![])));
         assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 9], 9)));
         let late = session.handle(drafted(1, &[7]));
@@ -760,7 +779,7 @@ mod tests {
     #[test]
     fn a_stream_at_its_end_is_continued() {
         let mut session = drafting();
-        let actions = session.handle(Event::DraftEnded {
+        let actions = session.handle(SessionEvent::DraftEnded {
             stream: 1,
             end_of_text: false,
         });
@@ -770,7 +789,7 @@ mod tests {
     #[test]
     fn a_drafter_that_sees_the_end_of_the_text_is_asked_again_only_when_the_target_goes_on() {
         let mut session = drafting();
-        let actions = session.handle(Event::DraftEnded {
+        let actions = session.handle(SessionEvent::DraftEnded {
             stream: 1,
             end_of_text: true,
         });
@@ -794,7 +813,7 @@ mod tests {
     fn that_an_offer_arrived_is_no_reason_for_another() {
         let mut session = drafting();
         for _ in 0..3 {
-            let arrived = Event::Committed {
+            let arrived = SessionEvent::Committed {
                 pos: 3,
                 tokens: vec![],
                 followed: false,
@@ -826,9 +845,9 @@ mod tests {
     fn text_that_comes_again_is_offered_without_a_drafter() {
         let mut tried = Tried {
             session: Session::new(&[], 1),
-            pace: Pace::default(),
+            policy: AdaptivePolicy::default(),
         };
-        tried.pace.calibrate([(0, Duration::from_millis(40))]);
+        tried.policy.calibrate([(0, Duration::from_millis(40))]);
         let text: Vec<Token> = (1..20).chain(1..12).collect();
         let actions = tried.handle(committed(0, &text));
         assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![12, 13, 14, 15, 16]));
@@ -840,8 +859,8 @@ mod tests {
     fn after_the_end_nothing_is_done() {
         let mut session = drafting();
         assert_eq!(
-            session.handle(Event::Ended),
-            vec![Action::StopDraft { drafter: 0 }, Action::Finish]
+            session.handle(SessionEvent::Ended),
+            vec![SessionAction::StopDraft { drafter: 0 }, SessionAction::Finish]
         );
         assert_eq!(session.handle(committed(3, &[4])), vec![]);
     }
@@ -876,11 +895,11 @@ mod tests {
         /// The target's text is 0 1 2 3 …; a wrong draft token is negative.
         #[test]
         fn whatever_happens_the_session_follows_the_target(moves in moves(), n_max in 0_usize..6, measured: bool) {
-            let mut pace = Pace::default();
+            let mut policy = AdaptivePolicy::default();
             if measured {
-                pace.calibrate([(0, Duration::from_millis(40))]);
-                pace.record_first_token(0, Duration::from_millis(2), true);
-                pace.record_tokens(0, 1, Duration::from_micros(300), true);
+                policy.calibrate([(0, Duration::from_millis(40))]);
+                policy.record_first_token(0, Duration::from_millis(2), true);
+                policy.record_tokens(0, 1, Duration::from_micros(300), true);
             }
             let text = |from: usize, to: usize| (from..to).map(|i| Token::try_from(i).unwrap()).collect::<Vec<_>>();
             let mut session = Session::new(&[], 1);
@@ -891,11 +910,11 @@ mod tests {
                 let event = match step {
                     Move::Commit(n) => {
                         known += n;
-                        Event::Committed { pos: known - n, tokens: text(known - n, known), followed: true }
+                        SessionEvent::Committed { pos: known - n, tokens: text(known - n, known), followed: true }
                     }
                     Move::Repeat(n) => {
                         let pos = known.saturating_sub(n);
-                        Event::Committed { pos, tokens: text(pos, known), followed: false }
+                        SessionEvent::Committed { pos, tokens: text(pos, known), followed: false }
                     }
                     Move::Draft(right) => {
                         let Some((id, end)) = &mut stream else { continue };
@@ -903,38 +922,38 @@ mod tests {
                             .iter()
                             .enumerate()
                             .map(|(i, right)| Token::try_from(*end + i).unwrap() * if *right { 1 } else { -1 } - Token::from(!right))
-                            .map(|token| (token, Class::untold(0)))
+                            .map(|token| (token, TokenClass::untold(0)))
                             .collect::<Vec<_>>();
                         *end += tokens.len();
-                        Event::Drafted { stream: *id, tokens }
+                        SessionEvent::Drafted { stream: *id, tokens }
                     }
                     Move::EndStream(end_of_text) => {
                         let Some((id, _)) = stream.take() else { continue };
-                        Event::DraftEnded { stream: id, end_of_text }
+                        SessionEvent::DraftEnded { stream: id, end_of_text }
                     }
                     Move::Available(it) => available(it),
                 };
-                let followed = matches!(event, Event::Committed { followed: true, .. });
-                let growing = stream.map(|_| Growing { drafter: 0, begun: true, silent: Duration::ZERO });
-                let moment = Moment { n_max, growing: growing.as_slice(), ..MOMENT };
-                let actions = session.handle(event, &mut pace, &moment);
-                let follows = actions.iter().filter(|action| matches!(action, Action::Follow(_))).count();
+                let followed = matches!(event, SessionEvent::Committed { followed: true, .. });
+                let pending = stream.map(|_| PendingDraft { drafter: 0, started: true, silent_for: Duration::ZERO });
+                let context = SessionContext { n_max, pending: pending.as_slice(), ..CONTEXT };
+                let actions = session.handle(event, &mut policy, &context);
+                let follows = actions.iter().filter(|action| matches!(action, SessionAction::Follow(_))).count();
                 prop_assert_eq!(follows, usize::from(followed), "one follow is always outstanding");
                 for action in actions {
                     match action {
-                        Action::Follow(draft) | Action::Offer(draft) => {
+                        SessionAction::Follow(draft) | SessionAction::Offer(draft) => {
                             prop_assert_eq!(draft.pos, known, "offers begin where the committed tokens end");
                             prop_assert!((draft.n_min == 0) == (draft.hold_us == 0));
                         }
-                        Action::Draft { stream: id, prefix, n, .. } => {
+                        SessionAction::Draft { stream: id, prefix, n, .. } => {
                             prop_assert!(stream.is_none(), "one stream at a time");
                             prop_assert!(id > streams && n > 0);
                             prop_assert_eq!(&prefix[..known], &text(0, known)[..]);
                             streams = id;
                             stream = Some((id, prefix.len()));
                         }
-                        Action::StopDraft { .. } => stream = None,
-                        Action::Finish => prop_assert!(false, "it was not ended"),
+                        SessionAction::StopDraft { .. } => stream = None,
+                        SessionAction::Finish => prop_assert!(false, "it was not ended"),
                     }
                 }
                 prop_assert_eq!(session.committed(), &text(0, known)[..]);
@@ -951,19 +970,19 @@ mod tests {
             prediction in prop::collection::vec(0..3, 0..20),
             commits in prop::collection::vec(prop::collection::vec(0..3, 1..5), 1..60),
         ) {
-            let mut pace = Pace::default();
-            pace.calibrate([(0, Duration::from_millis(40))]);
+            let mut policy = AdaptivePolicy::default();
+            policy.calibrate([(0, Duration::from_millis(40))]);
             let mut session = Session::new(&prediction, 0);
             let mut text = Vec::new();
             for tokens in commits {
                 let pos = text.len();
                 text.extend_from_slice(&tokens);
-                let event = Event::Committed { pos, tokens, followed: true };
-                for action in session.handle(event, &mut pace, &MOMENT) {
+                let event = SessionEvent::Committed { pos, tokens, followed: true };
+                for action in session.handle(event, &mut policy, &CONTEXT) {
                     match action {
-                        Action::Follow(offer) => {
+                        SessionAction::Follow(offer) => {
                             prop_assert_eq!(offer.pos, text.len());
-                            prop_assert!(offer.tokens.len() <= far(MOMENT.n_max));
+                            prop_assert!(offer.tokens.len() <= max_lookahead(CONTEXT.n_max));
                         }
                         other => prop_assert!(false, "{other:?} without a drafter"),
                     }

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::pace::Pace;
-use super::session::far;
-use super::{Action, Choice, Circumstances, Class, Event, Growing, Load, Moment, Offer, Policy, Session, Step, Token};
+use super::policy::AdaptivePolicy;
+use super::session::max_lookahead;
+use super::{
+    ConcurrentLoad, Offer, PendingDraft, Policy, Session, SessionAction, SessionContext, SessionEvent, StepContext,
+    StepPlan, StepSample, Token, TokenClass,
+};
 
 /// Microseconds of a plain step of the target.
 pub const PLAIN_US: f64 = 40_000.0;
@@ -75,17 +78,17 @@ impl World {
     }
 
     /// What the engine knows at the start, where that gave this slowdown.
-    fn measured_as(self, slowdown: f64) -> Pace {
-        let mut pace = Pace::default();
-        pace.calibrate((0..=N_MAX).map(|n| (n, us(self.step_us(n)))));
-        pace.record_first_token(0, us(self.round_trip_us() + self.token_us()), true);
-        pace.record_tokens(0, 1, us(self.token_us()), true);
-        pace.calibrate_slowdown(0, slowdown);
-        pace
+    fn measured_as(self, slowdown: f64) -> AdaptivePolicy {
+        let mut policy = AdaptivePolicy::default();
+        policy.calibrate((0..=N_MAX).map(|n| (n, us(self.step_us(n)))));
+        policy.record_first_token(0, us(self.round_trip_us() + self.token_us()), true);
+        policy.record_tokens(0, 1, us(self.token_us()), true);
+        policy.calibrate_slowdown(0, slowdown);
+        policy
     }
 
     /// What the best of the fixed policies makes of it.
-    fn best_fixed(self, sizes: &[usize]) -> (f64, Fixed) {
+    fn best_fixed(self, sizes: &[usize]) -> (f64, FixedPolicy) {
         let ways = [(true, false), (true, true), (false, false)];
         let ways = if self.slowdown > 1.0 {
             &ways[..]
@@ -93,7 +96,7 @@ impl World {
             &[ways[0], ways[2]]
         };
         let fixed = sizes.iter().flat_map(|n| {
-            ways.iter().map(|(waits, rests)| Fixed {
+            ways.iter().map(|(waits, rests)| FixedPolicy {
                 n: *n,
                 waits: *waits,
                 rests: *rests,
@@ -109,15 +112,15 @@ impl World {
 /// A policy that learns as the engine's does.
 pub trait Learner: Policy {
     /// A step was seen.
-    fn stepped(&mut self, _step: &Step, _beside_drafts: f64) {}
+    fn stepped(&mut self, _step: &StepSample, _beside_drafts: f64) {}
     /// A stream of the drafter began to speak.
     fn first_token(&mut self, _latency: Duration, _target_waits: bool) {}
     /// It said one token more.
     fn token(&mut self, _since_last: Duration, _target_waits: bool) {}
 }
 
-impl Learner for Pace {
-    fn stepped(&mut self, step: &Step, beside_drafts: f64) {
+impl Learner for AdaptivePolicy {
+    fn stepped(&mut self, step: &StepSample, beside_drafts: f64) {
         self.record_step(step, &[beside_drafts]);
     }
 
@@ -132,7 +135,7 @@ impl Learner for Pace {
 
 /// Always the same number of draft tokens, which the target waits for or takes as they come.
 #[derive(Debug, Clone, Copy)]
-pub struct Fixed {
+pub struct FixedPolicy {
     /// The number.
     pub n: usize,
     /// Whether the target waits for them.
@@ -141,38 +144,38 @@ pub struct Fixed {
     pub rests: bool,
 }
 
-impl Policy for Fixed {
-    fn observe(&mut self, _class: Class, _accepted: bool) {}
+impl Policy for FixedPolicy {
+    fn observe(&mut self, _class: TokenClass, _accepted: bool) {}
 
-    fn reach(
+    fn draft_limit(
         &mut self,
         _drafter: usize,
         target_waits: bool,
         n_max: usize,
-        _load: Load,
+        _load: ConcurrentLoad,
         _round_trip: Duration,
     ) -> usize {
         match (self.n > 0, self.rests) {
-            (true, false) => far(n_max),
+            (true, false) => max_lookahead(n_max),
             (_, true) if !target_waits => 0,
             _ => self.n,
         }
     }
 
-    fn chance(&self, _draft: &[Class]) -> f64 {
+    fn prefix_acceptance(&self, _draft: &[TokenClass]) -> f64 {
         1.0
     }
 
-    fn step_us(&self, _n: usize, _load: Load) -> Option<f64> {
+    fn step_us(&self, _n: usize, _load: ConcurrentLoad) -> Option<f64> {
         Some(PLAIN_US)
     }
 
-    fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
+    fn choose(&self, draft: &[TokenClass], context: &StepContext) -> StepPlan {
         let n = draft.len().min(self.n);
         let long = if self.waits && self.n > 0 { 1_000_000_000 } else { 0 };
-        Choice {
+        StepPlan {
             n,
-            wait_us: if n < self.n && moment.growing.is_some() {
+            wait_us: if n < self.n && context.pending.is_some() {
                 long
             } else {
                 0
@@ -184,7 +187,7 @@ impl Policy for Fixed {
     }
 }
 
-impl Learner for Fixed {}
+impl Learner for FixedPolicy {}
 
 /// Whether draft tokens are right; the same for all policies.
 fn coin(position: usize, acceptance: f64) -> bool {
@@ -199,14 +202,14 @@ fn coin(position: usize, acceptance: f64) -> bool {
 }
 
 #[derive(Debug)]
-enum Arrival {
+enum SimEvent {
     /// At the target.
     Call {
         offer: Offer,
         follow: bool,
     },
     /// At the proxy.
-    Answer(Answer),
+    Answer(SimAnswer),
     Drafted {
         stream: u64,
         token: Token,
@@ -215,7 +218,7 @@ enum Arrival {
         stream: u64,
     },
     /// At the drafter.
-    DraftBegins(Drafting),
+    DraftBegins(SimDraft),
     DraftStops {
         stream: u64,
     },
@@ -233,7 +236,7 @@ enum Arrival {
 
 /// What the drafter works at.
 #[derive(Debug)]
-struct Drafting {
+struct SimDraft {
     stream: u64,
     position: usize,
     left: usize,
@@ -245,7 +248,7 @@ struct Drafting {
 
 /// What the target works at.
 #[derive(Debug)]
-struct Stepping {
+struct SimStep {
     taken: Vec<Token>,
     since_us: f64,
     left_us: f64,
@@ -254,34 +257,34 @@ struct Stepping {
 }
 
 #[derive(Debug)]
-struct Answer {
+struct SimAnswer {
     pos: usize,
     tokens: Vec<Token>,
     followed: bool,
     steps: usize,
-    step: Stepped,
+    step: StepResult,
 }
 
 /// Drafted, accepted, microseconds, and the share of them beside the drafter.
-type Stepped = (usize, usize, f64, f64);
+type StepResult = (usize, usize, f64, f64);
 
 #[derive(Debug)]
 struct Simulation {
     world: World,
     now_us: f64,
     /// By time, then in the order of their causes.
-    arrivals: BTreeMap<(Duration, u64), Arrival>,
+    arrivals: BTreeMap<(Duration, u64), SimEvent>,
     causes: u64,
     // the target
     committed: usize,
     offer: Offer,
-    stepping: Option<Stepping>,
+    stepping: Option<SimStep>,
     committed_at_us: f64,
     follow: Option<usize>,
     steps: usize,
-    last_step: Stepped,
+    last_step: StepResult,
     // the drafter
-    drafting: Option<Drafting>,
+    drafting: Option<SimDraft>,
     // both
     work: u64,
     worked_until_us: f64,
@@ -289,11 +292,11 @@ struct Simulation {
     heard_steps: usize,
     heard_at_us: f64,
     round_trip_us: f64,
-    stream: Option<Stream>,
+    stream: Option<SimStream>,
 }
 
 #[derive(Debug)]
-struct Stream {
+struct SimStream {
     id: u64,
     since_us: f64,
     begun: bool,
@@ -325,7 +328,7 @@ impl Simulation {
         }
     }
 
-    fn after(&mut self, us: f64, arrival: Arrival) {
+    fn after(&mut self, us: f64, arrival: SimEvent) {
         self.causes += 1;
         let at = Duration::from_secs_f64((self.now_us + us) / 1e6);
         self.arrivals.insert((at, self.causes), arrival);
@@ -338,7 +341,7 @@ impl Simulation {
         self.event(
             &mut session,
             policy,
-            Event::Available {
+            SessionEvent::Available {
                 drafter: 0,
                 available: true,
             },
@@ -349,34 +352,34 @@ impl Simulation {
             self.now_us = at.as_secs_f64() * 1e6;
             assert!(self.causes < MOST_CAUSES, "they talk for ever: {:?}", self.world);
             match arrival {
-                Arrival::Call { offer, follow } => self.called(offer, follow),
-                Arrival::Answer(answer) => self.answered(answer, &mut session, policy),
-                Arrival::Drafted { stream, token } => self.drafted(stream, token, &mut session, policy),
-                Arrival::DraftEnded { stream } => {
+                SimEvent::Call { offer, follow } => self.called(offer, follow),
+                SimEvent::Answer(answer) => self.answered(answer, &mut session, policy),
+                SimEvent::Drafted { stream, token } => self.drafted(stream, token, &mut session, policy),
+                SimEvent::DraftEnded { stream } => {
                     if self.stream.as_ref().is_some_and(|it| it.id == stream) {
                         self.stream = None;
                         let end_of_text = false;
-                        self.event(&mut session, policy, Event::DraftEnded { stream, end_of_text });
+                        self.event(&mut session, policy, SessionEvent::DraftEnded { stream, end_of_text });
                     }
                 }
-                Arrival::DraftBegins(drafting) => self.works(|it| it.drafting = Some(drafting)),
-                Arrival::DraftStops { stream } => {
+                SimEvent::DraftBegins(drafting) => self.works(|it| it.drafting = Some(drafting)),
+                SimEvent::DraftStops { stream } => {
                     // It finishes the token that it is at.
                     if let Some(drafting) = self.drafting.as_mut().filter(|it| it.stream == stream) {
                         drafting.left = 1;
                     }
                 }
-                Arrival::StepEnds { work } => {
+                SimEvent::StepEnds { work } => {
                     if work == self.work {
                         self.step_ends();
                     }
                 }
-                Arrival::TokenEnds { work } => {
+                SimEvent::TokenEnds { work } => {
                     if work == self.work {
                         self.works(Self::token_ends);
                     }
                 }
-                Arrival::HoldEnds { commit } => {
+                SimEvent::HoldEnds { commit } => {
                     if commit == self.committed && self.stepping.is_none() {
                         self.begin_step();
                     }
@@ -401,14 +404,14 @@ impl Simulation {
 
     fn answer(&mut self, pos: usize, followed: bool) {
         let tokens = (pos..self.committed).map(|i| Token::try_from(i).unwrap()).collect();
-        let answer = Answer {
+        let answer = SimAnswer {
             pos,
             tokens,
             followed,
             steps: self.steps,
             step: self.last_step,
         };
-        self.after(self.world.round_trip_us() / 2.0, Arrival::Answer(answer));
+        self.after(self.world.round_trip_us() / 2.0, SimEvent::Answer(answer));
     }
 
     fn begin_step(&mut self) {
@@ -425,13 +428,13 @@ impl Simulation {
         let waited = self.now_us - self.committed_at_us;
         if left.len() < self.offer.n_min.min(N_MAX) && waited + 0.5 < self.offer.hold_us as f64 {
             let hold = self.offer.hold_us as f64 - waited;
-            self.after(hold, Arrival::HoldEnds { commit: self.committed });
+            self.after(hold, SimEvent::HoldEnds { commit: self.committed });
             return;
         }
         let taken: Vec<Token> = left.iter().take(N_MAX).copied().collect();
         let step_us = self.world.step_us(taken.len());
         self.works(|it| {
-            it.stepping = Some(Stepping {
+            it.stepping = Some(SimStep {
                 taken,
                 since_us: it.now_us,
                 left_us: step_us,
@@ -459,10 +462,10 @@ impl Simulation {
         let beside = self.stepping.is_some() && self.drafting.is_some();
         let slower = if beside { self.world.slowdown } else { 1.0 };
         if let Some(left_us) = self.stepping.as_ref().map(|step| step.left_us) {
-            self.after(left_us.max(0.0) * slower, Arrival::StepEnds { work });
+            self.after(left_us.max(0.0) * slower, SimEvent::StepEnds { work });
         }
         if let Some(left_us) = self.drafting.as_ref().map(|draft| draft.left_us) {
-            self.after(left_us.max(0.0) * slower, Arrival::TokenEnds { work });
+            self.after(left_us.max(0.0) * slower, SimEvent::TokenEnds { work });
         }
     }
 
@@ -473,21 +476,21 @@ impl Simulation {
         let token = if it.lost { -1 - token } else { token };
         let stream = it.stream;
         let one_way = self.world.round_trip_us() / 2.0;
-        self.after(one_way, Arrival::Drafted { stream, token });
+        self.after(one_way, SimEvent::Drafted { stream, token });
         it.position += 1;
         it.left -= 1;
         it.left_us = self.world.token_us();
         if it.left > 0 {
             self.drafting = Some(it);
         } else {
-            self.after(one_way, Arrival::DraftEnded { stream });
+            self.after(one_way, SimEvent::DraftEnded { stream });
         }
     }
 
     fn step_ends(&mut self) {
         let mut done = None;
         self.works(|it| done = it.stepping.take());
-        let Stepping {
+        let SimStep {
             taken,
             since_us,
             beside_us,
@@ -506,7 +509,7 @@ impl Simulation {
         self.begin_step();
     }
 
-    fn answered(&mut self, answer: Answer, session: &mut Session, policy: &mut impl Learner) {
+    fn answered(&mut self, answer: SimAnswer, session: &mut Session, policy: &mut impl Learner) {
         if !answer.followed {
             self.round_trip_us = self.world.round_trip_us();
         }
@@ -515,7 +518,7 @@ impl Simulation {
             self.heard_at_us = self.now_us;
             if answer.steps == self.heard_steps + 1 && answer.steps > 1 {
                 let (drafted, accepted, step_us, beside_drafts) = answer.step;
-                let step = Step {
+                let step = StepSample {
                     drafted,
                     accepted,
                     duration: us(step_us),
@@ -526,10 +529,10 @@ impl Simulation {
             }
             self.heard_steps = answer.steps;
         }
-        let Answer {
+        let SimAnswer {
             pos, tokens, followed, ..
         } = answer;
-        self.event(session, policy, Event::Committed { pos, tokens, followed });
+        self.event(session, policy, SessionEvent::Committed { pos, tokens, followed });
     }
 
     fn drafted(&mut self, stream: u64, token: Token, session: &mut Session, policy: &mut impl Learner) {
@@ -537,51 +540,51 @@ impl Simulation {
             return;
         };
         let silent = us(self.now_us - it.since_us);
-        let waits = session.is_waited_for(0, us(self.now_us));
+        let waits = session.target_waits_for(0, us(self.now_us));
         if std::mem::replace(&mut it.begun, true) {
             policy.token(silent, waits);
         } else {
             policy.first_token(silent, waits);
         }
         it.since_us = self.now_us;
-        let tokens = vec![(token, Class::untold(0))];
-        self.event(session, policy, Event::Drafted { stream, tokens });
+        let tokens = vec![(token, TokenClass::untold(0))];
+        self.event(session, policy, SessionEvent::Drafted { stream, tokens });
     }
 
-    fn event(&mut self, session: &mut Session, policy: &mut impl Learner, event: Event) {
-        let growing: Vec<Growing> = self
+    fn event(&mut self, session: &mut Session, policy: &mut impl Learner, event: SessionEvent) {
+        let pending: Vec<PendingDraft> = self
             .stream
             .iter()
-            .map(|it| Growing {
+            .map(|it| PendingDraft {
                 drafter: 0,
-                begun: it.begun,
-                silent: us(self.now_us - it.since_us),
+                started: it.begun,
+                silent_for: us(self.now_us - it.since_us),
             })
             .collect();
-        let moment = Moment {
+        let context = SessionContext {
             n_max: N_MAX,
-            growing: &growing,
+            pending: &pending,
             now: us(self.now_us),
             round_trip: us(self.round_trip_us),
-            load: Load::default(),
+            load: ConcurrentLoad::default(),
         };
-        for action in session.handle(event, policy, &moment) {
+        for action in session.handle(event, policy, &context) {
             self.act(action);
         }
     }
 
-    fn act(&mut self, action: Action) {
+    fn act(&mut self, action: SessionAction) {
         let one_way = self.world.round_trip_us() / 2.0;
         match action {
-            Action::Follow(offer) => self.after(one_way, Arrival::Call { offer, follow: true }),
-            Action::Offer(offer) => self.after(one_way, Arrival::Call { offer, follow: false }),
-            Action::Draft { stream, prefix, n, .. } => {
-                self.stream = Some(Stream {
+            SessionAction::Follow(offer) => self.after(one_way, SimEvent::Call { offer, follow: true }),
+            SessionAction::Offer(offer) => self.after(one_way, SimEvent::Call { offer, follow: false }),
+            SessionAction::Draft { stream, prefix, n, .. } => {
+                self.stream = Some(SimStream {
                     id: stream,
                     since_us: self.now_us,
                     begun: false,
                 });
-                let drafting = Drafting {
+                let drafting = SimDraft {
                     stream,
                     position: prefix.len(),
                     left: n,
@@ -591,14 +594,14 @@ impl Simulation {
                         .any(|(i, token)| *token != Token::try_from(i).unwrap()),
                     left_us: self.world.token_us(),
                 };
-                self.after(one_way, Arrival::DraftBegins(drafting));
+                self.after(one_way, SimEvent::DraftBegins(drafting));
             }
-            Action::StopDraft { .. } => {
+            SessionAction::StopDraft { .. } => {
                 if let Some(stream) = self.stream.take() {
-                    self.after(one_way, Arrival::DraftStops { stream: stream.id });
+                    self.after(one_way, SimEvent::DraftStops { stream: stream.id });
                 }
             }
-            Action::Finish => {}
+            SessionAction::Finish => {}
         }
     }
 }
@@ -704,8 +707,8 @@ fn a_slowdown_that_was_measured_wrongly_does_not_last() {
             for step_cost in [flat, stair] {
                 let world = World::near(acceptance, draft_cost, step_cost, slowdown);
                 let (best, _) = world.best_fixed(&SIZES);
-                let mut pace = world.measured_as(measured);
-                let (first, second) = (world.speed(&mut pace) / best, world.speed(&mut pace) / best);
+                let mut policy = world.measured_as(measured);
+                let (first, second) = (world.speed(&mut policy) / best, world.speed(&mut policy) / best);
                 println!("{world:?} measured as {measured}: {first:.3}, then {second:.3} of {best:.3}");
                 assert!(
                     first >= 0.6 && second >= 0.8,

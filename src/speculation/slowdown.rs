@@ -19,7 +19,7 @@ pub struct Slowdown {
 
 /// A pass of the target, beside drafters or not.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Pass {
+pub struct PassSample {
     /// Its time over that of a pass of its size as expected.
     pub deviation: f64,
     /// For what share of it each drafter was at work; nothing: not at all.
@@ -28,11 +28,11 @@ pub struct Pass {
 
 /// A pass that is wanted to compare others with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Doubt {
+pub enum ReprobeKind {
     /// A plain one, the drafter at rest: what is gained is gained over these.
     Alone,
     /// One that the drafter is at work beside.
-    Beside,
+    Concurrent,
 }
 
 /// Beside less than this share of a pass a drafter does not count.
@@ -80,7 +80,7 @@ impl Slowdown {
     }
 
     /// Takes in a pass and the one before, `drafter` being the number of this one.
-    pub fn record(&mut self, drafter: usize, before: Option<&Pass>, pass: &Pass) {
+    pub fn record(&mut self, drafter: usize, before: Option<&PassSample>, pass: &PassSample) {
         let share = pass.beside(drafter);
         self.beside += NEW * (share - self.beside);
         self.since += 1;
@@ -131,16 +131,20 @@ impl Slowdown {
     }
 
     /// What the next pass should be like although that costs something, since it has been otherwise for long.
-    pub fn doubt(self) -> Option<Doubt> {
+    pub fn reprobe(self) -> Option<ReprobeKind> {
         let tries = self.since.checked_sub(self.patience)?;
         if self.factor() <= 1.0 && self.beside < BESIDE {
             return None;
         }
-        Some(if tries < TRIES / 2 { Doubt::Alone } else { Doubt::Beside })
+        Some(if tries < TRIES / 2 {
+            ReprobeKind::Alone
+        } else {
+            ReprobeKind::Concurrent
+        })
     }
 }
 
-impl Pass {
+impl PassSample {
     /// The share of it during which that drafter was at work.
     pub fn beside(&self, drafter: usize) -> f64 {
         self.beside.get(drafter).copied().unwrap_or_default()
@@ -156,14 +160,14 @@ impl Pass {
 mod tests {
     use super::*;
 
-    fn pass(deviation: f64, beside: f64) -> Pass {
-        Pass {
+    fn pass(deviation: f64, beside: f64) -> PassSample {
+        PassSample {
             deviation,
             beside: vec![beside],
         }
     }
 
-    fn after(passes: impl IntoIterator<Item = Pass>) -> Slowdown {
+    fn after(passes: impl IntoIterator<Item = PassSample>) -> Slowdown {
         let mut slowdown = Slowdown::default();
         let mut before = None;
         for pass in passes {
@@ -205,7 +209,7 @@ mod tests {
 
     #[test]
     fn what_another_drafter_costs_is_not_this_ones() {
-        let both = |deviation, beside: [f64; 2]| Pass {
+        let both = |deviation, beside: [f64; 2]| PassSample {
             deviation,
             beside: beside.to_vec(),
         };
@@ -223,10 +227,10 @@ mod tests {
         let mut doubts = Vec::new();
         for i in 0..2000 {
             slowdown.record(0, Some(&pass(1.0, 0.0)), &pass(1.0, 0.0));
-            doubts.extend(slowdown.doubt().map(|doubt| (i, doubt)));
+            doubts.extend(slowdown.reprobe().map(|doubt| (i, doubt)));
         }
         let of = |it| doubts.iter().filter(|(_, doubt)| *doubt == it).count();
-        let (alone, beside) = (of(Doubt::Alone), of(Doubt::Beside));
+        let (alone, beside) = (of(ReprobeKind::Alone), of(ReprobeKind::Concurrent));
         assert!(alone >= beside && beside > 6, "{doubts:?}");
         let doubts: Vec<i32> = doubts.iter().map(|(i, _)| *i).collect();
         assert!(

@@ -11,6 +11,7 @@ use crate::config::{Config, Coordinator, Model, Secret, Worker};
 use crate::gguf::ModelFile;
 use crate::plan::{self, Device, KnownFrom, Plan, PlanError};
 use crate::pool::devices::{self, Probed};
+use crate::pool::launch;
 use crate::pool::swap::{Name, Unready};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
@@ -151,7 +152,7 @@ impl Planner {
             api_key_file: None,
             ..(*self.coordinator).clone()
         };
-        let mut launch = plan.launch(program, &behind, (name, model), ("127.0.0.1", port));
+        let mut launch = launch::launch(plan, program, &behind, (name, model), ("127.0.0.1", port));
         launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
         // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
         launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));

@@ -40,23 +40,23 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::market::{Arrival, Cycle, Growth, Market, Supply, Way};
-use super::session::{Policy, far};
-use super::slowdown::{Doubt, Pass, Slowdown};
+use super::cost_model::{CostModel, DraftLatency, DraftSchedule, DrafterProfile, ScheduleEstimate, WaitCandidate};
+use super::session::{Policy, max_lookahead};
+use super::slowdown::{PassSample, ReprobeKind, Slowdown};
 use super::step_cost::StepCost;
 use super::{micros, whole};
 
 /// What is known of a draft token before the target sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Class {
-    source: Source,
+pub struct TokenClass {
+    source: TokenSource,
     /// Index into the source's grades.
     grade: usize,
 }
 
 /// Where a draft token comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
+enum TokenSource {
     /// The drafter of that number.
     Drafter(usize),
     /// The text itself.
@@ -85,13 +85,13 @@ const MATCHED: [(usize, f64); 6] = [(0, 0.4), (1, 0.5), (3, 0.6), (5, 0.7), (9, 
 /// The chance of a token that a drafter of which nothing is known has yet to draft.
 const USUAL: f64 = 0.85;
 
-impl Class {
+impl TokenClass {
     /// A token that the drafter of this number gives the probability `p`.
     #[must_use]
     pub fn of_probability(drafter: usize, p: f64) -> Self {
         let grade = DOUBT.iter().position(|(doubt, _)| 1.0 - p < *doubt);
         Self {
-            source: Source::Drafter(drafter),
+            source: TokenSource::Drafter(drafter),
             grade: grade.unwrap_or(DOUBT.len() - 1),
         }
     }
@@ -100,7 +100,7 @@ impl Class {
     #[must_use]
     pub fn untold(drafter: usize) -> Self {
         Self {
-            source: Source::Drafter(drafter),
+            source: TokenSource::Drafter(drafter),
             grade: UNTOLD.0,
         }
     }
@@ -110,7 +110,7 @@ impl Class {
     pub fn of_match(matched: usize) -> Self {
         let grade = MATCHED.iter().rposition(|(fewest, _)| *fewest <= matched);
         Self {
-            source: Source::Copy,
+            source: TokenSource::Copy,
             grade: grade.unwrap_or_default(),
         }
     }
@@ -119,7 +119,7 @@ impl Class {
     #[must_use]
     pub fn of_prediction(matched: usize) -> Self {
         Self {
-            source: Source::Prediction,
+            source: TokenSource::Prediction,
             ..Self::of_match(matched)
         }
     }
@@ -127,13 +127,13 @@ impl Class {
     /// Whether the client predicted this token.
     #[must_use]
     pub fn is_predicted(self) -> bool {
-        self.source == Source::Prediction
+        self.source == TokenSource::Prediction
     }
 }
 
 /// One step of the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
+pub struct StepSample {
     /// Draft tokens that it verified.
     pub drafted: usize,
     /// Of these, the ones that it kept.
@@ -148,31 +148,31 @@ pub struct Step {
 
 /// What other completions do at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Load {
+pub struct ConcurrentLoad {
     /// Other completions that run.
-    pub others: usize,
+    pub completions: usize,
     /// Tokens that they bring into a pass, all together.
     pub tokens: usize,
 }
 
 /// More draft tokens are on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Growing {
+pub struct PendingDraft {
     /// The drafter that makes them.
     pub drafter: usize,
     /// Whether the stream has given tokens already.
-    pub begun: bool,
+    pub started: bool,
     /// Time since its last token, or since it was asked for.
-    pub silent: Duration,
+    pub silent_for: Duration,
 }
 
 /// The moment at which a step is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Circumstances {
+pub struct StepContext {
     /// Most draft tokens of a step.
     pub n_max: usize,
     /// Whether the draft grows.
-    pub growing: Option<Growing>,
+    pub pending: Option<PendingDraft>,
     /// The drafter that does not work now, and can after the step.
     pub rests: Option<usize>,
     /// How long the target will go on with the step that it is in, in microseconds; 0: it waits for us.
@@ -180,12 +180,12 @@ pub struct Circumstances {
     /// From asking the target to its answer.
     pub round_trip: Duration,
     /// What else the target does.
-    pub load: Load,
+    pub load: ConcurrentLoad,
 }
 
 /// What the target should do next.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Choice {
+pub struct StepPlan {
     /// Draft tokens to verify.
     pub n: usize,
     /// How long the target should wait for more before its next step, in microseconds; 0: go on with these.
@@ -200,18 +200,18 @@ pub struct Choice {
 
 /// What is known of a target and its drafters.
 #[derive(Debug, Clone)]
-pub struct Pace {
+pub struct AdaptivePolicy {
     /// With no drafter at work.
     step: StepCost,
     /// The last step of the target.
-    last: Option<Pass>,
+    last: Option<PassSample>,
     /// What the last two steps took over what was expected.
     late: [f64; 2],
-    copies: [Rate; MATCHED.len()],
-    predicted: [Rate; MATCHED.len()],
-    drafters: Vec<Drafter>,
+    copies: [AcceptanceRate; MATCHED.len()],
+    predicted: [AcceptanceRate; MATCHED.len()],
+    drafters: Vec<DrafterStats>,
     /// Microseconds from asking the target to its answer.
-    round_trip_us: Average,
+    round_trip_us: MovingAverage,
     /// Tokens and microseconds of the last steps, fading.
     tokens: f64,
     us: f64,
@@ -220,7 +220,7 @@ pub struct Pace {
     trust: u32,
 }
 
-impl Default for Pace {
+impl Default for AdaptivePolicy {
     fn default() -> Self {
         Self {
             step: StepCost::default(),
@@ -229,7 +229,7 @@ impl Default for Pace {
             copies: Default::default(),
             predicted: Default::default(),
             drafters: Vec::new(),
-            round_trip_us: Average::default(),
+            round_trip_us: MovingAverage::default(),
             tokens: 0.0,
             us: 0.0,
             undrafted: 0,
@@ -240,7 +240,7 @@ impl Default for Pace {
 
 /// What a drafter is worth on the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Outlook {
+pub struct DrafterOutlook {
     /// Share of its tokens that were the target's own, after the same text.
     pub agreement: Option<f64>,
     /// Milliseconds from asking it to its first token.
@@ -262,18 +262,18 @@ pub struct Outlook {
 
 /// What is known of one drafter.
 #[derive(Debug, Clone)]
-struct Drafter {
+struct DrafterStats {
     /// By doubt.
-    acceptance: [Rate; DOUBT.len() + 1],
+    acceptance: [AcceptanceRate; DOUBT.len() + 1],
     /// Of its tokens of any grade.
-    usual: Rate,
+    usual: AcceptanceRate,
     /// Of all its tokens that were ever compared with the target's: how many, and how many were the same.
     compared: u32,
     agreed: u32,
     /// While the target waits.
-    undisturbed: Timing,
+    undisturbed: DrafterTiming,
     /// While the target is in a step, perhaps on the same device.
-    beside_step: Timing,
+    beside_step: DrafterTiming,
     /// How much it slows the target down.
     slowdown: Slowdown,
     /// Steps of the target since it was asked last, and after how many it is asked again although it does not pay.
@@ -281,15 +281,15 @@ struct Drafter {
     patience: u32,
 }
 
-impl Default for Drafter {
+impl Default for DrafterStats {
     fn default() -> Self {
         Self {
-            acceptance: [Rate::default(); DOUBT.len() + 1],
-            usual: Rate::default(),
+            acceptance: [AcceptanceRate::default(); DOUBT.len() + 1],
+            usual: AcceptanceRate::default(),
             compared: 0,
             agreed: 0,
-            undisturbed: Timing::default(),
-            beside_step: Timing::default(),
+            undisturbed: DrafterTiming::default(),
+            beside_step: DrafterTiming::default(),
             slowdown: Slowdown::default(),
             idle: 0,
             patience: PATIENCE.0,
@@ -299,11 +299,11 @@ impl Default for Drafter {
 
 /// How long a drafter takes.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Timing {
+pub(super) struct DrafterTiming {
     /// Microseconds from the start of a stream to its first token.
-    pub(super) first_us: Average,
+    pub(super) first_us: MovingAverage,
     /// Microseconds per further token.
-    pub(super) token_us: Average,
+    pub(super) token_us: MovingAverage,
 }
 
 /// Steps until a drafter that does not pay is asked again: at first, and at most; it doubles in between.
@@ -325,9 +325,9 @@ pub(super) const SLACK_US: f64 = 500.0;
 /// ... and those that much depends on: a share of a plain step.
 const LENIENT: f64 = 0.25;
 
-impl Pace {
+impl AdaptivePolicy {
     /// Takes in a step of the target, and for what share of it, 0 to 1, each drafter was at work.
-    pub fn record_step(&mut self, step: &Step, beside: &[f64]) {
+    pub fn record_step(&mut self, step: &StepSample, beside: &[f64]) {
         // A token costs the same whoever brings it.
         let others = step.batch.max(1 + step.drafted) - 1;
         if others < LARGEST_BATCH {
@@ -349,14 +349,14 @@ impl Pace {
         }
     }
 
-    fn record_pass(&mut self, others: usize, step: &Step, beside: &[f64]) {
+    fn record_pass(&mut self, others: usize, step: &StepSample, beside: &[f64]) {
         let us = micros(step.duration);
         let expected_us = self.step.us(others).map(|us| self.slowed_now() * us);
         self.late = [self.late[1], expected_us.map_or(1.0, |expected_us| us / expected_us)];
         // A pause in between, and it is another time.
         let soon = step.since_last < PAUSE * step.duration;
         let before = self.last.take().filter(|_| soon);
-        self.last = self.step.measured_us(others).map(|expected_us| Pass {
+        self.last = self.step.measured_us(others).map(|expected_us| PassSample {
             deviation: us / expected_us,
             beside: beside.to_vec(),
         });
@@ -367,7 +367,7 @@ impl Pace {
         }
         let slowdowns = self.drafters.iter().zip(beside);
         let slowed: f64 = slowdowns.map(|(it, share)| it.slowdown.of(*share)).product();
-        if slowed <= 1.0 || self.last.as_ref().is_none_or(Pass::is_alone) {
+        if slowed <= 1.0 || self.last.as_ref().is_none_or(PassSample::is_alone) {
             self.step.record(others, us / slowed);
         } else {
             self.step.record_scale(others, us / slowed);
@@ -412,10 +412,10 @@ impl Pace {
     }
 
     /// Takes in that a stream was given up before its first token: it would have taken at least this long.
-    pub fn record_silence(&mut self, drafter: usize, silent: Duration, target_waits: bool) {
+    pub fn record_silence(&mut self, drafter: usize, silent_for: Duration, target_waits: bool) {
         let first_us = &mut self.drafter(drafter).timing_mut(target_waits).first_us;
-        if first_us.get().is_none_or(|usual| micros(silent) > usual) {
-            first_us.record(micros(silent));
+        if first_us.get().is_none_or(|usual| micros(silent_for) > usual) {
+            first_us.record(micros(silent_for));
         }
     }
 
@@ -445,43 +445,51 @@ impl Pace {
 
     /// Whether this drafter makes the target faster.
     #[must_use]
-    pub fn pays(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> bool {
-        let cycle = self.cycle(drafter, n_max, load, round_trip);
+    pub fn pays(&self, drafter: usize, n_max: usize, load: ConcurrentLoad, round_trip: Duration) -> bool {
+        let cycle = self.best_schedule(drafter, n_max, load, round_trip);
         cycle.is_none_or(|cycle| cycle.speed_up() > 1.0)
     }
 
     /// The best way to use a drafter; `None` while nothing is known of the target.
-    fn cycle(&self, drafter: usize, n_max: usize, load: Load, round_trip: Duration) -> Option<Cycle> {
+    fn best_schedule(
+        &self,
+        drafter: usize,
+        n_max: usize,
+        load: ConcurrentLoad,
+        round_trip: Duration,
+    ) -> Option<ScheduleEstimate> {
         let market = self.market(load)?;
-        let unknown = Drafter::default();
+        let unknown = DrafterStats::default();
         let drafter = self.drafters.get(drafter).unwrap_or(&unknown);
-        Some(market.cycle(drafter.supply(round_trip), n_max))
+        Some(market.best_schedule(drafter.supply(round_trip), n_max))
     }
 
     /// What is known of a drafter on the whole; `None` before anything is.
     #[must_use]
-    pub fn outlook(&self, number: usize, n_max: usize) -> Option<Outlook> {
+    pub fn outlook(&self, number: usize, n_max: usize) -> Option<DrafterOutlook> {
         let drafter = self.drafters.get(number)?;
-        let market = self.market(Load::default())?;
+        let market = self.market(ConcurrentLoad::default())?;
         let agreement = (drafter.compared > 0).then(|| f64::from(drafter.agreed) / f64::from(drafter.compared));
         let usual = drafter.supply(self.round_trip());
-        let cycle = agreement.map(|chance| market.cycle(Supply { chance, ..usual }, n_max));
-        let way = cycle.map(|cycle| cycle.way);
-        let timing = if matches!(way, Some(Way::Waits { .. })) {
+        let cycle = agreement.map(|chance| market.best_schedule(DrafterProfile { chance, ..usual }, n_max));
+        let schedule = cycle.map(|cycle| cycle.schedule);
+        let timing = if schedule.is_some_and(|schedule| schedule.waits_for().is_some()) {
             [drafter.undisturbed, drafter.beside_step]
         } else {
             [drafter.beside_step, drafter.undisturbed]
         };
-        let ms = |us: fn(&Timing) -> Average| timing.iter().find_map(|timing| us(timing).get()).map(|us| us / 1e3);
-        Some(Outlook {
+        let ms = |us: fn(&DrafterTiming) -> MovingAverage| {
+            timing.iter().find_map(|timing| us(timing).get()).map(|us| us / 1e3)
+        };
+        Some(DrafterOutlook {
             agreement,
             first_token_ms: ms(|timing| timing.first_us),
             token_ms: ms(|timing| timing.token_us),
             slowdown: drafter.slowdown.factor(),
-            expected_speed_up: cycle.map(Cycle::speed_up),
-            target_waits: matches!(way, Some(Way::Waits { .. })),
-            drafter_rests: matches!(way, Some(Way::Waits { rests: true, .. })),
-            pays: self.pays(number, n_max, Load::default(), self.round_trip()),
+            expected_speed_up: cycle.map(ScheduleEstimate::speed_up),
+            target_waits: schedule.is_some_and(|schedule| schedule.waits_for().is_some()),
+            drafter_rests: matches!(schedule, Some(DraftSchedule::Alternate { .. })),
+            pays: self.pays(number, n_max, ConcurrentLoad::default(), self.round_trip()),
         })
     }
 
@@ -497,28 +505,28 @@ impl Pace {
         self.step.measured().map(|(n, us)| (n, us / 1e3)).collect()
     }
 
-    fn drafter(&mut self, number: usize) -> &mut Drafter {
+    fn drafter(&mut self, number: usize) -> &mut DrafterStats {
         if self.drafters.len() <= number {
-            self.drafters.resize_with(number + 1, Drafter::default);
+            self.drafters.resize_with(number + 1, DrafterStats::default);
         }
         &mut self.drafters[number]
     }
 
     /// What comes after a draft: more of it, or another one of the same source, or of a drafter that rests.
-    fn supply(&self, draft: &[Class], moment: &Circumstances) -> Option<Supply> {
-        let grows = moment.growing.map(|growing| Source::Drafter(growing.drafter));
+    fn supply(&self, draft: &[TokenClass], context: &StepContext) -> Option<DrafterProfile> {
+        let grows = context.pending.map(|pending| TokenSource::Drafter(pending.drafter));
         let is_there = draft.first().map(|class| class.source);
-        match grows.or(is_there).or(moment.rests.map(Source::Drafter))? {
-            Source::Drafter(number) => {
+        match grows.or(is_there).or(context.rests.map(TokenSource::Drafter))? {
+            TokenSource::Drafter(number) => {
                 let drafter = self.drafters.get(number)?;
-                Some(drafter.supply(moment.round_trip))
+                Some(drafter.supply(context.round_trip))
             }
-            Source::Copy | Source::Prediction => {
-                let at_once = Arrival {
-                    first_us: micros(moment.round_trip),
+            TokenSource::Copy | TokenSource::Prediction => {
+                let at_once = DraftLatency {
+                    first_us: micros(context.round_trip),
                     token_us: 0.0,
                 };
-                Some(Supply {
+                Some(DrafterProfile {
                     chance: draft.first().map_or(0.0, |class| self.acceptance(*class)),
                     undisturbed: at_once,
                     beside_step: at_once,
@@ -528,11 +536,11 @@ impl Pace {
         }
     }
 
-    fn acceptance(&self, class: Class) -> f64 {
+    fn acceptance(&self, class: TokenClass) -> f64 {
         match class.source {
-            Source::Copy => self.copies[class.grade].of(MATCHED[class.grade].1),
-            Source::Prediction => self.predicted[class.grade].of(MATCHED[class.grade].1),
-            Source::Drafter(number) => {
+            TokenSource::Copy => self.copies[class.grade].of(MATCHED[class.grade].1),
+            TokenSource::Prediction => self.predicted[class.grade].of(MATCHED[class.grade].1),
+            TokenSource::Drafter(number) => {
                 let prior = DOUBT.get(class.grade).map_or(UNTOLD.1, |(_, chance)| *chance);
                 let known = self.drafters.get(number).map(|drafter| drafter.acceptance[class.grade]);
                 known.unwrap_or_default().of(prior)
@@ -540,24 +548,24 @@ impl Pace {
         }
     }
 
-    fn market(&self, load: Load) -> Option<Market<'_>> {
+    fn market(&self, load: ConcurrentLoad) -> Option<CostModel<'_>> {
         let slowed = self.slowed_now();
         let plain_us = slowed * self.step.us(load.tokens)?;
         // What others draft is no reason to draft: at least this is had if nobody does.
-        let undrafted_us = self.step.us(load.others)?;
+        let undrafted_us = self.step.us(load.completions)?;
         let now = if self.us > 0.0 { self.tokens / self.us } else { 0.0 };
-        Some(Market {
+        Some(CostModel {
             step: &self.step,
             slowed,
             load,
             plain_us,
-            rate: now.max(1.0 / undrafted_us) * (load.others + 1) as f64,
+            rate: now.max(1.0 / undrafted_us) * (load.completions + 1) as f64,
         })
     }
 }
 
-impl Drafter {
-    fn timing_mut(&mut self, target_waits: bool) -> &mut Timing {
+impl DrafterStats {
+    fn timing_mut(&mut self, target_waits: bool) -> &mut DrafterTiming {
         if target_waits {
             &mut self.undisturbed
         } else {
@@ -567,30 +575,32 @@ impl Drafter {
 
     /// How long it takes while the target waits or is in a step. Where that was not measured it is taken from the other: who
     /// slows down the target by so much is slowed down as much.
-    fn timing(&self, target_waits: bool) -> Timing {
+    fn timing(&self, target_waits: bool) -> DrafterTiming {
         let slowdown = self.slowdown.factor();
         let (known, other, factor) = if target_waits {
             (self.undisturbed, self.beside_step, 1.0 / slowdown)
         } else {
             (self.beside_step, self.undisturbed, slowdown)
         };
-        let us = |known: Average, other: Average| Average(known.get().or(other.get().map(|us| us * factor)));
-        Timing {
+        let us = |known: MovingAverage, other: MovingAverage| {
+            MovingAverage(known.get().or(other.get().map(|us| us * factor)))
+        };
+        DrafterTiming {
             first_us: us(known.first_us, other.first_us),
             token_us: us(known.token_us, other.token_us),
         }
     }
 
     /// What it makes; what is not known yet is taken to cost nothing.
-    fn supply(&self, round_trip: Duration) -> Supply {
+    fn supply(&self, round_trip: Duration) -> DrafterProfile {
         let arrival = |target_waits| {
             let timing = self.timing(target_waits);
-            Arrival {
+            DraftLatency {
                 first_us: micros(round_trip) + timing.first_us.get().unwrap_or(0.0),
                 token_us: timing.token_us.get().unwrap_or(0.0),
             }
         };
-        Supply {
+        DrafterProfile {
             chance: self.usual.of(USUAL),
             undisturbed: arrival(true),
             beside_step: arrival(false),
@@ -599,12 +609,12 @@ impl Drafter {
     }
 }
 
-impl Policy for Pace {
-    fn observe(&mut self, class: Class, accepted: bool) {
+impl Policy for AdaptivePolicy {
+    fn observe(&mut self, class: TokenClass, accepted: bool) {
         match class.source {
-            Source::Copy => self.copies[class.grade].record(accepted),
-            Source::Prediction => self.predicted[class.grade].record(accepted),
-            Source::Drafter(number) => {
+            TokenSource::Copy => self.copies[class.grade].record(accepted),
+            TokenSource::Prediction => self.predicted[class.grade].record(accepted),
+            TokenSource::Drafter(number) => {
                 let drafter = self.drafter(number);
                 drafter.acceptance[class.grade].record(accepted);
                 drafter.usual.record(accepted);
@@ -614,14 +624,21 @@ impl Policy for Pace {
         }
     }
 
-    fn reach(&mut self, drafter: usize, target_waits: bool, n_max: usize, load: Load, round_trip: Duration) -> usize {
-        let cycle = self.cycle(drafter, n_max, load, round_trip);
+    fn draft_limit(
+        &mut self,
+        drafter: usize,
+        target_waits: bool,
+        n_max: usize,
+        load: ConcurrentLoad,
+        round_trip: Duration,
+    ) -> usize {
+        let cycle = self.best_schedule(drafter, n_max, load, round_trip);
         let drafter = self.drafter(drafter);
-        let far = far(n_max);
-        let doubt = drafter.slowdown.doubt();
-        let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.way) {
-            Some(_) if doubt == Some(Doubt::Alone) => return 0,
-            Some(Way::Waits { n, rests: true }) if doubt.is_none() => usize::from(target_waits) * n,
+        let far = max_lookahead(n_max);
+        let doubt = drafter.slowdown.reprobe();
+        let reach = match cycle.filter(|cycle| cycle.speed_up() > 1.0).map(|cycle| cycle.schedule) {
+            Some(_) if doubt == Some(ReprobeKind::Alone) => return 0,
+            Some(DraftSchedule::Alternate { n }) if doubt.is_none() => usize::from(target_waits) * n,
             Some(_) => far,
             None if cycle.is_none() => far,
             None if drafter.idle >= drafter.patience => {
@@ -636,44 +653,47 @@ impl Policy for Pace {
         reach
     }
 
-    fn chance(&self, draft: &[Class]) -> f64 {
+    fn prefix_acceptance(&self, draft: &[TokenClass]) -> f64 {
         draft.iter().map(|class| self.acceptance(*class)).product()
     }
 
-    fn step_us(&self, n: usize, load: Load) -> Option<f64> {
+    fn step_us(&self, n: usize, load: ConcurrentLoad) -> Option<f64> {
         // Costs are learnt slowly. If two steps were late or early, the next one will be as well.
         let [before, last] = self.late;
         let late = before.min(last).max(before.max(last).min(1.0));
         Some(late * self.slowed_now() * self.step.us(load.tokens + n)?)
     }
 
-    fn choose(&self, draft: &[Class], moment: &Circumstances) -> Choice {
-        let draft = &draft[..draft.len().min(moment.n_max)];
-        let Some(market) = self.market(moment.load) else {
-            return Choice {
+    fn choose(&self, draft: &[TokenClass], context: &StepContext) -> StepPlan {
+        let draft = &draft[..draft.len().min(context.n_max)];
+        let Some(market) = self.market(context.load) else {
+            return StepPlan {
                 n: draft.len().min(FIRST_GUESS),
-                ..Choice::default()
+                ..StepPlan::default()
             };
         };
-        let supply = self.supply(draft, moment);
-        let way = supply.map_or(Way::Plain, |supply| market.cycle(supply, moment.n_max).way);
-        let drafter = moment.growing.map(|growing| growing.drafter).or(moment.rests);
-        let doubt = drafter.and_then(|number| self.drafters.get(number)?.slowdown.doubt());
-        let rests = doubt == Some(Doubt::Alone) || doubt.is_none() && matches!(way, Way::Waits { rests: true, .. });
+        let supply = self.supply(draft, context);
+        let schedule = supply.map_or(DraftSchedule::Plain, |supply| {
+            market.best_schedule(supply, context.n_max).schedule
+        });
+        let drafter = context.pending.map(|pending| pending.drafter).or(context.rests);
+        let doubt = drafter.and_then(|number| self.drafters.get(number)?.slowdown.reprobe());
+        let rests =
+            doubt == Some(ReprobeKind::Alone) || doubt.is_none() && matches!(schedule, DraftSchedule::Alternate { .. });
         let step_us = |n| market.step_us(n, rests);
         let worth = |expected: f64, n| expected - market.rate * step_us(n);
-        if doubt == Some(Doubt::Alone) && way != Way::Plain {
-            return Choice {
+        if doubt == Some(ReprobeKind::Alone) && schedule != DraftSchedule::Plain {
+            return StepPlan {
                 worth: worth(1.0, 0),
                 rests,
-                ..Choice::default()
+                ..StepPlan::default()
             };
         }
         let (mut reach, mut expected) = (1.0, 1.0);
-        let mut choice = Choice {
+        let mut choice = StepPlan {
             worth: worth(expected, 0),
             rests,
-            ..Choice::default()
+            ..StepPlan::default()
         };
         let mut doubtful = (0, 0.0);
         for (i, class) in draft.iter().enumerate() {
@@ -693,26 +713,26 @@ impl Policy for Pace {
             choice.n = doubtful.0;
             return choice;
         }
-        if let Way::Waits { n: enough, .. } = way {
+        if let Some(enough) = schedule.waits_for() {
             // A drafter that rests has nothing for a target that goes on.
             let slack_us = if rests {
                 SLACK_US.max(LENIENT * market.plain_us)
             } else {
                 SLACK_US
             };
-            choice.hold_us = whole(2.0 * micros(moment.round_trip) + slack_us);
-            if let Some(growing) = moment.growing
-                && let Some(drafter) = self.drafters.get(growing.drafter)
+            choice.hold_us = whole(2.0 * micros(context.round_trip) + slack_us);
+            if let Some(pending) = context.pending
+                && let Some(drafter) = self.drafters.get(pending.drafter)
             {
-                let growth = Growth {
-                    timing: drafter.timing(moment.busy_us <= 0.0),
+                let growth = WaitCandidate {
+                    timing: drafter.timing(context.busy_us <= 0.0),
                     chance: drafter.usual.of(USUAL),
-                    begun: growing.begun,
-                    silent_us: micros(growing.silent),
+                    started: pending.started,
+                    silent_us: micros(pending.silent_for),
                     lengths: draft.len()..enough,
                     rests,
                 };
-                market.weigh_growth(&growth, (reach, expected), moment.busy_us, &mut choice);
+                market.weigh_growth(&growth, (reach, expected), context.busy_us, &mut choice);
             }
         }
         choice
@@ -721,12 +741,12 @@ impl Policy for Pace {
 
 /// A chance, over about the last hundred tries.
 #[derive(Debug, Clone, Copy, Default)]
-struct Rate {
+struct AcceptanceRate {
     tries: f64,
     hits: f64,
 }
 
-impl Rate {
+impl AcceptanceRate {
     /// Tries that the prior counts for.
     const WEIGHT: f64 = 3.0;
 
@@ -742,9 +762,9 @@ impl Rate {
 
 /// A running average that forgets.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Average(Option<f64>);
+pub(super) struct MovingAverage(Option<f64>);
 
-impl Average {
+impl MovingAverage {
     const NEW: f64 = 0.15;
 
     fn record(&mut self, value: f64) {
@@ -768,9 +788,9 @@ mod tests {
         Duration::from_secs_f64(us / 1e6)
     }
 
-    fn step(drafted: usize, accepted: usize, us: f64) -> Step {
+    fn step(drafted: usize, accepted: usize, us: f64) -> StepSample {
         let duration = Duration::from_secs_f64(us / 1e6);
-        Step {
+        StepSample {
             drafted,
             accepted,
             duration,
@@ -780,60 +800,60 @@ mod tests {
     }
 
     /// A pair whose steps cost `step_us(n)`, whose sure tokens are right and whose unsure ones seldom.
-    fn measured(step_us: impl Fn(usize) -> f64, first_us: f64, token_us: f64) -> Pace {
-        let mut pace = Pace::default();
-        pace.calibrate((0..=16).map(|n| (n, us(step_us(n)))));
+    fn measured(step_us: impl Fn(usize) -> f64, first_us: f64, token_us: f64) -> AdaptivePolicy {
+        let mut policy = AdaptivePolicy::default();
+        policy.calibrate((0..=16).map(|n| (n, us(step_us(n)))));
         for i in 0..300_usize {
             let n = 4 * (i % 3);
-            pace.record_step(&step(n, n, step_us(n)), &[]);
+            policy.record_step(&step(n, n, step_us(n)), &[]);
             for _ in 0..8 {
-                pace.observe(Class::of_probability(0, SURE), true);
+                policy.observe(TokenClass::of_probability(0, SURE), true);
             }
-            pace.observe(Class::of_probability(0, UNSURE), i % 10 == 0);
-            pace.record_first_token(0, us(first_us), true);
-            pace.record_tokens(0, 4, us(4.0 * token_us), true);
+            policy.observe(TokenClass::of_probability(0, UNSURE), i % 10 == 0);
+            policy.record_first_token(0, us(first_us), true);
+            policy.record_tokens(0, 4, us(4.0 * token_us), true);
         }
-        pace
+        policy
     }
 
     fn linear(n: usize) -> f64 {
         40_000.0 * (1.0 + 0.1 * n as f64)
     }
 
-    fn sure(n: usize) -> Vec<Class> {
-        vec![Class::of_probability(0, SURE); n]
+    fn sure(n: usize) -> Vec<TokenClass> {
+        vec![TokenClass::of_probability(0, SURE); n]
     }
 
-    fn unsure(n: usize) -> Vec<Class> {
-        vec![Class::of_probability(0, UNSURE); n]
+    fn unsure(n: usize) -> Vec<TokenClass> {
+        vec![TokenClass::of_probability(0, UNSURE); n]
     }
 
-    fn choose(pace: &Pace, draft: &[Class], growing: Option<Growing>) -> Choice {
-        let moment = Circumstances {
+    fn choose(policy: &AdaptivePolicy, draft: &[TokenClass], pending: Option<PendingDraft>) -> StepPlan {
+        let context = StepContext {
             n_max: 16,
-            growing,
-            ..Circumstances::default()
+            pending,
+            ..StepContext::default()
         };
-        pace.choose(draft, &moment)
+        policy.choose(draft, &context)
     }
 
-    const FRESH: Growing = Growing {
+    const FRESH: PendingDraft = PendingDraft {
         drafter: 0,
-        begun: false,
-        silent: Duration::ZERO,
+        started: false,
+        silent_for: Duration::ZERO,
     };
 
-    fn pays(pace: &Pace) -> bool {
-        pace.pays(0, 16, Load::default(), Duration::ZERO)
+    fn pays(policy: &AdaptivePolicy) -> bool {
+        policy.pays(0, 16, ConcurrentLoad::default(), Duration::ZERO)
     }
 
     #[test]
     fn sure_tokens_are_offered_and_unsure_ones_are_not() {
-        let pace = measured(linear, 2_000.0, 200.0);
-        assert_eq!(choose(&pace, &sure(8), None).n, 8);
-        assert_eq!(choose(&pace, &unsure(8), None).n, 0);
+        let policy = measured(linear, 2_000.0, 200.0);
+        assert_eq!(choose(&policy, &sure(8), None).n, 8);
+        assert_eq!(choose(&policy, &unsure(8), None).n, 0);
         let mixed = [sure(5), unsure(5)].concat();
-        assert_eq!(choose(&pace, &mixed, None).n, 5);
+        assert_eq!(choose(&policy, &mixed, None).n, 5);
     }
 
     #[test]
@@ -846,9 +866,9 @@ mod tests {
                 90_000.0 + 5_000.0 * n as f64
             }
         };
-        let pace = measured(steep, 2_000.0, 200.0);
-        assert_eq!(choose(&pace, &sure(1), None).n, 0);
-        assert_eq!(choose(&pace, &sure(12), None).n, 12);
+        let policy = measured(steep, 2_000.0, 200.0);
+        assert_eq!(choose(&policy, &sure(1), None).n, 0);
+        assert_eq!(choose(&policy, &sure(12), None).n, 12);
     }
 
     #[test]
@@ -856,49 +876,49 @@ mod tests {
         let fast = measured(linear, 2_000.0, 200.0);
         let choice = choose(&fast, &[], Some(FRESH));
         assert!(choice.wait_us > 2_000 && choice.wait_us < 40_000, "{choice:?}");
-        let silent = Growing {
-            silent: Duration::from_millis(500),
+        let silent_for = PendingDraft {
+            silent_for: Duration::from_millis(500),
             ..FRESH
         };
-        assert_eq!(choose(&fast, &[], Some(silent)).wait_us, 0);
+        assert_eq!(choose(&fast, &[], Some(silent_for)).wait_us, 0);
         let slow = measured(linear, 90_000.0, 90_000.0);
         assert_eq!(choose(&slow, &[], Some(FRESH)).wait_us, 0);
     }
 
     #[test]
     fn drafting_during_a_step_is_not_waited_for() {
-        let pace = measured(linear, 2_000.0, 200.0);
-        let moment = Circumstances {
+        let policy = measured(linear, 2_000.0, 200.0);
+        let context = StepContext {
             n_max: 16,
-            growing: Some(FRESH),
+            pending: Some(FRESH),
             busy_us: 30_000.0,
-            ..Circumstances::default()
+            ..StepContext::default()
         };
-        assert_eq!(pace.choose(&[], &moment).wait_us, 0);
+        assert_eq!(policy.choose(&[], &context).wait_us, 0);
     }
 
     #[test]
     fn once_enough_is_drafted_the_target_goes_on() {
-        let pace = measured(linear, 2_000.0, 200.0);
-        let begun = Growing { begun: true, ..FRESH };
-        assert!(choose(&pace, &sure(2), Some(begun)).wait_us > 0);
-        assert_eq!(choose(&pace, &sure(16), Some(begun)).wait_us, 0);
+        let policy = measured(linear, 2_000.0, 200.0);
+        let started = PendingDraft { started: true, ..FRESH };
+        assert!(choose(&policy, &sure(2), Some(started)).wait_us > 0);
+        assert_eq!(choose(&policy, &sure(16), Some(started)).wait_us, 0);
         let hopeless = [sure(3), unsure(2)].concat();
-        let choice = choose(&pace, &hopeless, Some(begun));
+        let choice = choose(&policy, &hopeless, Some(started));
         assert_eq!((choice.n, choice.wait_us), (3, 0));
     }
 
     #[test]
     fn the_target_waits_for_our_word_only_if_that_is_quick() {
-        let pace = measured(linear, 2_000.0, 200.0);
+        let policy = measured(linear, 2_000.0, 200.0);
         let choice = |round_trip| {
-            let moment = Circumstances {
+            let context = StepContext {
                 n_max: 16,
-                growing: Some(FRESH),
+                pending: Some(FRESH),
                 round_trip,
-                ..Circumstances::default()
+                ..StepContext::default()
             };
-            pace.choose(&sure(4), &moment)
+            policy.choose(&sure(4), &context)
         };
         assert_eq!(choice(Duration::from_millis(1)).hold_us, 2_500);
         assert_eq!(choice(Duration::from_secs(1)).hold_us, 0);
@@ -906,68 +926,72 @@ mod tests {
 
     #[test]
     fn nonsense_is_not_offered_and_its_drafter_is_asked_less_and_less_often() {
-        let mut pace = Pace::default();
-        let class = Class::untold(0);
-        pace.calibrate((0..=16).map(|n| (n, us(linear(n)))));
+        let mut policy = AdaptivePolicy::default();
+        let class = TokenClass::untold(0);
+        policy.calibrate((0..=16).map(|n| (n, us(linear(n)))));
         for _ in 0..60 {
-            pace.observe(class, false);
+            policy.observe(class, false);
         }
-        assert_eq!(choose(&pace, &[class; 4], None).n, 0);
-        assert!(!pays(&pace));
+        assert_eq!(choose(&policy, &[class; 4], None).n, 0);
+        assert!(!pays(&policy));
         let mut asked = Vec::new();
         for i in 0..2000_usize {
-            pace.record_step(&step(0, 0, linear(0)), &[]);
-            if pace.reach(0, false, 16, Load::default(), Duration::ZERO) > 0 {
+            policy.record_step(&step(0, 0, linear(0)), &[]);
+            if policy.draft_limit(0, false, 16, ConcurrentLoad::default(), Duration::ZERO) > 0 {
                 asked.push(i);
             }
         }
         assert!(asked.len() > 4 && asked.len() < 10, "{asked:?}");
         for _ in 0..200 {
-            pace.observe(class, true);
+            policy.observe(class, true);
         }
-        assert!(pays(&pace) && choose(&pace, &[class; 4], None).n > 0);
+        assert!(pays(&policy) && choose(&policy, &[class; 4], None).n > 0);
     }
 
     #[test]
     fn a_step_is_expected_to_be_as_late_as_two_before_it_were() {
-        let mut pace = Pace::default();
-        pace.calibrate((0..=16).map(|n| (n, us(linear(n)))));
-        let expected = |pace: &Pace| pace.step_us(0, Load::default()).unwrap_or_default() / linear(0);
-        pace.record_step(&step(4, 4, 8.0 * linear(4)), &[]);
-        assert!(expected(&pace) < 1.3, "one step may be late for reasons of its own");
-        pace.record_step(&step(9, 9, 8.0 * linear(9)), &[]);
-        assert!((6.0..10.0).contains(&expected(&pace)), "{}", expected(&pace));
-        pace.record_step(&step(9, 9, linear(9)), &[]);
-        assert!(expected(&pace) < 1.7, "{}", expected(&pace));
+        let mut policy = AdaptivePolicy::default();
+        policy.calibrate((0..=16).map(|n| (n, us(linear(n)))));
+        let expected =
+            |policy: &AdaptivePolicy| policy.step_us(0, ConcurrentLoad::default()).unwrap_or_default() / linear(0);
+        policy.record_step(&step(4, 4, 8.0 * linear(4)), &[]);
+        assert!(expected(&policy) < 1.3, "one step may be late for reasons of its own");
+        policy.record_step(&step(9, 9, 8.0 * linear(9)), &[]);
+        assert!((6.0..10.0).contains(&expected(&policy)), "{}", expected(&policy));
+        policy.record_step(&step(9, 9, linear(9)), &[]);
+        assert!(expected(&policy) < 1.7, "{}", expected(&policy));
     }
 
     #[test]
     fn what_shares_the_pass_makes_long_drafts_dearer() {
         // Memory decides up to eight tokens, arithmetic from there on.
         let bent = |n: usize| 40_000.0 * (1.0 + 0.01 * n as f64 + 0.4 * n.saturating_sub(8) as f64);
-        let mut pace = Pace::default();
-        pace.calibrate((0..=16).map(|n| (n, us(bent(n)))));
-        let draft = vec![Class::of_probability(0, 0.85); 8];
+        let mut policy = AdaptivePolicy::default();
+        policy.calibrate((0..=16).map(|n| (n, us(bent(n)))));
+        let draft = vec![TokenClass::of_probability(0, 0.85); 8];
         let chosen = |load| {
-            let moment = Circumstances {
+            let context = StepContext {
                 n_max: 16,
                 load,
-                ..Circumstances::default()
+                ..StepContext::default()
             };
-            pace.choose(&draft, &moment).n
+            policy.choose(&draft, &context).n
         };
-        let alone = chosen(Load::default());
-        let crowded = chosen(Load { others: 3, tokens: 12 });
+        let alone = chosen(ConcurrentLoad::default());
+        let crowded = chosen(ConcurrentLoad {
+            completions: 3,
+            tokens: 12,
+        });
         assert!(alone >= 6 && crowded < alone, "{alone} alone, {crowded} in a crowd");
     }
 
-    fn classes(n: usize) -> impl Strategy<Value = Vec<Class>> {
+    fn classes(n: usize) -> impl Strategy<Value = Vec<TokenClass>> {
         let class = prop_oneof![
-            (0.0..1.0).prop_map(|p| Class::of_probability(0, p)),
-            (0.0..1.0).prop_map(|p| Class::of_probability(1, p)),
-            Just(Class::untold(0)),
-            (0_usize..40).prop_map(Class::of_match),
-            (0_usize..40).prop_map(Class::of_prediction),
+            (0.0..1.0).prop_map(|p| TokenClass::of_probability(0, p)),
+            (0.0..1.0).prop_map(|p| TokenClass::of_probability(1, p)),
+            Just(TokenClass::untold(0)),
+            (0_usize..40).prop_map(TokenClass::of_match),
+            (0_usize..40).prop_map(TokenClass::of_prediction),
         ];
         prop::collection::vec(class, 0..n)
     }
@@ -980,36 +1004,36 @@ mod tests {
             seen in classes(100),
             draft in classes(40),
             n_max in 0_usize..32,
-            growing in prop::option::of((0_usize..4, any::<bool>(), 0_u64..100_000_000)),
+            pending in prop::option::of((0_usize..4, any::<bool>(), 0_u64..100_000_000)),
             busy_us in 0.0..1e7,
             round_trip in 0_u64..10_000_000,
             (others, load) in (0_usize..9, 0_usize..99),
         ) {
-            let mut pace = Pace::default();
+            let mut policy = AdaptivePolicy::default();
             for (drafted, accepted, us) in steps {
                 let duration = Duration::from_micros(us);
                 let accepted = accepted.min(drafted);
-                pace.record_step(&Step { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted }, &[(drafted % 3) as f64 / 2.0, (us % 7) as f64 / 6.0]);
+                policy.record_step(&StepSample { drafted, accepted, duration, since_last: 2 * duration, batch: 1 + drafted }, &[(drafted % 3) as f64 / 2.0, (us % 7) as f64 / 6.0]);
             }
             for (drafter, first, n, us) in tokens {
-                pace.record_first_token(drafter, Duration::from_micros(first), n % 2 == 0);
-                pace.record_tokens(drafter, n, Duration::from_micros(us), n % 2 == 0);
+                policy.record_first_token(drafter, Duration::from_micros(first), n % 2 == 0);
+                policy.record_tokens(drafter, n, Duration::from_micros(us), n % 2 == 0);
             }
             for (i, class) in seen.into_iter().enumerate() {
-                pace.observe(class, i % 3 == 0);
+                policy.observe(class, i % 3 == 0);
             }
-            let moment = Circumstances {
+            let context = StepContext {
                 n_max,
-                growing: growing.map(|(drafter, begun, silent)| Growing { drafter, begun, silent: Duration::from_micros(silent) }),
+                pending: pending.map(|(drafter, started, silent_for)| PendingDraft { drafter, started, silent_for: Duration::from_micros(silent_for) }),
                 rests: Some(others),
                 busy_us,
                 round_trip: Duration::from_micros(round_trip),
-                load: Load { others, tokens: load },
+                load: ConcurrentLoad { completions: others, tokens: load },
             };
-            let choice = pace.choose(&draft, &moment);
+            let choice = policy.choose(&draft, &context);
             prop_assert!(choice.n <= n_max.min(draft.len()));
             prop_assert!(choice.worth.is_finite());
-            prop_assert!(growing.is_some() || choice.wait_us == 0);
+            prop_assert!(pending.is_some() || choice.wait_us == 0);
         }
     }
 }

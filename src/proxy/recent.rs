@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
-use super::Outcome;
 use crate::engine::Counts;
+use crate::observe::Outcome;
 
 /// How many are kept.
 const KEPT: usize = 50;

@@ -11,10 +11,10 @@ use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 const HOLD_US: u64 = 200_000;
 
 /// For how long steps are timed at most. A target that others keep busy may never take one that tells anything.
-const PATIENCE: Duration = Duration::from_secs(10);
+const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A completion whose steps are timed one by one.
-pub(super) struct Stepper<'a> {
+pub(super) struct StepTimer<'a> {
     target: &'a LlamaServer,
     key: &'a str,
     pos: usize,
@@ -23,7 +23,7 @@ pub(super) struct Stepper<'a> {
     until: Instant,
 }
 
-impl<'a> Stepper<'a> {
+impl<'a> StepTimer<'a> {
     /// The completion that was begun with this key.
     pub(super) fn new(target: &'a LlamaServer, key: &'a str) -> Self {
         Self {
@@ -32,7 +32,7 @@ impl<'a> Stepper<'a> {
             pos: 0,
             n_steps: 0,
             last: 0,
-            until: Instant::now() + PATIENCE,
+            until: Instant::now() + STEP_TIMEOUT,
         }
     }
 

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 /// A clock that goes while the drafter is at work.
 #[derive(Debug, Clone, Default)]
-pub struct Activity(Arc<Mutex<Clock>>);
+pub struct BusyClock(Arc<Mutex<BusyState>>);
 
 #[derive(Debug, Default)]
-struct Clock {
+struct BusyState {
     works: usize,
     since: Option<Instant>,
     before: Duration,
@@ -16,13 +16,13 @@ struct Clock {
 
 /// The drafter works on something until this is dropped.
 #[derive(Debug)]
-pub struct Work {
-    activity: Activity,
+pub struct BusyGuard {
+    busy_clock: BusyClock,
     /// It has been done for so long.
     done: Duration,
 }
 
-impl Work {
+impl BusyGuard {
     /// The drafter was done with it so long ago.
     pub fn ended(mut self, ago: Duration) {
         self.done = ago;
@@ -38,16 +38,16 @@ impl Work {
     }
 }
 
-impl Activity {
+impl BusyClock {
     /// It begins to work on something.
     #[must_use]
-    pub fn begin(&self) -> Work {
+    pub fn begin(&self) -> BusyGuard {
         let mut clock = self.lock();
         clock.works += 1;
         clock.since.get_or_insert_with(Instant::now);
         drop(clock);
-        Work {
-            activity: self.clone(),
+        BusyGuard {
+            busy_clock: self.clone(),
             done: Duration::ZERO,
         }
     }
@@ -59,14 +59,14 @@ impl Activity {
         clock.before + clock.since.map(|since| since.elapsed()).unwrap_or_default()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Clock> {
+    fn lock(&self) -> MutexGuard<'_, BusyState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Work {
+impl Drop for BusyGuard {
     fn drop(&mut self) {
-        let mut clock = self.activity.lock();
+        let mut clock = self.busy_clock.lock();
         clock.works -= 1;
         if clock.works == 0
             && let Some(since) = clock.since.take()
@@ -82,24 +82,24 @@ mod tests {
 
     #[test]
     fn the_clock_goes_while_anybody_works_and_counts_no_time_twice() {
-        let activity = Activity::default();
-        assert_eq!(activity.total(), Duration::ZERO);
+        let busy_clock = BusyClock::default();
+        assert_eq!(busy_clock.total(), Duration::ZERO);
         let began = Instant::now();
-        let (one, two) = (activity.begin(), activity.begin());
+        let (one, two) = (busy_clock.begin(), busy_clock.begin());
         std::thread::sleep(Duration::from_millis(5));
         drop(one);
-        let halfway = activity.total();
+        let halfway = busy_clock.total();
         assert!(halfway >= Duration::from_millis(5));
         std::thread::sleep(Duration::from_millis(5));
         drop(two);
-        let total = activity.total();
+        let total = busy_clock.total();
         assert!(total >= halfway + Duration::from_millis(5) && total <= began.elapsed());
         std::thread::sleep(Duration::from_millis(5));
-        assert_eq!(activity.total(), total);
-        let late = activity.begin();
+        assert_eq!(busy_clock.total(), total);
+        let late = busy_clock.begin();
         std::thread::sleep(Duration::from_millis(20));
         late.ended(Duration::from_millis(15));
-        let more = activity.total().saturating_sub(total);
+        let more = busy_clock.total().saturating_sub(total);
         assert!(more >= Duration::from_millis(5), "{more:?}");
         assert!(more + Duration::from_millis(30) <= began.elapsed(), "{more:?}");
     }

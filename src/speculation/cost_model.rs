@@ -1,39 +1,39 @@
-//! What the time of a target and of its drafters is worth: the cycles whose formula stands in `pace.rs`.
+//! What the time of a target and of its drafters is worth: the cycles whose formula stands in `policy.rs`.
 
 use std::ops::Range;
 
-use super::pace::{Choice, Load, SLACK_US, Timing};
-use super::session::far;
+use super::policy::{ConcurrentLoad, DrafterTiming, SLACK_US, StepPlan};
+use super::session::max_lookahead;
 use super::step_cost::StepCost;
 use super::whole;
 
 /// What time costs.
-pub(super) struct Market<'a> {
+pub(super) struct CostModel<'a> {
     pub(super) step: &'a StepCost,
     /// Steps take so many times longer beside the drafters that are at work now.
     pub(super) slowed: f64,
-    pub(super) load: Load,
+    pub(super) load: ConcurrentLoad,
     /// A step without a draft.
     pub(super) plain_us: f64,
     /// Tokens per microsecond of all completions as they come now, and at least what plain steps give.
     pub(super) rate: f64,
 }
 
-impl Market<'_> {
+impl CostModel<'_> {
     /// Chooses to wait for a draft to grow, if that is worth more. As it is it is accepted as a whole with the chance `reach`
     /// and yields `expected` tokens.
     pub(super) fn weigh_growth(
         &self,
-        growth: &Growth,
+        growth: &WaitCandidate,
         (mut reach, mut expected): (f64, f64),
         busy_us: f64,
-        choice: &mut Choice,
+        choice: &mut StepPlan,
     ) {
         let (Some(first_us), Some(token_us)) = (growth.timing.first_us.get(), growth.timing.token_us.get()) else {
             return;
         };
         // What is late stays late by as much again.
-        let usual_us = if growth.begun { token_us } else { first_us };
+        let usual_us = if growth.started { token_us } else { first_us };
         let next_us = (usual_us - growth.silent_us).abs();
         let mut comes_us = next_us - token_us;
         for n in growth.lengths.start + 1..=growth.lengths.end {
@@ -52,28 +52,28 @@ impl Market<'_> {
 
     /// The best way to use such drafts, if all completions use them so. While the target waits for one of them, all stand
     /// still.
-    pub(super) fn cycle(&self, supply: Supply, n_max: usize) -> Cycle {
-        let all = self.load.others + 1;
+    pub(super) fn best_schedule(&self, supply: DrafterProfile, n_max: usize) -> ScheduleEstimate {
+        let all = self.load.completions + 1;
         let step_us = |n: usize| self.step.us(all * (1 + n) - 1).unwrap_or(self.plain_us);
         let plain_us = step_us(0);
-        let mut best = Cycle {
+        let mut best = ScheduleEstimate {
             rate: 1.0 / plain_us,
             plain_us,
-            way: Way::Plain,
+            schedule: DraftSchedule::Plain,
         };
-        let Supply {
+        let DrafterProfile {
             undisturbed,
             beside_step,
             ..
         } = supply;
-        let mut sizes = vec![Size {
+        let mut sizes = vec![StepEstimate {
             us: plain_us,
             expected: 1.0,
             survives: supply.chance,
         }];
         for n in 1..=n_max {
             let before = sizes[n - 1];
-            let size = Size {
+            let size = StepEstimate {
                 us: step_us(n),
                 expected: before.expected + before.survives,
                 survives: before.survives * supply.chance,
@@ -82,19 +82,19 @@ impl Market<'_> {
             let in_a_row = 1.0 / (1.0 - size.survives).max(0.01);
             // The first step is beside all that the drafter makes ahead. In a row it has to keep up.
             let next = (n + 1) as f64;
-            let made = (far(n_max) - n) as f64 + (in_a_row - 1.0) * next;
+            let made = (max_lookahead(n_max) - n) as f64 + (in_a_row - 1.0) * next;
             let time_us = supply
                 .beside_us(in_a_row * size.us, made)
                 .max(in_a_row * next * beside_step.token_us);
             let waits = in_a_row * (1.0 - (1.0 - 1.0 / in_a_row).powf(all as f64));
-            let waiting = Cycle {
+            let waiting = ScheduleEstimate {
                 rate: in_a_row * size.expected / (waits * undisturbed.comes_us(n) + time_us),
-                way: Way::Waits { n, rests: false },
+                schedule: DraftSchedule::Wait { n },
                 ..best
             };
-            let in_turns = Cycle {
+            let in_turns = ScheduleEstimate {
                 rate: size.expected / (undisturbed.comes_us(n) + size.us),
-                way: Way::Waits { n, rests: true },
+                schedule: DraftSchedule::Alternate { n },
                 ..best
             };
             if waiting.rate > best.rate {
@@ -108,9 +108,9 @@ impl Market<'_> {
         for _ in 0..2 {
             let rate = supply.rate_of_going_on(&sizes, best.rate);
             if rate > best.rate {
-                best = Cycle {
+                best = ScheduleEstimate {
                     rate,
-                    way: Way::GoesOn,
+                    schedule: DraftSchedule::Overlap,
                     ..best
                 };
             }
@@ -131,11 +131,11 @@ const NEGLIGIBLE: f64 = 0.001;
 const MOST_PASSED: f64 = 256.0;
 
 /// A draft in the making that the target may wait for.
-pub(super) struct Growth {
-    pub(super) timing: Timing,
+pub(super) struct WaitCandidate {
+    pub(super) timing: DrafterTiming,
     /// Of each token that is still to come.
     pub(super) chance: f64,
-    pub(super) begun: bool,
+    pub(super) started: bool,
     /// Microseconds since its last token, or since it was asked for.
     pub(super) silent_us: f64,
     /// From what is there to the most that is waited for.
@@ -146,17 +146,17 @@ pub(super) struct Growth {
 
 /// Drafts of one source, on the whole.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Supply {
+pub(super) struct DrafterProfile {
     /// Of a token that is still to come.
     pub(super) chance: f64,
     /// When they come while the target waits, and while it is in a step.
-    pub(super) undisturbed: Arrival,
-    pub(super) beside_step: Arrival,
+    pub(super) undisturbed: DraftLatency,
+    pub(super) beside_step: DraftLatency,
     /// A step takes so many times longer while they are made.
     pub(super) slowdown: f64,
 }
 
-impl Supply {
+impl DrafterProfile {
     /// Microseconds of steps that take `us` alone, beside so many draft tokens in the making; at most beside a drafter that
     /// never rests.
     fn beside_us(&self, us: f64, tokens: f64) -> f64 {
@@ -166,19 +166,19 @@ impl Supply {
 
     /// Tokens per microsecond of a target that goes on with what is there of the drafts, from one contradicted draft to the
     /// next, if a microsecond is worth `worth` tokens.
-    fn rate_of_going_on(&self, sizes: &[Size], worth: f64) -> f64 {
+    fn rate_of_going_on(&self, sizes: &[StepEstimate], worth: f64) -> f64 {
         // Of the sizes up to each, the one that is worth most.
-        let mut best: Vec<(f64, &Size)> = Vec::with_capacity(sizes.len());
+        let mut best: Vec<(f64, &StepEstimate)> = Vec::with_capacity(sizes.len());
         for (n, size) in (0_u32..).zip(sizes) {
-            let gain = |size: &Size| size.expected - worth * size.us;
+            let gain = |size: &StepEstimate| size.expected - worth * size.us;
             best.push(match best.last() {
                 Some(before) if gain(before.1) >= gain(size) => *before,
                 _ => (f64::from(n), size),
             });
         }
-        let Arrival { first_us, token_us } = self.beside_step;
+        let DraftLatency { first_us, token_us } = self.beside_step;
         let n_max = sizes.len() - 1;
-        let far = far(n_max) as f64;
+        let far = max_lookahead(n_max) as f64;
         let (mut tokens, mut us) = (0.0, 0.0);
         // As long as the draft is not contradicted.
         let (mut chance, mut now_us, mut passed) = (1.0, 0.0, 0.0);
@@ -203,14 +203,14 @@ impl Supply {
 
     /// Whether it can be better not to draft during steps. Who rests before it is known how long it takes will not show it.
     pub(super) fn gains_by_rests(&self) -> bool {
-        let Arrival { first_us, token_us } = self.undisturbed;
+        let DraftLatency { first_us, token_us } = self.undisturbed;
         self.slowdown > 1.0 && first_us > 0.0 && token_us > 0.0
     }
 }
 
 /// A step over so many draft tokens.
 #[derive(Debug, Clone, Copy)]
-struct Size {
+struct StepEstimate {
     /// Microseconds that it takes.
     us: f64,
     /// Tokens that it yields on average.
@@ -221,7 +221,7 @@ struct Size {
 
 /// When the tokens of a draft come.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Arrival {
+pub(super) struct DraftLatency {
     /// Microseconds from a step of the target that contradicts a draft until the first token of the next draft is with
     /// the target.
     pub(super) first_us: f64,
@@ -229,7 +229,7 @@ pub(super) struct Arrival {
     pub(super) token_us: f64,
 }
 
-impl Arrival {
+impl DraftLatency {
     /// Microseconds until a draft of `n` tokens, at least one, is with the target.
     pub(super) fn comes_us(self, n: usize) -> f64 {
         self.first_us + (n - 1) as f64 * self.token_us
@@ -238,26 +238,38 @@ impl Arrival {
 
 /// How drafts are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum DraftSchedule {
     /// Not at all.
     Plain,
     /// The target goes on and takes what is there.
-    GoesOn,
-    /// The target waits for drafts of `n` tokens; the drafter goes on while they are verified, or `rests`.
-    Waits { n: usize, rests: bool },
+    Overlap,
+    /// The target waits for drafts of `n` tokens; the drafter goes on while they are verified.
+    Wait { n: usize },
+    /// The target waits for drafts of `n` tokens; the drafter rests while they are verified.
+    Alternate { n: usize },
+}
+
+impl DraftSchedule {
+    /// Tokens of the drafts that the target waits for, if it waits.
+    pub(super) fn waits_for(self) -> Option<usize> {
+        match self {
+            Self::Wait { n } | Self::Alternate { n } => Some(n),
+            Self::Plain | Self::Overlap => None,
+        }
+    }
 }
 
 /// A way to use drafts, and what comes of it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cycle {
+pub(super) struct ScheduleEstimate {
     /// Tokens per microsecond of one completion.
     pub(super) rate: f64,
     /// Microseconds of a plain step with no drafter at work.
     pub(super) plain_us: f64,
-    pub(super) way: Way,
+    pub(super) schedule: DraftSchedule,
 }
 
-impl Cycle {
+impl ScheduleEstimate {
     /// Speed over that of plain steps.
     pub(super) fn speed_up(self) -> f64 {
         self.rate * self.plain_us

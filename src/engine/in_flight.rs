@@ -4,10 +4,10 @@ use tokio::sync::watch as channel;
 
 /// The requests that the target has.
 #[derive(Debug, Clone, Default)]
-pub struct Occupancy(channel::Sender<Requests>);
+pub struct InFlightRequests(channel::Sender<InFlightState>);
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Requests {
+struct InFlightState {
     running: usize,
     /// How often one has begun or ended.
     changes: u64,
@@ -15,17 +15,17 @@ struct Requests {
 
 /// A request that the target has until this is dropped.
 #[derive(Debug)]
-pub struct Occupied(Occupancy);
+pub struct RequestGuard(InFlightRequests);
 
-impl Occupancy {
+impl InFlightRequests {
     /// The target gets a request.
     #[must_use]
-    pub fn begin(&self) -> Occupied {
+    pub fn begin(&self) -> RequestGuard {
         self.0.send_modify(|requests| {
             requests.running += 1;
             requests.changes += 1;
         });
-        Occupied(self.clone())
+        RequestGuard(self.clone())
     }
 
     /// Waits until the target has a request, or has had one since `changes`, and returns how often that has changed.
@@ -37,7 +37,7 @@ impl Occupancy {
     }
 }
 
-impl Drop for Occupied {
+impl Drop for RequestGuard {
     fn drop(&mut self) {
         self.0.0.send_modify(|requests| {
             requests.running -= 1;
@@ -56,10 +56,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_target_is_busy_with_a_request_and_once_more_when_that_has_ended() {
-        let occupancy = Occupancy::default();
-        let busy = async |changes| timeout(Duration::from_millis(50), occupancy.since(changes)).await.ok();
+        let in_flight = InFlightRequests::default();
+        let busy = async |changes| timeout(Duration::from_millis(50), in_flight.since(changes)).await.ok();
         assert_eq!(busy(0).await, None);
-        let request = occupancy.begin();
+        let request = in_flight.begin();
         assert_eq!(busy(0).await, Some(1));
         assert_eq!(busy(1).await, Some(1));
         drop(request);

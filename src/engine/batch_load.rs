@@ -1,0 +1,101 @@
+//! The completions that run at the same time, and what each brings into a pass of the target.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::speculation::ConcurrentLoad;
+
+/// All running completions of one target.
+#[derive(Debug, Clone, Default)]
+pub struct BatchLoad(Arc<Mutex<ConcurrentLoad>>);
+
+/// One of them; dropping it takes it out.
+#[derive(Debug)]
+pub struct ActiveCompletion {
+    batch_load: BatchLoad,
+    /// Tokens of its last step, its draft included; `None` before its first.
+    tokens: Option<usize>,
+}
+
+impl BatchLoad {
+    /// A completion that has not begun.
+    #[must_use]
+    pub fn join(&self) -> ActiveCompletion {
+        ActiveCompletion {
+            batch_load: self.clone(),
+            tokens: None,
+        }
+    }
+
+    /// Whether no completion runs.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().completions == 0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ConcurrentLoad> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ActiveCompletion {
+    /// It took a step over so many tokens.
+    pub fn steps(&mut self, tokens: usize) {
+        let mut all = self.batch_load.lock();
+        all.completions += usize::from(self.tokens.is_none());
+        all.tokens = all.tokens + tokens - self.tokens.unwrap_or_default();
+        self.tokens = Some(tokens);
+    }
+
+    /// What the others bring.
+    #[must_use]
+    pub fn others(&self) -> ConcurrentLoad {
+        let all = *self.batch_load.lock();
+        ConcurrentLoad {
+            completions: all.completions - usize::from(self.tokens.is_some()),
+            tokens: all.tokens - self.tokens.unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for ActiveCompletion {
+    fn drop(&mut self) {
+        if let Some(tokens) = self.tokens {
+            let mut all = self.batch_load.lock();
+            all.completions -= 1;
+            all.tokens -= tokens;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_sees_the_others_and_nobody_who_left() {
+        let batch_load = BatchLoad::default();
+        let (mut one, mut two, three) = (batch_load.join(), batch_load.join(), batch_load.join());
+        one.steps(5);
+        two.steps(1);
+        two.steps(3);
+        assert_eq!(
+            one.others(),
+            ConcurrentLoad {
+                completions: 1,
+                tokens: 3
+            }
+        );
+        assert_eq!(
+            three.others(),
+            ConcurrentLoad {
+                completions: 2,
+                tokens: 8
+            }
+        );
+        drop(two);
+        assert_eq!(one.others(), ConcurrentLoad::default());
+        assert!(!batch_load.is_empty());
+        drop(one);
+        assert!(batch_load.is_empty());
+    }
+}
