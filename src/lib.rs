@@ -6,7 +6,7 @@
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
 //! | [`rounds`] | answers for targets that no drafter can attach to |
-//! | [`http`] | HTTP clients and bounded reads |
+//! | [`failure`] | why an operation failed, in plain words; imports nothing |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
@@ -24,6 +24,7 @@ pub mod cli;
 pub mod config;
 pub mod count;
 pub mod engine;
+pub mod failure;
 pub mod gguf;
 pub mod http;
 pub mod observe;

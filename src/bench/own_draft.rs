@@ -9,8 +9,9 @@ use super::contender::{Contender, Mode};
 use super::prompts::Prompt;
 use super::statistics::ratio;
 use crate::config::{self, Binaries, MaxDraftTokens, Model, Secret};
+use crate::http::auth::unguessable;
 use crate::supervise::command::Role;
-use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::service::{GaveUp, Service};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{ChatError, Wishes};
@@ -65,7 +66,7 @@ pub struct OwnDraft {
 pub enum OwnDraftError {
     /// Something that it needs is missing.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// It does not start.
     #[error(transparent)]
     GaveUp(#[from] GaveUp),
@@ -129,7 +130,7 @@ impl OwnDraft {
 /// Starts a server and waits until it serves.
 async fn serve(pair: &Pair, n_max: u16) -> Result<(Contender, Service), OwnDraftError> {
     // Nobody else needs to ask it.
-    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let key = Secret::new(unguessable());
     let server = config::Server {
         api_key: Some(key.clone()),
         api_key_file: None,

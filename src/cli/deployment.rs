@@ -9,6 +9,7 @@ use super::exit::{Exit, Failure};
 use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream, local_key};
+use crate::http::auth::unguessable;
 use crate::upstream::{ChatError, ChatServer, LlamaServer};
 
 /// How long a proxy that runs may take to find out what its servers can.
@@ -95,7 +96,7 @@ impl Deployment {
         } else if delay.is_some() || servers.target.is_some() || !servers.draft.is_empty() {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
             let url = format!("http://{}", listener.local_addr()?);
-            let token = Secret::new(format!("{:032x}", rand::random::<u128>()));
+            let token = Secret::new(unguessable());
             let section = config::Proxy {
                 target: Some(target),
                 draft: drafts,

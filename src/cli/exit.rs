@@ -11,7 +11,7 @@ use crate::gguf::ModelFileError;
 use crate::plan::PlanError;
 use crate::pool::coordinator::CoordinatorError;
 use crate::pool::worker::{NoServer, WorkerError};
-use crate::supervise::preflight::Unfit;
+use crate::supervise::preflight::PreflightError;
 use crate::supervise::service::GaveUp;
 use crate::upstream::ChatError;
 
@@ -92,14 +92,16 @@ impl Failure {
     }
 }
 
-impl From<Unfit> for Failure {
-    fn from(unfit: Unfit) -> Self {
+impl From<PreflightError> for Failure {
+    fn from(unfit: PreflightError) -> Self {
         let exit = match unfit {
-            Unfit::NoProgram(_) | Unfit::NoFile { .. } | Unfit::Unreadable { .. } => Exit::File,
-            Unfit::NotGguf(_) => Exit::BrokenModel,
-            Unfit::PortInUse { .. } => Exit::PortInUse,
-            Unfit::CannotListen { .. } => Exit::Config,
-            Unfit::Mute(_) => Exit::Other,
+            PreflightError::NoProgram(_) | PreflightError::NoFile { .. } | PreflightError::Unreadable { .. } => {
+                Exit::File
+            }
+            PreflightError::NotGguf(_) => Exit::BrokenModel,
+            PreflightError::PortInUse { .. } => Exit::PortInUse,
+            PreflightError::CannotListen { .. } => Exit::Config,
+            PreflightError::Mute(_) => Exit::Other,
         };
         Self::new(exit, unfit.to_string())
     }
@@ -125,7 +127,7 @@ impl From<WorkerError> for Failure {
     fn from(error: WorkerError) -> Self {
         match error {
             WorkerError::Token(error) => error.into(),
-            WorkerError::Unfit(error) | WorkerError::NoServer(NoServer::Unfit(error)) => error.into(),
+            WorkerError::PreflightError(error) | WorkerError::NoServer(NoServer::PreflightError(error)) => error.into(),
             WorkerError::GaveUp(error) => error.into(),
             WorkerError::NotFound(_) | WorkerError::Launch(_) => Self::new(Exit::Config, error.to_string()),
             WorkerError::NoServer(_) => Self::new(Exit::ChildGaveUp, error.to_string()),
@@ -180,7 +182,7 @@ impl From<RelayError> for Failure {
 impl From<OwnDraftError> for Failure {
     fn from(error: OwnDraftError) -> Self {
         match error {
-            OwnDraftError::Unfit(error) => error.into(),
+            OwnDraftError::PreflightError(error) => error.into(),
             OwnDraftError::GaveUp(error) => error.into(),
             OwnDraftError::Chat(error) => error.into(),
             OwnDraftError::Port(error) => error.into(),

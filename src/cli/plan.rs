@@ -15,7 +15,7 @@ use crate::count::count;
 use crate::gguf::ModelFile;
 use crate::plan::{self, Device, KnownFrom, Placement, Plan, PlanError, Settings, amount};
 use crate::pool::build;
-use crate::pool::devices::{self, Found, Probed};
+use crate::pool::devices::{self, FoundDevices, ProbedServers};
 use crate::pool::launch;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
@@ -62,10 +62,10 @@ pub async fn check(config: &Config, coordinator: &Coordinator, named: (&str, &Mo
 async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
     let file = ModelFile::read(&model.path)?;
     // A server that is run by hand is not asked: a coordinator may have it, and it serves one client at a time.
-    let found = devices::find(config, coordinator, &Probed::new())
+    let found = devices::find(config, coordinator, &ProbedServers::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
-    let Found {
+    let FoundDevices {
         devices,
         mut notes,
         builds,
@@ -148,7 +148,7 @@ pub async fn could_ever_fit(
 ) -> Result<(), Failure> {
     let file = ModelFile::read(&model.path)?;
     let settings = Settings::of(model, coordinator, None)?;
-    let found = devices::find(config, coordinator, &Probed::new())
+    let found = devices::find(config, coordinator, &ProbedServers::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
     let all_known = found.silent.is_empty();

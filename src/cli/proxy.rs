@@ -15,6 +15,7 @@ use super::wrap::fitted;
 use crate::config::{self, Config, Loaded, Upstream};
 use crate::engine::{self, Engine};
 use crate::proxy::{Settings, serve};
+use crate::rounds;
 use crate::supervise::notify::Notifier;
 use crate::supervise::preflight;
 
@@ -79,14 +80,20 @@ fn sentence(status: &engine::Status) -> String {
 /// Begins to watch the proxy's servers.
 pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
     let with_key = |upstream: &Upstream| (upstream.clone(), upstream.api_key.clone());
+    let no_client = |error| Failure::other("make an HTTP client", error);
+    let target = proxy.target.as_ref();
+    let verifier = target
+        .map(|target| rounds::verifier(target, target.api_key.clone()))
+        .transpose();
     let settings = engine::Settings {
         drafts: proxy.draft.iter().map(with_key).collect(),
-        target: proxy.target.as_ref().map(with_key),
+        target: target.map(with_key),
         max_draft_tokens: proxy.max_draft_tokens,
         verification: proxy.verification,
+        verifier: verifier.map_err(no_client)?.flatten(),
         ..engine::Settings::default()
     };
-    Engine::start(settings).map_err(|error| Failure::other("make an HTTP client", error))
+    Engine::start(settings).map_err(no_client)
 }
 
 /// Serves until `stop`, and then until running answers are finished, within a bound.

@@ -8,7 +8,7 @@ use super::{coordinator, pid_file, plan, proxy, signals};
 use crate::config::{self, Config, Loaded, Server, local_key};
 use crate::gguf::ModelFile;
 use crate::pool;
-use crate::pool::worker::{WorkerError, own_entry};
+use crate::pool::worker::{WorkerError, local_worker};
 use crate::supervise::command::Role;
 use crate::supervise::notify::{Notifier, Words};
 use crate::supervise::preflight;
@@ -104,7 +104,7 @@ async fn worker(
     stop: CancellationToken,
 ) -> Result<(), Failure> {
     // Whose addresses are names may have to wait for them.
-    let Some(own) = stop.run_until_cancelled(own_entry(config, name)).await else {
+    let Some(own) = stop.run_until_cancelled(local_worker(config, name)).await else {
         return Ok(());
     };
     let (entry, address) = own.map_err(WorkerError::from)?;

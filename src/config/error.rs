@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 /// Why there is no usable configuration.
 #[derive(Debug, thiserror::Error)]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{ConfigError, Coordinator, Proxy, Server, Upstream, Worker, local_key};
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 /// A string that never shows in logs or in the output of `check-config`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]

@@ -13,9 +13,11 @@ mod draft_stream;
 mod drafter;
 mod in_flight;
 mod prediction;
+mod probe;
 mod rounds;
 mod slots;
 mod step_timer;
+mod verifier;
 mod vocabulary;
 mod watch;
 
@@ -41,6 +43,7 @@ pub use in_flight::RequestGuard;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::DraftSlots;
+pub use verifier::{Endpoint, Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyContext, VerifyRequest};
 use watch::{ClusterSnapshot, ConfiguredServer, Watcher};
 
 /// What the engine needs to know, with the keys read.
@@ -54,6 +57,8 @@ pub struct Settings {
     pub max_draft_tokens: MaxDraftTokens,
     /// How the target is to verify.
     pub verification: VerificationMode,
+    /// Verifies drafts where no drafter can attach to the target, see [`crate::rounds::verifier`].
+    pub verifier: Option<Arc<dyn Verifier>>,
     /// A llama-server that takes no task for longer has stalled. A pass over a batch of a prompt takes its time, too.
     pub stall_after: Duration,
 }
@@ -65,6 +70,7 @@ impl Default for Settings {
             target: None,
             max_draft_tokens: MaxDraftTokens::default(),
             verification: VerificationMode::default(),
+            verifier: None,
             stall_after: Duration::from_secs(60),
         }
     }
@@ -137,7 +143,6 @@ impl Engine {
                 ..server((config, key))?
             })
         };
-        let target_key = settings.target.as_ref().and_then(|(_, key)| key.clone());
         let target = settings.target.map(server).transpose()?;
         let drafts = settings
             .drafts
@@ -145,10 +150,7 @@ impl Engine {
             .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<DraftSlots> = drafts.iter().map(|_| DraftSlots::default()).collect();
-        let rounds = match &target {
-            Some(server) => RoundsTarget::of(server, target_key)?.map(Arc::new),
-            None => None,
-        };
+        let rounds = settings.verifier.map(|verifier| Arc::new(RoundsTarget::new(verifier)));
         let in_flight = InFlightRequests::default();
         let watcher = {
             let (drafts, target, slots, in_flight) = (drafts.clone(), target.clone(), slots.clone(), in_flight.clone());

@@ -12,8 +12,8 @@ use super::slots::DraftSlots;
 use super::vocabulary::{self, VocabularyComparison};
 use super::{ServerStatus, Verification};
 use crate::config::{Backend, Upstream, VerificationMode};
+use crate::failure;
 use crate::speculation::Token;
-use crate::upstream::failure;
 use crate::upstream::{LlamaServer, Props, TextServer, UpstreamError};
 
 /// Time between two looks.

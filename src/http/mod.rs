@@ -1,5 +1,7 @@
 //! What every HTTP server and client of Tightwad shares.
 //!
+//! A request passes through these files in this order:
+//!
 //! | file | what it does |
 //! | --- | --- |
 //! | `serve` | accepts connections, hands requests to a router, ends |
@@ -14,14 +16,25 @@
 //!
 //! This module imports nothing of this crate but [`crate::config`].
 
+pub(crate) mod admission;
+pub(crate) mod auth;
 pub(crate) mod body;
+mod bounds;
 pub mod client;
+pub(crate) mod events;
 pub(crate) mod excerpt;
+pub(crate) mod headers;
 pub(crate) mod limits;
+pub(crate) mod members;
+pub(crate) mod nesting;
 pub(crate) mod origin;
+pub(crate) mod paths;
 pub(crate) mod peer;
 mod progress;
+pub(crate) mod refusal;
+pub(crate) mod relay;
 pub(crate) mod serve;
 mod socket;
+pub(crate) mod target;
 
 pub use limits::Limits;

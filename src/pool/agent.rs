@@ -1,7 +1,7 @@
-//! What a worker's agent says over HTTP.
+//! The HTTP protocol between a coordinator and a worker's agent.
 //!
-//! The RPC port of a worker serves one client at a time, and whoever else connects hangs (llama.cpp b11434,
-//! `ggml_backend_rpc_start_server`). So nobody asks that port how a worker is: the agent, on a port of its own, knows.
+//! The RPC port of a worker serves one client at a time; any other client that connects hangs (llama.cpp b11434,
+//! `ggml_backend_rpc_start_server`). So the agent answers questions about the worker, on a port of its own.
 //!
 //! | request | answer |
 //! | --- | --- |
@@ -10,27 +10,27 @@
 //! | `POST /v1/worker/lease/{id}/renew` | [`Renewal`]; 404 if that lease is over |
 //! | `DELETE /v1/worker/lease/{id}` | 204, as soon as the servers have ended and their memory is free |
 //!
-//! Every request carries `Authorization: Bearer TOKEN` where the worker has a token; 401 without it. 503: its servers do
-//! not start, or it still checks what it has on disk. Whatever is refused is refused with a [`Refusal`].
+//! If the worker has a token, every request carries `Authorization: Bearer TOKEN`; without it the answer is 401. 503 means
+//! that the servers do not start, or that the worker still checks its cache. Every error has a [`Refusal`] as its body.
 
 use serde::{Deserialize, Serialize};
 
-/// How a worker is.
+/// Status of a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WorkerStatus {
     /// Its name in the cluster file.
     pub name: String,
-    /// The build of llama.cpp, as its programs tell it: `b11434`.
+    /// The build of llama.cpp: `b11434`.
     pub build: String,
-    /// Version of the RPC protocol: `7.0.0`; `None` until a server has told it.
+    /// Version of the RPC protocol: `7.0.0`; `None` until a server has reported it.
     pub protocol: Option<String>,
     /// Its `ggml-rpc-server`s.
     pub endpoints: Vec<Endpoint>,
-    /// Who has it.
+    /// The holder of the lease.
     pub lease: Option<Holder>,
-    /// Bytes of model parts on its disk, counted within the last half minute, and the most that it keeps.
+    /// Bytes of model parts on its disk, counted within the last half minute.
     pub cache_bytes: u64,
-    /// See `cache_bytes`.
+    /// Most bytes of model parts that it keeps on its disk.
     pub cache_quota_bytes: u64,
     /// Last lines of the servers' log.
     pub last_lines: Vec<String>,
@@ -41,31 +41,30 @@ pub struct WorkerStatus {
 pub struct Endpoint {
     /// Its port.
     pub port: u16,
-    /// How it is.
+    /// Its state.
     pub state: EndpointState,
-    /// Its devices, in the order in which its clients see them.
+    /// Its devices, in the order in which clients see them.
     pub devices: Vec<DeviceStatus>,
 }
 
-/// How a `ggml-rpc-server` is.
+/// State of a `ggml-rpc-server`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EndpointState {
     /// Not running; a lease starts it.
     Idle,
-    /// It starts.
+    /// It is starting.
     Starting,
     /// It listens.
     Listening,
     /// A coordinator's llama-server is connected.
     Connected,
-    /// It died, and what it held is lost: only the next lease starts another. Or it was stopped (SIGSTOP), and answers
-    /// nobody.
+    /// It died and lost its part of the model, and only the next lease starts another; or a signal (SIGSTOP) has stopped it.
     Failed,
 }
 
 impl Endpoint {
-    /// What is wrong with these of a worker, if anything is.
+    /// The first problem of these servers of a worker, if any.
     #[must_use]
     pub fn problem(all: &[Self]) -> Option<String> {
         let failed = all.iter().filter(|endpoint| endpoint.state == EndpointState::Failed);
@@ -77,13 +76,13 @@ impl Endpoint {
 /// One device of a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// As llama.cpp calls it: `CUDA0`.
+    /// llama.cpp's name for it: `CUDA0`.
     pub name: String,
-    /// What it is: `NVIDIA GeForce RTX 4070 Ti SUPER`.
+    /// Its model: `NVIDIA GeForce RTX 4070 Ti SUPER`.
     pub description: String,
-    /// Its memory.
+    /// Its memory in bytes.
     pub total_bytes: u64,
-    /// What of that is free, last looked at while no coordinator was connected.
+    /// Free bytes, as last measured while no coordinator was connected.
     pub free_bytes: u64,
 }
 
@@ -106,33 +105,33 @@ impl DeviceStatus {
     }
 }
 
-/// Asks for the worker.
+/// Request for a lease of the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRequest {
-    /// Name of the coordinator that wants it, `192.168.1.10:8080#1f0c9a3e`. Two coordinators never have the same.
+    /// Unique name of the coordinator, `192.168.1.10:8080#1f0c9a3e`.
     pub holder: String,
-    /// Grows with each start of a llama-server. The same holder takes over its own lease with a higher one; a lower or
-    /// equal one is refused with 409.
+    /// Number of the start of a llama-server; it only grows. A holder takes over its own lease with a higher epoch; a lower
+    /// or equal one is refused with 409.
     pub epoch: u64,
 }
 
-/// The worker is yours until you return it, or fall silent.
+/// A lease of the worker. It lasts until it is returned or expires.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// Unguessable name.
     pub id: String,
-    /// Seconds after which it is over unless it is renewed.
+    /// Seconds until it expires unless renewed.
     pub expires_seconds: u64,
 }
 
-/// A lease goes on.
+/// Answer to a renewal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Renewal {
-    /// Its `ggml-rpc-server`s, as they are now: whoever renews need not ask again.
+    /// The present state of its `ggml-rpc-server`s.
     pub endpoints: Vec<Endpoint>,
 }
 
-/// Who has a worker.
+/// The holder of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     /// As in [`LeaseRequest`].
@@ -146,7 +145,7 @@ pub struct Holder {
 pub struct Refusal {
     /// One sentence.
     pub error: String,
-    /// With 409: who has the worker.
+    /// With 409: the holder of the lease.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<Holder>,
 }

@@ -1,4 +1,4 @@
-//! Asks a worker's agent, see [`super::agent`].
+//! HTTP client of a worker's agent; [`super::agent`] describes the protocol.
 
 use std::time::Duration;
 
@@ -7,19 +7,19 @@ use serde::de::DeserializeOwned;
 
 use super::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::config::{ConfigError, Secret, Worker};
+use crate::failure;
 use crate::http::client::{self, ReadError};
-use crate::upstream::failure;
 
 /// A host that is up answers the first packet in milliseconds.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
-/// An agent answers these at once, whatever its servers do.
+/// Timeout for requests that an agent answers at once.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// A lease is answered once fresh servers listen. A GPU driver that wakes up takes seconds, for each of a host's servers.
+/// Timeout for a lease, which is answered once fresh servers listen. A GPU driver that wakes up takes seconds per server.
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
-/// A server that does not end by itself is killed after a second, and a GPU takes a while to be free.
+/// Timeout for returning a lease: a server is killed after a second, and its GPU takes a while to be free.
 const RETURN_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Longest answer in bytes. A status with the last lines of several servers has some ten thousand.
+/// Longest answer in bytes. A status with the last log lines of several servers has some ten thousand.
 const MOST_BODY: usize = 1 << 20;
 
 /// A client of one worker's agent.
@@ -31,10 +31,10 @@ pub struct AgentClient {
     http: reqwest::Client,
 }
 
-/// Why an agent does not do what it is asked.
+/// Why a request to an agent failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
-    /// Nobody answers, or not in time.
+    /// The agent does not answer, or not in time.
     #[error("worker {worker} does not answer at {url} ({reason}); start `tightwad run worker {worker}` on its host")]
     Unreachable {
         /// Its name.
@@ -52,7 +52,7 @@ pub enum AgentError {
         /// Its agent's URL.
         url: String,
     },
-    /// Somebody else has it, or we with a later epoch.
+    /// Another coordinator holds the lease, or this one with a later epoch.
     #[error(
         "worker {worker} is leased by the coordinator {} (epoch {}); stop that one first",
         .holder.holder,
@@ -61,34 +61,34 @@ pub enum AgentError {
     Held {
         /// Its name.
         worker: String,
-        /// Who has it.
+        /// The holder of the lease.
         holder: Holder,
     },
-    /// That lease is over: it expired, or was taken over.
+    /// The lease is over: it expired, or was taken over.
     #[error("the lease of worker {worker} is over; take a new one")]
     Over {
         /// Its name.
         worker: String,
     },
-    /// It would, and cannot: its servers do not start.
+    /// The agent cannot: its servers do not start.
     #[error("worker {worker}: {reason}")]
     Refused {
         /// Its name.
         worker: String,
-        /// Its own words.
+        /// The reason that it gives.
         reason: String,
     },
-    /// Something else answers there.
+    /// Something other than an agent answers there.
     #[error("{url} is not the agent of worker {worker} ({reason}); check `agent_port`")]
     NotAnAgent {
         /// Its name.
         worker: String,
         /// The URL.
         url: String,
-        /// What gave it away.
+        /// What the answer looks like.
         reason: String,
     },
-    /// TLS or the resolver of this host cannot be set up.
+    /// This host cannot set up TLS or its resolver.
     #[error("worker {worker} cannot be asked: this host's HTTP client cannot be set up: {reason}")]
     NoClient {
         /// Its name.
@@ -107,7 +107,7 @@ pub enum AgentError {
 }
 
 impl AgentClient {
-    /// A client of this worker's agent; reads the token now.
+    /// A client of this worker's agent; reads the token's file now.
     pub fn new(worker: &Worker) -> Result<Self, AgentError> {
         let token = worker.agent_token().map_err(|error: ConfigError| AgentError::Token {
             worker: worker.name().to_owned(),
@@ -119,7 +119,7 @@ impl AgentClient {
     /// A client of the agent at a base URL.
     pub fn at(worker: impl Into<String>, url: impl Into<String>, token: Option<Secret>) -> Result<Self, AgentError> {
         let worker = worker.into();
-        // A connection that is kept idle may be ended to make room for another client's, just as the next call is sent.
+        // The agent may close an idle connection just as the next request is sent on it, so none is kept.
         let http = client::builder()
             .connect_timeout(CONNECT_PATIENCE)
             .pool_max_idle_per_host(0)
@@ -141,13 +141,13 @@ impl AgentClient {
         &self.worker
     }
 
-    /// How it is. Answered at once, whoever has it.
+    /// The status of the worker. Answered at once, whoever holds the lease.
     pub async fn status(&self) -> Result<WorkerStatus, AgentError> {
         let request = self.request(Method::GET, "/v1/worker", PATIENCE);
         self.json(self.send(request).await?).await
     }
 
-    /// Takes it. Answered once fresh servers listen; whoever stops waiting does not get it.
+    /// Leases the worker. Answered once fresh servers listen; a request that is dropped gets no lease.
     pub async fn lease(&self, wanted: &LeaseRequest) -> Result<Lease, AgentError> {
         let request = self
             .request(Method::POST, "/v1/worker/lease", LEASE_PATIENCE)
@@ -155,13 +155,13 @@ impl AgentClient {
         self.json(self.send(request).await?).await
     }
 
-    /// Keeps a lease for another while, and says how its servers are.
+    /// Renews a lease; the answer tells the state of its servers.
     pub async fn renew(&self, id: &str) -> Result<Renewal, AgentError> {
         let request = self.request(Method::POST, &format!("/v1/worker/lease/{id}/renew"), PATIENCE);
         self.json(self.send(request).await?).await
     }
 
-    /// Ends a lease. Answered once the servers have ended and their memory is free.
+    /// Returns a lease. Answered once the servers have ended and their memory is free.
     pub async fn give_back(&self, id: &str) -> Result<(), AgentError> {
         let request = self.request(Method::DELETE, &format!("/v1/worker/lease/{id}"), RETURN_PATIENCE);
         self.send(request).await.map(drop)
@@ -178,7 +178,7 @@ impl AgentClient {
         }
     }
 
-    /// The answer, if it is a good one.
+    /// Sends a request; an error status becomes an error.
     async fn send(&self, request: RequestBuilder) -> Result<Response, AgentError> {
         let answer = request.send().await.map_err(|error| self.unreachable(&error))?;
         let status = answer.status();
@@ -223,7 +223,7 @@ impl AgentClient {
         }
     }
 
-    /// What it is called to whoever has waited long enough.
+    /// The error for an agent that did not answer in time.
     pub(super) fn silent(&self) -> AgentError {
         AgentError::Unreachable {
             worker: self.worker.clone(),

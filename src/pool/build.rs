@@ -1,4 +1,4 @@
-//! The build of llama.cpp: all hosts of a pool must run the same.
+//! The build of llama.cpp. All hosts of a pool must run the same one.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -9,12 +9,12 @@ use tokio::time::timeout;
 
 use crate::supervise::environment;
 
-/// Printing a version takes milliseconds; a GPU driver that wakes up takes longer.
+/// Timeout for printing the version; a GPU driver that wakes up takes a while.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What an agent says of a build that is not known.
+/// The name of an unknown build in the status of an agent.
 pub const UNKNOWN: &str = "unknown";
 
-/// What is wrong between a worker and a coordinator with these builds, if anything is.
+/// The problem of a worker whose build differs from that of its coordinator.
 #[must_use]
 pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
     (theirs != own).then(|| {
@@ -22,7 +22,7 @@ pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
     })
 }
 
-/// The build that `llama-server --version` tells, `b11434`; `None` where it tells none.
+/// The build in the output of `llama-server --version`, such as `b11434`; `None` if there is none.
 pub async fn build(llama_server: &Path) -> Option<String> {
     let mut command = Command::new(llama_server);
     command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
@@ -31,7 +31,7 @@ pub async fn build(llama_server: &Path) -> Option<String> {
     parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// `version: 0.6.0-dev (build 11434, commit unknown)`, or as it was before: `version: 6021 (1d72c84)`.
+/// Reads `version: 0.6.0-dev (build 11434, commit unknown)`, or the older form `version: 6021 (1d72c84)`.
 fn parse(text: &str) -> Option<String> {
     let version = text.lines().find_map(|line| line.trim().strip_prefix("version:"))?;
     let number = match version.split_once("build ") {
@@ -39,7 +39,7 @@ fn parse(text: &str) -> Option<String> {
         None => version.trim(),
     };
     let digits: String = number.chars().take_while(char::is_ascii_digit).collect();
-    // 0 is what a build outside of a git repository calls itself.
+    // A build outside of a git repository has number 0.
     let number: u32 = digits.parse().ok().filter(|number| *number != 0)?;
     Some(format!("b{number}"))
 }

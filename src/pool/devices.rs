@@ -1,9 +1,8 @@
-//! The devices of the pool and their memory.
+//! Finds the devices of the pool and their free memory, for a plan.
 //!
-//! A worker's agent knows them best; without one the server itself is asked by whoever may, else the config's `vram_gb` has
-//! to do. The coordinator's own GPUs are asked of
-//! `llama-server --list-devices`. Only what the config lends is taken: the coordinator's `gpus`, and of a worker all that its
-//! agent tells. What nobody tells is noted, and never ends the search.
+//! Sources, best first: the worker's agent, a probe of its `ggml-rpc-server`, `vram_gb` of the config. The coordinator's own
+//! GPUs come from `llama-server --list-devices`. Only lent devices count: the coordinator's `gpus`, and everything that a
+//! worker's agent lists. A source that does not answer adds a note and never ends the search.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,60 +15,64 @@ use tokio::time::timeout;
 use super::agent::{DeviceStatus, WorkerStatus};
 use super::agent_client::{AgentClient, AgentError};
 use super::build;
-use super::rpc_probe::Told;
+use super::rpc_probe::RpcServer;
 use crate::config::{Config, Coordinator, GpuBackend, Worker};
 use crate::count::count;
 use crate::plan::device::{name, of_config, of_port};
 use crate::plan::{Device, KnownFrom, configured};
 use crate::supervise::{command, environment};
 
-/// An agent answers from memory.
+/// Timeout for an agent, which answers from memory.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
-/// A GPU driver that wakes up takes a while.
+/// Timeout for llama-server to list devices; a GPU driver that wakes up takes a while.
 const LIST_PATIENCE: Duration = Duration::from_secs(30);
-/// What people read as the host of the coordinator's own GPUs.
+/// Host name of the coordinator's own GPUs in messages.
 const COORDINATOR: &str = "coordinator";
 
-/// What was found.
+/// The devices of the pool.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Found {
-    /// The devices, in llama.cpp's order: the workers' first.
+pub struct FoundDevices {
+    /// The devices, in llama.cpp's order: those of workers first.
     pub devices: Vec<Device>,
-    /// What could not be asked, and what was taken instead: a sentence each.
+    /// One sentence for each source that did not answer, with what was used instead.
     pub notes: Vec<String>,
-    /// Workers whose agent does not answer.
+    /// Names of the workers whose agent does not answer.
     pub silent: Vec<String>,
-    /// The build of llama.cpp that each worker's agent tells, by the worker's name.
+    /// The llama.cpp build of each worker, by the worker's name.
     pub builds: BTreeMap<String, String>,
 }
 
-/// What servers that are run by hand have told, by their `host:port`: see [`super::rpc_probe`] for who may ask them.
-pub type Probed = BTreeMap<String, Told>;
+/// Reports of servers without an agent, by `host:port`; see [`super::rpc_probe`] for when they may be probed.
+pub type ProbedServers = BTreeMap<String, RpcServer>;
 
-/// A server has other devices than the config says. llama.cpp numbers all that a server has, so the numbers of all devices
-/// after those would be wrong.
+/// A server has a different number of devices than the config lists. llama.cpp numbers all devices of a server, so the
+/// numbers of all later devices would be wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the ggml-rpc-server at {endpoint} has {} and the config gives worker {worker} {configured} there; list as \
      many `gpus` with that `rpc_port`, or start the server with `--device`",
     count(*.told as u64, "device", "devices")
 )]
-pub struct Miscounted {
+pub struct DeviceCountMismatch {
     /// Name of the worker.
     pub worker: String,
     /// `host:port` of the server.
     pub endpoint: String,
-    /// GPUs in the config.
+    /// GPUs that the config lists there.
     pub configured: usize,
     /// Devices that it has.
     pub told: usize,
 }
 
-/// Asks all that can be asked, at once.
-pub async fn find(config: &Config, coordinator: &Coordinator, probed: &Probed) -> Result<Found, Miscounted> {
+/// Asks all sources at once.
+pub async fn find(
+    config: &Config,
+    coordinator: &Coordinator,
+    probed: &ProbedServers,
+) -> Result<FoundDevices, DeviceCountMismatch> {
     let workers = join_all(config.workers.iter().map(|worker| of_worker(worker, probed)));
     let (workers, own) = tokio::join!(workers, own(&config.binaries.llama_server, coordinator));
-    let mut found = Found::default();
+    let mut found = FoundDevices::default();
     for part in workers.into_iter().chain([Ok(own)]) {
         let part = part?;
         found.devices.extend(part.devices);
@@ -80,8 +83,8 @@ pub async fn find(config: &Config, coordinator: &Coordinator, probed: &Probed) -
     Ok(found)
 }
 
-async fn of_worker(worker: &Worker, probed: &Probed) -> Result<Found, Miscounted> {
-    let mut found = Found::default();
+async fn of_worker(worker: &Worker, probed: &ProbedServers) -> Result<FoundDevices, DeviceCountMismatch> {
+    let mut found = FoundDevices::default();
     if !worker.has_agent() {
         found.devices = of_servers(worker, probed)?;
         if found
@@ -133,7 +136,7 @@ fn left_out(worker: &Worker, why: &str) -> String {
     )
 }
 
-/// Asks a worker's agent how it is.
+/// Asks a worker's agent for its status.
 async fn ask(worker: &Worker) -> Result<WorkerStatus, AgentError> {
     let client = AgentClient::new(worker)?;
     timeout(AGENT_PATIENCE, client.status())
@@ -141,7 +144,7 @@ async fn ask(worker: &Worker) -> Result<WorkerStatus, AgentError> {
         .unwrap_or_else(|_| Err(client.silent()))
 }
 
-/// The devices that an agent tells.
+/// The devices that an agent lists.
 #[must_use]
 pub fn told(worker: &Worker, status: &WorkerStatus) -> Vec<Device> {
     let of_endpoint = |endpoint: &super::agent::Endpoint| {
@@ -167,8 +170,8 @@ fn listed(host: &str, device: DeviceStatus, known_from: KnownFrom) -> Device {
     }
 }
 
-/// The devices of servers that are run by hand: what the config says of them, with the memory that they told.
-fn of_servers(worker: &Worker, probed: &Probed) -> Result<Vec<Device>, Miscounted> {
+/// The devices of a worker without an agent: those of the config, with the memory that probed servers reported.
+fn of_servers(worker: &Worker, probed: &ProbedServers) -> Result<Vec<Device>, DeviceCountMismatch> {
     let mut devices = Vec::new();
     for (port, gpus) in worker.rpc_endpoints() {
         let endpoint = format!("{}:{port}", worker.host);
@@ -178,7 +181,7 @@ fn of_servers(worker: &Worker, probed: &Probed) -> Result<Vec<Device>, Miscounte
                 own = unnamed(worker, &endpoint, told.devices.len());
             }
             if own.len() != told.devices.len() {
-                return Err(Miscounted {
+                return Err(DeviceCountMismatch {
                     worker: worker.name().to_owned(),
                     endpoint,
                     configured: own.len(),
@@ -196,7 +199,7 @@ fn of_servers(worker: &Worker, probed: &Probed) -> Result<Vec<Device>, Miscounte
     Ok(devices)
 }
 
-/// Devices of which nothing but their number is known.
+/// Devices of which only the number is known.
 fn unnamed(worker: &Worker, endpoint: &str, count: usize) -> Vec<Device> {
     let device = |number| Device {
         host: worker.name().to_owned(),
@@ -210,9 +213,9 @@ fn unnamed(worker: &Worker, endpoint: &str, count: usize) -> Vec<Device> {
     (0..count).map(device).collect()
 }
 
-/// The GPUs of the coordinator's own host, as far as its section lists them.
-async fn own(llama_server: &Path, coordinator: &Coordinator) -> Found {
-    let mut found = Found::default();
+/// The GPUs of the coordinator's own host that its section lists.
+async fn own(llama_server: &Path, coordinator: &Coordinator) -> FoundDevices {
+    let mut found = FoundDevices::default();
     if coordinator.gpus.is_empty() {
         return found;
     }
@@ -292,7 +295,7 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
     Ok(parse_list(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// The devices of `llama-server --list-devices`, each on an indented line.
+/// Reads the output of `llama-server --list-devices`: one device per indented line.
 #[must_use]
 pub fn parse_list(text: &str) -> Vec<Device> {
     let indented = text.lines().filter(|line| line.starts_with("  "));
@@ -341,7 +344,7 @@ mod tests {
             agent_port: 1,
             ..Worker::at("127.0.0.1")
         };
-        let found = of_worker(&worker, &Probed::new()).await.unwrap();
+        let found = of_worker(&worker, &ProbedServers::new()).await.unwrap();
         assert_eq!(found.silent, ["127.0.0.1"]);
         assert_eq!(found.devices, configured(&worker));
         assert!(
@@ -353,7 +356,7 @@ mod tests {
             agent_port: 1,
             ..Worker::at("127.0.0.1")
         };
-        let unknown = of_worker(&nobody, &Probed::new()).await.unwrap();
+        let unknown = of_worker(&nobody, &ProbedServers::new()).await.unwrap();
         assert!(
             unknown.devices.is_empty() && unknown.notes[0].contains("left out"),
             "{:?}",
@@ -362,12 +365,12 @@ mod tests {
     }
 
     /// A server with devices of so many GiB of free memory, half of what they have.
-    fn server(free: &[u64]) -> Told {
+    fn server(free: &[u64]) -> RpcServer {
         let device = |gib: &u64| DeviceMemory {
             free_bytes: gib << 30,
             total_bytes: gib << 31,
         };
-        Told {
+        RpcServer {
             protocol: Protocol {
                 major: 7,
                 minor: 0,
@@ -384,7 +387,7 @@ mod tests {
             gpus: vec![gpu("a", None), gpu("b", None)],
             ..Worker::at("10.0.0.2")
         };
-        let probed = Probed::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
+        let probed = ProbedServers::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
         let found = of_worker(&worker, &probed).await.unwrap();
         let shown: Vec<_> = found
             .devices
@@ -403,7 +406,7 @@ mod tests {
             gpus: vec![gpu("a", None)],
             ..Worker::at("10.0.0.2")
         };
-        let probed = Probed::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
+        let probed = ProbedServers::from([("10.0.0.2:50052".to_owned(), server(&[3, 5]))]);
         let refused = of_worker(&worker, &probed).await.unwrap_err();
         assert_eq!((refused.configured, refused.told), (1, 2));
         assert!(refused.to_string().contains("10.0.0.2:50052"), "{refused}");

@@ -1,4 +1,4 @@
-//! The command line of a coordinator's llama-server that does what a [`Plan`] says.
+//! Turns a [`Plan`] into the command line of the coordinator's llama-server.
 
 use std::ffi::OsString;
 
@@ -6,7 +6,7 @@ use crate::config::{Coordinator, Model, Server};
 use crate::plan::Plan;
 use crate::supervise::command::{self, Launch, Pool};
 
-/// The command line that does what is planned, with a llama-server that listens on `host` and `port`.
+/// The command line that places layers as planned, for a llama-server that listens on `host` and `port`.
 #[must_use]
 pub fn launch(
     plan: &Plan,
@@ -37,7 +37,7 @@ pub fn launch(
     command::coordinator(program, &server, name, model, plan.settings.draft_tokens, &share(plan))
 }
 
-/// The devices that get layers, as llama-server's command line names them.
+/// The devices that get layers, by their names on the command line.
 fn share(plan: &Plan) -> Pool {
     let used = || plan.placements.iter().filter(|placement| placement.layers > 0);
     let mut rpc: Vec<String> = Vec::new();

@@ -1,7 +1,7 @@
-//! Asks a `ggml-rpc-server` for its protocol and its devices' memory.
+//! Asks a `ggml-rpc-server` for its protocol version and its devices' memory.
 //!
-//! Only while nobody has it: it serves one client at a time, and the next one waits without end (llama.cpp b11434,
-//! `ggml_backend_rpc_start_server`). Therefore everything here has a bound, and the connection is closed at once.
+//! Allowed only while no client uses the server: it serves one client at a time, and the next one waits without end
+//! (llama.cpp b11434, `ggml_backend_rpc_start_server`). So every probe has a timeout and closes its connection at once.
 //!
 //! The wire (`ggml-rpc.cpp`): a request is a command (1 byte), the size of what follows (8 bytes) and that; an answer is
 //! its size (8 bytes) and that. Numbers are little-endian. The first command must be HELLO with 24 bytes of transport
@@ -16,22 +16,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
 const GET_DEVICE_MEMORY: u8 = 11;
 const HELLO: u8 = 14;
 const DEVICE_COUNT: u8 = 15;
 /// Bytes of transport capabilities in a HELLO and its answer.
 const CAPABILITIES: usize = 24;
-/// The protocol whose command numbers the ones above are; only HELLO's never changes.
+/// The major version that these command numbers belong to; only that of HELLO never changes.
 const MAJOR: u8 = 7;
-/// More devices than any host has.
+/// Limit for the number of devices; no host has more.
 const MOST_DEVICES: u32 = 64;
 
 /// Version of the RPC protocol. A client refuses a server of another major, or of a newer minor version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Protocol {
-    /// Changes with what the messages look like.
+    /// Changes with the form of messages.
     pub major: u8,
     /// Changes with new messages.
     pub minor: u8,
@@ -54,27 +54,27 @@ pub struct DeviceMemory {
     pub total_bytes: u64,
 }
 
-/// What a server told.
+/// The report of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Told {
+pub struct RpcServer {
     /// Its protocol.
     pub protocol: Protocol,
-    /// Its devices, in the order in which its clients see them; none if its protocol is unknown to us.
+    /// Its devices, in the order in which clients see them; empty if the protocol is unknown.
     pub devices: Vec<DeviceMemory>,
 }
 
-/// Why there is no answer.
+/// Why a probe failed.
 #[derive(Debug, thiserror::Error)]
-pub enum ProbeError {
-    /// Nothing listens there, or the connection broke.
+pub enum RpcProbeError {
+    /// Nothing listens there, or the connection broke off.
     #[error("no ggml-rpc-server answers at {address} ({}); start it there, and check host, port and firewall", explain(.source))]
     Unreachable {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It took the connection and says nothing.
+    /// It accepted the connection and does not answer.
     #[error(
         "the ggml-rpc-server at {address} does not answer; it serves one client at a time and may have another: stop \
          that one, or restart the server"
@@ -83,7 +83,7 @@ pub enum ProbeError {
         /// Where.
         address: SocketAddr,
     },
-    /// It is no `ggml-rpc-server`, or a very old one.
+    /// It is not a `ggml-rpc-server`, or a very old one.
     #[error("what listens at {address} does not speak llama.cpp's RPC protocol; check the port and its version")]
     Foreign {
         /// Where.
@@ -91,19 +91,19 @@ pub enum ProbeError {
     },
 }
 
-/// Asks; gives up after `patience`.
-pub async fn probe(address: SocketAddr, patience: Duration) -> Result<Told, ProbeError> {
+/// Probes the server at `address`; gives up after `patience`.
+pub async fn probe(address: SocketAddr, patience: Duration) -> Result<RpcServer, RpcProbeError> {
     match timeout(patience, ask(address)).await {
         Ok(Ok(told)) => Ok(told),
         Ok(Err(source)) if matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
-            Err(ProbeError::Foreign { address })
+            Err(RpcProbeError::Foreign { address })
         }
-        Ok(Err(source)) => Err(ProbeError::Unreachable { address, source }),
-        Err(_) => Err(ProbeError::Silent { address }),
+        Ok(Err(source)) => Err(RpcProbeError::Unreachable { address, source }),
+        Err(_) => Err(RpcProbeError::Silent { address }),
     }
 }
 
-async fn ask(address: SocketAddr) -> io::Result<Told> {
+async fn ask(address: SocketAddr) -> io::Result<RpcServer> {
     let mut server = TcpStream::connect(address).await?;
     server.set_nodelay(true)?;
     let hello: [u8; 4 + CAPABILITIES] = call(&mut server, HELLO, &[0; CAPABILITIES]).await?;
@@ -124,10 +124,10 @@ async fn ask(address: SocketAddr) -> io::Result<Told> {
             });
         }
     }
-    Ok(Told { protocol, devices })
+    Ok(RpcServer { protocol, devices })
 }
 
-/// One command and its answer, which has a known size.
+/// Sends one command; its answer has a known size.
 async fn call<const SIZE: usize>(server: &mut TcpStream, command: u8, input: &[u8]) -> io::Result<[u8; SIZE]> {
     let mut request = vec![command];
     request.extend((input.len() as u64).to_le_bytes());
@@ -173,13 +173,13 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_has_another_client_is_silent_and_we_do_not_hang() {
         let address = saying(b"").await;
-        assert!(matches!(probe(address, SOON).await, Err(ProbeError::Silent { .. })));
+        assert!(matches!(probe(address, SOON).await, Err(RpcProbeError::Silent { .. })));
     }
 
     #[tokio::test]
     async fn what_speaks_another_protocol_is_foreign() {
         let address = saying(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
-        assert!(matches!(probe(address, SOON).await, Err(ProbeError::Foreign { .. })));
+        assert!(matches!(probe(address, SOON).await, Err(RpcProbeError::Foreign { .. })));
     }
 
     #[tokio::test]
@@ -189,7 +189,7 @@ mod tests {
         drop(listener);
         assert!(matches!(
             probe(address, SOON).await,
-            Err(ProbeError::Unreachable { .. })
+            Err(RpcProbeError::Unreachable { .. })
         ));
     }
 

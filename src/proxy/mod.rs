@@ -19,26 +19,17 @@
 //! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
 
-pub(crate) mod admission;
 mod agreement;
-mod bounds;
-pub(crate) mod events;
 mod forward;
-pub(crate) mod headers;
-mod nesting;
 mod observed;
-pub(crate) mod paths;
 mod recent;
-pub(crate) mod relay;
-pub(crate) mod respond;
 mod router;
 mod running;
 mod server;
 mod settings;
 mod status;
-pub(crate) mod target;
-pub(crate) mod token;
-pub(crate) mod usage;
+mod usage;
 
+pub use observed::metrics;
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

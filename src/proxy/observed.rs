@@ -26,10 +26,16 @@ impl Observed {
     /// Begins to count; each scrape reads what the engine counts from the engine.
     pub(super) fn new(engine: &Arc<Engine>) -> Self {
         Self {
-            metrics: Metrics::new(Box::new(DraftingMetrics(Arc::clone(engine)))),
+            metrics: metrics(engine),
             recent: Recent::default(),
         }
     }
+}
+
+/// The metrics of a proxy, all at zero but for what the engine counts.
+#[must_use]
+pub fn metrics(engine: &Arc<Engine>) -> Metrics {
+    Metrics::new(Box::new(DraftingMetrics(Arc::clone(engine))))
 }
 
 /// What the engine counts, read at each scrape.
@@ -108,7 +114,7 @@ mod tests {
 
     #[tokio::test]
     async fn counts_appear_under_their_names() {
-        let metrics = Observed::new(&Engine::start(crate::engine::Settings::default()).unwrap()).metrics;
+        let metrics = metrics(&Engine::start(crate::engine::Settings::default()).unwrap());
         metrics
             .requests
             .get_or_create(&Ended {

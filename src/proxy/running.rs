@@ -9,9 +9,9 @@ use tokio::sync::watch as channel;
 
 use super::agreement::Question;
 use super::observed::Observed;
-use super::paths::Route;
 use super::recent::Record;
 use crate::engine::{Attachment, Counts, RequestGuard};
+use crate::http::paths::Route;
 use crate::observe::Outcome;
 use crate::observe::metrics::Ended;
 

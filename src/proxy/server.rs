@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::router::{App, router};
 use super::settings::Settings;
-use super::target::TargetError;
 use crate::engine::Engine;
 use crate::http::serve::{self, Running};
+use crate::http::target::TargetError;
 
 /// Why the proxy cannot serve.
 #[derive(Debug, thiserror::Error)]

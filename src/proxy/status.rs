@@ -30,7 +30,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>, headers: HeaderMap) -> Re
         return Json(json!({ "status": "ready" })).into_response();
     }
     let mut body = json!({ "status": "not ready" });
-    if app.knows(&headers) {
+    if app.admits(&headers) {
         let reason = target.problem.as_deref();
         body["reason"] = reason.unwrap_or("the target has not answered yet").into();
     }

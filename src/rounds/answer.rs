@@ -12,8 +12,9 @@ use tokio::sync::watch as channel;
 
 use super::openai::{DONE, Style, Usage};
 use super::text::Stops;
-use super::{Action, Ask, Event, Finish, Prompt, Request, Rounds, Target};
-use crate::engine::{Counts, Drafting};
+use super::{Action, Event, Finish, Request, Rounds};
+use crate::engine::{Counts, Drafting, Endpoint, Prompt, Verifier, VerifyRequest};
+use crate::http::auth::unguessable;
 use crate::speculation::{StepSample, Token, TokenClass};
 use crate::upstream::UpstreamError;
 
@@ -101,15 +102,15 @@ impl Telling {
             drafting,
         } = answer;
         let target = Arc::clone(drafting.target());
-        let Some(prompt) = target.prompt(&request).await? else {
+        let Some(prompt) = target.prompt(&request.prompt).await? else {
             return Ok(None);
         };
         let prediction = match prediction {
             Some(text) => drafting.predicted(text).await,
             None => Vec::new(),
         };
-        let style = Style::new(request.endpoint, prompt.model.clone());
-        let is_chat = request.endpoint == super::Endpoint::Chat;
+        let style = Style::new(request.prompt.endpoint, prompt.model.clone());
+        let is_chat = request.prompt.endpoint == Endpoint::Chat;
         let include_usage = request.include_usage;
         let mut run = Run::new(request, prompt, &prediction, drafting, target);
         let mut first = VecDeque::new();
@@ -173,13 +174,9 @@ impl Telling {
     }
 }
 
-fn new_name() -> String {
-    format!("{:032x}", rand::random::<u128>())
-}
-
 /// The rounds, and the text that comes of them.
 struct Run {
-    target: Arc<dyn Target>,
+    target: Arc<dyn Verifier>,
     drafting: Drafting,
     /// Names this answer to the target.
     name: String,
@@ -202,12 +199,12 @@ impl Run {
         prompt: Prompt,
         prediction: &[Token],
         drafting: Drafting,
-        target: Arc<dyn Target>,
+        target: Arc<dyn Verifier>,
     ) -> Self {
         let mut run = Self {
             is_predicted: !prediction.is_empty(),
             target,
-            name: new_name(),
+            name: unguessable(),
             sampling: request.sampling,
             rounds: Rounds::new(prompt.tokens, prediction, prompt.limit),
             actions: VecDeque::new(),
@@ -279,18 +276,18 @@ impl Run {
 
     async fn verify(&mut self, draft: &[Token], n: usize) -> Result<(), UpstreamError> {
         let begun = Instant::now();
-        let ask = Ask {
+        let step = VerifyRequest {
             answer: &self.name,
             context: self.rounds.context(),
             draft,
             n,
             sampling: &self.sampling,
         };
-        let verdict = match self.target.verify(ask).await {
+        let verdict = match self.target.verify(step).await {
             Err(UpstreamError::Refused { url, status, message }) if !draft.is_empty() => {
                 tracing::debug!("{url} does not take a draft: {status} {message}");
                 // The target may have computed and kept it.
-                self.name = new_name();
+                self.name = unguessable();
                 self.handle(Event::Refused);
                 return Ok(());
             }

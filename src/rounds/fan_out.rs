@@ -5,8 +5,7 @@
 use futures_util::future::{BoxFuture, FutureExt};
 use serde_json::Map;
 
-use super::request::Content;
-use super::{Ask, Prompt, Request, Target, Verdict};
+use crate::engine::{Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyRequest};
 use crate::speculation::Token;
 use crate::upstream::{LlamaServer, UpstreamError};
 
@@ -23,18 +22,18 @@ impl FanOut {
         Self { server }
     }
 
-    async fn prompt_of(&self, request: &Request) -> Result<Option<Prompt>, UpstreamError> {
+    async fn prompt_of(&self, request: &PromptRequest) -> Result<Option<Prompt>, UpstreamError> {
         let props = self.server.props().await?;
         let tokens = match &request.content {
-            Content::Messages(messages) => {
+            PromptContent::Messages(messages) => {
                 let prompt = self.server.apply_template(messages).await?;
                 if super::request::opens_reasoning(&prompt) {
                     return Ok(None);
                 }
                 self.server.tokenize_prompt(&prompt).await?
             }
-            Content::Text(text) => self.server.tokenize_prompt(text).await?,
-            Content::Tokens(tokens) => tokens.clone(),
+            PromptContent::Text(text) => self.server.tokenize_prompt(text).await?,
+            PromptContent::Tokens(tokens) => tokens.clone(),
         };
         let room = props.default_generation_settings.n_ctx.saturating_sub(tokens.len());
         Ok((room > 0 && !tokens.is_empty()).then(|| Prompt {
@@ -44,8 +43,8 @@ impl FanOut {
         }))
     }
 
-    async fn round(&self, ask: Ask<'_>) -> Result<Verdict, UpstreamError> {
-        let Ask {
+    async fn round(&self, ask: VerifyRequest<'_>) -> Result<Verdict, UpstreamError> {
+        let VerifyRequest {
             context,
             draft,
             n,
@@ -68,12 +67,12 @@ impl FanOut {
     }
 }
 
-impl Target for FanOut {
-    fn prompt<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
+impl Verifier for FanOut {
+    fn prompt<'a>(&'a self, request: &'a PromptRequest) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
         self.prompt_of(request).boxed()
     }
 
-    fn verify<'a>(&'a self, ask: Ask<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
+    fn verify<'a>(&'a self, ask: VerifyRequest<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
         self.round(ask).boxed()
     }
 

@@ -10,10 +10,8 @@
 //! | `round` | what to ask next, and what the answers mean (pure) |
 //! | `text` | stop strings, over the borders of rounds (pure) |
 //! | `openai` | the answer's JSON and events (pure) |
-//! | `target` | what a target must be able to do |
 //! | `fan_out` | a stock llama-server: one prompt for each length of the draft, in one request |
 //! | `scored` | vLLM and SGLang: the likeliest tokens beside those of a prompt |
-//! | `proof` | whether a target does that exactly, tried when it comes up |
 //! | `answer` | carries the actions of `round` out |
 //!
 //! Known differences to the target's own answer: a special token that the model writes inside of an answer, and that the
@@ -23,17 +21,33 @@
 mod answer;
 mod fan_out;
 mod openai;
-mod proof;
 mod request;
 mod round;
 mod scored;
-mod target;
 mod text;
+
+use std::sync::Arc;
+
+use crate::config::{Backend, Secret, Upstream};
+use crate::engine::Verifier;
+use crate::upstream::{LlamaServer, Sglang, Vllm};
 
 pub use answer::Answer;
 pub use fan_out::FanOut;
-pub use proof::{Flaw, PROOF_TEXT, prove};
-pub use request::{Endpoint, Request};
-pub use round::{Action, Event, Finish, Rounds, VerifyContext};
+pub use request::{Request, endpoint_at};
+pub use round::{Action, Event, Finish, Rounds};
 pub use scored::Scored;
-pub use target::{Ask, Prompt, Target, Verdict};
+
+/// The verifier of a target that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
+pub fn verifier(target: &Upstream, key: Option<Secret>) -> Result<Option<Arc<dyn Verifier>>, reqwest::Error> {
+    let (url, model) = (&target.url, target.model_name.clone());
+    Ok(Some(match target.backend {
+        Backend::Llamacpp => {
+            let server = LlamaServer::new(url, key)?.with_draft_key(target.draft_key.clone());
+            Arc::new(FanOut::new(server))
+        }
+        Backend::Vllm => Arc::new(Scored::new(Vllm::new(url, key, model)?)),
+        Backend::Sglang => Arc::new(Scored::new(Sglang::new(url, key, model)?)),
+        Backend::Ollama | Backend::Openai => return Ok(None),
+    }))
+}

@@ -3,10 +3,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use rand::Rng;
 use serde_json::{Value, json};
 
-use super::{Endpoint, Finish};
+use super::Finish;
+use crate::engine::Endpoint;
+use crate::http::auth::unguessable;
 
 /// The last event of a stream.
 pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
@@ -37,7 +38,7 @@ impl Style {
         };
         Self {
             endpoint,
-            id: format!("{kind}-{:032x}", rand::rng().random::<u128>()),
+            id: format!("{kind}-{}", unguessable()),
             created: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),

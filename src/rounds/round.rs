@@ -4,9 +4,8 @@
 //! Where nothing is drafted, the target generates some tokens by itself: that costs it no more than if it did so in an
 //! ordinary answer. Whatever is drafted, only what the target chose is said.
 
+use crate::engine::{Verdict, VerifyContext};
 use crate::speculation::{ConcurrentLoad, Lookup, Policy, StepContext, Token, TokenClass};
-
-use super::Verdict;
 
 /// Tokens that the target generates in a round without a draft.
 const PLAIN: usize = 8;
@@ -65,15 +64,6 @@ impl Finish {
             Self::Length => "length",
         }
     }
-}
-
-/// What has to be known of the moment.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct VerifyContext {
-    /// Most draft tokens that the target can verify at once.
-    pub n_max: usize,
-    /// The drafters that can be asked, the best first.
-    pub drafters: Vec<usize>,
 }
 
 /// The state machine of one answer.

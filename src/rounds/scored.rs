@@ -13,8 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use futures_util::future::{BoxFuture, FutureExt, try_join, try_join_all};
 use serde_json::json;
 
-use super::request::{Content, opens_reasoning};
-use super::{Ask, Endpoint, Prompt, Request, Target, Verdict};
+use super::request::opens_reasoning;
+use crate::engine::{Endpoint, Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyRequest};
 use crate::speculation::Token;
 use crate::upstream::{Scores, ScoringServer, Tokenized, UpstreamError};
 
@@ -71,7 +71,7 @@ impl<S: ScoringServer> Scored<S> {
             .count())
     }
 
-    async fn prompt_of(&self, request: &Request) -> Result<Option<Prompt>, UpstreamError> {
+    async fn prompt_of(&self, request: &PromptRequest) -> Result<Option<Prompt>, UpstreamError> {
         let models = self.server.models().await?;
         // An adapter's answers are another model's.
         let Some(model) = models
@@ -81,7 +81,7 @@ impl<S: ScoringServer> Scored<S> {
             return Ok(None);
         };
         let prompt = match &request.content {
-            Content::Messages(messages) => {
+            PromptContent::Messages(messages) => {
                 let prompt = self.server.tokenize(json!({ "messages": messages })).await?;
                 let tail = prompt.tokens.len().saturating_sub(TAIL);
                 if opens_reasoning(&self.server.detokenize(&prompt.tokens[tail..]).await?) {
@@ -89,8 +89,8 @@ impl<S: ScoringServer> Scored<S> {
                 }
                 prompt
             }
-            Content::Text(text) => self.server.tokenize(json!({ "prompt": text })).await?,
-            Content::Tokens(tokens) => Tokenized {
+            PromptContent::Text(text) => self.server.tokenize(json!({ "prompt": text })).await?,
+            PromptContent::Tokens(tokens) => Tokenized {
                 tokens: tokens.clone(),
                 n_ctx: self.server.tokenize(json!({ "prompt": "a" })).await?.n_ctx,
             },
@@ -114,7 +114,7 @@ impl<S: ScoringServer> Scored<S> {
             }))
     }
 
-    async fn round(&self, ask: Ask<'_>) -> Result<Verdict, UpstreamError> {
+    async fn round(&self, ask: VerifyRequest<'_>) -> Result<Verdict, UpstreamError> {
         let judged = self.ordinary_ones(ask.draft).await?;
         let draft = &ask.draft[..judged];
         let n = if ask.draft.is_empty() { ask.n } else { 1 };
@@ -161,12 +161,12 @@ fn is_ordinary(text: &str) -> bool {
     !text.is_empty() && !text.contains(['<', '>', '[', ']', '|', '｜'])
 }
 
-impl<S: ScoringServer> Target for Scored<S> {
-    fn prompt<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
+impl<S: ScoringServer> Verifier for Scored<S> {
+    fn prompt<'a>(&'a self, request: &'a PromptRequest) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
         self.prompt_of(request).boxed()
     }
 
-    fn verify<'a>(&'a self, ask: Ask<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
+    fn verify<'a>(&'a self, ask: VerifyRequest<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
         self.round(ask).boxed()
     }
 

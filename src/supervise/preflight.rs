@@ -18,7 +18,7 @@ const HELP_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why a server cannot be started.
 #[derive(Debug, thiserror::Error)]
-pub enum Unfit {
+pub enum PreflightError {
     /// No such program.
     #[error(
         "there is no program `{}`; build it with scripts/llama-cpp, or name yours under `binaries` in the config",
@@ -84,7 +84,7 @@ pub async fn llama_server(
     server: &Server,
     (name, gguf): (&str, &Model),
     drafts: MaxDraftTokens,
-) -> Result<Launch, Unfit> {
+) -> Result<Launch, PreflightError> {
     let program = program(&binaries.llama_server)?;
     model(&gguf.path)?;
     if let Some(file) = &server.api_key_file {
@@ -101,7 +101,7 @@ pub async fn llama_server(
 }
 
 /// The draft tokens per step to prepare a llama-server for, if its binary can verify drafts.
-pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Result<Option<u16>, Unfit> {
+pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Result<Option<u16>, PreflightError> {
     let Some(wanted) = command::external_draft(drafts) else {
         return Ok(None);
     };
@@ -117,38 +117,38 @@ pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) 
 }
 
 /// Finds a program, by path or on `PATH`.
-pub fn program(name: &Path) -> Result<PathBuf, Unfit> {
-    which::which(name).map_err(|_| Unfit::NoProgram(name.to_owned()))
+pub fn program(name: &Path) -> Result<PathBuf, PreflightError> {
+    which::which(name).map_err(|_| PreflightError::NoProgram(name.to_owned()))
 }
 
 /// Checks that the file is a GGUF model.
-pub fn model(path: &Path) -> Result<(), Unfit> {
+pub fn model(path: &Path) -> Result<(), PreflightError> {
     let mut file = readable("model file", "path", path)?;
     let mut magic = [0; 4];
     match file.read_exact(&mut magic) {
         Ok(()) if magic == GGUF_MAGIC => Ok(()),
-        Err(source) if source.kind() != ErrorKind::UnexpectedEof => Err(Unfit::Unreadable {
+        Err(source) if source.kind() != ErrorKind::UnexpectedEof => Err(PreflightError::Unreadable {
             what: "model file",
             path: path.to_owned(),
             source,
         }),
-        _ => Err(Unfit::NotGguf(path.to_owned())),
+        _ => Err(PreflightError::NotGguf(path.to_owned())),
     }
 }
 
 /// Checks that the file with the API key can be read.
-fn key_file(path: &Path) -> Result<(), Unfit> {
+fn key_file(path: &Path) -> Result<(), PreflightError> {
     readable("key file", "api_key_file", path).map(drop)
 }
 
-fn readable(what: &'static str, key: &'static str, path: &Path) -> Result<File, Unfit> {
+fn readable(what: &'static str, key: &'static str, path: &Path) -> Result<File, PreflightError> {
     File::open(path).map_err(|source| match source.kind() {
-        ErrorKind::NotFound => Unfit::NoFile {
+        ErrorKind::NotFound => PreflightError::NoFile {
             what,
             key,
             path: path.to_owned(),
         },
-        _ => Unfit::Unreadable {
+        _ => PreflightError::Unreadable {
             what,
             path: path.to_owned(),
             source,
@@ -157,7 +157,7 @@ fn readable(what: &'static str, key: &'static str, path: &Path) -> Result<File, 
 }
 
 /// Checks that nothing listens there.
-pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
+pub fn port_free(host: &str, port: u16) -> Result<(), PreflightError> {
     let host = host.trim_matches(['[', ']']);
     match TcpListener::bind((host, port)) {
         Ok(_) => Ok(()),
@@ -166,18 +166,18 @@ pub fn port_free(host: &str, port: u16) -> Result<(), Unfit> {
 }
 
 /// Listens there.
-pub async fn listen(host: &str, port: u16) -> Result<tokio::net::TcpListener, Unfit> {
+pub async fn listen(host: &str, port: u16) -> Result<tokio::net::TcpListener, PreflightError> {
     let listener = tokio::net::TcpListener::bind((host, port)).await;
     listener.map_err(|error| not_listening(host, port, error))
 }
 
-fn not_listening(host: &str, port: u16, error: io::Error) -> Unfit {
+fn not_listening(host: &str, port: u16, error: io::Error) -> PreflightError {
     let host = host.to_owned();
     if error.kind() == ErrorKind::AddrInUse {
-        Unfit::PortInUse { host, port }
+        PreflightError::PortInUse { host, port }
     } else {
         let source = error;
-        Unfit::CannotListen { host, port, source }
+        PreflightError::CannotListen { host, port, source }
     }
 }
 
@@ -188,7 +188,7 @@ pub fn free_port() -> io::Result<u16> {
 
 /// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print
 /// its help cannot; its start will tell why. One that is too slow may be faster the next time.
-async fn takes_external_drafts(llama_server: &Path) -> Result<bool, Unfit> {
+async fn takes_external_drafts(llama_server: &Path) -> Result<bool, PreflightError> {
     let mut command = tokio::process::Command::new(llama_server);
     environment::give(&mut command, &[]);
     command
@@ -199,7 +199,7 @@ async fn takes_external_drafts(llama_server: &Path) -> Result<bool, Unfit> {
     match tokio::time::timeout(HELP_PATIENCE, command.output()).await {
         Ok(Ok(help)) => Ok(String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION)),
         Ok(Err(_)) => Ok(false),
-        Err(_) => Err(Unfit::Mute(llama_server.to_owned())),
+        Err(_) => Err(PreflightError::Mute(llama_server.to_owned())),
     }
 }
 
@@ -213,13 +213,13 @@ mod tests {
     fn a_text_file_is_no_model() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(file, "version https://git-lfs.github.com/spec/v1").unwrap();
-        assert!(matches!(model(file.path()), Err(Unfit::NotGguf(_))));
+        assert!(matches!(model(file.path()), Err(PreflightError::NotGguf(_))));
     }
 
     #[test]
     fn an_empty_file_is_no_model() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(model(file.path()), Err(Unfit::NotGguf(_))));
+        assert!(matches!(model(file.path()), Err(PreflightError::NotGguf(_))));
     }
 
     #[test]
@@ -232,13 +232,19 @@ mod tests {
     fn a_port_with_a_listener_is_in_use() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        assert!(matches!(port_free("127.0.0.1", port), Err(Unfit::PortInUse { .. })));
+        assert!(matches!(
+            port_free("127.0.0.1", port),
+            Err(PreflightError::PortInUse { .. })
+        ));
         drop(listener);
         assert!(port_free("127.0.0.1", port).is_ok());
     }
 
     #[test]
     fn an_address_of_another_machine_cannot_be_listened_on() {
-        assert!(matches!(port_free("192.0.2.1", 1), Err(Unfit::CannotListen { .. })));
+        assert!(matches!(
+            port_free("192.0.2.1", 1),
+            Err(PreflightError::CannotListen { .. })
+        ));
     }
 }

@@ -9,9 +9,9 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::failure;
 use super::sse::data;
 use crate::config::Secret;
+use crate::failure;
 use crate::http::client::{self, ReadError};
 
 /// How long a connection may take to come about.

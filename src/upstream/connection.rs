@@ -8,10 +8,10 @@ use reqwest::header::{CONTENT_TYPE, LOCATION};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::failure;
 use crate::config::Secret;
+use crate::failure;
 use crate::http::client::{self, ReadError};
-use crate::proxy::headers::X_DRAFT_AUTHORIZATION;
+use crate::http::headers::X_DRAFT_AUTHORIZATION;
 
 /// What a server knows by itself it tells within this time, or not at all.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);

@@ -12,13 +12,10 @@ use super::WrittenTokens;
 use super::connection::{Connection, LONG, PATIENCE, SHORT, UpstreamError};
 use super::sse::data;
 use crate::config::Secret;
+use crate::http::headers::MEASURING;
 use crate::speculation::{Spelled, Token};
 
 const COMPLETION: &str = "/completion";
-
-/// Header of a completion that only measures the server: nobody waits for its text, so a coordinator that swaps its model
-/// ends it rather than wait for it.
-pub const MEASURING: &str = "x-tightwad-measuring";
 
 /// One llama-server.
 #[derive(Debug, Clone)]

@@ -2,7 +2,6 @@
 
 pub mod chat;
 mod connection;
-pub mod failure;
 mod llama_server;
 mod scoring;
 mod sglang;
@@ -11,10 +10,11 @@ mod text_server;
 mod vllm;
 mod written_tokens;
 
+pub use crate::http::headers::MEASURING;
 pub use chat::{ChatError, ChatServer};
 pub use connection::UpstreamError;
 pub use llama_server::{
-    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, Generated, LlamaServer, MEASURING, Props, StreamEnd,
+    DraftAnswer, DraftCall, DraftPiece, DraftState, DraftStream, Generated, LlamaServer, Props, StreamEnd,
 };
 pub use scoring::{Scores, ScoringServer, Tokenized};
 pub use sglang::Sglang;

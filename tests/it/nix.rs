@@ -183,7 +183,7 @@ fn blocks<'a>(readme: &'a str, language: &str) -> Vec<&'a str> {
 
 #[test]
 fn the_hosts_of_the_documentation_are_those_of_the_template() {
-    let readme = fs::read_to_string(repository().join("docs/nixos.md")).unwrap();
+    let readme = fs::read_to_string(repository().join("docs/getting-started/nixos.md")).unwrap();
     let template: String = fs::read_dir(repository().join("nix/template"))
         .unwrap()
         .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap())
@@ -200,8 +200,8 @@ fn the_hosts_of_the_documentation_are_those_of_the_template() {
 
 #[test]
 fn every_option_of_the_documentation_exists() {
-    let readme = fs::read_to_string(repository().join("docs/nixos.md")).unwrap();
-    let options = fs::read_to_string(repository().join("docs/options.md")).unwrap();
+    let readme = fs::read_to_string(repository().join("docs/getting-started/nixos.md")).unwrap();
+    let options = fs::read_to_string(repository().join("docs/reference/nixos-options.md")).unwrap();
     let named: BTreeSet<&str> = readme
         .split(|character: char| character.is_whitespace() || "`();,".contains(character))
         .filter(|word| word.starts_with("services.tightwad."))

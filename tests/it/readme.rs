@@ -1,4 +1,4 @@
-//! The README and the pages of docs/ say what is so.
+//! The README and the pages of docs/ say what is so: links lead somewhere, commands and configs work, quoted messages exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -6,24 +6,43 @@ use std::process::Command;
 
 use tightwad::config::load::load_in;
 use tightwad::config::{Coordinator, Environment};
-use tightwad::engine::{Engine, Settings};
-use tightwad::observe::metrics::Metrics;
 
-/// The README and every page of `docs/`, but for the options, which `scripts/check-nix` compares: the name and the text.
+/// The generated page. `scripts/check-nix` compares it with the options.
+const OPTIONS: &str = "docs/reference/nixos-options.md";
+
+/// The README, the other pages beside it, and every page of `docs/` but the generated one: the name and the text.
 fn pages() -> BTreeMap<String, String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let docs = std::fs::read_dir(folder.join("docs")).unwrap();
-    let names = docs.map(|entry| format!("docs/{}", entry.unwrap().file_name().to_str().unwrap()));
-    let pages: BTreeMap<String, String> = names
-        .chain(["README.md".to_owned()])
-        .filter(|name| name != "docs/options.md")
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let beside = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"].map(str::to_owned);
+    let pages: BTreeMap<String, String> = pages_below(root, "docs")
+        .into_iter()
+        .chain(beside)
+        .filter(|name| name != OPTIONS)
         .map(|name| {
-            let text = std::fs::read_to_string(folder.join(&name)).unwrap();
+            let text = std::fs::read_to_string(root.join(&name)).unwrap_or_else(|error| panic!("{name}: {error}"));
             (name, text)
         })
         .collect();
-    assert!(pages.len() > 8, "{:?}", pages.keys());
+    assert!(pages.len() > 20, "{:?}", pages.keys());
     pages
+}
+
+/// The names of the pages in a folder and in the folders below it.
+fn pages_below(root: &Path, folder: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(root.join(folder)).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("{folder}/{}", entry.file_name().to_str().unwrap());
+        if name == "docs/book" {
+            continue; // the built book
+        }
+        if entry.file_type().unwrap().is_dir() {
+            names.extend(pages_below(root, &name));
+        } else if Path::new(&name).extension().is_some_and(|extension| extension == "md") {
+            names.push(name);
+        }
+    }
+    names
 }
 
 fn page(name: &str) -> String {
@@ -54,78 +73,6 @@ fn help(arguments: &[&str]) -> String {
         .unwrap();
     assert!(output.status.success(), "tightwad {arguments:?} -h fails");
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// The first cell of each row of the table below `heading`.
-fn first_cells(heading: &str) -> BTreeSet<String> {
-    let text = page("docs/commands.md");
-    let section = text
-        .split(heading)
-        .nth(1)
-        .unwrap_or_else(|| panic!("docs/commands.md has no {heading:?}"));
-    section
-        .lines()
-        .skip_while(|line| !line.starts_with('|'))
-        .take_while(|line| line.starts_with('|'))
-        .skip(2)
-        .map(|line| line.split('|').nth(1).unwrap().trim().trim_matches('`').to_owned())
-        .collect()
-}
-
-/// The commands that a help text lists.
-fn listed(help: &str) -> BTreeSet<String> {
-    let commands = help.split("Commands:\n").nth(1).unwrap_or_default();
-    commands
-        .lines()
-        .take_while(|line| !line.is_empty())
-        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
-        .filter_map(|line| line.split_whitespace().next())
-        .filter(|command| *command != "help")
-        .map(str::to_owned)
-        .collect()
-}
-
-#[test]
-fn every_command_is_documented_and_every_documented_command_exists() {
-    let documented = first_cells("## Commands");
-    let mut existing = BTreeSet::new();
-    for command in listed(&help(&[])) {
-        match command.as_str() {
-            "proxy" => existing.extend(
-                listed(&help(&["proxy"]))
-                    .iter()
-                    .map(|part| format!("tightwad proxy {part}")),
-            ),
-            "run" => existing.extend(
-                ["target", "draft", "proxy", "coordinator", "worker"].map(|part| format!("tightwad run {part}")),
-            ),
-            _ => drop(existing.insert(format!("tightwad {command}"))),
-        }
-    }
-    assert!(
-        help(&["run"]).contains("[possible values: target, draft, proxy, coordinator, worker]"),
-        "{}",
-        help(&["run"])
-    );
-    assert_eq!(documented, existing);
-}
-
-#[test]
-fn the_documented_exit_codes_are_those_of_the_help() {
-    let help = help(&[]);
-    let sentence = help
-        .split("Exit codes:")
-        .nth(1)
-        .unwrap()
-        .split("The environment")
-        .next()
-        .unwrap();
-    let of_the_help: BTreeSet<String> = sentence
-        .split_whitespace()
-        .filter(|word| word.chars().all(|digit| digit.is_ascii_digit()))
-        .map(str::to_owned)
-        .collect();
-    assert_eq!(first_cells("## Exit codes"), of_the_help);
 }
 
 #[test]
@@ -172,25 +119,137 @@ fn the_documented_default_ports_are_those_of_the_config() {
         worker.agent_port,
         worker.rpc_endpoints().into_keys().next().unwrap(),
     );
-    let text = page("docs/commands.md");
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(text.contains(&sentence), "docs/commands.md does not say: {sentence}");
+    let name = "docs/reference/config.md";
+    let text = page(name).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(text.contains(&sentence), "{name} does not say: {sentence}");
+}
+
+/// What is left of a page without blocks of code and without code in a line.
+fn prose(text: &str) -> String {
+    let blocks = text.split("```").step_by(2);
+    blocks.flat_map(|block| block.split('`').step_by(2)).collect()
+}
+
+/// The identifiers that the headings of a page get, as mdBook and GitHub make them.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let outside: String = text.split("```").step_by(2).collect();
+    let headings = outside.lines().filter(|line| line.starts_with('#'));
+    let anchor = |heading: &str| -> String {
+        let words = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = words.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(anchor).collect()
 }
 
 #[test]
-fn every_file_that_the_documentation_links_or_runs_is_there() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut found = BTreeSet::new();
+fn every_link_and_anchor_leads_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).canonicalize().unwrap();
+    let mut anchored = 0;
     for (name, text) in pages() {
         let folder = root.join(&name);
         let folder = folder.parent().unwrap();
-        let links = text
-            .split("](")
-            .skip(1)
-            .filter_map(|rest| rest.split([')', '#']).next());
+        let prose = prose(&text);
+        let links = prose.split("](").skip(1).filter_map(|rest| rest.split(')').next());
         for link in links.filter(|link| !link.contains("://")) {
-            assert!(folder.join(link).exists(), "{link} of {name} is missing");
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() {
+                root.join(&name)
+            } else {
+                folder.join(file)
+            };
+            let target = target
+                .canonicalize()
+                .unwrap_or_else(|error| panic!("{name}: {link}: {error}"));
+            let within = target.strip_prefix(&root).unwrap();
+            // Outside of `docs/` there is nothing in the built book.
+            assert!(
+                !name.starts_with("docs/") || within.starts_with("docs"),
+                "{name} links {link}; name a file outside of docs/ without a link"
+            );
+            if !anchor.is_empty() {
+                let there = anchors(&std::fs::read_to_string(&target).unwrap());
+                assert!(there.contains(anchor), "{name}: {link}: the anchors are {there:?}");
+                anchored += 1;
+            }
         }
+    }
+    assert!(anchored > 10, "{anchored}");
+}
+
+#[test]
+fn the_book_has_every_page_once() {
+    let pages: BTreeSet<String> = pages_below(Path::new(env!("CARGO_MANIFEST_DIR")), "docs")
+        .into_iter()
+        .filter_map(|name| name.strip_prefix("docs/").map(str::to_owned))
+        .filter(|name| name != "SUMMARY.md")
+        .collect();
+    let summary = page("docs/SUMMARY.md");
+    let listed: Vec<&str> = summary
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next())
+        .collect();
+    for (number, name) in listed.iter().enumerate() {
+        assert!(!listed[..number].contains(name), "{name} is listed twice");
+    }
+    assert_eq!(listed.into_iter().map(str::to_owned).collect::<BTreeSet<_>>(), pages);
+}
+
+#[test]
+fn a_page_is_short_enough_to_be_read_at_once() {
+    for (name, text) in pages() {
+        let most = if name == "README.md" { 200 } else { 250 };
+        let lines = text.lines().count();
+        assert!(lines <= most, "{name} has {lines} lines, and {most} is the most");
+    }
+}
+
+/// The source with the strings as the program says them: without line ends that a `\\` takes back, and without escapes.
+fn said() -> String {
+    fn read(folder: &Path, text: &mut String) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                read(&path, text);
+            } else {
+                let source = std::fs::read_to_string(path).unwrap();
+                text.push_str(source.split("#[cfg(test)]\nmod ").next().unwrap());
+            }
+        }
+    }
+    let mut text = String::new();
+    read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut text);
+    let mut lines = text.split("\\\n");
+    let mut said = lines.next().unwrap().to_owned();
+    lines.for_each(|line| said.push_str(line.trim_start()));
+    said.replace("\\\"", "\"")
+}
+
+#[test]
+fn every_message_of_the_troubleshooting_page_is_one_of_ours() {
+    let said = said();
+    let page = page("docs/guides/troubleshoot.md");
+    let mut checked = 0;
+    for row in page.lines().filter(|line| line.starts_with('|')) {
+        // The message is in the first column, or in the second one behind a status.
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let message = cells[1..3].iter().find(|cell| cell.starts_with('`'));
+        let message = message.map(|cell| cell.trim_matches('`'));
+        for piece in message.into_iter().flat_map(|message| message.split('…')) {
+            let piece = piece.trim();
+            assert!(said.contains(piece), "{piece:?} is in no message of src/");
+            checked += 1;
+        }
+    }
+    assert!(checked > 50, "{checked}");
+}
+
+#[test]
+fn every_file_that_the_documentation_runs_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = BTreeSet::new();
+    for (name, text) in pages() {
         let words = text.split(|character: char| character.is_whitespace() || "`(),;:[]#".contains(character));
         let paths = words.filter(|word| {
             ["scripts/", "nix/", "tests/", "docs/"]
@@ -206,17 +265,6 @@ fn every_file_that_the_documentation_links_or_runs_is_there() {
         found.contains("scripts/demo") && found.contains("scripts/llama-cpp"),
         "{found:?}"
     );
-}
-
-#[test]
-fn every_page_is_linked_from_the_readme() {
-    let readme = page("README.md");
-    for name in pages().keys().filter(|name| *name != "README.md") {
-        assert!(
-            readme.contains(&format!("]({name})")),
-            "the README does not link {name}"
-        );
-    }
 }
 
 #[test]
@@ -313,22 +361,4 @@ fn every_key_of_the_documentation_is_in_the_reference() {
         }
     }
     assert!(checked > 15, "{checked}");
-}
-
-#[tokio::test]
-async fn the_documented_metrics_exist() {
-    let metrics = Metrics::new(&Engine::start(Settings::default()).unwrap());
-    let text = metrics.text().unwrap();
-    let api = page("docs/api.md");
-    let names: Vec<&str> = api
-        .split('`')
-        .filter(|word| word.starts_with("tightwad_") || word.starts_with("vllm:"))
-        .collect();
-    assert!(names.len() >= 5, "{names:?}");
-    for name in names {
-        assert!(
-            text.contains(name.trim_end_matches("_total")),
-            "{name} is not in\n{text}"
-        );
-    }
 }

@@ -13,7 +13,8 @@ use crate::harness::wait::eventually;
 use futures_util::StreamExt;
 use serde_json::{Map, Value, json};
 use tightwad::config::{Backend, Upstream, VerificationMode};
-use tightwad::rounds::{Ask, FanOut, Target};
+use tightwad::engine::{Verifier, VerifyRequest};
+use tightwad::rounds::FanOut;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -148,7 +149,7 @@ async fn a_stock_llama_server_verifies_drafts_and_takes_fewer_rounds_than_tokens
     let raw = "<|im_start|>user\nExplain recursion.<|im_end|>\n<|im_start|>assistant\n";
     let prompt = stage.target.tokenize(raw).await;
     let verify = async |context: &[i32], draft: &[i32], n| {
-        let ask = Ask {
+        let ask = VerifyRequest {
             answer: "one",
             context,
             draft,

@@ -18,6 +18,7 @@ use super::{bench, progress, proxy};
 use crate::bench::{Contender, Measurements, Mode, Plan, Progress, Prompt, measure};
 use crate::config::{self, Binaries, Model, Secret, Upstream};
 use crate::gguf::ModelFile;
+use crate::http::auth::unguessable;
 use crate::supervise::command::Role;
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
@@ -78,7 +79,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
 
     // Not `stop` itself: the servers outlive the proxy, which still finishes its answers.
     let servers = CancellationToken::new();
-    let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+    let key = Secret::new(unguessable());
     let (target, target_url) = start(options, Role::Target, &key, &servers).await?;
     let (draft, draft_url) = start(options, Role::Draft, &key, &servers).await?;
     let mut services = [(Role::Target, target), (Role::Draft, draft)];

@@ -1,4 +1,6 @@
-//! Does what the swap machine says, and tells it what came of that.
+//! Carries out the actions of the swap machine ([`crate::pool::swap`]) and feeds the results back as events.
+//!
+//! Invariant: the driver alone touches the server and the leases, one action at a time.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,18 +10,18 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::load::Load;
-use super::pool::{Life, Message, Report};
-use super::prepare::{Moment, OwnFree, Planner, Prepared};
+use super::pool::{Message, Report, ServerInstance};
+use super::prepare::{OwnFree, PlanBasis, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
 use crate::config::{Config, Coordinator};
-use crate::pool::devices::Probed;
-use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, Refused, State, Swap, Unready};
+use crate::pool::devices::ProbedServers;
+use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, NotReady, Refused, State, Swap};
 
-/// The machine is asked at least so often.
+/// Longest time between two ticks of the machine.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The driver; all that lasts is in here, so that its end is the end of all.
+/// The driver. It owns everything that lasts, so dropping it ends everything.
 pub(super) struct Driver {
     coordinator: Arc<Coordinator>,
     planner: Arc<Planner>,
@@ -28,16 +30,16 @@ pub(super) struct Driver {
     tell: mpsc::UnboundedSender<Message>,
     told: mpsc::UnboundedReceiver<Message>,
     report: watch::Sender<Report>,
-    waiting: HashMap<Id, oneshot::Sender<Result<Arc<Life>, Refused>>>,
-    /// Ends the leasing that goes on.
+    waiting: HashMap<Id, oneshot::Sender<Result<Arc<ServerInstance>, Refused>>>,
+    /// Cancels the leasing in progress.
     leasing: CancellationToken,
-    /// What the coordinator's own GPUs had free when nothing ran.
+    /// Free memory of the coordinator's own GPUs while nothing ran.
     own_free: OwnFree,
-    /// Of the leases that are taken, and what was prepared with them.
+    /// The leases in hand, and the start prepared with them.
     taken: Option<Taken>,
-    /// The server that is, or is on its way.
+    /// The server that runs or is being started.
     server: Option<Running>,
-    /// Why no server runs, as it was logged last.
+    /// The last logged reason why no server runs.
     in_the_way: Option<String>,
 }
 
@@ -47,15 +49,15 @@ struct Taken {
 }
 
 struct Running {
-    life: Arc<Life>,
+    instance: Arc<ServerInstance>,
     stop: Option<oneshot::Sender<bool>>,
     began: Instant,
     pid: oneshot::Receiver<u32>,
     last_lines: oneshot::Receiver<Vec<String>>,
 }
 
-/// What a lease comes to, told to the driver alone.
-pub(super) type Outcome = Result<(Leases, Prepared), Unready>;
+/// The result of leasing, sent to the driver.
+pub(super) type Outcome = Result<(Leases, Prepared), NotReady>;
 
 impl Driver {
     pub(super) fn new(
@@ -70,7 +72,7 @@ impl Driver {
             load: Load::default(),
             pid: None,
             since: Instant::now(),
-            life: None,
+            instance: None,
             workers: workers.reports(),
             devices: Vec::new(),
             starts: 0,
@@ -95,7 +97,7 @@ impl Driver {
         (driver, reports)
     }
 
-    /// Drives until `stop`, and then to the end.
+    /// Drives until `stop`, then shuts down in order.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let watching = tokio::spawn(self.workers.clone().watch(self.tell.clone()));
         let (outcomes, mut outcome) = mpsc::unbounded_channel();
@@ -161,7 +163,7 @@ impl Driver {
                 prepared: Some(prepared),
             });
         });
-        if let Err(Unready::Yet(why) | Unready::Ever(why)) = &result
+        if let Err(NotReady::Retryable(why) | NotReady::Permanent(why)) = &result
             && !self.leasing.is_cancelled()
         {
             self.in_the_way(why);
@@ -169,7 +171,7 @@ impl Driver {
         self.handle(Event::Leased(epoch, result), outcomes)
     }
 
-    /// Logs what keeps the model from being started, unless that was logged last.
+    /// Logs why the model cannot start, unless that was the last thing logged.
     fn in_the_way(&mut self, why: &str) {
         if self.in_the_way.as_deref() != Some(why) {
             tracing::warn!("not ready to start: {why}");
@@ -177,7 +179,7 @@ impl Driver {
         }
     }
 
-    /// Whether it goes on.
+    /// Hands an event to the machine and carries its actions out. Returns whether to continue.
     fn handle(&mut self, event: Event, outcomes: &mpsc::UnboundedSender<(u64, Outcome)>) -> bool {
         if let Event::Left(id) = &event {
             self.waiting.remove(id);
@@ -208,8 +210,8 @@ impl Driver {
     fn act(&mut self, action: Action, outcomes: &mpsc::UnboundedSender<(u64, Outcome)>) -> bool {
         match action {
             Action::Admit(id) => {
-                let life = self.server.as_ref().map(|running| Arc::clone(&running.life));
-                self.answer(id, life.ok_or(Refused::Shutdown));
+                let instance = self.server.as_ref().map(|running| Arc::clone(&running.instance));
+                self.answer(id, instance.ok_or(Refused::Shutdown));
             }
             Action::Refuse(id, why) => self.answer(id, Err(why)),
             Action::Check(model) => self.check(model),
@@ -224,9 +226,9 @@ impl Driver {
         true
     }
 
-    fn answer(&mut self, id: Id, answer: Result<Arc<Life>, Refused>) {
+    fn answer(&mut self, id: Id, answer: Result<Arc<ServerInstance>, Refused>) {
         if let Some(waiter) = self.waiting.remove(&id) {
-            // Who has left meanwhile says so itself.
+            // A client that has left drops its receiver.
             let _ = waiter.send(answer);
         }
     }
@@ -235,11 +237,13 @@ impl Driver {
         let (planner, tell) = (Arc::clone(&self.planner), self.tell.clone());
         let own_free = self.server.is_some().then(|| self.own_free.clone());
         tokio::spawn(async move {
-            let unasked = Probed::new();
-            let moment = own_free.as_ref().map_or(Moment::Free(&unasked), Moment::Beside);
-            let result = match planner.plan(&model, moment).await {
+            let unasked = ProbedServers::new();
+            let basis = own_free
+                .as_ref()
+                .map_or(PlanBasis::FreeNow(&unasked), PlanBasis::BesideServer);
+            let result = match planner.plan(&model, basis).await {
                 Ok(_) => Ok(()),
-                Err(Unready::Yet(why) | Unready::Ever(why)) => Err(why),
+                Err(NotReady::Retryable(why) | NotReady::Permanent(why)) => Err(why),
             };
             let _ = tell.send(Message::Event(Event::Checked(model, result)));
         });
@@ -252,28 +256,28 @@ impl Driver {
         self.leasing = cancel.clone();
         tokio::spawn(async move {
             let outcome = async {
-                // Nobody's servers are started for a model that cannot be loaded.
+                // Check the model before any worker starts servers for it.
                 let ready = async {
                     let probed = workers.ask().await?;
-                    planner.plan(&model, Moment::Free(&probed)).await?;
+                    planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
                     Ok(probed)
                 };
                 let probed = unless(&cancel, ready).await?;
                 let leases = workers.lease(epoch, &tell, &cancel).await?;
-                // Fresh servers know best what is free.
+                // Fresh servers report the free memory best.
                 let prepared = async {
-                    let plan = planner.plan(&model, Moment::Free(&probed)).await?;
+                    let plan = planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
                     planner.launch(&model, &plan).await
                 };
                 match unless(&cancel, prepared).await {
                     Ok(prepared) => Ok((leases, prepared)),
-                    Err(unready) => {
+                    Err(not_ready) => {
                         leases.give_back().await;
-                        Err(unready)
+                        Err(not_ready)
                     }
                 }
             };
-            // A driver that has ended drops the leases, which expire.
+            // If the driver has ended, the leases are dropped and expire.
             let _ = outcomes.send((epoch, outcome.await));
         });
     }
@@ -290,8 +294,8 @@ impl Driver {
         let Some(prepared) = self.taken.as_mut().and_then(|taken| taken.prepared.take()) else {
             return die("nothing was prepared for this start".to_owned());
         };
-        let life = match Life::new(&prepared.url, &prepared.key) {
-            Ok(life) => Arc::new(life),
+        let instance = match ServerInstance::new(&prepared.url, &prepared.key) {
+            Ok(instance) => Arc::new(instance),
             Err(error) => return die(error.to_string()),
         };
         tracing::info!("starting `{model}`: {}", prepared.devices.join("; "));
@@ -310,7 +314,7 @@ impl Driver {
             last_lines: last,
         }));
         self.server = Some(Running {
-            life,
+            instance,
             stop: Some(stop),
             began: Instant::now(),
             pid,
@@ -326,24 +330,24 @@ impl Driver {
 
     fn end_answers(&self, why: Ended) {
         if let Some(running) = &self.server {
-            running.life.end(why);
+            running.instance.end(why);
         }
     }
 
     fn stop(&mut self, epoch: u64, broken: bool) {
-        // All counted answers are over by now. What is left is not waited for, such as a drafter's measuring.
+        // All counted answers are over by now. Uncounted requests, such as a drafter's measurements, are not waited for.
         self.end_answers(Ended::Shutdown);
         let stop = self.server.as_mut().and_then(|running| running.stop.take());
         if stop.is_none_or(|stop| stop.send(broken).is_err()) {
-            // It has ended by itself, and has said so or is about to: either way it is gone.
+            // The server has ended by itself.
             let _ = self.tell.send(Message::Event(Event::Stopped(epoch)));
         }
     }
 
     fn free(&mut self, epoch: u64) {
         if let Some(running) = self.server.take() {
-            // Requests that are not counted, such as a drafter's.
-            running.life.end(Ended::Shutdown);
+            // Ends uncounted requests, such as a drafter's.
+            running.instance.end(Ended::Shutdown);
         }
         let (taken, tell) = (self.taken.take(), self.tell.clone());
         tokio::spawn(async move {
@@ -365,18 +369,18 @@ impl Driver {
     fn publish(&mut self) {
         let now = self.swap.snapshot();
         let serves = matches!(now.state, State::Ready | State::Draining);
-        let life = self
+        let instance = self
             .server
             .as_ref()
             .filter(|_| serves)
-            .map(|running| Arc::clone(&running.life));
+            .map(|running| Arc::clone(&running.instance));
         let pid = self.server.as_mut().and_then(|running| running.pid.try_recv().ok());
         let (gone, in_the_way) = (self.server.is_none(), self.in_the_way.is_some());
         self.report.send_if_modified(|report| {
-            let changed = report.now != now || pid.is_some() || report.life.is_some() != life.is_some();
+            let changed = report.now != now || pid.is_some() || report.instance.is_some() != instance.is_some();
             if report.now.state != now.state {
                 report.since = Instant::now();
-                // Tries that come to nothing are no news.
+                // Log repeated failed tries at debug level only.
                 if in_the_way && matches!(now.state, State::Leasing | State::Down) {
                     tracing::debug!("`{}` is {}", now.model, now.state);
                 } else {
@@ -390,21 +394,21 @@ impl Driver {
             }
             report.pid = pid.or(report.pid);
             report.now = now;
-            report.life = life;
+            report.instance = instance;
             changed
         });
     }
 }
 
-/// What `work` comes to, unless it is cancelled.
-async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, Unready>>) -> Result<T, Unready> {
+/// The result of `work`, unless it is cancelled first.
+async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, NotReady>>) -> Result<T, NotReady> {
     tokio::select! {
         result = work => result,
         () = cancel.cancelled() => Err(cancelled()),
     }
 }
 
-/// What nobody reads: who cancels knows why.
-pub(super) fn cancelled() -> Unready {
-    Unready::Yet("cancelled".to_owned())
+/// A placeholder reason; whoever cancels knows the real one.
+pub(super) fn cancelled() -> NotReady {
+    NotReady::Retryable("cancelled".to_owned())
 }

@@ -7,30 +7,28 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, Method, StatusCode, header};
-use axum::middleware::{self, Next};
+use axum::http::{HeaderMap, Method, header};
 use axum::response::Response;
 use axum::routing::{get, post};
-use futures_util::StreamExt;
-use futures_util::stream;
 
 use super::own;
-use super::pool::{Granted, Life, Pool, Ticket};
+use super::pool::{Admission, Pool, ServerInstance, Ticket};
 use super::problem::Problem;
-use super::stream::Events;
+use super::stream::Exchange;
 use crate::config::Secret;
+use crate::http::admission::{self, Asked};
+use crate::http::auth::{self, Auth};
+use crate::http::body;
 use crate::http::excerpt::excerpt;
+use crate::http::headers::{self, Credentials, MEASURING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
+use crate::http::members::Members;
 use crate::http::origin::{self, Guard};
+use crate::http::paths::{Access, Dialect, Route};
 use crate::http::peer::Peer;
+use crate::http::refusal::Refusal;
+use crate::http::relay::{self, Exchange as _};
+use crate::http::target::Outgoing;
 use crate::pool::swap::Name;
-use crate::proxy::admission::{self, Asked};
-use crate::proxy::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY};
-use crate::proxy::paths::{Access, Dialect, Route};
-use crate::proxy::relay;
-use crate::proxy::respond::Refusal;
-use crate::proxy::target::Outgoing;
-use crate::proxy::{token, usage};
-use crate::upstream::MEASURING;
 
 /// A stream that waits longer than this, for its model or its slot, is begun with a comment.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -49,7 +47,7 @@ const ALSO_WAIT: [&str; 7] = [
     "/reranking",
 ];
 /// What watchers may ask without a key. It tells nothing but whether a model is ready.
-const OPEN: [&str; 2] = ["/health", "/v1/health"];
+pub(super) const OPEN: [&str; 2] = ["/health", "/v1/health"];
 
 /// What all requests share.
 #[derive(Debug)]
@@ -57,8 +55,7 @@ pub(super) struct Front {
     pub(super) pool: Pool,
     /// The models of the config, the first one first.
     pub(super) models: Vec<Name>,
-    /// What clients must send.
-    pub(super) api_key: Option<Secret>,
+    pub(super) auth: Auth,
     /// What those who draft must send. `None`: they must be on this host.
     pub(super) draft_key: Option<Secret>,
 }
@@ -77,7 +74,7 @@ impl Front {
     fn refuses_drafts_of(&self, request: &Parts) -> Option<&'static str> {
         let (may_draft, reason) = if let Some(key) = &self.draft_key {
             let given = request.headers.get(X_DRAFT_AUTHORIZATION);
-            let knows_key = given.is_some_and(|given| token::is_equal(key, given));
+            let knows_key = given.is_some_and(|given| auth::is_equal(key, given));
             (knows_key, WRONG_DRAFT_KEY)
         } else {
             let peer = request.extensions.get::<Peer>().copied().unwrap_or_default();
@@ -96,43 +93,29 @@ impl Front {
     fn meant(&self, name: &str) -> Option<Name> {
         (self.models.len() > 1).then(|| self.named(name))
     }
-
-    /// Whether the sender of these headers may be told everything.
-    pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
-        self.api_key.as_ref().is_none_or(|key| token::is_known(key, headers))
-    }
 }
 
 /// All endpoints, for those that `guard` lets in.
 pub(super) fn router(front: Front, guard: Guard) -> Router {
-    let front = Arc::new(front);
+    let auth = front.auth.clone();
     let router = Router::new()
-        .route("/health", get(own::health))
-        .route("/v1/health", get(own::health))
-        .route("/v1/models", get(own::models))
-        .route("/models", get(own::models))
-        .route("/metrics", get(own::metrics))
-        .route("/v1/tightwad/status", get(own::status))
-        .route("/v1/tightwad/swap", post(own::swap))
+        .route("/health", get(admin::health))
+        .route("/v1/health", get(admin::health))
+        .route("/v1/models", get(admin::models))
+        .route("/models", get(admin::models))
+        .route("/metrics", get(admin::metrics))
+        .route("/v1/tightwad/status", get(admin::status))
+        .route("/v1/tightwad/swap", post(admin::swap))
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward)
-        .layer(middleware::from_fn_with_state(Arc::clone(&front), admit))
         .layer(DefaultBodyLimit::max(MOST_OWN_BODY))
-        .with_state(front);
+        .with_state(Arc::new(front));
+    let router = auth::guarded(router, auth, |request| {
+        Refusal::Unauthorized.response(Dialect::of(request.uri.path()))
+    });
     origin::guarded(router, guard, |foreign, path| {
         Refusal::Foreign(foreign.clone()).response(Dialect::of(path))
     })
-}
-
-async fn admit(State(front): State<Arc<Front>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if OPEN.contains(&path) || front.knows(request.headers()) {
-        return next.run(request).await;
-    }
-    let dialect = Dialect::of(path);
-    let (parts, body) = request.into_parts();
-    admission::discard(body, &parts.headers);
-    Refusal::Unauthorized.response(dialect)
 }
 
 /// A request on its way.
@@ -149,7 +132,7 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let route = Route::of(&parts.method, parts.uri.path());
     let refuses_drafts = front.refuses_drafts_of(&parts);
     if let Some(refusal) = refused(route.access, refuses_drafts, &parts.headers) {
-        admission::discard(body, &parts.headers);
+        body::discard(body, &parts.headers);
         return refusal.response(dialect);
     }
     if refuses_drafts.is_some() {
@@ -161,19 +144,24 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         Err(refusal) => return refusal.response(dialect),
     };
     let tells_props = parts.method == Method::GET && route.label == "/props";
+    let method = parts.method.clone();
     let prepared = Prepared {
         method: parts.method,
         uri: parts.uri,
         headers: parts.headers,
         body,
     };
+    let exchange = Exchange {
+        pool: front.pool.clone(),
+        dialect,
+    };
     let Some(asked) = asked else {
-        let answer = match front.pool.life() {
-            Some(life) => {
-                let answer = prepared.send(Granted::uncounted(life)).await;
-                conclude(&front.pool, dialect, answer)
+        let answer = match front.pool.instance() {
+            Some(instance) => {
+                let answer = prepared.send(Admission::uncounted(instance));
+                relay::respond(exchange, &method, None, answer).await
             }
-            None => Problem::refused(front.pool.not_ready(), &front.pool).response(dialect, &front.pool),
+            None => exchange.refuse(Problem::refused(front.pool.not_ready(), &front.pool)),
         };
         return match refuses_drafts.filter(|_| tells_props) {
             Some(reason) => with_refusal(answer, reason).await,
@@ -183,17 +171,9 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
     let Asked { model, streamed, .. } = asked;
     let ticket = front.pool.ask(model.and_then(|model| front.meant(&model)), false);
     let admitted = admitted(ticket, front.pool.clone());
-    let mut answer = Box::pin(async move { prepared.send(admitted.await?).await });
-    let answer = if streamed {
-        // llama-server sends no head before a slot is free.
-        let Ok(answer) = tokio::time::timeout(SILENCE, &mut answer).await else {
-            return keep_waiting(Events::awaiting(dialect, front.pool.clone(), answer));
-        };
-        answer
-    } else {
-        answer.await
-    };
-    conclude(&front.pool, dialect, answer)
+    let answer = async move { prepared.send(admitted.await?).await };
+    // llama-server sends no head before a slot is free.
+    relay::respond(exchange, &method, streamed.then_some(SILENCE), answer).await
 }
 
 /// Why a request has no answer here, from what its path is for.
@@ -229,13 +209,13 @@ async fn with_refusal(answer: Response, reason: &str) -> Response {
     };
     let reason = serde_json::Value::from(reason).to_string();
     let props = std::str::from_utf8(&bytes).ok();
-    let told = props.and_then(|props| usage::with_member(props, "draft_refused", &reason));
+    let told = props.and_then(|props| Some(Members::of(props)?.with("draft_refused", &reason)));
     let body = told.map_or(bytes, bytes::Bytes::from);
     parts.headers.insert(header::CONTENT_LENGTH, body.len().into());
     Response::from_parts(parts, Body::from(body))
 }
 
-async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
+async fn admitted(ticket: Ticket, pool: Pool) -> Result<Admission, Problem> {
     ticket
         .admitted()
         .await
@@ -244,71 +224,29 @@ async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
 
 impl Prepared {
     /// Sends it, and waits for the head of its answer or the end of the server.
-    async fn send(self, granted: Granted) -> Result<(Granted, reqwest::Response), Problem> {
-        let life = Arc::clone(&granted.life);
-        let dialect = Dialect::of(self.uri.path());
-        let outgoing = self.outgoing(&life);
+    async fn send(self, admission: Admission) -> Result<(Admission, reqwest::Response), Problem> {
+        let instance = Arc::clone(&admission.instance);
+        let outgoing = self.outgoing(&instance);
         tokio::select! {
-            answer = life.target.send(outgoing) => match answer {
-                Ok(answer) => Ok((granted, relay::explained(dialect, answer).await)),
-                Err(refusal) => Err(Problem::broke(refusal, &life).await),
+            answer = instance.target.send(outgoing) => match answer {
+                Ok(answer) => Ok((admission, answer)),
+                Err(refusal) => Err(Problem::broke(refusal, &instance).await),
             },
-            ended = life.ended() => Err(Problem::Ended(ended)),
+            ended = instance.ended() => Err(Problem::Ended(ended)),
         }
     }
 
-    fn outgoing(self, life: &Life) -> Outgoing {
+    fn outgoing(self, instance: &ServerInstance) -> Outgoing {
         let draft_key = self.headers.get(X_DRAFT_KEY).cloned();
-        let mut headers = headers::to_target(self.headers, Credentials::Targets(life.key()));
+        let mut headers = headers::to_target(self.headers, Credentials::Targets(instance.key()));
         if let Some(key) = draft_key {
             headers.insert(X_DRAFT_KEY, key);
         }
         Outgoing {
-            url: life.target.locate(&self.uri),
+            url: instance.target.locate(&self.uri),
             method: self.method,
             headers,
             body: self.body,
         }
     }
-}
-
-/// The answer for the client.
-fn conclude(pool: &Pool, dialect: Dialect, answer: Result<(Granted, reqwest::Response), Problem>) -> Response {
-    let (granted, answer) = match answer {
-        Ok(answer) => answer,
-        Err(problem) => return problem.response(dialect, pool),
-    };
-    pool.problems().clear();
-    let status = answer.status();
-    let mut headers = headers::to_client(answer.headers().clone());
-    let body = if relay::is_open_event_stream(&headers) {
-        headers.insert(X_ACCEL_BUFFERING, header::HeaderValue::from_static("no"));
-        Events::of(dialect, pool.clone(), granted, answer).body()
-    } else {
-        // The request counts until its answer is over.
-        let bytes = answer.bytes_stream().map(Some).chain(stream::once(async { None }));
-        Body::from_stream(bytes.filter_map(move |chunk| {
-            let _ = &granted;
-            std::future::ready(chunk)
-        }))
-    };
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    *response.headers_mut() = headers;
-    response
-}
-
-/// Tells a client that wants a stream that it has one, before there is a model.
-fn keep_waiting(events: Events) -> Response {
-    let mut response = Response::new(events.body());
-    *response.status_mut() = StatusCode::OK;
-    let headers = response.headers_mut();
-    for (name, value) in [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        (header::CACHE_CONTROL, "no-cache"),
-        (X_ACCEL_BUFFERING, "no"),
-    ] {
-        headers.insert(name, header::HeaderValue::from_static(value));
-    }
-    response
 }

@@ -1,16 +1,16 @@
-//! How far a load is, and how long it may still take.
+//! Progress of a load, and the estimate of the time left. Pure.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// Before so much has been read, or so long, an estimate would be a guess.
+/// No estimate before this share is loaded or this time has passed.
 const TELLING: (f32, Duration) = (0.05, Duration::from_secs(2));
 
-/// llama-server tells these lines, on its standard output, to the process that it believes to be its router: build
-/// b11434, `tools/server/server-models.cpp`.
+/// Prefix of the lines that llama-server writes to its standard output for a router process (build b11434,
+/// `tools/server/server-models.cpp`).
 const NEWS: &str = "cmd_child_to_router:state:";
-/// The environment variable that makes it believe so; any value does.
+/// The environment variable that makes llama-server write them; any value does.
 pub(super) const TELLS_PROGRESS: &str = "LLAMA_SERVER_ROUTER_PORT";
 
 /// The progress of a load.
@@ -18,12 +18,12 @@ pub(super) const TELLS_PROGRESS: &str = "LLAMA_SERVER_ROUTER_PORT";
 pub(super) struct Load {
     /// From 0 to 1; `None` while nothing is loaded.
     pub(super) progress: Option<f32>,
-    /// Seconds that it will still take; `None` while that cannot be told.
+    /// Seconds left; `None` while there is no estimate.
     pub(super) eta_seconds: Option<u64>,
 }
 
 impl Load {
-    /// `progress` after `elapsed`.
+    /// The load after `elapsed`, at `progress` from 0 to 1.
     pub(super) fn after(progress: f32, elapsed: Duration) -> Self {
         let progress = progress.clamp(0.0, 1.0);
         let told = progress >= TELLING.0 && progress < 1.0 && elapsed >= TELLING.1;
@@ -35,14 +35,14 @@ impl Load {
     }
 }
 
-/// What a line of llama-server says.
+/// A line of llama-server.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Line {
-    /// It has read so much of the model.
+    /// Share of the model that is loaded, from 0 to 1.
     Progress(f32),
-    /// Other news for a router.
+    /// Another message for a router.
     News,
-    /// Its log.
+    /// A line of the log.
     Log,
 }
 

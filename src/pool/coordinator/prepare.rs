@@ -1,4 +1,4 @@
-//! From a model's name to a llama-server's command line.
+//! Prepares a start: from a model's name to the command line of its llama-server.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,45 +9,46 @@ use tokio::sync::OnceCell;
 use super::load::TELLS_PROGRESS;
 use crate::config::{Config, Coordinator, Model, Secret, Worker};
 use crate::gguf::ModelFile;
+use crate::http::auth::unguessable;
 use crate::plan::{self, Device, KnownFrom, Plan, PlanError};
-use crate::pool::devices::{self, Probed};
+use crate::pool::devices::{self, ProbedServers};
 use crate::pool::launch;
-use crate::pool::swap::{Name, Unready};
+use crate::pool::swap::{Name, NotReady};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
-/// What a start needs.
+/// Everything that a start needs.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) launch: Launch,
     pub(super) url: reqwest::Url,
     /// The key of this one server.
     pub(super) key: Secret,
-    /// A line for each device.
+    /// One line per device, for the log and the status.
     pub(super) devices: Vec<String>,
-    /// Before the start.
+    /// Free memory of the coordinator's GPUs before the start.
     pub(super) own_free: OwnFree,
 }
 
-/// When a plan is made.
+/// The memory that a plan counts with.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Moment<'a> {
-    /// Nothing runs: what is free now is free for it. With what servers told that are run by hand.
-    Free(&'a Probed),
-    /// Beside a server that is to make room. The coordinator's own GPUs are full of it, so this is what they had free before
-    /// it; workers tell such a number themselves.
-    Beside(&'a OwnFree),
+pub(super) enum PlanBasis<'a> {
+    /// Nothing runs, so the model gets what is free now. Includes the memory that servers without an agent reported.
+    FreeNow(&'a ProbedServers),
+    /// A server still runs and will make room. It fills the coordinator's own GPUs, so this is what they had free before it
+    /// started; workers report that number themselves.
+    BesideServer(&'a OwnFree),
 }
 
 /// Free bytes of the coordinator's own GPUs, by name.
 pub(super) type OwnFree = BTreeMap<String, u64>;
 
-/// Makes plans.
+/// Plans models over the pool and makes their command lines.
 #[derive(Debug)]
 pub(super) struct Planner {
     config: Arc<Config>,
     coordinator: Arc<Coordinator>,
-    /// The draft tokens that the program can verify: asked once.
+    /// Draft tokens per step that the program can verify; asked once.
     drafts: OnceCell<Option<u16>>,
 }
 
@@ -60,18 +61,18 @@ impl Planner {
         }
     }
 
-    fn model(&self, name: &Name) -> Result<&Model, Unready> {
-        let unknown = || Unready::Ever("it is not in the config".to_owned());
+    fn model(&self, name: &Name) -> Result<&Model, NotReady> {
+        let unknown = || NotReady::Permanent("it is not in the config".to_owned());
         self.config.models.get(&**name).ok_or_else(unknown)
     }
 
-    async fn program(&self) -> Result<PathBuf, Unready> {
+    async fn program(&self) -> Result<PathBuf, NotReady> {
         let name = self.config.binaries.llama_server.clone();
         unhurried(move || preflight::program(&name).map_err(|error| ever(&error))).await
     }
 
-    /// Plans the model over the devices that there are.
-    pub(super) async fn plan(&self, name: &Name, moment: Moment<'_>) -> Result<Plan, Unready> {
+    /// Plans the model over the devices of the pool.
+    pub(super) async fn plan(&self, name: &Name, basis: PlanBasis<'_>) -> Result<Plan, NotReady> {
         let model = self.model(name)?;
         let path = model.path.clone();
         let file = unhurried(move || {
@@ -81,13 +82,13 @@ impl Planner {
         let (file, program) = (file.await?, self.program().await?);
         let max = self.config.proxy.as_ref().map(|proxy| proxy.max_draft_tokens);
         let ask = || preflight::external_draft(Role::Coordinator, &program, max.unwrap_or_default());
-        // A program that was too slow to tell is asked again at the next plan.
+        // A program that did not answer in time is asked again at the next plan.
         let drafts = self.drafts.get_or_try_init(ask).await;
-        let drafts = *drafts.map_err(|error| Unready::Yet(error.to_string()))?;
+        let drafts = *drafts.map_err(|error| NotReady::Retryable(error.to_string()))?;
         let want = plan::Settings::of(model, &self.coordinator, drafts).map_err(|error| ever(&error))?;
-        let mut devices = self.devices(moment).await?;
+        let mut devices = self.devices(basis).await?;
         let plan = plan::plan(&file, &devices, &want).map_err(|error| match error {
-            PlanError::NoDevices => Unready::Yet(error.to_string()),
+            PlanError::NoDevices => NotReady::Retryable(error.to_string()),
             _ => ever(&error),
         })?;
         if plan.fits {
@@ -99,16 +100,18 @@ impl Planner {
         }
         if plan::plan(&file, &devices, &want).is_ok_and(|plan| plan.fits) {
             let why = format!("it does not fit into what is free in the pool: {shortage}");
-            return Err(Unready::Yet(why));
+            return Err(NotReady::Retryable(why));
         }
-        Err(Unready::Ever(format!("it does not fit into the pool: {shortage}")))
+        Err(NotReady::Permanent(format!(
+            "it does not fit into the pool: {shortage}"
+        )))
     }
 
-    async fn devices(&self, moment: Moment<'_>) -> Result<Vec<Device>, Unready> {
-        let unasked = Probed::new();
-        let probed = match moment {
-            Moment::Free(probed) => probed,
-            Moment::Beside(_) => &unasked,
+    async fn devices(&self, basis: PlanBasis<'_>) -> Result<Vec<Device>, NotReady> {
+        let unasked = ProbedServers::new();
+        let probed = match basis {
+            PlanBasis::FreeNow(probed) => probed,
+            PlanBasis::BesideServer(_) => &unasked,
         };
         let found = devices::find(&self.config, &self.coordinator, probed);
         let found = found.await.map_err(|error| ever(&error))?;
@@ -116,8 +119,8 @@ impl Planner {
             tracing::debug!("{note}");
         }
         let mut devices = found.devices;
-        match moment {
-            Moment::Free(_) => {
+        match basis {
+            PlanBasis::FreeNow(_) => {
                 let told = |worker: &Worker| {
                     let own = |device: &Device| device.known_from == KnownFrom::Agent && device.host == worker.name();
                     devices.iter().any(own)
@@ -128,10 +131,10 @@ impl Planner {
                         "worker {} does not tell its devices yet; if it stays so, its log says why",
                         worker.name()
                     );
-                    return Err(Unready::Yet(why));
+                    return Err(NotReady::Retryable(why));
                 }
             }
-            Moment::Beside(before) => {
+            PlanBasis::BesideServer(before) => {
                 for device in devices.iter_mut().filter(|device| device.endpoint.is_none()) {
                     device.free_bytes = before.get(&device.name).copied().unwrap_or(device.total_bytes);
                 }
@@ -140,13 +143,12 @@ impl Planner {
         Ok(devices)
     }
 
-    /// The command line, with a port and a key of its own. Clients never see either: the front's key is the one that they
-    /// know.
-    pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, Unready> {
+    /// The command line, with a port and a key of its own. Clients never see either; they know only the coordinator's key.
+    pub(super) async fn launch(&self, name: &Name, plan: &Plan) -> Result<Prepared, NotReady> {
         let model = self.model(name)?;
         let program = self.program().await?;
         let port = preflight::free_port().map_err(|error| ever(&error))?;
-        let key = Secret::new(format!("{:032x}", rand::random::<u128>()));
+        let key = Secret::new(unguessable());
         let behind = Coordinator {
             api_key: Some(key.clone()),
             api_key_file: None,
@@ -154,7 +156,7 @@ impl Planner {
         };
         let mut launch = launch::launch(plan, program, &behind, (name, model), ("127.0.0.1", port));
         launch.env.push((TELLS_PROGRESS.to_owned(), Secret::new("0")));
-        // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds, and drowns its words.
+        // ggml starts a debugger when it aborts, as it does over each lost worker. That takes seconds and hides the message.
         launch.env.push(("GGML_NO_BACKTRACE".to_owned(), Secret::new("1")));
         let url = launch.url();
         let url = reqwest::Url::parse(&url).map_err(|error| ever(&error))?;
@@ -175,18 +177,18 @@ impl Planner {
     }
 }
 
-/// What comes of work with files, which may lie on a disk that hangs: it never holds up the leases.
+/// Runs work with files on a blocking thread: a disk that hangs must not delay the leases.
 async fn unhurried<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Unready> + Send + 'static,
-) -> Result<T, Unready> {
+    work: impl FnOnce() -> Result<T, NotReady> + Send + 'static,
+) -> Result<T, NotReady> {
     tokio::task::spawn_blocking(work).await.map_err(|error| ever(&error))?
 }
 
-fn ever(error: &impl ToString) -> Unready {
-    Unready::Ever(error.to_string())
+fn ever(error: &impl ToString) -> NotReady {
+    NotReady::Permanent(error.to_string())
 }
 
-/// The models by the names that the machine knows them by: `first`, and all but the one that only drafts.
+/// Names of the models that the pool serves: `first`, and all others but a model that only drafts.
 pub(super) fn names(config: &Config, first: &str) -> Vec<Name> {
     let drafts = config.draft.as_ref().and_then(|draft| draft.model.as_deref());
     let models = config

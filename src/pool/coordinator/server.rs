@@ -1,4 +1,4 @@
-//! One life of the llama-server behind the front.
+//! Runs one llama-server from its start to its end, and reports what happens as events.
 
 use std::io;
 use std::sync::Arc;
@@ -18,17 +18,17 @@ use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::{Cause, Death};
 use crate::supervise::stall::{self, Stalled, until_stalled};
 
-/// Pause between two looks at a server that starts.
+/// Interval for polling a server that starts.
 const POLL: Duration = Duration::from_millis(100);
-/// How long a server that is asked to end may take.
+/// How long a server may take to end when asked.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for one that is broken.
 const BROKEN_PATIENCE: Duration = Duration::from_millis(200);
 
-/// A load that does not go on for so long never will: one tensor over a slow network takes a minute or two.
+/// A load without progress for this long has stalled. One tensor over a slow network takes a minute or two.
 const LOAD_STALL: Duration = Duration::from_secs(300);
 
-/// What is needed to run it.
+/// Everything that the run needs.
 pub(super) struct Run {
     pub(super) epoch: u64,
     pub(super) launch: Launch,
@@ -36,13 +36,13 @@ pub(super) struct Run {
     pub(super) stall: Duration,
     pub(super) workers: Workers,
     pub(super) tell: mpsc::UnboundedSender<Message>,
-    /// Whether it is broken.
+    /// Ends the server; `true` if it is broken.
     pub(super) stop: oneshot::Receiver<bool>,
     pub(super) started: oneshot::Sender<u32>,
     pub(super) last_lines: oneshot::Sender<Vec<String>>,
 }
 
-/// Runs it to its end, and tells what happens.
+/// Runs the server to its end.
 pub(super) async fn run(run: Run) {
     let Run {
         epoch,
@@ -124,7 +124,7 @@ pub(super) async fn run(run: Run) {
     }
 }
 
-/// Starts it, with a client to look at it.
+/// Starts the server, with a client to poll it.
 async fn spawn(launch: &Launch, listener: Listener) -> io::Result<(reqwest::Client, Child)> {
     let http = stall::client()?;
     let child = Child::spawn_with(Role::Coordinator, launch, Some(listener)).await?;
@@ -135,7 +135,7 @@ fn send(tell: &mpsc::UnboundedSender<Message>, event: Event) {
     let _ = tell.send(Message::Event(event));
 }
 
-/// A failure that another start may mend.
+/// A failure that another start may cure.
 fn curable(why: String, worker: bool) -> Failure {
     Failure {
         why,
@@ -144,7 +144,7 @@ fn curable(why: String, worker: bool) -> Failure {
     }
 }
 
-/// Why a server that runs does nothing.
+/// Why a running server has stalled.
 async fn stands_still(stalled: Stalled, workers: &Workers) -> Failure {
     if let Stalled::Stopped(_) = stalled {
         return curable(stalled.to_string(), false);

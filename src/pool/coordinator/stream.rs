@@ -1,146 +1,44 @@
-//! An event stream: comments while it waits for a model, then the server's bytes, then an error if those break off.
+//! The coordinator's side of an answer that is relayed: comments while it waits for a model, and why it broke off.
 
-use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::response::Response;
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
-use super::pool::{Granted, Pool};
+use super::pool::{Admission, Pool};
 use super::problem::Problem;
-use crate::pool::swap::{Ended, State};
-use crate::proxy::events::Boundary;
-use crate::proxy::paths::Dialect;
-use crate::proxy::relay;
-use crate::proxy::respond::{self, Refusal};
-use crate::upstream::failure;
+use crate::failure;
+use crate::http::paths::Dialect;
+use crate::http::refusal::Refusal;
+use crate::http::relay::{self, ServerBytes};
+use crate::pool::swap::State;
 
-/// Silence after which a waiting client gets a comment.
+/// Silence after which a client that waits for a model or a slot gets a comment.
 const COMMENTS: Duration = Duration::from_secs(3);
 
-/// An event stream.
-pub(super) struct Events {
-    source: Source,
-    boundary: Boundary,
-    dialect: Dialect,
-    pool: Pool,
-    /// Nothing has been sent.
-    fresh: bool,
+/// One request on its way to its answer.
+pub(super) struct Exchange {
+    pub(super) pool: Pool,
+    pub(super) dialect: Dialect,
 }
 
-enum Source {
-    /// The client has its 200 already, and no server has answered.
-    Awaited(BoxFuture<'static, Result<(Granted, reqwest::Response), Problem>>),
-    Flowing(Granted, BoxStream<'static, reqwest::Result<Bytes>>),
-    Over,
-}
+impl relay::Exchange for Exchange {
+    type Guard = Admission;
+    type Error = Problem;
 
-enum Step {
-    Answered(Result<(Granted, reqwest::Response), Problem>),
-    Bytes(Bytes),
-    Broken(String),
-    Ended(Ended),
-    End,
-}
-
-impl Source {
-    async fn step(&mut self) -> Step {
-        match self {
-            Self::Awaited(answer) => Step::Answered(answer.await),
-            Self::Flowing(granted, bytes) => {
-                tokio::select! {
-                    biased;
-                    chunk = bytes.next() => match chunk {
-                        Some(Ok(bytes)) => Step::Bytes(bytes),
-                        Some(Err(error)) => Step::Broken(failure::explain(&error)),
-                        None => Step::End,
-                    },
-                    ended = granted.life.ended() => Step::Ended(ended),
-                }
-            }
-            Self::Over => Step::End,
-        }
-    }
-}
-
-impl Events {
-    /// The stream of an answer that has begun.
-    pub(super) fn of(dialect: Dialect, pool: Pool, granted: Granted, answer: reqwest::Response) -> Self {
-        Self::from(
-            dialect,
-            pool,
-            Source::Flowing(granted, answer.bytes_stream().boxed()),
-            false,
-        )
+    fn dialect(&self) -> Dialect {
+        self.dialect
     }
 
-    /// The stream of an answer that the client is kept waiting for.
-    pub(super) fn awaiting(
-        dialect: Dialect,
-        pool: Pool,
-        answer: impl Future<Output = Result<(Granted, reqwest::Response), Problem>> + Send + 'static,
-    ) -> Self {
-        Self::from(dialect, pool, Source::Awaited(Box::pin(answer)), true)
+    fn url<'a>(&'a self, admission: &'a Admission) -> &'a str {
+        admission.instance.target.shown()
     }
 
-    fn from(dialect: Dialect, pool: Pool, source: Source, fresh: bool) -> Self {
-        Self {
-            source,
-            boundary: Boundary::new(),
-            dialect,
-            pool,
-            fresh,
-        }
+    fn silence(&self, flowing: bool) -> Option<Duration> {
+        (!flowing).then_some(COMMENTS)
     }
 
-    pub(super) fn body(self) -> Body {
-        Body::from_stream(stream::unfold(self, |mut events| async move {
-            let bytes = events.next().await?;
-            Some((Ok::<_, Infallible>(bytes), events))
-        }))
-    }
-
-    async fn next(&mut self) -> Option<Bytes> {
-        if std::mem::take(&mut self.fresh) {
-            return Some(self.comment());
-        }
-        loop {
-            let step = match self.source {
-                Source::Awaited(_) => match tokio::time::timeout(COMMENTS, self.source.step()).await {
-                    Ok(step) => step,
-                    Err(_) => return Some(self.comment()),
-                },
-                _ => self.source.step().await,
-            };
-            match step {
-                Step::Bytes(bytes) => {
-                    self.boundary.pass(&bytes);
-                    return Some(bytes);
-                }
-                Step::Answered(Ok((granted, answer))) => match begin(self.dialect, granted, answer).await {
-                    Ok(source) => self.source = source,
-                    Err(event) => return Some(self.fail(&event)),
-                },
-                Step::Answered(Err(problem)) => return Some(self.fail(&problem.event(self.dialect, &self.pool))),
-                Step::Ended(ended) => return Some(self.fail(&Problem::Ended(ended).event(self.dialect, &self.pool))),
-                Step::Broken(cause) => {
-                    let life = match &self.source {
-                        Source::Flowing(granted, _) => Arc::clone(&granted.life),
-                        Source::Awaited(_) | Source::Over => return None,
-                    };
-                    let url = life.target.shown().to_owned();
-                    let problem = Problem::broke(Refusal::BrokeOff { url, cause }, &life).await;
-                    return Some(self.fail(&problem.event(self.dialect, &self.pool)));
-                }
-                Step::End => return None,
-            }
-        }
-    }
-
-    /// What a waiting client is told.
     fn comment(&self) -> Bytes {
         let report = self.pool.report();
         match (report.now.state, report.load.progress) {
@@ -151,30 +49,34 @@ impl Events {
         .into()
     }
 
-    /// Ends the stream with `event`.
-    fn fail(&mut self, event: &Bytes) -> Bytes {
-        self.source = Source::Over;
-        if self.boundary.is_between_events() {
-            return event.clone();
-        }
-        // Ends the event that the server left unfinished.
-        [b"\n\n", event.as_ref()].concat().into()
+    fn refuse(self, problem: Problem) -> Response {
+        problem.response(self.dialect, &self.pool)
     }
-}
 
-/// The bytes of an answer, or an event that says why there are none.
-async fn begin(dialect: Dialect, granted: Granted, answer: reqwest::Response) -> Result<Source, Bytes> {
-    let status = answer.status();
-    if !status.is_success() {
-        let body = relay::error_body(answer).await;
-        return Err(respond::targets_error(dialect, status, &body));
+    fn error_event(&self, problem: &Problem) -> Bytes {
+        problem.event(self.dialect, &self.pool)
     }
-    if !relay::is_open_event_stream(answer.headers()) {
-        let refusal = Refusal::NotAStream {
-            url: granted.life.target.shown().to_owned(),
-            content_type: relay::content_type(answer.headers()).to_owned(),
-        };
-        return Err(refusal.event(dialect));
+
+    fn events(&self, admission: Admission, bytes: ServerBytes) -> BoxStream<'static, Result<Bytes, Problem>> {
+        let events = stream::unfold((admission, bytes), |(admission, mut bytes)| async move {
+            let chunk = tokio::select! {
+                biased;
+                chunk = bytes.next() => match chunk? {
+                    Ok(bytes) => Ok(bytes),
+                    Err(error) => {
+                        let url = admission.instance.target.shown().to_owned();
+                        let cause = failure::explain(&error);
+                        Err(Problem::broke(Refusal::BrokeOff { url, cause }, &admission.instance).await)
+                    }
+                },
+                ended = admission.instance.ended() => Err(Problem::Ended(ended)),
+            };
+            Some((chunk, (admission, bytes)))
+        });
+        events.boxed()
     }
-    Ok(Source::Flowing(granted, answer.bytes_stream().boxed()))
+
+    fn reaches_server(&mut self) {
+        self.pool.problems().clear();
+    }
 }

@@ -1,4 +1,6 @@
-//! The workers, as the coordinator sees them: taken before a server starts, kept while it runs, returned after it.
+//! The workers of the pool: leased before a server starts, renewed while it runs, returned after it.
+//!
+//! Invariant: a llama-server runs only while every worker with an agent is leased to this coordinator.
 
 use std::collections::BTreeSet;
 use std::future::pending;
@@ -22,106 +24,106 @@ use crate::config::Worker;
 use crate::pool::agent::{Endpoint, EndpointState, LeaseRequest};
 use crate::pool::agent_client::{AgentClient, AgentError};
 use crate::pool::build;
-use crate::pool::devices::Probed;
-use crate::pool::rpc_probe::{self, Told};
-use crate::pool::swap::{Event, Failure, Unready};
+use crate::pool::devices::ProbedServers;
+use crate::pool::rpc_probe::{self, RpcServer};
+use crate::pool::swap::{Event, Failure, NotReady};
 
-/// Leases are renewed, and agents looked at, so often.
+/// Interval for renewing leases and polling agents.
 const BEAT: Duration = Duration::from_secs(1);
-/// Longest wait for an agent in this.
+/// Timeout for one renewal or poll.
 const BEAT_PATIENCE: Duration = Duration::from_secs(1);
-/// A worker that was silent for so long, whatever it was asked, is lost.
+/// A worker that has not answered for this long is lost.
 const LOST_AFTER: Duration = Duration::from_secs(4);
-/// Longest wait for such a worker to return its lease, which it may do if only its server hangs.
+/// Timeout for a lost worker to return its lease; it still can if only its server hangs.
 const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
-/// Longest wait for a worker without an agent.
+/// Timeout for probing a worker without an agent.
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
-/// One worker.
+/// One worker of the pool.
 #[derive(Debug, Clone)]
-struct Member {
+struct PoolWorker {
     name: String,
-    /// `None`: its `ggml-rpc-server` is run by hand.
+    /// `None`: its `ggml-rpc-server` is started by hand.
     agent: Option<AgentClient>,
     /// `host:port` of each of its `ggml-rpc-server`s.
     endpoints: Vec<String>,
 }
 
-/// All workers.
+/// All workers of the pool.
 #[derive(Debug, Clone)]
 pub(super) struct Workers {
-    members: Vec<Member>,
-    /// Who we are to them.
+    workers: Vec<PoolWorker>,
+    /// The name of this coordinator in leases.
     holder: String,
-    /// Our own, whose build must be theirs.
+    /// The coordinator's own llama-server; all workers must run its build.
     llama_server: PathBuf,
-    /// That a build is not known is said once.
+    /// Logs the warning about an unknown build once.
     warned: Arc<Once>,
 }
 
 /// A worker's lease.
 #[derive(Debug)]
-struct Held {
+struct WorkerLease {
     agent: AgentClient,
     id: String,
-    /// Renews it, from the first moment on: other workers may take longer to start their servers than it lasts.
+    /// Renews the lease from the start: other workers may take longer to start their servers than a lease lasts.
     beats: JoinSet<()>,
 }
 
-/// The workers are ours. Dropping this leaves them to expire.
+/// Leases of all workers. Dropped leases expire.
 #[derive(Debug)]
 pub(super) struct Leases {
-    held: Vec<Held>,
+    held: Vec<WorkerLease>,
 }
 
 impl Workers {
     pub(super) fn new(workers: &[Worker], holder: String, llama_server: PathBuf) -> Result<Self, AgentError> {
-        let member = |worker: &Worker| {
+        let worker = |worker: &Worker| {
             let agent = worker.has_agent().then(|| AgentClient::new(worker)).transpose()?;
             let ports = worker.rpc_endpoints();
-            Ok(Member {
+            Ok(PoolWorker {
                 name: worker.name().to_owned(),
                 agent,
                 endpoints: ports.keys().map(|port| format!("{}:{port}", worker.host)).collect(),
             })
         };
-        let members = workers.iter().map(member).collect::<Result<_, AgentError>>()?;
+        let workers = workers.iter().map(worker).collect::<Result<_, AgentError>>()?;
         Ok(Self {
-            members,
+            workers,
             holder,
             llama_server,
             warned: Arc::new(Once::new()),
         })
     }
 
-    /// What is known before anybody was asked.
+    /// The reports before any worker was asked.
     pub(super) fn reports(&self) -> Vec<WorkerReport> {
-        let report = |member: &Member| WorkerReport {
-            name: member.name.clone(),
+        let report = |worker: &PoolWorker| WorkerReport {
+            name: worker.name.clone(),
             ..WorkerReport::default()
         };
-        self.members.iter().map(report).collect()
+        self.workers.iter().map(report).collect()
     }
 
-    /// Asks whether all could be taken: reachable, free or ours already, and of one build. Nothing is started for that.
-    /// Returns what the servers told that are run by hand.
-    pub(super) async fn ask(&self) -> Result<Probed, Unready> {
+    /// Asks whether all workers could be leased: each is reachable, free or leased to us, and of our build. Starts nothing.
+    /// Returns what the servers without an agent reported.
+    pub(super) async fn ask(&self) -> Result<ProbedServers, NotReady> {
         let own = build::build(&self.llama_server).await;
-        let seen = join_all(self.members.iter().map(|member| self.sight(member))).await;
+        let seen = join_all(self.workers.iter().map(|worker| self.probe(worker))).await;
         let mut problems = Vec::new();
-        let mut sights = Vec::new();
+        let mut probes = Vec::new();
         for result in seen {
             match result {
-                Ok(sight) => sights.push(sight),
+                Ok(probe) => probes.push(probe),
                 Err(problem) => problems.push(problem),
             }
         }
-        problems.extend(differences(own.as_deref(), &sights));
+        problems.extend(differences(own.as_deref(), &probes));
         if !problems.is_empty() {
-            return Err(Unready::Yet(problems.join("; ")));
+            return Err(NotReady::Retryable(problems.join("; ")));
         }
-        let unknown = sights.iter().find(|sight| sight.build.is_none());
-        let unknown = unknown.map(|sight| format!("worker {}", sight.name));
+        let unknown = probes.iter().find(|probe| probe.build.is_none());
+        let unknown = unknown.map(|probe| format!("worker {}", probe.name));
         let unknown = if own.is_none() {
             Some("this coordinator".to_owned())
         } else {
@@ -134,43 +136,43 @@ impl Workers {
                 );
             });
         }
-        Ok(sights.into_iter().flat_map(|sight| sight.told).collect())
+        Ok(probes.into_iter().flat_map(|probe| probe.told).collect())
     }
 
-    async fn sight(&self, member: &Member) -> Result<Sight, String> {
-        let mut sight = Sight {
-            name: member.name.clone(),
+    async fn probe(&self, worker: &PoolWorker) -> Result<WorkerProbe, String> {
+        let mut probe = WorkerProbe {
+            name: worker.name.clone(),
             build: None,
             protocol: None,
-            told: Probed::new(),
+            told: ProbedServers::new(),
         };
-        let Some(agent) = &member.agent else {
-            for endpoint in &member.endpoints {
+        let Some(agent) = &worker.agent else {
+            for endpoint in &worker.endpoints {
                 let told = listens(endpoint).await;
-                let told = told.map_err(|why| format!("worker {}: {why}", member.name))?;
-                sight.protocol = Some(told.protocol.to_string());
-                sight.told.insert(endpoint.clone(), told);
+                let told = told.map_err(|why| format!("worker {}: {why}", worker.name))?;
+                probe.protocol = Some(told.protocol.to_string());
+                probe.told.insert(endpoint.clone(), told);
             }
-            return Ok(sight);
+            return Ok(probe);
         };
         let status = agent.status().await.map_err(|error| error.to_string())?;
         if let Some(holder) = status.lease.filter(|lease| lease.holder != self.holder) {
-            let worker = member.name.clone();
+            let worker = worker.name.clone();
             return Err(AgentError::Held { worker, holder }.to_string());
         }
-        sight.build = Some(status.build).filter(|build| build != build::UNKNOWN);
-        sight.protocol = status.protocol;
-        Ok(sight)
+        probe.build = Some(status.build).filter(|build| build != build::UNKNOWN);
+        probe.protocol = status.protocol;
+        Ok(probe)
     }
 
-    /// Takes all workers, or none.
+    /// Leases all workers, or none.
     pub(super) async fn lease(
         &self,
         epoch: u64,
         tell: &mpsc::UnboundedSender<Message>,
         cancel: &CancellationToken,
-    ) -> Result<Leases, Unready> {
-        let agents = self.members.iter().filter_map(|member| member.agent.as_ref());
+    ) -> Result<Leases, NotReady> {
+        let agents = self.workers.iter().filter_map(|worker| worker.agent.as_ref());
         let mut taking: FuturesUnordered<_> = agents.map(|agent| self.take(agent, epoch, tell)).collect();
         let mut leases = Leases { held: Vec::new() };
         let mut problems = Vec::new();
@@ -182,7 +184,7 @@ impl Workers {
                     None => break,
                 },
                 () = cancel.cancelled() => {
-                    // Who stops waiting for a lease does not get it.
+                    // A request for a lease that is dropped does not get it.
                     drop(taking);
                     leases.give_back().await;
                     return Err(cancelled());
@@ -192,7 +194,7 @@ impl Workers {
         if !problems.is_empty() {
             leases.give_back().await;
             problems.sort();
-            return Err(Unready::Yet(problems.join("; ")));
+            return Err(NotReady::Retryable(problems.join("; ")));
         }
         Ok(leases)
     }
@@ -202,42 +204,42 @@ impl Workers {
         agent: &AgentClient,
         epoch: u64,
         tell: &mpsc::UnboundedSender<Message>,
-    ) -> Result<Held, String> {
+    ) -> Result<WorkerLease, String> {
         let wanted = LeaseRequest {
             holder: self.holder.clone(),
             epoch,
         };
-        // Servers may take a minute to start, and the agent answers other questions meanwhile; a host that is gone does not.
+        // Servers may take a minute to start. The agent answers other requests meanwhile; a host that is gone does not.
         let lease = tokio::select! {
             lease = agent.lease(&wanted) => lease.map_err(|error| error.to_string())?,
             why = until_silent(agent) => return Err(format!("worker {} was lost ({why})", agent.worker())),
         };
         let mut beats = JoinSet::new();
         beats.spawn(keep(agent.clone(), lease.id.clone(), epoch, tell.clone()));
-        Ok(Held {
+        Ok(WorkerLease {
             agent: agent.clone(),
             id: lease.id,
             beats,
         })
     }
 
-    /// The workers that cannot be reached or do not work, and what is wrong with them; `None`: all are well, as far as can
-    /// be told. One without an agent can only be asked while no server uses it.
+    /// The workers that cannot be reached or do not work, each with its problem; `None` if no problem is known. A worker
+    /// without an agent can be asked only while no server uses it (`used`).
     pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
-        let looks = self.members.iter().map(|member| async move {
-            let wrong = match &member.agent {
+        let looks = self.workers.iter().map(|worker| async move {
+            let wrong = match &worker.agent {
                 Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
                     Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
                     Ok(Err(error)) => Some(error.to_string()),
                     Err(_) => Some("its agent does not answer".to_owned()),
                 },
                 None if used => None,
-                None => join_all(member.endpoints.iter().map(|endpoint| listens(endpoint)))
+                None => join_all(worker.endpoints.iter().map(|endpoint| listens(endpoint)))
                     .await
                     .into_iter()
                     .find_map(Result::err),
             };
-            wrong.map(|why| (member.name.clone(), why))
+            wrong.map(|why| (worker.name.clone(), why))
         });
         let lost: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
         let each: Vec<_> = lost
@@ -247,44 +249,44 @@ impl Workers {
         (!each.is_empty()).then(|| each.join("; "))
     }
 
-    /// Waits until a server that our llama-server was connected to is so no longer, and says which: it died and has been
-    /// started again, without our model. llama-server itself would notice that with the next request, and lose it.
+    /// Waits until a server loses its connection to our llama-server, and says which: it died and was started again,
+    /// without our model. llama-server would notice that only with the next request, and lose it.
     pub(super) async fn until_disconnected(&self) -> String {
-        let members = self.members.iter().filter_map(|member| {
-            let agent = member.agent.as_ref()?;
-            Some(Box::pin(async move { (member, until_one_is_free(agent).await) }))
+        let workers = self.workers.iter().filter_map(|worker| {
+            let agent = worker.agent.as_ref()?;
+            Some(Box::pin(async move { (worker, until_one_is_free(agent).await) }))
         });
-        let members: Vec<_> = members.collect();
-        if members.is_empty() {
+        let workers: Vec<_> = workers.collect();
+        if workers.is_empty() {
             return pending().await;
         }
-        let ((member, port), ..) = select_all(members).await;
+        let ((worker, port), ..) = select_all(workers).await;
         format!(
             "worker {} was lost (its ggml-rpc-server on port {port} was started again, without the model)",
-            member.name
+            worker.name
         )
     }
 
-    /// The one that is meant when nothing else is known.
+    /// The name of the worker, if the pool has only one.
     pub(super) fn only(&self) -> Option<&str> {
-        match &self.members[..] {
+        match &self.workers[..] {
             [only] => Some(&only.name),
             _ => None,
         }
     }
 
-    /// Looks at all agents for ever, for the status, and tells of those that come back.
+    /// Polls all agents for ever; reports their state, and each worker that comes back.
     pub(super) async fn watch(self, tell: mpsc::UnboundedSender<Message>) {
-        let watches = self.members.iter().enumerate().map(|(index, member)| {
+        let watches = self.workers.iter().enumerate().map(|(index, worker)| {
             let tell = tell.clone();
             async move {
                 let mut was_up = true;
                 while !tell.is_closed() {
-                    let report = member.report().await;
+                    let report = worker.report().await;
                     let up = report.up != Some(false);
                     let _ = tell.send(Message::Worker(index, report));
                     if up && !was_up {
-                        tracing::info!("worker {} is back", member.name);
+                        tracing::info!("worker {} is back", worker.name);
                         let _ = tell.send(Message::Event(Event::WorkerBack));
                     }
                     was_up = up;
@@ -296,7 +298,7 @@ impl Workers {
     }
 }
 
-impl Member {
+impl PoolWorker {
     async fn report(&self) -> WorkerReport {
         let mut report = WorkerReport {
             name: self.name.clone(),
@@ -324,10 +326,10 @@ impl Member {
 }
 
 impl Leases {
-    /// Returns them; their memory is free after that, as far as the workers can be reached.
+    /// Returns the leases, which frees the memory of all workers that can be reached.
     pub(super) async fn give_back(self) {
         join_all(self.held.into_iter().map(|mut held| async move {
-            // Who keeps a lease stops only when it is lost.
+            // The renewal task ends only when the lease is lost.
             let lost = held.beats.try_join_next().is_some();
             held.beats.abort_all();
             let returned = held.agent.give_back(&held.id);
@@ -345,7 +347,7 @@ impl Leases {
     }
 }
 
-/// Waits until a server was connected and then twice in a row is not: once may mean that llama-server itself ends.
+/// Waits until a server that was connected is not so twice in a row; once may mean that llama-server itself is ending.
 async fn until_one_is_free(agent: &AgentClient) -> u16 {
     let (mut connected, mut suspects) = (BTreeSet::new(), BTreeSet::new());
     loop {
@@ -385,15 +387,14 @@ impl Silence {
         *self = Self::new();
     }
 
-    /// Another question was not answered. Says whether the worker is lost: one that is missed may be due to a busy disk, or
-    /// to the network.
+    /// Counts another missed answer. Returns whether the worker is lost; a single miss may be due to a busy disk or network.
     fn goes_on(&mut self) -> bool {
         self.missed += 1;
         self.missed >= 2 && self.since.elapsed() + BEAT >= LOST_AFTER
     }
 }
 
-/// Waits until an agent has not answered for so long that its worker is lost, and says what happened last.
+/// Waits until an agent has been silent so long that its worker is lost; returns the last error.
 async fn until_silent(agent: &AgentClient) -> String {
     let mut silence = Silence::new();
     loop {
@@ -444,30 +445,30 @@ async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentErro
     Ok(Endpoint::problem(&agent.renew(id).await?.endpoints))
 }
 
-/// What is known of a worker's llama.cpp.
+/// The llama.cpp of a worker.
 #[derive(Debug)]
-struct Sight {
+struct WorkerProbe {
     name: String,
     build: Option<String>,
     /// Version of the RPC protocol.
     protocol: Option<String>,
-    /// By its servers that are run by hand.
-    told: Probed,
+    /// Reports of its servers without an agent.
+    told: ProbedServers,
 }
 
-/// What keeps these from working together, as far as they tell. Where a build is not known the protocol has to do: a client
-/// refuses a server of another major version, or of a newer minor one.
-fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
+/// Differences that keep the workers from working together. Where a build is unknown, the protocol decides: a client
+/// refuses a server of another major version or of a newer minor one.
+fn differences(own: Option<&str>, probes: &[WorkerProbe]) -> Vec<String> {
     let Some(own) = own else { return Vec::new() };
     // A worker of our build speaks our protocol.
-    let same = |sight: &&Sight| sight.build.as_deref() == Some(own);
-    let ours = sights
+    let same = |probe: &&WorkerProbe| probe.build.as_deref() == Some(own);
+    let ours = probes
         .iter()
         .filter(same)
-        .find_map(|sight| version(sight.protocol.as_deref()?));
-    let difference = |sight: &Sight| {
-        let name = &sight.name;
-        match (&sight.build, &sight.protocol) {
+        .find_map(|probe| version(probe.protocol.as_deref()?));
+    let difference = |probe: &WorkerProbe| {
+        let name = &probe.name;
+        match (&probe.build, &probe.protocol) {
             (Some(build), _) => build::difference(name, build, own),
             (None, Some(protocol)) => {
                 let (major, minor) = ours?;
@@ -482,7 +483,7 @@ fn differences(own: Option<&str>, sights: &[Sight]) -> Vec<String> {
             (None, None) => None,
         }
     };
-    sights.iter().filter_map(difference).collect()
+    probes.iter().filter_map(difference).collect()
 }
 
 /// Major and minor.
@@ -491,8 +492,8 @@ fn version(protocol: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// What a `ggml-rpc-server` tells there; to be asked only while nobody uses it.
-async fn listens(endpoint: &str) -> Result<Told, String> {
+/// Probes a `ggml-rpc-server`. Allowed only while no client uses it.
+async fn listens(endpoint: &str) -> Result<RpcServer, String> {
     let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
     let address = address.ok_or_else(|| format!("{endpoint} has no IPv4 address"))?;
@@ -505,18 +506,18 @@ async fn listens(endpoint: &str) -> Result<Told, String> {
 mod tests {
     use super::*;
 
-    fn sight(name: &str, build: Option<&str>, protocol: &str) -> Sight {
-        Sight {
+    fn probe(name: &str, build: Option<&str>, protocol: &str) -> WorkerProbe {
+        WorkerProbe {
             name: name.to_owned(),
             build: build.map(str::to_owned),
             protocol: Some(protocol.to_owned()),
-            told: Probed::new(),
+            told: ProbedServers::new(),
         }
     }
 
     #[test]
     fn a_worker_of_another_build_is_refused_with_both() {
-        let seen = [sight("a", Some("b1"), "7.0.0"), sight("b", Some("b2"), "7.0.0")];
+        let seen = [probe("a", Some("b1"), "7.0.0"), probe("b", Some("b2"), "7.0.0")];
         let found = differences(Some("b1"), &seen);
         assert_eq!(found.len(), 1);
         assert!(
@@ -529,12 +530,12 @@ mod tests {
     #[test]
     fn without_a_build_the_protocols_must_fit() {
         for (protocol, fits) in [("7.1.9", true), ("7.0.0", true), ("7.2.0", false), ("6.1.0", false)] {
-            let seen = [sight("a", Some("b1"), "7.1.0"), sight("by-hand", None, protocol)];
+            let seen = [probe("a", Some("b1"), "7.1.0"), probe("by-hand", None, protocol)];
             let found = differences(Some("b1"), &seen);
             assert_eq!(found.is_empty(), fits, "{protocol}: {found:?}");
         }
         // Nobody knows what we speak ourselves.
-        assert!(differences(Some("b1"), &[sight("by-hand", None, "6.0.0")]).is_empty());
+        assert!(differences(Some("b1"), &[probe("by-hand", None, "6.0.0")]).is_empty());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What goes into the machine, and what comes out.
+//! The events that go into the machine and the actions that come out.
 
 use std::sync::Arc;
 
@@ -7,103 +7,102 @@ use crate::count::count;
 /// A model's name in the config.
 pub type Name = Arc<str>;
 
-/// A request or a swap command, by a number that never comes again.
+/// Number of a request or a swap command; never reused.
 pub type Id = u64;
 
-/// What happened.
+/// Something that happened.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Somebody wants a model.
+    /// A request or a command asks for a model.
     Asked {
-        /// Who.
+        /// Its number.
         id: Id,
-        /// Which; `None`: whatever runs.
+        /// The model; `None`: the one that runs.
         model: Option<Name>,
-        /// A command of the user rather than a request for an answer.
+        /// Whether it is a swap command.
         command: bool,
     },
-    /// A request's answer is over, or nobody waits for it any more.
+    /// A request's answer is over, or its client left.
     Left(Id),
-    /// What came of [`Action::Check`].
+    /// The result of [`Action::Check`].
     Checked(Name, Result<(), String>),
-    /// What came of [`Action::Lease`].
-    Leased(u64, Result<(), Unready>),
-    /// The server answers.
+    /// The result of [`Action::Lease`].
+    Leased(u64, Result<(), NotReady>),
+    /// The server of this epoch answers.
     Ready(u64),
-    /// The server ended, and nobody had asked it to.
+    /// The server ended without [`Action::Stop`].
     Died(u64, Failure),
-    /// A server that runs cannot go on: a worker is lost, or nothing moves any more.
+    /// A running server cannot continue: a worker is lost, or the server has stalled.
     Broken(u64, Failure),
-    /// What [`Action::Stop`] asked for has been done.
+    /// [`Action::Stop`] is done.
     Stopped(u64),
-    /// What [`Action::Free`] asked for has been done.
+    /// [`Action::Free`] is done.
     Freed(u64),
-    /// A worker that was away is back.
+    /// A lost worker answers again.
     WorkerBack,
     /// Time has passed.
     Tick,
-    /// The coordinator is to end.
+    /// The coordinator shuts down.
     Shutdown,
 }
 
-/// Why workers could not be leased.
+/// Why a model cannot be started now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unready {
-    /// They may be ready soon.
-    Yet(String),
-    /// Asking again would not help: the model file is missing, or does not fit.
-    Ever(String),
+pub enum NotReady {
+    /// A later try may succeed.
+    Retryable(String),
+    /// No later try will succeed: the model file is missing, or the model does not fit.
+    Permanent(String),
 }
 
 /// Why a server ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// In a sentence.
+    /// One sentence.
     pub why: String,
-    /// Whether the same start may go better next time.
+    /// Whether the same start may succeed next time.
     pub curable: bool,
     /// Whether a worker was the cause.
     pub worker: bool,
 }
 
-/// What to do.
+/// Something the driver must do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Let the server that runs answer this request; to a command: its model runs.
+    /// Let the running server answer this request. For a command: its model runs.
     Admit(Id),
-    /// Tell this one why not.
+    /// Refuse this request.
     Refuse(Id, Refused),
-    /// See whether this model could be started: its file, and whether it fits. Answered by [`Event::Checked`].
+    /// Check the model: whether its file is complete and the model fits. [`Event::Checked`] follows.
     Check(Name),
-    /// Take the workers that this model needs, for this epoch, which is higher than any before. All or nothing. Answered
-    /// by [`Event::Leased`].
+    /// Lease all workers for this epoch, or none. Each epoch is higher than the one before. [`Event::Leased`] follows.
     Lease(u64, Name),
-    /// Take them no further. Answered by [`Event::Leased`] all the same, with success if it came too late.
+    /// Stop leasing. [`Event::Leased`] still follows, with success if the cancellation came too late.
     CancelLease(u64),
-    /// Start the server. Answered by [`Event::Ready`] or [`Event::Died`].
+    /// Start the server. [`Event::Ready`] or [`Event::Died`] follows.
     Start(u64, Name),
-    /// End the answers that still run.
+    /// End the running answers.
     EndAnswers(Ended),
-    /// End the server, at once if it is broken. Answered by [`Event::Stopped`].
+    /// End the server; kill it if it is broken. [`Event::Stopped`] follows.
     Stop {
-        /// Which.
+        /// Its epoch.
         epoch: u64,
-        /// Whether it cannot be expected to end by itself.
+        /// Whether it will not end on request.
         broken: bool,
     },
-    /// Return the leases, whose memory is free after that. Answered by [`Event::Freed`].
+    /// Return the leases, which frees their memory. [`Event::Freed`] follows.
     Free(u64),
-    /// All is done after [`Event::Shutdown`].
+    /// The last action after [`Event::Shutdown`].
     Exit,
 }
 
-/// Why an answer is not finished.
+/// Why an answer ended early.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Ended {
     /// The server failed.
     #[error("{}; send the request again", .0.why)]
     Failed(Failure),
-    /// Another model is to come.
+    /// A swap to this model began.
     #[error("the model `{0}` was asked for, and this answer took longer than `drain_seconds`")]
     Swapped(Name),
     /// The coordinator ends.
@@ -111,36 +110,36 @@ pub enum Ended {
     Shutdown,
 }
 
-/// Why a request is not answered.
+/// Why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// There is no such model.
+    /// The config has no such model.
     #[error("there is no model `{asked}` in the config, but {models}")]
     Unknown {
         /// The model asked for.
         asked: Name,
-        /// Those that there are.
+        /// The models of the config.
         models: String,
     },
-    /// Another one runs, and requests may not change that.
+    /// Another model runs, and requests may not start a swap.
     #[error(
         "the model `{asked}` is not loaded, `{running}` is: ask for that, or load yours with `tightwad swap {asked}`"
     )]
     OtherRuns {
         /// The model asked for.
         asked: Name,
-        /// The one that runs.
+        /// The running model.
         running: Name,
     },
-    /// It waited for as long as it may.
+    /// It waited for `wait_seconds`.
     #[error("the model `{model}` is not ready yet{}: send the request again later", because(.why.as_deref()))]
     NotReady {
-        /// The model waited for.
+        /// The model it waited for.
         model: Name,
-        /// What is in the way, if anything is.
+        /// Why the model is not ready, if known.
         why: Option<String>,
     },
-    /// Too many wait already.
+    /// Too many requests wait already.
     #[error("{} already: send the request again later", count(*.0 as u64, "request waits", "requests wait"))]
     Full(usize),
     /// The model could not be started.
@@ -160,7 +159,7 @@ pub enum Refused {
 }
 
 impl Refused {
-    /// There is no such model; these there are.
+    /// No such model; `models` are those of the config.
     pub fn unknown<'a>(asked: Name, models: impl IntoIterator<Item = &'a Name>) -> Self {
         let models: Vec<String> = models.into_iter().map(|model| format!("`{model}`")).collect();
         let models = models.join(", ");

@@ -1,24 +1,24 @@
-//! Which model runs, who waits for it, and what happens next: the coordinator's decisions, free of I/O.
+//! The state machine of the coordinator: which model runs, which requests wait, what to do next. Free of I/O.
 //!
-//! Events go in, actions come out. The driver ([`super::coordinator`]) does what the actions say and tells what came of
-//! it. What must hold, whatever happens in whatever order, and is tested so:
+//! Events go in, actions come out. The driver ([`super::coordinator`]) carries the actions out and reports each result as
+//! the next event. Property tests check these invariants for any order of events:
 //!
-//! - A server is started only with leases that were taken for it, and only after the one before it has ended and its
-//!   leases are back: a GPU has one owner.
-//! - Every request is answered once: admitted, or refused with a reason.
-//! - A model is not stopped for another one while it answers, until the drain bound.
-//! - A model that was checked or started in vain leaves the one before it running, or brings it back.
+//! - A GPU has one owner: a server starts only with leases taken for it, and only after the previous server has ended and
+//!   returned its leases.
+//! - Every request gets one answer: it is admitted, or refused with a reason.
+//! - A swap ends no running answer before the drain deadline.
+//! - If a new model fails its check or its start, the previous model stays or comes back.
 //!
-//! Requests for the model that runs are admitted until a swap begins. Those for other models are served in the order in
-//! which they came, all that want the same model together.
+//! Requests for the running model are admitted until a swap begins. Requests for other models are served in order of
+//! arrival; all requests for one model are served together.
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `event` | the events that go in, the actions that come out |
-//! | `queue` | who waits, who is admitted, who is refused |
-//! | `server` | one server: leased, started, stopped, its leases returned |
-//! | `recovery` | what follows a failure |
-//! | `snapshot` | what the status tells |
+//! | `event` | events and actions |
+//! | `queue` | admits, queues and refuses requests |
+//! | `server` | takes leases, starts and stops a server, returns leases |
+//! | `recovery` | decides what follows a failure |
+//! | `snapshot` | the state as the status shows it |
 
 mod event;
 mod queue;
@@ -30,93 +30,94 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::supervise::restart::Restarts;
-pub use event::{Action, Ended, Event, Failure, Id, Name, Refused, Unready};
+pub use event::{Action, Ended, Event, Failure, Id, Name, NotReady, Refused};
 use queue::Waiter;
-pub use snapshot::{Failed, Snapshot, State};
+pub use snapshot::{FailedSwap, Snapshot, State};
 
-/// What does not change.
+/// Settings that stay the same while the machine runs.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    /// The models that there are.
+    /// The models of the config.
     pub models: BTreeSet<Name>,
-    /// Whether a request may bring its model in.
+    /// Whether a request for another model starts a swap; otherwise only a command does.
     pub swap_on_request: bool,
-    /// How long running answers may go on when another model is to come.
+    /// How long running answers may continue after a swap begins.
     pub drain: Duration,
-    /// How long a request waits.
+    /// How long a request waits before it is refused.
     pub wait: Duration,
-    /// How many requests may wait.
+    /// Most requests that wait at once.
     pub most_waiting: usize,
 }
 
-/// Where the machine stands.
+/// The phase of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
-    /// Nothing runs. The next try is then; `None`: there will be none by itself. Nobody waits for one that was given up.
+    /// Nothing runs. The next try is at `retry`; without one, only an event starts it. Requests are refused if `gave_up`.
     Down { retry: Option<Instant>, gave_up: bool },
-    /// Workers are being leased; or no longer, and this comes after that.
+    /// The driver takes leases. If `cancelled`, that step follows once it has stopped.
     Leasing { cancelled: Option<Next> },
     /// The server loads the model.
     Loading,
-    /// It answers.
+    /// The server answers.
     Ready { since: Instant },
-    /// It finishes its answers before the next model comes; `None`: before the coordinator ends.
+    /// The server finishes its answers before `next` starts; without one, before the coordinator ends.
     Draining {
         since: Instant,
         deadline: Instant,
         next: Option<Name>,
     },
-    /// It is being ended.
+    /// The driver ends the server.
     Stopping { next: Next },
-    /// The leases are being returned.
+    /// The driver returns the leases.
     Freeing { next: Next },
-    /// The end.
+    /// The machine has ended.
     Gone,
 }
 
-/// What comes after the memory is free.
+/// The step that follows once the memory is free.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Next {
-    /// The model that is wanted by then.
+    /// Start the model that is wanted by then.
     Start,
-    /// The failed one again, or the one before it. How long it had been ready, if ever.
+    /// Recover from a failure: retry the model, or return to the previous one. The duration is how long the server had been
+    /// ready, if it ever was.
     Recover(Failure, Option<Duration>),
-    /// The same once all workers are ready, and why they are not.
+    /// Retry the same model once all workers are ready; the text says why they are not.
     Await(String),
 }
 
-/// A check beside the server that runs.
+/// A check of another model while a server runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Check {
     Asked(Name),
     Passed(Name),
 }
 
-/// The machine.
+/// The swap machine.
 #[derive(Debug)]
 pub struct Swap {
     rules: Rules,
     phase: Phase,
     epoch: u64,
-    /// The model that runs, or should.
+    /// The running model, or the one that is to run.
     model: Name,
-    /// The model to go back to when `model` fails.
+    /// The model to return to when `model` fails.
     before: Option<Name>,
     check: Option<Check>,
     waiting: VecDeque<Waiter>,
     running: BTreeSet<Id>,
     restarts: Restarts,
-    /// Tries in a row that workers brought to nothing.
+    /// Consecutive tries that failed because of workers.
     setbacks: u32,
-    /// Since when workers are not ready for `model`.
-    unready_since: Option<Instant>,
+    /// When workers were first not ready for `model`.
+    not_ready_since: Option<Instant>,
     problem: Option<String>,
-    last_failure: Option<Failed>,
+    last_failure: Option<FailedSwap>,
     shutdown: bool,
 }
 
 impl Swap {
-    /// Nothing runs so far; `model` will. `epoch` is higher than any that was used before.
+    /// A machine that starts `model` first. `epoch` is higher than any epoch used before.
     #[must_use]
     pub fn new(rules: Rules, model: Name, epoch: u64, now: Instant) -> Self {
         Self {
@@ -133,14 +134,14 @@ impl Swap {
             running: BTreeSet::new(),
             restarts: Restarts::default(),
             setbacks: 0,
-            unready_since: None,
+            not_ready_since: None,
             problem: None,
             last_failure: None,
             shutdown: false,
         }
     }
 
-    /// Takes an event in. Times never go back.
+    /// Takes in an event and returns the actions to carry out, in order. `now` never goes back.
     pub fn handle(&mut self, now: Instant, event: Event) -> Vec<Action> {
         let mut actions = Vec::new();
         self.absorb(now, event, &mut actions);
@@ -149,7 +150,7 @@ impl Swap {
         actions
     }
 
-    /// When [`Event::Tick`] is due at the latest.
+    /// The latest time for the next [`Event::Tick`].
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         let phase = match self.phase {
@@ -189,7 +190,7 @@ impl Swap {
                     Ok(()) => Some(Check::Passed(model)),
                     Err(why) => {
                         self.refuse_all(actions, &why, |waiter| waiter.model.as_ref() == Some(&model), &model);
-                        self.last_failure = Some(Failed { model, why });
+                        self.last_failure = Some(FailedSwap { model, why });
                         None
                     }
                 };
@@ -212,7 +213,7 @@ impl Swap {
                     actions.push(Action::EndAnswers(Ended::Failed(failure.clone())));
                     self.free(Next::Recover(failure, ready), actions);
                 }
-                // It died before it could be ended.
+                // The server died before the driver ended it.
                 None => self.stopped(actions),
             },
             Event::Broken(epoch, failure) if epoch == self.epoch => match self.alive(now) {
@@ -221,7 +222,7 @@ impl Swap {
                     actions.push(Action::EndAnswers(Ended::Failed(failure.clone())));
                     self.stop(Next::Recover(failure, ready), true, actions);
                 }
-                // A worker that was taken is lost before the others are taken.
+                // A leased worker is lost while others are still being leased.
                 None => self.cancel_lease(Next::Await(failure.why), actions),
             },
             Event::Stopped(epoch) if epoch == self.epoch => self.stopped(actions),
@@ -240,7 +241,7 @@ impl Swap {
         }
     }
 
-    /// Goes as far as it can go without further news.
+    /// Advances until only another event can change the phase.
     fn advance(&mut self, now: Instant, actions: &mut Vec<Action>) {
         if self.shutdown {
             return self.wind_up(now, actions);
@@ -252,7 +253,7 @@ impl Swap {
         if let Some(Check::Passed(passed)) = &self.check
             && other.as_ref() != Some(passed)
         {
-            self.check = None; // Who wanted it has left.
+            self.check = None; // The request for it has left.
         }
         match self.phase.clone() {
             Phase::Ready { since } => {
@@ -271,13 +272,13 @@ impl Swap {
                 if other == next {
                     self.finish_drain(now, actions);
                 } else {
-                    // Nobody waits for that any more.
+                    // No request waits for that model any more.
                     self.phase = Phase::Ready { since };
                     self.advance(now, actions);
                 }
             }
             Phase::Loading | Phase::Leasing { cancelled: None } => {
-                // A load is given up for a command, not for a request.
+                // A command interrupts a load; a request does not.
                 let command = self.waiting.front().filter(|waiter| waiter.command);
                 let other = command.and(other);
                 if let Some(next) = self.checked(other, actions) {
@@ -303,7 +304,7 @@ impl Swap {
 
     fn turn_to(&mut self, next: Name) {
         let left = std::mem::replace(&mut self.model, next);
-        // Of several that were left on the way, the first is the one that ran.
+        // If several models were skipped, the first one is the one that ran.
         self.before.get_or_insert(left);
         if self.before.as_ref() == Some(&self.model) {
             self.before = None;
@@ -312,7 +313,7 @@ impl Swap {
         self.check = None;
     }
 
-    /// `other`, once it has passed its check.
+    /// Returns `other` once it has passed its check; starts the check otherwise.
     fn checked(&mut self, other: Option<Name>, actions: &mut Vec<Action>) -> Option<Name> {
         let other = other?;
         match &self.check {
@@ -326,7 +327,7 @@ impl Swap {
         }
     }
 
-    /// Stops the server once its answers are over, or the time is.
+    /// Stops the server once its answers are over or the drain deadline has passed.
     fn finish_drain(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let Phase::Draining { deadline, next, .. } = self.phase.clone() else {
             return;
@@ -345,7 +346,7 @@ impl Swap {
         self.stop(Next::Start, false, actions);
     }
 
-    /// Brings everything to its end.
+    /// Ends everything after [`Event::Shutdown`].
     fn wind_up(&mut self, now: Instant, actions: &mut Vec<Action>) {
         match self.phase.clone() {
             Phase::Ready { since }

@@ -1,4 +1,4 @@
-//! The queue: who may wait, who is admitted, who is refused.
+//! The queue of requests: admits, queues and refuses them.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::event::{Action, Id, Name, Refused};
 use super::{Phase, Swap};
 
-/// Someone who waits.
+/// A request or command that waits.
 #[derive(Debug, Clone)]
 pub(super) struct Waiter {
     pub(super) id: Id,
@@ -44,7 +44,7 @@ impl Swap {
         self.waiting.push_back(waiter);
     }
 
-    /// Why a request need not even wait.
+    /// Returns the reason if a request cannot even wait.
     fn refuses(&self, waiter: &Waiter) -> Option<Refused> {
         let coming = match &self.phase {
             Phase::Draining { next: Some(next), .. } => next,
@@ -69,7 +69,7 @@ impl Swap {
         (waiting >= self.rules.most_waiting && !admitted_now).then_some(Refused::Full(waiting))
     }
 
-    /// Refuses those for whom `why` has a reason.
+    /// Refuses every request for which `why` returns a reason.
     pub(super) fn refuse(&mut self, actions: &mut Vec<Action>, why: impl Fn(&Waiter) -> Option<Refused>) {
         self.waiting.retain(|waiter| match why(waiter) {
             None => true,
@@ -105,7 +105,7 @@ impl Swap {
         });
     }
 
-    /// Lets in all who want the model that runs.
+    /// Admits all requests for the running model.
     pub(super) fn admit(&mut self, actions: &mut Vec<Action>) {
         let model = self.model.clone();
         let mut kept = VecDeque::new();
@@ -120,7 +120,7 @@ impl Swap {
                 .clone()
                 .filter(|_| !waiter.command && !self.rules.swap_on_request)
             {
-                // It came while another model was on its way.
+                // It came while another model was being started.
                 let running = model.clone();
                 actions.push(Action::Refuse(waiter.id, Refused::OtherRuns { asked, running }));
             } else {
@@ -130,10 +130,10 @@ impl Swap {
         self.waiting = kept;
     }
 
-    /// The model that the first in the queue wants, if it is another one.
+    /// The model that the first request in the queue wants, unless it runs already.
     pub(super) fn other_model(&self) -> Option<Name> {
         let wanted = self.waiting.iter().find_map(|waiter| match &waiter.model {
-            // Requests that would not be refused if they came later.
+            // Such requests do not start a swap.
             Some(_) if !waiter.command && !self.rules.swap_on_request => None,
             model => model.clone(),
         });

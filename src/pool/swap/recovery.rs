@@ -1,29 +1,29 @@
-//! What follows a failure: the same model again after a pause, or the one before it.
+//! Recovery from a failure: the same model again after a pause, or the previous model.
 
 use std::time::{Duration, Instant};
 
-use super::event::{Action, Failure, Unready};
+use super::event::{Action, Failure, NotReady};
 use super::queue::Waiter;
-use super::snapshot::Failed;
+use super::snapshot::FailedSwap;
 use super::{Phase, Swap};
 use crate::supervise::restart::{self, Decision, Restarts};
 
-/// Longest pause before workers are asked again that were not ready: nobody tells when one without an agent returns.
-pub(super) const UNREADY_PAUSE: Duration = Duration::from_secs(5);
-/// Longest pause before a start after a worker was lost: whoever returns should be used soon.
+/// Longest pause before workers that were not ready are asked again. A worker without an agent does not announce itself.
+pub(super) const NOT_READY_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause before a start after a worker was lost, so that a returning worker is used soon.
 pub(super) const LOST_PAUSE: Duration = Duration::from_secs(4);
 /// Longest pause before a start after any other death.
 pub(super) const DEATH_PAUSE: Duration = Duration::from_secs(10);
-/// Pause after what may go better some day and did not go better for several starts.
+/// Pause after several failed starts whose cause may go away.
 pub(super) const GAVE_UP_PAUSE: Duration = Duration::from_secs(60);
-/// How long a model whose workers are not ready is tried before the one before it comes back: the memory of that one may
-/// be free only some seconds after its end.
+/// How long a new model is tried while its workers are not ready, before the previous model comes back. The previous
+/// model's memory may become free only some seconds after its end.
 pub(super) const SWAP_PATIENCE: Duration = Duration::from_secs(30);
-/// There is one coordinator, so that nobody could start in step with it.
+/// No jitter: a pool has one coordinator, so no other starts in step with it.
 pub(super) const JITTER: f64 = 1.0;
 
 impl Swap {
-    /// What was in the way may be so no longer.
+    /// Tries again now: the cause of the failure may be gone.
     pub(super) fn try_now(&mut self, now: Instant) {
         if matches!(self.phase, Phase::Down { .. }) {
             self.down(Some(now), false);
@@ -32,17 +32,17 @@ impl Swap {
         }
     }
 
-    /// Pause after another try that workers brought to nothing.
+    /// Counts another try that failed because of workers; returns the pause before the next.
     fn set_back(&mut self, longest: Duration) -> Duration {
         self.setbacks = self.setbacks.saturating_add(1);
         restart::pause(self.setbacks, JITTER).min(longest)
     }
 
-    pub(super) fn unready(&mut self, now: Instant, unready: Unready, actions: &mut Vec<Action>) {
-        match unready {
-            Unready::Yet(why) => {
-                let retry = Some(now + self.set_back(UNREADY_PAUSE));
-                let since = *self.unready_since.get_or_insert(now);
+    pub(super) fn not_ready(&mut self, now: Instant, not_ready: NotReady, actions: &mut Vec<Action>) {
+        match not_ready {
+            NotReady::Retryable(why) => {
+                let retry = Some(now + self.set_back(NOT_READY_PAUSE));
+                let since = *self.not_ready_since.get_or_insert(now);
                 if self.before.is_some() && now < since + SWAP_PATIENCE {
                     self.problem = Some(why);
                     self.down(retry, false);
@@ -50,7 +50,7 @@ impl Swap {
                     self.fall(now, why, retry, false, actions);
                 }
             }
-            Unready::Ever(why) => self.fall(now, why, None, true, actions),
+            NotReady::Permanent(why) => self.fall(now, why, None, true, actions),
         }
     }
 
@@ -61,7 +61,7 @@ impl Swap {
         ready: Option<Duration>,
         actions: &mut Vec<Action>,
     ) {
-        // However often workers are lost, the model is none the worse for it.
+        // Lost workers do not count against the model.
         let (retry, gave_up) = if failure.worker {
             (Some(now + self.set_back(LOST_PAUSE)), false)
         } else {
@@ -74,13 +74,13 @@ impl Swap {
         self.fall(now, failure.why, retry, gave_up, actions);
     }
 
-    /// `model` failed: the one before it comes back, or the next try is at `retry`.
+    /// `model` failed: return to the previous model, or try again at `retry`.
     fn fall(&mut self, now: Instant, why: String, retry: Option<Instant>, gave_up: bool, actions: &mut Vec<Action>) {
         let failed = self.model.clone();
         let wants = |waiter: &Waiter| waiter.model.as_ref() == Some(&failed);
         if let Some(before) = self.before.take() {
             self.refuse_all(actions, &why, wants, &failed);
-            self.last_failure = Some(Failed { model: failed, why });
+            self.last_failure = Some(FailedSwap { model: failed, why });
             self.model = before;
             self.begin_anew();
             return self.down(Some(now), false);
@@ -92,10 +92,10 @@ impl Swap {
         self.down(retry, gave_up);
     }
 
-    /// Nothing is held against another model.
+    /// Resets the counts of failures, for another model.
     pub(super) fn begin_anew(&mut self) {
         self.restarts = Restarts::default();
         self.setbacks = 0;
-        self.unready_since = None;
+        self.not_ready_since = None;
     }
 }

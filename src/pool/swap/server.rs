@@ -1,12 +1,12 @@
-//! The life of one server: leased, started, stopped, its leases returned.
+//! The steps of one server: take leases, start, stop, return leases.
 
 use std::time::{Duration, Instant};
 
-use super::event::{Action, Unready};
+use super::event::{Action, NotReady};
 use super::{Next, Phase, Swap};
 
 impl Swap {
-    /// Whether there is a server, and how long it has been ready (`None` within: it loads).
+    /// How long the server has been ready: `None` without a server, `Some(None)` while it loads.
     #[expect(clippy::option_option, reason = "no server, one that loads, one that answers")]
     pub(super) fn alive(&self, now: Instant) -> Option<Option<Duration>> {
         match self.phase {
@@ -31,7 +31,7 @@ impl Swap {
         actions.push(Action::Free(self.epoch));
     }
 
-    /// Takes workers no further.
+    /// Stops leasing; `next` follows.
     pub(super) fn cancel_lease(&mut self, next: Next, actions: &mut Vec<Action>) {
         if let Phase::Leasing { cancelled } = &mut self.phase
             && cancelled.is_none()
@@ -44,19 +44,19 @@ impl Swap {
     pub(super) fn leased(
         &mut self,
         now: Instant,
-        result: Result<(), Unready>,
+        result: Result<(), NotReady>,
         cancelled: Option<Next>,
         actions: &mut Vec<Action>,
     ) {
         match (result, cancelled) {
             (Ok(()), None) => {
-                self.unready_since = None;
+                self.not_ready_since = None;
                 self.phase = Phase::Loading;
                 actions.push(Action::Start(self.epoch, self.model.clone()));
             }
             (Ok(()), Some(next)) => self.free(next, actions),
             (Err(_), Some(next)) => self.go_on(now, next, actions),
-            (Err(unready), None) => self.unready(now, unready, actions),
+            (Err(not_ready), None) => self.not_ready(now, not_ready, actions),
         }
     }
 
@@ -67,12 +67,12 @@ impl Swap {
         }
     }
 
-    /// Nothing runs and nothing is leased.
+    /// Takes the next step: nothing runs and nothing is leased.
     pub(super) fn go_on(&mut self, now: Instant, next: Next, actions: &mut Vec<Action>) {
         match next {
             Next::Start => self.down(Some(now), false),
             Next::Recover(failure, ready) => self.recover(now, failure, ready, actions),
-            Next::Await(why) => self.unready(now, Unready::Yet(why), actions),
+            Next::Await(why) => self.not_ready(now, NotReady::Retryable(why), actions),
         }
     }
 

@@ -1,4 +1,4 @@
-//! What the status tells of the machine.
+//! The state of the machine as the status shows it.
 
 use std::fmt;
 
@@ -7,27 +7,27 @@ use serde::Serialize;
 use super::event::Name;
 use super::{Check, Phase, Swap};
 
-/// What the phase is called in the status.
+/// Name of a phase in the status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Nothing runs; it will be tried again.
     Down,
-    /// Nothing runs, and a worker's return or a command changes that; a later try perhaps.
+    /// Nothing runs until a worker returns, a command comes, or a later try succeeds.
     GaveUp,
     /// Workers are being leased.
     Leasing,
     /// The model is being loaded.
     Loading,
-    /// It answers.
+    /// The server answers.
     Ready,
-    /// It finishes its answers before another model comes.
+    /// The server finishes its answers before another model starts.
     Draining,
-    /// The server is being ended.
+    /// The server is ending.
     Stopping,
-    /// Leases are returned, memory becomes free.
+    /// The leases are being returned.
     Freeing,
-    /// The end.
+    /// The coordinator has ended.
     Stopped,
 }
 
@@ -47,35 +47,35 @@ impl fmt::Display for State {
     }
 }
 
-/// What is told about the machine.
+/// The state at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Snapshot {
-    /// Where it stands.
+    /// The phase.
     pub state: State,
-    /// The model that runs, or is on its way.
+    /// The model that runs or is being started.
     pub model: Name,
-    /// The model that is to come after it.
+    /// The model that follows it.
     pub next: Option<Name>,
-    /// The model that is being checked beside it.
+    /// The model that is being checked meanwhile.
     pub checking: Option<Name>,
-    /// Answers that run.
+    /// Running answers.
     pub running: usize,
-    /// Requests that wait.
+    /// Waiting requests.
     pub waiting: usize,
     /// Why nothing runs.
     pub problem: Option<String>,
     /// The last swap that failed.
-    pub last_failure: Option<Failed>,
-    /// Starts so far, as a number that only grows.
+    pub last_failure: Option<FailedSwap>,
+    /// Number of the last start; it only grows.
     pub epoch: u64,
 }
 
-/// A model that another one was to give way to.
+/// A swap that failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Failed {
-    /// Which.
+pub struct FailedSwap {
+    /// The model that should have started.
     pub model: Name,
-    /// Why it could not be started.
+    /// Why it could not start.
     pub why: String,
 }
 

@@ -1,16 +1,16 @@
-//! The model parts that `ggml-rpc-server` keeps on disk, so that a load need not send them again.
+//! The cache of model parts that `ggml-rpc-server` keeps on disk, so that a load need not send them again.
 //!
 //! The server (llama.cpp b11434, `rpc_server::set_tensor`, `get_cached_file`) writes each part into a file named by the
-//! FNV-1a hash of its bytes, never deletes one, and never checks one. So half a part, left by a full disk or a server that was
-//! killed as it wrote, would become half of a model's weights. And since other bytes with the same FNV-1a hash are easily made,
-//! whoever reaches the RPC port can overwrite a part of a model with others.
+//! FNV-1a hash of its bytes. It never deletes or checks a part. So an incomplete part, left by a full disk or a killed server,
+//! would corrupt the model's weights. And FNV-1a collisions are easy to make, so anyone who reaches the RPC port can replace a
+//! part.
 //!
-//! So each part is read before a server can use it: its FNV-1a hash must be its name, and its SHA-256 digest is recorded in
-//! the file `digests`, beside the server's folder. A part that was touched since is read again, and removed unless its digest
-//! is still the recorded one. A part without a record, as in a cache of an earlier version, is read and recorded. What the
-//! digests cannot tell is whether the first bytes of a name were the right ones.
+//! Invariant: a server uses only checked parts. The check reads each part: its FNV-1a hash must be its name, and the file
+//! `digests`, beside the server's folder, records its SHA-256 digest. A part that has changed since is read again and removed
+//! unless its digest is still the recorded one. A part without a record, as in a cache of an earlier version, is read and
+//! recorded. The digests cannot tell whether the first bytes under a name were the right ones.
 //!
-//! The oldest parts beyond the quota go.
+//! Beyond the quota, the least recently used parts are removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -26,20 +26,20 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Worker;
-use crate::upstream::failure::explain;
+use crate::failure::explain;
 
-/// The server's folder inside of the one that it is given.
+/// The server's folder inside of `LLAMA_CACHE`.
 const PARTS: &str = "rpc";
 /// Our file beside that folder, see [`Record`].
 const DIGESTS: &str = "digests";
-/// What earlier versions had in place of it.
+/// The file that earlier versions had instead.
 const MARK: &str = "checked";
-/// Largest file of digests that is read: one line for each of more parts than any disk has.
+/// Largest file of digests that is read; room for more parts than any disk holds.
 const MOST_DIGESTS: u64 = 64 << 20;
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
-/// More threads than this wait for the disk.
+/// Most threads that read parts; more would only wait for the disk.
 const MOST_THREADS: usize = 8;
-/// Free space below which parts are likely to be cut off.
+/// Free space below which parts are likely to be incomplete.
 const SCARCE: u64 = 1024 * 1024 * 1024;
 /// The cache of a worker.
 #[derive(Debug, Clone)]
@@ -49,7 +49,7 @@ pub struct Cache {
     seen: Arc<Seen>,
 }
 
-/// What is known of it without a look at the disk, which may be busy.
+/// Counts that are readable without access to the disk, which may be busy.
 #[derive(Debug, Default)]
 struct Seen {
     bytes: AtomicU64,
@@ -57,7 +57,7 @@ struct Seen {
     to_check: AtomicU64,
 }
 
-/// How far a check has come.
+/// Progress of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes that were read.
@@ -66,7 +66,7 @@ pub struct Progress {
     pub of: u64,
 }
 
-/// The cache cannot be kept in order.
+/// The cache cannot be checked.
 #[derive(Debug, thiserror::Error)]
 #[error("the cache {} cannot be tidied ({}); check its permissions and its disk, or set `cache_gb: 0`", .path.display(), explain(.source))]
 pub struct CacheError {
@@ -80,12 +80,12 @@ struct Part {
     path: PathBuf,
     name: u64,
     bytes: u64,
-    /// When it was last written or read, as far as the file system tells.
+    /// When it was last written or read, according to the file system.
     used: SystemTime,
     stamp: Stamp,
 }
 
-/// What changes whenever a file is written, renamed or given other times: nobody but root can set all of it.
+/// Metadata that changes whenever a file is written, renamed or given other times. Only root can forge all of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     bytes: u64,
@@ -106,7 +106,7 @@ impl Stamp {
 
 type Digest = [u8; 32];
 
-/// A part that was checked: a line `NAME DIGEST BYTES INODE SECONDS NANOSECONDS` of the file `digests`.
+/// A checked part: a line `NAME DIGEST BYTES INODE SECONDS NANOSECONDS` of the file `digests`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Record {
     digest: Digest,
@@ -145,7 +145,7 @@ impl Record {
 /// The records by the names of their parts.
 type Records = BTreeMap<u64, Record>;
 
-/// What is recorded in a folder; a line that cannot be read counts for nothing, and its part is read again.
+/// The records of a folder. A line that cannot be read is ignored, and its part is read again.
 fn records(folder: &Path) -> Records {
     let mut text = String::new();
     let read = File::open(folder.join(DIGESTS)).and_then(|file| file.take(MOST_DIGESTS).read_to_string(&mut text));
@@ -155,7 +155,7 @@ fn records(folder: &Path) -> Records {
     }
 }
 
-/// Replaces the records of a folder, all at once.
+/// Replaces the records of a folder atomically.
 fn record(folder: &Path, records: &Records) -> io::Result<()> {
     let mut text = String::new();
     for (name, record) in records {
@@ -167,7 +167,7 @@ fn record(folder: &Path, records: &Records) -> io::Result<()> {
 }
 
 impl Cache {
-    /// As the config says; none where nobody has a home.
+    /// The cache that the config asks for; none if the user has no home.
     pub fn of(worker: &Worker) -> Self {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates, and is checked to be positive
         let quota_bytes = (worker.cache_gb * GIB) as u64;
@@ -180,7 +180,7 @@ impl Cache {
             // The home of a system user may be `/`.
             let home = || set("HOME").filter(|home| home.parent().is_some());
             let caches = set("XDG_CACHE_HOME").or_else(|| home().map(|home| home.join(".cache")));
-            // Two workers of one host must not tidy each other's.
+            // Two workers on one host must not share a cache.
             let port = worker.rpc_endpoints().into_keys().next().unwrap_or_default();
             caches.map(|caches| caches.join(format!("tightwad/worker-{port}")))
         });
@@ -200,7 +200,7 @@ impl Cache {
         }
     }
 
-    /// What `LLAMA_CACHE` is set to; `None`: nothing is kept.
+    /// The value for `LLAMA_CACHE`; `None`: nothing is kept.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
     }
@@ -210,7 +210,7 @@ impl Cache {
         self.folder.as_ref().map_or(0, |_| self.quota_bytes)
     }
 
-    /// Bytes that it had when they were last counted.
+    /// Bytes at the last count.
     pub fn bytes(&self) -> u64 {
         self.seen.bytes.load(Ordering::Relaxed)
     }
@@ -223,7 +223,7 @@ impl Cache {
         bytes
     }
 
-    /// How far the check of [`Self::tidy`] has come.
+    /// Progress of the check in [`Self::tidy`].
     pub fn progress(&self) -> Progress {
         Progress {
             checked: self.seen.checked.load(Ordering::Relaxed),
@@ -231,9 +231,8 @@ impl Cache {
         }
     }
 
-    /// Removes parts that are not whole or not what they were, and the least recently used beyond the quota. To be called
-    /// only while no server runs. Takes some seconds per GiB of new parts and processor; `stop` cuts it short, and the next
-    /// one goes on from there.
+    /// Removes incomplete and changed parts, and the least recently used parts beyond the quota. Call it only while no server
+    /// runs. It takes some seconds per GiB of new parts and processor. `stop` interrupts it; the next call continues there.
     pub fn tidy(&self, stop: &CancellationToken) -> Result<(), CacheError> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let fail = |source| CacheError {
@@ -258,7 +257,7 @@ impl Cache {
                 }
                 Ok(Some(_)) => "its bytes are others than when it was first checked, and only its name is the same",
                 Ok(None) => "it is not whole",
-                // It is no use to the server either.
+                // The server cannot use it either.
                 Err(_) => "it cannot be read",
             };
             tracing::warn!("removing the model part {}: {why}", part.path.display());
@@ -283,8 +282,8 @@ impl Cache {
         Ok(())
     }
 
-    /// Reads the parts on several threads, and gives the digest of each that is whole; those are left out that `stop` was
-    /// too early for.
+    /// Reads the parts on several threads and returns the digest of each complete one. Parts that were not read before `stop`
+    /// are left out.
     fn read<'a>(&self, new: &[&'a Part], stop: &CancellationToken) -> Vec<(&'a Part, io::Result<Option<Digest>>)> {
         self.seen.checked.store(0, Ordering::Relaxed);
         self.seen
@@ -329,7 +328,7 @@ impl Cache {
         Ok(freed)
     }
 
-    /// A server does not notice that a part does not fit on the disk.
+    /// Warns about a full disk: a server does not notice a part that does not fit.
     fn tell_of_scarce_disk(&self, folder: &Path) {
         if let Ok(disk) = rustix::fs::statvfs(folder) {
             let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -348,7 +347,7 @@ fn sum(parts: &[Part]) -> u64 {
     parts.iter().map(|part| part.bytes).sum()
 }
 
-/// The files in the server's folder that bear a hash as name.
+/// The files in the server's folder whose names are hashes.
 fn parts(folder: &Path) -> io::Result<Vec<Part>> {
     let entries = match fs::read_dir(folder.join(PARTS)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -376,13 +375,13 @@ fn parts(folder: &Path) -> io::Result<Vec<Part>> {
     Ok(parts)
 }
 
-/// The hash that the name of a part is: 16 small hexadecimal digits.
+/// Reads the hash in the name of a part: 16 lower-case hexadecimal digits.
 fn name(text: &str) -> Option<u64> {
     let digits = text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     digits.then(|| u64::from_str_radix(text, 16).ok())?
 }
 
-/// The digest of a part that holds what its name says; `None`: it holds something else.
+/// The digest of a part whose hash is its name; `None` if it is not.
 fn digest_of_whole(part: &Part) -> io::Result<Option<Digest>> {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;

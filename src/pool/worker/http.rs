@@ -1,12 +1,11 @@
-//! The agent: what coordinators ask of this worker, see [`crate::pool::agent`].
+//! The agent's HTTP server; [`crate::pool::agent`] describes the protocol.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
@@ -15,37 +14,37 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::lease::Leases;
-use super::servers::{Servers, Shown};
+use super::servers::{Servers, ServersView};
 use super::{NoServer, Spec};
 use crate::config::Secret;
 use crate::http::Limits;
+use crate::http::auth::{self, Auth};
 use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
 use crate::http::serve::{self as server, Running};
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
-use crate::proxy::token;
 use crate::supervise::notify::Notifier;
 
-/// Pause between two looks whether a lease is over.
+/// Interval for checking whether the lease has expired.
 const TICK: Duration = Duration::from_millis(250);
-/// What the cache has is counted so often: a load fills it.
+/// Interval for counting the bytes of the cache, which a load fills.
 const COUNT: Duration = Duration::from_secs(30);
-/// How long answers that are under way have once the servers have ended.
+/// How long running answers may take once the servers have ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
-/// How long they have in all.
+/// How long running answers may take in all.
 const DRAIN: Duration = Duration::from_secs(60);
 /// Largest request body in bytes.
 const MOST_BODY: usize = 16 * 1024;
 
-/// What the requests share.
+/// State that all requests share.
 #[derive(Debug)]
 pub struct Agent {
     spec: Arc<Spec>,
-    shown: Shown,
-    token: Option<Secret>,
+    shown: ServersView,
+    auth: Auth,
     expiry: Duration,
-    /// Together, so that the servers that run are always those of the lease.
+    /// One lock for both, so that the running servers always belong to the lease.
     rule: Mutex<(Leases, Servers)>,
 }
 
@@ -54,7 +53,7 @@ impl Agent {
         Self {
             spec: Arc::clone(servers.spec()),
             shown: servers.shown(),
-            token,
+            auth: Auth::new(token, &[]),
             expiry,
             rule: Mutex::new((Leases::new(expiry), servers)),
         }
@@ -68,7 +67,7 @@ impl Agent {
         self.rule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends leases that nobody renews, and tells who has one.
+    /// Ends leases that expire, and notifies the service manager of the holder.
     async fn expire(&self, notifier: &Notifier) {
         let mut tick = tokio::time::interval(TICK);
         loop {
@@ -89,7 +88,7 @@ impl Agent {
         }
     }
 
-    /// Counts what the cache has, so that no answer has to wait for the disk.
+    /// Counts the bytes of the cache, so that no answer waits for the disk.
     async fn count_cache(&self) {
         let mut tick = tokio::time::interval(COUNT);
         loop {
@@ -107,18 +106,23 @@ impl Agent {
     }
 }
 
-/// Answers until `stop`, and then ends the servers.
+/// Serves until `stop`, then ends the servers.
 pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier, stop: CancellationToken) {
-    let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.token.is_some(), &[], None);
+    let guard_pages = Guard::new(&agent.spec.host.to_string(), agent.auth.asks_for_token(), &[], None);
     let router = Router::new()
         .route("/v1/worker", get(status))
         .route("/v1/worker/lease", post(lease))
         .route("/v1/worker/lease/{id}/renew", post(renew))
         .route("/v1/worker/lease/{id}", delete(give_back))
         .fallback(|| async { refusal(StatusCode::NOT_FOUND, "this is a worker's agent; it has no such path") })
-        .layer(middleware::from_fn_with_state(Arc::clone(&agent), guard))
         .layer(DefaultBodyLimit::max(MOST_BODY))
         .with_state(Arc::clone(&agent));
+    let router = auth::guarded(router, agent.auth.clone(), |_| {
+        refusal(
+            StatusCode::UNAUTHORIZED,
+            "the token is missing or wrong; send the worker's agent_token as `Authorization: Bearer …`",
+        )
+    });
     let router = origin::guarded(router, guard_pages, |foreign, _| {
         refusal(StatusCode::FORBIDDEN, foreign.to_string())
     });
@@ -139,17 +143,6 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
     if timeout(LAST_ANSWERS, &mut serving).await.is_err() {
         tracing::debug!("cutting off a request");
         serving.abort();
-    }
-}
-
-/// Lets nobody in who does not know the token.
-async fn guard(State(agent): State<Arc<Agent>>, request: Request, next: Next) -> Response {
-    match &agent.token {
-        Some(token) if !token::is_known(token, request.headers()) => refusal(
-            StatusCode::UNAUTHORIZED,
-            "the token is missing or wrong; send the worker's agent_token as `Authorization: Bearer …`",
-        ),
-        _ => next.run(request).await,
     }
 }
 
@@ -189,7 +182,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
         }
     };
     wanted.holder = excerpt(&wanted.holder);
-    let id = format!("{:032x}", rand::random::<u128>());
+    let id = auth::unguessable();
     let listening = {
         let (leases, servers) = &mut *agent.rule();
         if let Err(holder) = leases.ask(Instant::now(), &wanted, id.clone()) {
@@ -225,7 +218,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
     }
 }
 
-/// A lease whose servers do not listen yet. It ends with this, which may be because nobody waits for it any more.
+/// A lease whose servers do not listen yet. Dropping it ends the lease, for example when the requester leaves.
 struct Tentative<'a> {
     agent: &'a Agent,
     id: &'a str,
@@ -265,7 +258,7 @@ async fn give_back(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> R
     }
 }
 
-/// The answer to a lease that was taken over as it began, or that began as the worker stops.
+/// The answer to a lease that was replaced before its servers listened, or requested while the worker stops.
 fn superseded(agent: &Agent) -> Response {
     let holder = agent.rule().0.holder().cloned();
     match holder {

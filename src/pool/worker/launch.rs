@@ -1,4 +1,4 @@
-//! ggml-rpc-server's arguments.
+//! The arguments and environment of `ggml-rpc-server`. Pure.
 
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
@@ -8,18 +8,18 @@ use std::time::Duration;
 use crate::config::{Gpu, GpuBackend, Secret, Worker};
 use crate::supervise::command::{self, Launch};
 
-/// The config does not say which of a host's GPUs a server gets.
+/// The config does not say which GPUs of a host each of its servers gets.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "worker {worker} serves its GPUs on several ports, and its config does not say which is which; give the worker a \
      `backend`, or each GPU a `device`, such as CUDA0"
 )]
-pub struct Unclear {
+pub struct AmbiguousGpus {
     worker: String,
 }
 
-/// The command line of the server that listens at `host:port` and has `gpus`. What the file says in `extra_args` comes
-/// last and wins.
+/// The command line of the server that listens at `host:port` and serves `gpus`. `extra_args` of the config come last and
+/// win.
 pub fn rpc_server(
     program: &Path,
     worker: &Worker,
@@ -27,7 +27,7 @@ pub fn rpc_server(
     port: u16,
     gpus: &[&Gpu],
     cache: Option<&Path>,
-) -> Result<Launch, Unclear> {
+) -> Result<Launch, AmbiguousGpus> {
     let mut args: Vec<OsString> = vec!["--host".into(), host.to_string().into()];
     args.extend(["--port".into(), port.to_string().into()]);
     if let Some(devices) = devices(worker, gpus)? {
@@ -40,7 +40,7 @@ pub fn rpc_server(
     }
     let known_good = command::gpu_environment(worker.backend, worker.gpus.len()).iter();
     env.extend(known_good.map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
-    // Of two values of one name the later one is taken.
+    // The later of two values with one name wins.
     env.extend(
         worker
             .env
@@ -61,8 +61,8 @@ pub fn rpc_server(
     })
 }
 
-/// What `--device` says; `None` leaves it to the server, which takes all GPUs, else the CPU.
-fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, Unclear> {
+/// The value of `--device`; `None` lets the server take all GPUs, or the CPU if there is none.
+fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, AmbiguousGpus> {
     if worker.backend == Some(GpuBackend::Cpu) {
         return Ok(Some("CPU".to_owned()));
     }
@@ -73,7 +73,7 @@ fn devices(worker: &Worker, gpus: &[&Gpu]) -> Result<Option<String>, Unclear> {
     let names: Option<Vec<String>> = gpus.iter().map(|gpu| worker.device_name(gpu)).collect();
     match names {
         Some(names) => Ok(Some(names.join(","))),
-        None => Err(Unclear {
+        None => Err(AmbiguousGpus {
             worker: worker.name().to_owned(),
         }),
     }
@@ -112,7 +112,7 @@ mod tests {
             .collect()
     }
 
-    fn launch(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Result<Launch, Unclear> {
+    fn launch(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Result<Launch, AmbiguousGpus> {
         let host = Ipv4Addr::new(10, 0, 0, 2);
         rpc_server(Path::new("ggml-rpc-server"), worker, host, port, gpus, None)
     }

@@ -1,10 +1,13 @@
-//! Who has the worker. Free of I/O: the caller tells the time, and ends the servers of a lease that is over.
+//! The lease of a worker: granted, renewed, expired. Free of I/O: the caller passes the time in, and ends the servers of a
+//! lease that is over.
+//!
+//! Invariant: at most one lease exists at a time.
 
 use std::time::{Duration, Instant};
 
 use crate::pool::agent::{Holder, LeaseRequest};
 
-/// At most one lease at a time.
+/// The lease of the worker, if there is one.
 #[derive(Debug)]
 pub struct Leases {
     current: Option<Current>,
@@ -15,18 +18,18 @@ pub struct Leases {
 struct Current {
     id: String,
     holder: Holder,
-    /// `None` while its servers start: its holder does not know its name yet, and cannot renew it.
+    /// Last renewal; `None` while its servers start, since its holder cannot renew it yet.
     until: Option<Instant>,
 }
 
 impl Leases {
-    /// None yet. A lease is over when it was not renewed for `expiry`.
+    /// No lease. A lease expires after `expiry` without a renewal.
     pub fn new(expiry: Duration) -> Self {
         Self { current: None, expiry }
     }
 
-    /// Asks for the worker under a new name. Granted when nobody has it, or the same holder with a lower epoch; the lease
-    /// before is then over. Else says who has it.
+    /// Requests a lease with the name `id`. Granted if there is none, or if the same holder has one with a lower epoch, which
+    /// it replaces. Returns the present holder otherwise.
     pub fn ask(&mut self, now: Instant, request: &LeaseRequest, id: String) -> Result<(), Holder> {
         self.expire(now);
         if let Some(Current { holder, .. }) = &self.current
@@ -45,12 +48,12 @@ impl Leases {
         Ok(())
     }
 
-    /// Its servers listen: from now on it must be renewed. False if it is over.
+    /// The servers listen: from now on the lease must be renewed. False if it is over.
     pub fn begin(&mut self, now: Instant, id: &str) -> bool {
         self.extend(now, id, true)
     }
 
-    /// Keeps it for another while. False if it is over.
+    /// Renews the lease. False if it is over.
     pub fn renew(&mut self, now: Instant, id: &str) -> bool {
         self.expire(now);
         self.extend(now, id, false)
@@ -66,12 +69,12 @@ impl Leases {
         }
     }
 
-    /// Ends it. False if it is over already.
+    /// Ends the lease. False if it is over already.
     pub fn give_back(&mut self, id: &str) -> bool {
         self.current.take_if(|current| current.id == id).is_some()
     }
 
-    /// Ends the lease that nobody has renewed in time, if there is one, and says whose it was.
+    /// Ends a lease that was not renewed in time, and returns its holder.
     pub fn expire(&mut self, now: Instant) -> Option<Holder> {
         let silent = self
             .current
@@ -79,7 +82,7 @@ impl Leases {
         silent.map(|current| current.holder)
     }
 
-    /// Who has it.
+    /// The present holder.
     pub fn holder(&self) -> Option<&Holder> {
         self.current.as_ref().map(|current| &current.holder)
     }

@@ -1,26 +1,26 @@
 //! A worker: a host that lends its GPUs to a coordinator.
 //!
-//! With an agent, no `ggml-rpc-server` runs until a coordinator leases the worker; each lease gets fresh ones, and they
-//! end with it. So whatever happens to a coordinator, its memory is free again soon, and nobody ever connects to a server
-//! that has another client. A server that dies stays dead until the next lease: a fresh one would look well and hold
-//! nothing. Without an agent the servers simply run, and start again when they die; then they keep no model parts on disk,
-//! since nobody would check the part that a server wrote as it died.
+//! With an agent, no `ggml-rpc-server` runs until a coordinator leases the worker. Each lease gets fresh servers, which end
+//! with it. So the memory is free again soon after a coordinator fails, and no client connects to a server that has another
+//! one. A server that dies is not restarted before the next lease: a fresh one would look healthy without its part of the
+//! model. Without an agent the servers run all the time and restart when they die; they keep no model parts on disk, since
+//! no check would find the part that a dying server left incomplete.
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `own_entry` | which entry of `workers` this host is |
-//! | `launch` | ggml-rpc-server's arguments (pure) |
-//! | `lease` | who has the worker (pure) |
-//! | `servers` | starts and ends the servers, one set after the other |
-//! | `survey` | looks at the devices while nobody has them |
-//! | `cache` | keeps the model parts on disk whole, and fewer than the quota |
-//! | `http` | the agent |
+//! | `local_worker` | finds the entry of `workers` that is this host |
+//! | `launch` | the arguments of ggml-rpc-server (pure) |
+//! | `lease` | the lease of the worker (pure) |
+//! | `servers` | starts and ends the servers, one set after another |
+//! | `survey` | measures the devices while no lease runs |
+//! | `cache` | checks the model parts on disk and keeps them within the quota |
+//! | `http` | the agent's HTTP server |
 
 mod cache;
 mod http;
 mod launch;
 mod lease;
-mod own_entry;
+mod local_worker;
 mod servers;
 mod survey;
 
@@ -32,40 +32,40 @@ use std::time::Duration;
 use futures_util::future::{join_all, select_all};
 use tokio_util::sync::CancellationToken;
 
-use super::rpc_probe::ProbeError;
+use super::rpc_probe::RpcProbeError;
 use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::Missing;
 use crate::supervise::notify::{Notifier, Words};
-use crate::supervise::preflight::{self, Unfit};
+use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::restart;
 use crate::supervise::service::{GaveUp, Service};
-pub use own_entry::{NotFound, own_entry};
+pub use local_worker::{NotFound, local_worker};
 
-/// A lease is over when it was not renewed for so long. Coordinators renew it every second.
+/// A lease expires after this time without a renewal. Coordinators renew it every second.
 const EXPIRY: Duration = Duration::from_secs(10);
 
-/// How long a server may take until it listens. A GPU driver that wakes up takes seconds.
+/// Timeout for a server to listen. A GPU driver that wakes up takes seconds.
 const START_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a server that listens may take to answer.
+/// Timeout for a listening server to answer.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a worker ends.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// This host's entry is not found.
+    /// The config has no entry for this host.
     #[error(transparent)]
     NotFound(#[from] NotFound),
-    /// The token's file cannot be read.
+    /// The file of the token cannot be read.
     #[error(transparent)]
     Token(#[from] ConfigError),
     /// A program is missing, or a port is taken.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// The config does not say which GPU goes to which server.
     #[error(transparent)]
-    Launch(#[from] launch::Unclear),
+    Launch(#[from] launch::AmbiguousGpus),
     /// The servers do not start.
     #[error(transparent)]
     NoServer(#[from] NoServer),
@@ -79,7 +79,7 @@ pub enum WorkerError {
 pub enum NoServer {
     /// Its port is taken.
     #[error(transparent)]
-    Unfit(#[from] Unfit),
+    PreflightError(#[from] PreflightError),
     /// It died.
     #[error("the ggml-rpc-server of port {port} does not start: {death}")]
     Died {
@@ -88,7 +88,7 @@ pub enum NoServer {
         /// Why.
         death: Death,
     },
-    /// It does not listen.
+    /// It does not listen in time.
     #[error(
         "the ggml-rpc-server of port {port} does not listen after {} s; see its last lines, and whether its GPU answers",
         START_PATIENCE.as_secs()
@@ -102,20 +102,20 @@ pub enum NoServer {
     NoDevice {
         /// Its port in the config.
         port: u16,
-        /// What it lacks.
+        /// The missing device.
         missing: Missing,
     },
-    /// It listens and does not answer.
+    /// It listens but does not answer.
     #[error(transparent)]
-    Mute(#[from] ProbeError),
-    /// It may not use its cache yet.
+    Mute(#[from] RpcProbeError),
+    /// The check of its cache is not finished.
     #[error(
         "the worker still checks the model parts on its disk ({:.1} of {:.1} GiB); ask again in a while",
         gib(.0.checked),
         gib(.0.of)
     )]
     Checking(cache::Progress),
-    /// We were told to end it meanwhile.
+    /// It was ended before it listened.
     #[error("the ggml-rpc-server was ended before it listened, since the lease is over or the worker stops")]
     Ended,
 }
@@ -125,7 +125,7 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-/// What a worker runs.
+/// The servers of a worker.
 #[derive(Debug)]
 struct Spec {
     name: String,
@@ -142,7 +142,7 @@ struct EndpointSpec {
     launch: Launch,
 }
 
-/// Runs this host's part until `stop`, and tells how it goes. `address` is that of `worker.host`.
+/// Runs this worker until `stop` and notifies the service manager. `address` is that of `worker.host`.
 pub async fn run(
     worker: &Worker,
     address: Ipv4Addr,
@@ -195,7 +195,7 @@ pub async fn run(
     }
 }
 
-/// The build of the programs; `llama-server` tells it, `ggml-rpc-server` cannot.
+/// The build of the programs. `llama-server` reports it; `ggml-rpc-server` cannot.
 async fn build(rpc_server: &std::path::Path, binaries: &Binaries) -> String {
     let beside = rpc_server.with_file_name("llama-server");
     let candidates: [PathBuf; 2] = [beside, binaries.llama_server.clone()];
@@ -233,7 +233,7 @@ async fn with_agent(
     Ok(())
 }
 
-/// What `look` shows as soon as each server sees a GPU of the worker's `backend`, however long that takes.
+/// Repeats `look` until each server sees a GPU of the worker's `backend`, and returns its result.
 async fn once_there_are_gpus<T>(
     notifier: &Notifier,
     stop: &CancellationToken,
@@ -278,7 +278,7 @@ async fn without_agent(mut spec: Spec, notifier: &Notifier, stop: &CancellationT
         .map(|endpoint| Service::start(Role::Rpc, endpoint.launch, stop))
         .collect();
     let states = services.iter().map(Service::state).collect();
-    // The first one that is given up ends them all: a host that serves half of its GPUs is no help to a plan.
+    // One server that fails for good ends them all: a plan cannot use a host that serves half of its GPUs.
     let (ended, ..) = tokio::select! {
         ended = select_all(services.iter_mut().map(|service| Box::pin(service.ended()))) => ended,
         never = notifier.follow(&words, states) => match never {},

@@ -1,4 +1,6 @@
-//! Starts and ends the servers, one set after the other: whatever comes next waits until what was before has ended.
+//! Starts and ends the servers of a worker.
+//!
+//! Invariant: one job runs at a time. Each job waits until the previous one has ended.
 
 use std::net::SocketAddrV4;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,30 +13,30 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::cache::Cache;
-use super::survey::{self, Look};
+use super::survey::{self, Survey};
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE, Spec};
 use crate::pool::agent::{DeviceStatus, Endpoint, EndpointState};
-use crate::pool::rpc_probe::{Told, probe};
+use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::{Tail, is_stopped};
 use crate::supervise::command::Role;
 use crate::supervise::service::{Service, State};
 use crate::supervise::{preflight, sockets};
 
-/// What is free on an idle worker may be known for so long: others use its GPUs too.
+/// How long a survey of an idle worker stays valid: other programs use its GPUs too.
 const FRESH: Duration = Duration::from_secs(30);
-/// A lease waits so long for the cache to be tidy. Whoever wants one asks again, and sees meanwhile how far it has come.
+/// How long a lease waits for the check of the cache. After that it is refused with the progress of the check.
 const TIDY_PATIENCE: Duration = Duration::from_secs(2);
 
-/// The servers of this host.
+/// The servers of this worker.
 #[derive(Debug)]
 pub struct Servers {
     spec: Arc<Spec>,
-    shown: Shown,
-    tidying: Arc<Tidying>,
+    shown: ServersView,
+    keeper: Arc<CacheKeeper>,
     job: Option<Job>,
 }
 
-/// What goes on with the servers. There is one at a time, and each waits for the end of the one before.
+/// A job with the servers: a set of running servers, or a survey.
 #[derive(Debug)]
 struct Job {
     stop: CancellationToken,
@@ -42,25 +44,25 @@ struct Job {
     task: JoinHandle<()>,
 }
 
-/// Tidies the cache. What was begun goes on even if nobody waits for it any more, so that a check of a big cache ends some
-/// day. Only jobs begin it, and a job that starts servers waits for its end.
+/// Checks the cache in the background. A check goes on even if no job waits for it any more, so that the check of a big
+/// cache ends some day. Only jobs begin a check, and a job that starts servers waits for its end.
 #[derive(Debug)]
-struct Tidying {
+struct CacheKeeper {
     cache: Cache,
     stop: CancellationToken,
     running: tokio::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What can be seen of the servers, whatever goes on.
+/// A view of the servers, readable at any time.
 #[derive(Debug, Clone)]
-pub struct Shown(Arc<Mutex<View>>);
+pub struct ServersView(Arc<Mutex<View>>);
 
 #[derive(Debug)]
 struct View {
     endpoints: Vec<EndpointView>,
     protocol: Option<String>,
     looked: Option<Instant>,
-    /// Of servers that have ended.
+    /// Last log lines of the servers that have ended.
     last_lines: Vec<String>,
 }
 
@@ -72,7 +74,7 @@ struct EndpointView {
 }
 
 impl Servers {
-    /// None runs yet.
+    /// No server runs yet.
     pub fn new(spec: Arc<Spec>) -> Self {
         let endpoints = spec.endpoints.iter().map(|endpoint| EndpointView {
             address: SocketAddrV4::new(spec.host, endpoint.port),
@@ -86,8 +88,8 @@ impl Servers {
             last_lines: Vec::new(),
         };
         Self {
-            shown: Shown(Arc::new(Mutex::new(view))),
-            tidying: Arc::new(Tidying::new(spec.cache.clone())),
+            shown: ServersView(Arc::new(Mutex::new(view))),
+            keeper: Arc::new(CacheKeeper::new(spec.cache.clone())),
             spec,
             job: None,
         }
@@ -97,25 +99,25 @@ impl Servers {
         &self.spec
     }
 
-    pub fn shown(&self) -> Shown {
+    pub fn shown(&self) -> ServersView {
         self.shown.clone()
     }
 
-    /// Looks at the devices for the first time.
+    /// Surveys the devices for the first time.
     pub async fn first_look(&self, stop: &CancellationToken) -> Result<(), NoServer> {
         look(&self.spec, &self.shown, stop).await
     }
 
-    /// Starts fresh servers once the old ones have ended, and says when they listen. They run until the next
-    /// [`Self::start`] or [`Self::end`].
+    /// Starts fresh servers once the old ones have ended. The receiver gets the result once they listen. They run until the
+    /// next [`Self::start`] or [`Self::end`].
     pub fn start(&mut self) -> oneshot::Receiver<Result<(), NoServer>> {
         let (told, listening) = oneshot::channel();
-        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
-        self.next(move |stop| async move { serve(&spec, &shown, &tidying, &stop, told).await });
+        let (spec, shown, keeper) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.keeper));
+        self.next(move |stop| async move { serve(&spec, &shown, &keeper, &stop, told).await });
         listening
     }
 
-    /// Ends them; the answer is cancelled when that is done. Then looks what is free.
+    /// Ends the servers, then surveys the devices. The returned token is cancelled once they have ended.
     pub fn end(&mut self) -> CancellationToken {
         let ended = self.job.as_ref().map(|job| job.ended.clone());
         self.look_again();
@@ -126,7 +128,7 @@ impl Servers {
         })
     }
 
-    /// Looks what is free, if nothing runs and the last look was a while ago.
+    /// Surveys the devices if nothing runs and the last survey is stale.
     pub fn refresh(&mut self) {
         let idle = self.job.as_ref().is_none_or(|job| job.task.is_finished());
         let stale = self.shown.view().looked.is_none_or(|looked| looked.elapsed() > FRESH);
@@ -135,9 +137,9 @@ impl Servers {
         }
     }
 
-    /// Ends what goes on; the answer is cancelled when that is done.
+    /// Ends the running job. The returned token is cancelled once it has ended.
     pub fn shut_down(&mut self) -> Option<CancellationToken> {
-        self.tidying.stop.cancel();
+        self.keeper.stop.cancel();
         self.job.as_ref().map(|job| {
             job.stop.cancel();
             job.ended.clone()
@@ -145,13 +147,13 @@ impl Servers {
     }
 
     fn look_again(&mut self) {
-        // A look that fails is not repeated at once either.
+        // A failed survey is not repeated at once either.
         self.shown.view().looked = Some(Instant::now());
-        let (spec, shown, tidying) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.tidying));
+        let (spec, shown, keeper) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.keeper));
         self.next(move |stop| async move {
-            // What the servers wrote is read while nobody waits for it.
+            // Check what the servers wrote while no lease waits for it.
             tokio::select! {
-                () = tidying.done() => {}
+                () = keeper.done() => {}
                 () = stop.cancelled() => return,
             }
             match look(&spec, &shown, &stop).await {
@@ -194,16 +196,16 @@ impl Drop for Servers {
     }
 }
 
-/// One set of servers, from its start to its end.
+/// Runs one set of servers from its start to its end.
 async fn serve(
     spec: &Spec,
-    shown: &Shown,
-    tidying: &Tidying,
+    shown: &ServersView,
+    keeper: &CacheKeeper,
     stop: &CancellationToken,
     told: oneshot::Sender<Result<(), NoServer>>,
 ) {
     let tidied = tokio::select! {
-        tidied = timeout(TIDY_PATIENCE, tidying.done()) => tidied.map_err(|_| NoServer::Checking(tidying.cache.progress())),
+        tidied = timeout(TIDY_PATIENCE, keeper.done()) => tidied.map_err(|_| NoServer::Checking(keeper.cache.progress())),
         () = stop.cancelled() => Err(NoServer::Ended),
     };
     if let Err(not_yet) = tidied {
@@ -216,7 +218,7 @@ async fn serve(
         () = stop.cancelled() => Err(NoServer::Ended),
     };
     let listening = started.is_ok();
-    // Who asked may have gone; then the lease ends, and with it this.
+    // If the requester has left, the lease ends, and this job with it.
     let _ = told.send(started);
     if listening {
         stop.cancelled().await;
@@ -227,14 +229,14 @@ async fn serve(
 
 async fn bring_up(
     spec: &Spec,
-    shown: &Shown,
+    shown: &ServersView,
     stop: &CancellationToken,
     services: &mut Vec<Service>,
 ) -> Result<(), NoServer> {
     for endpoint in &spec.endpoints {
         preflight::port_free(&spec.host.to_string(), endpoint.port)?;
     }
-    // One that dies takes its part of the model with it, and a fresh one in its place would look well and hold nothing.
+    // A server that dies loses its part of the model; a fresh one in its place would look healthy without it.
     for (number, endpoint) in spec.endpoints.iter().enumerate() {
         let launch = survey::bound(endpoint, &shown.devices(number))?;
         services.push(Service::start_once(Role::Rpc, launch, stop));
@@ -242,14 +244,14 @@ async fn bring_up(
     shown.started(services);
     for (number, (endpoint, service)) in spec.endpoints.iter().zip(services.iter()).enumerate() {
         listens(endpoint, service).await?;
-        // Nobody else knows of it yet.
+        // No client knows of the server yet.
         let told = probe(SocketAddrV4::new(spec.host, endpoint.port).into(), ANSWER_PATIENCE).await?;
         shown.told(number, &told);
     }
     Ok(())
 }
 
-/// Waits until it listens or dies for the first time.
+/// Waits until the server listens or dies for the first time.
 async fn listens(endpoint: &EndpointSpec, service: &Service) -> Result<(), NoServer> {
     let port = endpoint.port;
     let mut state = service.state();
@@ -268,7 +270,7 @@ async fn listens(endpoint: &EndpointSpec, service: &Service) -> Result<(), NoSer
     }
 }
 
-impl Tidying {
+impl CacheKeeper {
     fn new(cache: Cache) -> Self {
         Self {
             cache,
@@ -277,7 +279,7 @@ impl Tidying {
         }
     }
 
-    /// Waits until the cache is tidy.
+    /// Waits until the check of the cache is done.
     async fn done(&self) {
         let mut running = self.running.lock().await;
         let task = running.get_or_insert_with(|| {
@@ -293,7 +295,7 @@ impl Tidying {
     }
 }
 
-async fn look(spec: &Spec, shown: &Shown, stop: &CancellationToken) -> Result<(), NoServer> {
+async fn look(spec: &Spec, shown: &ServersView, stop: &CancellationToken) -> Result<(), NoServer> {
     for (number, endpoint) in spec.endpoints.iter().enumerate() {
         let look = survey::look(endpoint, stop).await?;
         shown.looked(number, look);
@@ -301,12 +303,12 @@ async fn look(spec: &Spec, shown: &Shown, stop: &CancellationToken) -> Result<()
     Ok(())
 }
 
-impl Shown {
+impl ServersView {
     fn view(&self) -> MutexGuard<'_, View> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn looked(&self, number: usize, look: Look) {
+    fn looked(&self, number: usize, look: Survey) {
         let mut view = self.view();
         view.protocol = Some(look.protocol);
         view.looked = Some(Instant::now());
@@ -315,7 +317,7 @@ impl Shown {
         }
     }
 
-    /// No plan is to count with GPUs that are gone.
+    /// Forgets all devices, so that no plan counts with GPUs that are gone.
     fn forget_devices(&self) {
         for endpoint in &mut self.view().endpoints {
             endpoint.devices.clear();
@@ -329,7 +331,7 @@ impl Shown {
             .map_or(Vec::new(), |endpoint| endpoint.devices.clone())
     }
 
-    /// The devices of all endpoints, for people.
+    /// The devices of all endpoints, for the log.
     pub fn lent(&self) -> String {
         let view = self.view();
         list(view.endpoints.iter().flat_map(|endpoint| &endpoint.devices))
@@ -341,8 +343,8 @@ impl Shown {
         }
     }
 
-    /// What a server that nobody has yet told.
-    fn told(&self, number: usize, told: &Told) {
+    /// Takes in the report of a server that has no client yet.
+    fn told(&self, number: usize, told: &RpcServer) {
         let mut view = self.view();
         view.protocol = Some(told.protocol.to_string());
         if let Some(endpoint) = view.endpoints.get_mut(number)
@@ -390,7 +392,7 @@ impl Shown {
     }
 }
 
-/// Devices for people: `CUDA0 (NVIDIA GeForce RTX 4070)`.
+/// Formats devices as `CUDA0 (NVIDIA GeForce RTX 4070)`.
 pub fn list<'a>(devices: impl IntoIterator<Item = &'a DeviceStatus>) -> String {
     let devices = devices.into_iter();
     let shown: Vec<String> = devices.map(|it| format!("{} ({})", it.name, it.description)).collect();
@@ -404,7 +406,7 @@ impl EndpointView {
         };
         match &*state.borrow() {
             State::Starting | State::Loading => EndpointState::Starting,
-            // It keeps its connections and answers nobody.
+            // A stopped process keeps its connections and does not answer.
             State::Ready { pid } if is_stopped(*pid) => EndpointState::Failed,
             State::Ready { .. } if sockets::is_connected(self.address).unwrap_or(false) => EndpointState::Connected,
             State::Ready { .. } => EndpointState::Listening,
@@ -429,14 +431,14 @@ mod tests {
             cache_dir: Some(folder.path().to_owned()),
             ..Worker::at("127.0.0.1")
         };
-        let tidying = Tidying::new(Cache::of(&worker));
+        let keeper = CacheKeeper::new(Cache::of(&worker));
         for _ in 0..3 {
-            assert!(timeout(Duration::from_millis(5), tidying.done()).await.is_err());
+            assert!(timeout(Duration::from_millis(5), keeper.done()).await.is_err());
         }
-        assert_eq!(tidying.cache.progress().of, 64 << 20);
-        let begun = tidying.running.lock().await.as_ref().map(JoinHandle::id);
+        assert_eq!(keeper.cache.progress().of, 64 << 20);
+        let begun = keeper.running.lock().await.as_ref().map(JoinHandle::id);
         assert!(begun.is_some());
-        tidying.done().await;
+        keeper.done().await;
         assert!(!broken.exists());
     }
 }

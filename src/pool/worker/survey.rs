@@ -1,4 +1,4 @@
-//! Looks at the devices while nobody has them: a server that only we know of is started, asked and ended.
+//! Measures the devices while no lease runs: starts a private server, asks it and ends it.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -9,7 +9,7 @@ use super::servers::list;
 use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
 use crate::config::GpuBackend;
 use crate::pool::agent::DeviceStatus;
-use crate::pool::rpc_probe::{Told, probe};
+use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
@@ -17,16 +17,15 @@ use crate::supervise::devices::{Missing, complaint};
 use crate::supervise::service::RPC_STOP_PATIENCE;
 use crate::supervise::{preflight, sockets};
 
-/// What a look at one endpoint shows.
+/// The result for one endpoint.
 #[derive(Debug)]
-pub struct Look {
+pub struct Survey {
     pub protocol: String,
     pub devices: Vec<DeviceStatus>,
 }
 
-/// Starts a server like the endpoint's on a loopback port, so that no client can take it for the real one. `stop` cuts it
-/// short.
-pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<Look, NoServer> {
+/// Starts a server like the endpoint's on a loopback port, where no client takes it for the real one. `stop` cancels it.
+pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<Survey, NoServer> {
     let died = |death| NoServer::Died {
         port: endpoint.port,
         death,
@@ -51,18 +50,18 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<L
         }
     };
     child.stop(RPC_STOP_PATIENCE).await.map_err(not_started)?;
-    // It tells its devices' names only in its log, which is complete now.
+    // The server names its devices only in its log, which is complete now.
     let lines = child.last_lines().await;
     let told = told?;
     let devices = devices(&told, checked(endpoint, &lines)?);
-    Ok(Look {
+    Ok(Survey {
         protocol: told.protocol.to_string(),
         devices,
     })
 }
 
-/// The devices by a server's first lines; of a worker with a `backend` those of that kind. A server that finds no GPU takes the
-/// CPU without a word.
+/// The devices in a server's first lines; for a worker with a `backend`, those of that kind. A server that finds no GPU
+/// silently takes the CPU.
 fn checked(endpoint: &EndpointSpec, lines: &[String]) -> Result<Vec<DeviceStatus>, NoServer> {
     let mut devices = named(lines);
     if let Some(kind) = endpoint.launch.gpus {
@@ -76,7 +75,8 @@ fn checked(endpoint: &EndpointSpec, lines: &[String]) -> Result<Vec<DeviceStatus
     Ok(devices)
 }
 
-/// The endpoint's server with the devices that it was seen to have: without one of them it ends, in place of taking the CPU.
+/// The command line of the endpoint's server, bound to the surveyed devices: without one of them the server ends instead
+/// of taking the CPU.
 pub fn bound(endpoint: &EndpointSpec, devices: &[DeviceStatus]) -> Result<Launch, NoServer> {
     let mut launch = endpoint.launch.clone();
     let Some(kind) = launch.gpus.filter(|_| launch.value_of("--device").is_none()) else {
@@ -97,7 +97,7 @@ fn missing(endpoint: &EndpointSpec, kind: GpuBackend, found: String) -> NoServer
     }
 }
 
-/// The same server at another address: of two values of one option it takes the later one.
+/// The same server at another address; the later of two values of an option wins.
 fn elsewhere(launch: &Launch, address: SocketAddrV4) -> Launch {
     let mut launch = launch.clone();
     launch.args.extend(["--host".into(), address.ip().to_string().into()]);
@@ -105,7 +105,7 @@ fn elsewhere(launch: &Launch, address: SocketAddrV4) -> Launch {
     launch
 }
 
-fn devices(told: &Told, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
+fn devices(told: &RpcServer, named: Vec<DeviceStatus>) -> Vec<DeviceStatus> {
     if told.devices.len() != named.len() {
         return named;
     }

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tightwad::config::{self, Upstream, VerificationMode};
 use tightwad::engine::{self, Engine};
 use tightwad::proxy::{self, Settings};
+use tightwad::rounds;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -62,6 +63,7 @@ impl Proxy {
             drafts: drafts.iter().map(|draft| (draft.clone(), None)).collect(),
             target: Some((upstream.clone(), None)),
             verification,
+            verifier: rounds::verifier(&upstream, None).expect("an HTTP client"),
             ..engine::Settings::default()
         };
         let config = config::Proxy {

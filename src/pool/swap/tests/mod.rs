@@ -1,4 +1,4 @@
-//! What must hold whatever happens in whatever order.
+//! The invariants, for any order of events.
 
 mod stories;
 mod world;

@@ -1,10 +1,10 @@
-//! Single stories, each with what comes of it.
+//! Single sequences of events and their results.
 
 use std::time::Duration;
 
 use super::world::World;
-use crate::pool::swap::recovery::{DEATH_PAUSE, LOST_PAUSE, SWAP_PATIENCE, UNREADY_PAUSE};
-use crate::pool::swap::{Action, Event, Refused, State, Unready};
+use crate::pool::swap::recovery::{DEATH_PAUSE, LOST_PAUSE, NOT_READY_PAUSE, SWAP_PATIENCE};
+use crate::pool::swap::{Action, Event, NotReady, Refused, State};
 
 fn ready() -> World {
     let mut world = World::new(true);
@@ -197,7 +197,7 @@ fn memory_that_is_not_free_at_once_does_not_fail_a_swap() {
     let mut world = ready();
     let id = world.ask(Some("b"), true);
     for _ in 0..4 {
-        world.fail_to_lease(Unready::Yet("3 GiB are missing".into()));
+        world.fail_to_lease(NotReady::Retryable("3 GiB are missing".into()));
     }
     assert_eq!(world.swap.snapshot().problem.as_deref(), Some("3 GiB are missing"));
     world.settle();
@@ -209,10 +209,10 @@ fn memory_that_is_not_free_at_once_does_not_fail_a_swap() {
 fn a_swap_whose_workers_do_not_become_ready_gives_way_to_the_model_before() {
     let mut world = ready();
     let id = world.ask(Some("b"), true);
-    world.fail_to_lease(Unready::Yet("no".into()));
+    world.fail_to_lease(NotReady::Retryable("no".into()));
     let begun = world.now;
     while world.refused.is_empty() {
-        world.fail_to_lease(Unready::Yet("no".into()));
+        world.fail_to_lease(NotReady::Retryable("no".into()));
     }
     assert!(world.now - begun >= SWAP_PATIENCE && world.now - begun < 2 * SWAP_PATIENCE);
     assert_eq!(world.refused[0].0, id);
@@ -230,7 +230,7 @@ fn a_worker_lost_while_others_are_being_leased_starts_no_server() {
     assert_eq!((world.state(), world.server.clone()), (State::Freeing, None));
     world.complete(0, true);
     assert_eq!(world.swap.snapshot().problem.as_deref(), Some("stalled"));
-    world.pass(UNREADY_PAUSE);
+    world.pass(NOT_READY_PAUSE);
     world.settle();
     assert_eq!(world.state(), State::Ready);
 }

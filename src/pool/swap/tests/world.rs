@@ -1,14 +1,14 @@
-//! A coordinator without servers: it does what the machine says and checks each action.
+//! A simulated coordinator: it carries out actions and checks each against the invariants.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::pool::swap::{Action, Event, Failure, Id, Name, Refused, Rules, State, Swap, Unready};
+use crate::pool::swap::{Action, Event, Failure, Id, Name, NotReady, Refused, Rules, State, Swap};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(30);
 pub(super) const WAIT: Duration = Duration::from_secs(120);
 
-/// The driver and the workers, as far as they matter: does what it is told, and fails the test over what must not be.
+/// The driver and the workers of a simulated pool; an action that breaks an invariant fails the test.
 pub(super) struct World {
     pub(super) swap: Swap,
     pub(super) now: Instant,
@@ -154,12 +154,12 @@ impl World {
                 if well {
                     self.leased = Some(epoch);
                 }
-                let unready = if which.is_multiple_of(2) {
-                    Unready::Yet(no())
+                let not_ready = if which.is_multiple_of(2) {
+                    NotReady::Retryable(no())
                 } else {
-                    Unready::Ever(no())
+                    NotReady::Permanent(no())
                 };
-                self.tell(Event::Leased(epoch, if well { Ok(()) } else { Err(unready) }));
+                self.tell(Event::Leased(epoch, if well { Ok(()) } else { Err(not_ready) }));
             }
             Action::Start(epoch, model) => {
                 if self.server.as_ref().map(|server| server.0) != Some(epoch) {
@@ -221,7 +221,7 @@ impl World {
     }
 
     /// Goes on until workers are to be leased, which fails.
-    pub(super) fn fail_to_lease(&mut self, unready: Unready) {
+    pub(super) fn fail_to_lease(&mut self, not_ready: NotReady) {
         while !matches!(self.pending.front(), Some(Action::Lease(..))) {
             if self.pending.is_empty() {
                 self.pass(Duration::from_secs(1));
@@ -230,7 +230,7 @@ impl World {
             }
         }
         self.pending.pop_front();
-        self.tell(Event::Leased(self.highest_epoch, Err(unready)));
+        self.tell(Event::Leased(self.highest_epoch, Err(not_ready)));
     }
 
     pub(super) fn end_answer(&mut self, which: usize) {
