@@ -1,4 +1,4 @@
-# docs/options.md: every option of the NixOS module, from the module itself.
+# docs/reference/nixos-options.md: every option of the NixOS module, from the module itself.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -30,9 +30,9 @@ let
     );
 in
 pkgs.writeText "options.md" ''
-  # The options of the NixOS module
+  # NixOS options
 
-  Made from `modules/` by `nix build .#options-doc`. Keys of the cluster file that are not listed here can be set under
-  `services.tightwad.cluster` all the same; `configs/reference.yaml` explains every one.
+  `nix build .#options-doc` generates this page from `modules/`. Any other key of the [cluster file](config.md) can be set under
+  `services.tightwad.cluster` too.
 
   ${lib.concatMapStringsSep "\n" entry documented}''

@@ -4,26 +4,14 @@ let
   inherit (lib) fileset;
   manifest = lib.importTOML ../Cargo.toml;
 
-  # Tests that read files of the repository outside of the package's source.
-  ofTheRepository = [
-    "nix.rs"
-    "readme.rs"
-    "scripts.rs"
+  # Modules of tests/it that need neither llama.cpp nor files of the repository outside of the package's source. The check `tests`
+  # runs all modules.
+  modules = [
+    "cli"
+    "config"
+    "pid_files"
+    "proxy"
   ];
-  # Tests with the harness start llama.cpp. They run in the check `tests` instead.
-  startsLlamaCpp =
-    file:
-    let
-      text = builtins.readFile (../tests + "/${file}");
-    in
-    builtins.replaceStrings [ "\nmod harness;" ] [ "" ] text != text;
-  runsInTheBuild =
-    file: kind:
-    kind == "regular"
-    && lib.hasSuffix ".rs" file
-    && !lib.elem file ofTheRepository
-    && !startsLlamaCpp file;
-  tests = lib.attrNames (lib.filterAttrs runsInTheBuild (builtins.readDir ../tests));
 in
 rustPlatform.buildRustPackage {
   pname = manifest.package.name;
@@ -44,11 +32,12 @@ rustPlatform.buildRustPackage {
   cargoTestFlags = [
     "--lib"
     "--bins"
-  ]
-  ++ lib.concatMap (file: [
-    "--test"
-    (lib.removeSuffix ".rs" file)
-  ]) tests;
+  ];
+  postCheck = ''
+    cargo test --locked --offline --release --test it -- ${
+      toString (map (module: "${module}::") modules)
+    } --skip pool_
+  '';
 
   meta = {
     inherit (manifest.package) description;
