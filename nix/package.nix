@@ -4,8 +4,8 @@ let
   inherit (lib) fileset;
   manifest = lib.importTOML ../Cargo.toml;
 
-  # Modules of tests/it that need neither llama.cpp nor files of the repository that the program is not built from. The check
-  # `tests` runs all.
+  # Modules of tests/it that need neither llama.cpp nor files of the repository outside of the package's source. The check `tests`
+  # runs all modules.
   modules = [
     "cli"
     "config"

@@ -195,7 +195,7 @@ impl ServerInstance {
     }
 }
 
-/// State of the pool.
+/// State of the pool, as the status shows it.
 #[derive(Debug, Clone)]
 pub(super) struct Report {
     /// State of the swap machine.
@@ -223,11 +223,11 @@ pub(super) struct Report {
 pub struct WorkerReport {
     /// Its name in the cluster file.
     pub name: String,
-    /// Whether its agent answers; `None` for a worker without an agent.
+    /// Whether its agent answers; `None` if it has no agent.
     pub up: Option<bool>,
     /// Its build of llama.cpp.
     pub build: Option<String>,
-    /// The coordinator that holds its lease.
+    /// The holder of its lease.
     pub leased_by: Option<String>,
     /// Why it cannot be used.
     pub problem: Option<String>,
