@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-/// A value of the header, as far as it is kept.
+/// A value of a header.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Number(u64),
     Text(String),
     Numbers(Vec<u64>),
-    /// An array that is too long, or of no numbers: its length.
+    /// An array that is too long, or not of numbers: only its length is kept.
     Array(u64),
     Other,
 }
@@ -45,7 +45,7 @@ impl Keys {
         }
     }
 
-    /// A number per layer, given for each or once for all.
+    /// The number of a layer; the file gives one per layer, or one for all.
     pub(super) fn per_layer(&self, key: &str, layer: usize) -> Option<u64> {
         match self.0.get(key)? {
             Value::Number(number) => Some(*number),
@@ -54,6 +54,7 @@ impl Keys {
         }
     }
 
+    /// The largest number of all layers.
     pub(super) fn largest(&self, key: &str) -> Option<u64> {
         match self.0.get(key)? {
             Value::Number(number) => Some(*number),

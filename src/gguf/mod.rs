@@ -1,7 +1,8 @@
-//! The header of a GGUF model file: what a plan has to know of a model, without its weights.
+//! Reads the header of a GGUF model file: the shape of the model and its tensors, without the weights.
 //!
-//! A file may come from anywhere, so [`ModelFile::read`] treats every byte of it as hostile. The path of a file through the
-//! modules: `model` opens the parts, `parse` reads each header, `shape` derives the layers from the keys.
+//! A file may come from anywhere. Invariant: no file makes [`ModelFile::read`] panic, hang or allocate without bound.
+//! `model` opens the parts, `parse` reads each header, `shape` derives the layers from the keys. [`crate::plan`] uses the
+//! result.
 //!
 //! | module | what it holds |
 //! | --- | --- |

@@ -1,5 +1,5 @@
-//! A model as its files describe it. It may lie in several parts, `name-00001-of-00003.gguf` and so on, each with a header
-//! of its own; the first one describes the model.
+//! A model as its files describe it. A model may have several parts, `name-00001-of-00003.gguf` and so on, each with its own
+//! header; the first part describes the model.
 
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind};
@@ -9,7 +9,7 @@ use super::error::ModelFileError;
 use super::parse::{Header, MAX_TENSORS, Tensor, parse};
 use super::shape::Shape;
 
-/// Most parts of a model: their number has 16 bits.
+/// Most parts of a model; the number has 16 bits.
 const MAX_PARTS: u64 = 65_535;
 
 /// A model as its file describes it.
@@ -17,11 +17,11 @@ const MAX_PARTS: u64 = 65_535;
 pub struct ModelFile {
     /// The file, or the first part.
     pub path: PathBuf,
-    /// How many files it lies in.
+    /// Number of its files.
     pub parts: u64,
-    /// Bytes of all of them.
+    /// Bytes of all its files.
     pub bytes: u64,
-    /// What its layers are like.
+    /// Its layers.
     pub shape: Shape,
     /// The tensors of all parts.
     pub tensors: Vec<Tensor>,
@@ -86,8 +86,7 @@ impl ModelFile {
         Ok(model)
     }
 
-    /// Checks that no part of the model and no end of a file is missing, as after a download that broke off. What else may
-    /// be odd with it llama.cpp knows best.
+    /// Checks that no part is missing or truncated, as after an interrupted download. llama.cpp checks everything else.
     pub fn check_complete(path: &Path) -> Result<(), ModelFileError> {
         match Self::read(path) {
             Err(error @ (ModelFileError::Truncated { .. } | ModelFileError::MissingPart { .. })) => Err(error),
@@ -122,7 +121,7 @@ fn read_part(path: &Path) -> Result<Part, ModelFileError> {
             source,
         },
     };
-    // Looked at before it is opened, which waits where it is a pipe.
+    // Opening a pipe would block, so check the kind of file first.
     let metadata = std::fs::metadata(path).map_err(unreadable)?;
     if !metadata.is_file() {
         return Err(ModelFileError::NotAFile {

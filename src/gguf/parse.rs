@@ -1,4 +1,4 @@
-//! Reads the header of a GGUF file: bytes that anybody may have written.
+//! Parses the header of a GGUF file. The bytes are untrusted.
 //!
 //! GGUF versions 2 and 3, little-endian, as in llama.cpp b11434 (`ggml/src/gguf.cpp`). Invariant: the parser compares each
 //! count and length with the file's length, and with what models have, before it reads or allocates anything for it.
@@ -10,27 +10,27 @@ use super::error::ModelFileError;
 use super::keys::{Keys, Value};
 use super::types::TensorType;
 
-/// Where the data begins when the file does not say otherwise.
+/// Alignment of the data if the file names none.
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Longest name of a key or of a tensor; llama.cpp's own tensor names have at most 64 bytes.
 const MAX_NAME: u64 = 64 * 1024;
-/// Longest text that is kept.
+/// Longest string that is kept.
 const MAX_TEXT: u64 = 1024;
 /// Longest array whose values are kept: llama.cpp has no model with more layers (`LLAMA_MAX_LAYERS`).
 pub(super) const MAX_ARRAY: u64 = 512;
-/// More numbers than any model has in one of a layer's vectors, or entries in its vocabulary.
+/// Limit for the length of vectors and for the size of the vocabulary; no model has more.
 pub(crate) const MOST_NUMBERS: u64 = 1 << 24;
 /// Most dimensions of a tensor (`GGML_MAX_DIMS`).
 const MAX_DIMENSIONS: u32 = 4;
-/// Most tensors of a model. One of 61 layers with 384 experts, each expert's three matrices by themselves, has 70 000.
+/// Most tensors of a model. A model of 61 layers with 384 experts, each with three matrices of its own, has 70 000.
 pub(super) const MAX_TENSORS: u64 = 1 << 17;
 /// Most keys of a file; models have about fifty.
 const MAX_KEYS: u64 = 1 << 14;
-/// Longest header, without the padding before the data. Vocabularies of 260 000 tokens with their merges take 20 MB.
+/// Longest header without the padding before the data. A vocabulary of 260 000 tokens with its merges takes 20 MB.
 const MAX_HEADER: u64 = 128 << 20;
-/// A tensor's entry has at least a length of the name, a number of dimensions, a type and an offset.
+/// Shortest entry of a tensor: length of the name, number of dimensions, type, offset.
 const MIN_TENSOR_ENTRY: u64 = 8 + 4 + 4 + 8;
-/// A key has at least a length, a type and a value of one byte.
+/// Shortest key-value pair: length of the key, type, one byte.
 const MIN_KEY_ENTRY: u64 = 8 + 4 + 1;
 
 /// A tensor of the model.
@@ -40,13 +40,13 @@ pub struct Tensor {
     pub name: String,
     /// Its dimensions, the length of a row first.
     pub dimensions: Vec<u64>,
-    /// How its numbers are stored.
+    /// Its number format.
     pub kind: TensorType,
-    /// Its bytes.
+    /// Its size in bytes.
     pub bytes: u64,
 }
 
-/// What is wrong with a header, before the file's name is known.
+/// An error in a header, without the name of the file.
 #[derive(Debug)]
 pub(super) enum ParseError {
     Io(io::Error),
@@ -82,15 +82,15 @@ impl ParseError {
     }
 }
 
-/// A header, as far as it is kept.
+/// A parsed header.
 #[derive(Debug)]
 pub(super) struct Header {
     pub(super) keys: Keys,
     pub(super) tensors: Vec<Tensor>,
 }
 
-/// Reads a header of a file of `length` bytes. A count or a length that it names is compared with the file's length and with
-/// what models have before anything is read or allocated for it: a file of holes may be as long as it likes.
+/// Parses the header of a file of `length` bytes. A sparse file may claim any length, so each count in it is also compared
+/// with the limits above.
 pub(super) fn parse(input: impl Read + Seek, length: u64) -> Result<Header, ParseError> {
     let mut reader = Reader {
         input,
@@ -103,7 +103,7 @@ pub(super) fn parse(input: impl Read + Seek, length: u64) -> Result<Header, Pars
     let version = reader.u32()?;
     match version {
         2 | 3 => {}
-        // A small number that was written the other way round.
+        // A small number in the other byte order.
         _ if version.trailing_zeros() >= 16 => return Err(ParseError::BigEndian),
         _ => return Err(ParseError::Version(version)),
     }
@@ -163,7 +163,7 @@ impl<R: Read + Seek> Reader<R> {
         self.bytes().map(u64::from_le_bytes)
     }
 
-    /// Whether the file goes on for so many bytes, and the header may.
+    /// Checks that the file has `more` bytes, and that the header stays within its limit.
     fn has(&self, more: u64) -> Result<(), ParseError> {
         match self.position.checked_add(more) {
             Some(needs) if needs > self.length => Err(ParseError::Truncated(needs)),
@@ -178,7 +178,7 @@ impl<R: Read + Seek> Reader<R> {
         }
     }
 
-    /// Whether the file can hold so many entries of at least `least` bytes, and a model may have them.
+    /// Checks that the file can hold `count` entries of at least `least` bytes, and that `count` is at most `most`.
     fn expect(&self, count: u64, least: u64, what: &str, most: u64) -> Result<(), ParseError> {
         if count > most {
             let what = format!("it names {count} {what}, and no model has more than {most}");
@@ -195,7 +195,7 @@ impl<R: Read + Seek> Reader<R> {
         let Ok(step) = i64::try_from(bytes) else {
             return Err(ParseError::Broken("a length is beyond all files".into()));
         };
-        // Of a buffered reader this keeps the buffer.
+        // A short read keeps the buffer of a buffered reader; a seek drops it.
         if step < 4096 {
             io::copy(&mut self.input.by_ref().take(bytes), &mut io::sink())?;
         } else {
@@ -237,7 +237,7 @@ impl<R: Read + Seek> Reader<R> {
         }
     }
 
-    /// A number or a truth value; `None` for one with a fraction or below zero.
+    /// A number or a boolean; `None` for a negative or fractional number.
     fn scalar(&mut self, kind: u32, key: &str) -> Result<Option<u64>, ParseError> {
         Ok(match kind {
             0 => Some(u64::from(self.bytes::<1>()?[0])),
@@ -322,7 +322,7 @@ impl<R: Read + Seek> Reader<R> {
     }
 }
 
-/// Bytes of a value of this type.
+/// Size of a value of this type in bytes.
 fn fixed_size(kind: u32, key: &str) -> Result<u64, ParseError> {
     match kind {
         0 | 1 | 7 => Ok(1),

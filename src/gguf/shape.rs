@@ -1,14 +1,14 @@
-//! What a plan needs to know of a model's layers, read from the keys of its header.
+//! The layers of a model as a plan needs them, derived from the keys of its header.
 
 use super::keys::{Keys, Value};
 use super::parse::{MAX_ARRAY, MOST_NUMBERS, ParseError, Tensor};
 
-/// More numbers than any layer keeps of a sequence.
+/// Limit for the recurrent state of a layer; no model has more numbers.
 const MOST_STATE: u64 = 1 << 32;
 
-/// Which layers look back over a window only, where the file does not say it layer by layer: of how many layers one sees
-/// all, and whether that is the first of them (`load_swa_pattern` in llama.cpp's `src/models`). An architecture that is not
-/// here is planned as if all its layers saw all: too much, never too little.
+/// Sliding-window patterns of architectures whose files do not tell them layer by layer: one layer in `n` attends to the whole
+/// context, and the flag says whether that is the first one (`load_swa_pattern` in llama.cpp's `src/models`). For any other
+/// architecture all layers count as full: the estimate may be too large, never too small.
 const WINDOW_PATTERNS: [(&str, u64, bool); 12] = [
     ("afmoe", 4, false),
     ("cohere2", 4, false),
@@ -24,47 +24,47 @@ const WINDOW_PATTERNS: [(&str, u64, bool); 12] = [
     ("smallthinker", 4, true),
 ];
 
-/// The interval of full attention among recurrent layers, where the file does not tell it.
+/// Interval of full attention among recurrent layers, if the file does not tell it.
 const DEFAULT_ATTENTION_INTERVAL: u64 = 4;
 
-/// What the layers of a model are like.
+/// The layers of a model.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Shape {
     /// `general.architecture`: `llama`, `qwen3moe`, ….
     pub architecture: String,
     /// `general.name`.
     pub name: Option<String>,
-    /// Repeating layers, those of multi-token prediction included.
+    /// Number of repeating layers, including those of multi-token prediction.
     pub layers: u32,
-    /// Length of a token's vector.
+    /// Length of a token's embedding.
     pub embedding: u64,
-    /// Entries of the vocabulary.
+    /// Size of the vocabulary.
     pub vocabulary: u64,
-    /// Context in tokens that it was trained with.
+    /// Context that it was trained with, in tokens.
     pub trained_context: Option<u64>,
-    /// Heads of attention, in the layer with most of them.
+    /// Attention heads, in the layer with most of them.
     pub heads: u64,
-    /// Widest hidden part that a token goes through; of experts all those that it uses.
+    /// Width of the widest feed-forward part; for experts, the sum of those that a token uses.
     pub feed_forward: u64,
-    /// What each layer keeps of the past.
+    /// The cache of each layer.
     pub memory: Vec<LayerMemory>,
 }
 
-/// What a layer keeps of the past.
+/// The numbers that a layer caches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LayerMemory {
-    /// Numbers of a token's key, over all heads; 0: none.
+    /// Numbers per token in the keys, over all heads; 0: none.
     pub key: u64,
-    /// Numbers of a token's value.
+    /// Numbers per token in the values, over all heads.
     pub value: u64,
-    /// Tokens that it looks back; `None`: all of them.
+    /// Sliding window in tokens; `None`: the whole context.
     pub window: Option<u64>,
-    /// Numbers of the state of a recurrent layer, for each sequence.
+    /// Numbers per sequence in the state of a recurrent layer.
     pub state: u64,
 }
 
 impl Shape {
-    /// Reads it from a header's keys; `tensors` are those of all parts.
+    /// Derives the shape from the keys; `tensors` are those of all parts.
     pub(super) fn of(keys: &Keys, tensors: &[Tensor]) -> Result<Self, ParseError> {
         let missing = ParseError::MissingKey;
         let architecture = keys
@@ -106,7 +106,7 @@ impl Shape {
         }
     }
 
-    /// What no model has, and a plan could not count with.
+    /// The first size that exceeds its limit.
     fn absurd(&self) -> Option<String> {
         let vectors = [
             ("embedding", self.embedding),
@@ -125,7 +125,7 @@ impl Shape {
     }
 }
 
-/// Reads what each layer keeps from the keys of an architecture.
+/// Derives the cache of each layer from the keys of an architecture.
 struct Layers<'a> {
     keys: &'a Keys,
     architecture: &'a str,
@@ -142,17 +142,17 @@ impl Layers<'_> {
         let recurrent = state > 0
             && match keys.per_layer(&key("attention.recurrent_layers"), layer) {
                 Some(recurrent) => recurrent != 0,
-                // Layers without attention, of models that mix both.
+                // A model with both kinds of layers: those without heads are recurrent.
                 None if matches!(keys.get(&key("attention.head_count_kv")), Some(Value::Numbers(_))) => kv_heads == 0,
                 None if architecture.starts_with("qwen3") => {
                     let interval = number("full_attention_interval").unwrap_or(DEFAULT_ATTENTION_INTERVAL);
                     !(layer as u64 + 1).is_multiple_of(interval.max(1))
                 }
-                // Either all layers are recurrent, or this is not known: then both are counted.
+                // All layers are recurrent, or the pattern is unknown; then both caches count.
                 None => true,
             };
         let without_attention = recurrent && (kv_heads == 0 || architecture.starts_with("qwen3"));
-        // The last layers of some use what those before them have kept.
+        // The last layers of some models share the cache of earlier ones.
         let shared = number("attention.shared_kv_layers").unwrap_or(0);
         let keeps = (layer as u64) < u64::from(layers).saturating_sub(shared);
         if without_attention || !keeps || heads == 0 {
@@ -168,7 +168,7 @@ impl Layers<'_> {
                 .or_else(|| number(&format!("attention.{name}_length")))
                 .unwrap_or(embedding / heads)
         };
-        // Multi-head latent attention keeps one vector for both.
+        // Multi-head latent attention caches one vector for keys and values.
         let latent = number("attention.key_length_mla").is_some_and(|length| length > 0);
         LayerMemory {
             key: length("key").saturating_mul(kv_heads),
@@ -182,7 +182,7 @@ impl Layers<'_> {
         }
     }
 
-    /// The window that a layer looks back over, if it does not see all.
+    /// The sliding window of a layer, if it has one.
     fn window(&self, layer: usize) -> Option<u64> {
         let (keys, architecture) = (self.keys, self.architecture);
         let window = keys.number(&format!("{architecture}.attention.sliding_window"))?;
@@ -207,8 +207,8 @@ impl Layers<'_> {
         (has_window && window > 0).then_some(window)
     }
 
-    /// Numbers that a recurrent layer keeps per sequence (`n_embd_r` and `n_embd_s` in `llama-hparams.cpp`); 0: the model
-    /// has no such layers.
+    /// Numbers per sequence in the state of a recurrent layer (`n_embd_r` and `n_embd_s` in `llama-hparams.cpp`); 0 without
+    /// such layers.
     fn state(&self, embedding: u64) -> u64 {
         let (keys, architecture) = (self.keys, self.architecture);
         let number = |name: &str| keys.number(&format!("{architecture}.{name}")).unwrap_or(0);
@@ -218,7 +218,7 @@ impl Layers<'_> {
         let convolution = number("ssm.conv_kernel").saturating_sub(1);
         let head = number("wkv.head_size");
         if head > 0 {
-            // Two vectors for the shift of tokens, at most.
+            // At most two vectors for the token shift.
             return embedding.saturating_mul(head.saturating_add(2));
         }
         let cache = number("shortconv.l_cache");

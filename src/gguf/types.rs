@@ -4,18 +4,18 @@
 
 use serde::Serialize;
 
-/// How numbers are stored: blocks of so many weights in so many bytes.
+/// A number format: blocks of `block` weights in `bytes` bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct TensorType {
-    /// As llama.cpp calls it: `q8_0`.
+    /// llama.cpp's name for it: `q8_0`.
     pub name: &'static str,
-    /// Weights of a block.
+    /// Weights per block.
     pub block: u64,
-    /// Its bytes.
+    /// Bytes per block.
     pub bytes: u64,
 }
 
-/// Number, name, weights and bytes of a block, as in `ggml.h`, `ggml.c` and `ggml-common.h` of llama.cpp b11434.
+/// All formats, by their number in a GGUF file.
 const TYPES: [(u32, TensorType); 35] = [
     (0, of("f32", 1, 4)),
     (1, of("f16", 1, 2)),
@@ -66,14 +66,14 @@ impl TensorType {
         Some(*kind)
     }
 
-    /// The type that llama.cpp calls so.
+    /// The type with this name in llama.cpp.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         let (_, kind) = TYPES.iter().find(|(_, kind)| kind.name == name)?;
         Some(*kind)
     }
 
-    /// Bytes of a row of so many weights.
+    /// Bytes of a row of `weights` weights.
     #[must_use]
     pub fn row_bytes(self, weights: u64) -> u64 {
         weights.div_ceil(self.block).saturating_mul(self.bytes)

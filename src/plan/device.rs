@@ -6,26 +6,26 @@ use crate::config::{Gpu, GpuBackend, Worker};
 
 const MIB: u64 = 1 << 20;
 
-/// A device of the pool, in llama.cpp's order: those of the workers first, in the order of `--rpc`.
+/// A device of the pool. llama.cpp orders them: those of the workers first, in the order of `--rpc`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Device {
-    /// What people call its host: the worker's name, or `coordinator`.
+    /// Its host: the name of the worker, or `coordinator`.
     pub host: String,
-    /// What it is: `RTX 4070 Ti Super`.
+    /// Its model: `RTX 4070 Ti Super`.
     pub label: String,
-    /// `host:port` of the `ggml-rpc-server` that serves it; `None`: it is the coordinator's own.
+    /// `host:port` of its `ggml-rpc-server`; `None` for the coordinator's own devices.
     pub endpoint: Option<String>,
-    /// As llama.cpp calls it on its host: `CUDA0`.
+    /// llama.cpp's name for it on its host: `CUDA0`.
     pub name: String,
-    /// Its memory.
+    /// Its memory in bytes.
     pub total_bytes: u64,
-    /// What of that is free.
+    /// Free bytes.
     pub free_bytes: u64,
-    /// Where that is known from.
+    /// The source of these numbers.
     pub known_from: KnownFrom,
 }
 
-/// Where a device's memory is known from.
+/// The source of a device's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KnownFrom {
@@ -35,11 +35,11 @@ pub enum KnownFrom {
     Probe,
     /// `llama-server --list-devices`.
     LlamaServer,
-    /// `vram_gb` in the config: nobody has looked what is free.
+    /// `vram_gb` of the config; the free memory was not measured.
     Config,
 }
 
-/// The devices that the config gives a worker, endpoint by endpoint.
+/// The devices that the config lists for a worker, endpoint by endpoint.
 #[must_use]
 pub fn configured(worker: &Worker) -> Vec<Device> {
     let endpoints = worker.rpc_endpoints().into_iter();
@@ -60,7 +60,7 @@ pub(crate) fn of_port(worker: &Worker, port: u16, gpus: &[&Gpu]) -> Vec<Device> 
     gpus.iter().enumerate().map(device).collect()
 }
 
-/// What llama.cpp calls a device, or what we do where nobody has said what kind it is.
+/// llama.cpp's name for a device; `GPU0`, `GPU1`, … if its kind is unknown.
 pub(crate) fn name(backend: Option<GpuBackend>, number: usize) -> String {
     backend.map_or_else(|| format!("GPU{number}"), |backend| backend.device_name(number))
 }
@@ -78,9 +78,9 @@ pub(crate) fn of_config(host: &str, gpu: &Gpu, name: String) -> Device {
     }
 }
 
-/// The bytes of so many GiB, whole MiB of them.
+/// Converts GiB to bytes, rounded down to whole MiB.
 fn gib_to_bytes(gib: f64) -> u64 {
-    // A config has checked that it is above zero; what is beyond all memory is cut.
+    // The config has checked that it is positive; the multiplication saturates.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     let mib = (gib * 1024.0) as u64;
     mib.saturating_mul(MIB)

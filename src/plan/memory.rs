@@ -17,10 +17,10 @@
 use super::Settings;
 use crate::gguf::{ModelFile, Shape};
 
-/// Buffers start at a multiple of this, on the backend that rounds most.
+/// Alignment of buffers on the backend that rounds most.
 const ALIGNMENT: u64 = 256;
 
-/// What one layer needs of its device.
+/// Memory that one layer needs, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Need {
     pub(super) weights: u64,
@@ -33,12 +33,12 @@ impl Need {
     }
 }
 
-/// A context that no pool has room for, or a file of holes, must not become a small number.
+/// Saturating sum: a huge context or a sparse file must not wrap around to a small number.
 pub(super) fn sum(bytes: impl IntoIterator<Item = u64>) -> u64 {
     bytes.into_iter().fold(0, u64::saturating_add)
 }
 
-/// What each layer needs, the output layer last, and the bytes that stay with the coordinator.
+/// The needs of each layer, the output layer last, and the bytes in the memory of the coordinator's host.
 pub(super) fn needs(model: &ModelFile, want: &Settings) -> (Vec<Need>, u64) {
     let repeating = model.shape.layers as usize;
     let mut needs = vec![Need::default(); repeating + 1];
@@ -84,7 +84,7 @@ pub(super) fn needs(model: &ModelFile, want: &Settings) -> (Vec<Need>, u64) {
     (needs, host)
 }
 
-/// Bytes that a device with repeating layers computes with: see the module's text.
+/// Compute buffers of a device with repeating layers in bytes; see the module's documentation.
 pub(super) fn compute_bytes(shape: &Shape, want: &Settings) -> u64 {
     let vectors = 4 * (16 * shape.embedding + 3 * shape.feed_forward);
     let pair = if want.flash_attention { 8 } else { 16 + 4 * shape.heads };
@@ -95,7 +95,7 @@ pub(super) fn compute_bytes(shape: &Shape, want: &Settings) -> u64 {
     bytes.saturating_add(bytes / 20)
 }
 
-/// Bytes that the coordinator itself computes with, measured in the same way.
+/// Compute buffers in the memory of the coordinator's host in bytes, measured in the same way.
 pub(super) fn host_compute_bytes(shape: &Shape, want: &Settings) -> u64 {
     let pair: u64 = if want.flash_attention { 8 } else { 16 };
     let (cells, _) = want.cells(None);
@@ -104,13 +104,13 @@ pub(super) fn host_compute_bytes(shape: &Shape, want: &Settings) -> u64 {
         .saturating_add(score_bytes(shape, want))
 }
 
-/// Bytes of the scores of all tokens of the vocabulary, for each token whose successor is wanted.
+/// Bytes of the logits: one per token of the vocabulary, for each output position of a batch.
 pub(super) fn score_bytes(shape: &Shape, want: &Settings) -> u64 {
     let wanted = u64::from(want.slots) * (1 + u64::from(want.draft_tokens.unwrap_or(0)));
     (4 * shape.vocabulary).saturating_mul(wanted.min(want.batch))
 }
 
-/// Bytes as people read them.
+/// Formats bytes as MiB or GiB.
 #[must_use]
 pub fn amount(bytes: u64) -> String {
     let mib = bytes as f64 / f64::from(1 << 20);

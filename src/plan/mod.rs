@@ -1,15 +1,16 @@
 //! Which layers of a model go on which device of a pool, and whether that fits. Pure: no I/O and no command lines.
 //!
-//! [`crate::gguf`] tells what the layers are like, [`Settings`] what is asked of the model; [`plan`] divides the layers.
+//! The input is a model ([`crate::gguf`]), its [`Settings`] and the devices. The coordinator turns the [`Plan`] into a command
+//! line.
 //! Invariant: the number of layers per device is what llama.cpp makes of them as its `--tensor-split`.
 //!
 //! | module | what it holds |
 //! | --- | --- |
 //! | `device` | the devices of a pool, and those that the config lists |
-//! | `settings` | what is asked of the model: context, slots, cache types |
-//! | `memory` | what each layer needs |
-//! | `placement` | which layers go where |
-//! | `suggestions` | what would make the model fit |
+//! | `settings` | context, slots and cache types that are asked for |
+//! | `memory` | estimates the memory of each layer |
+//! | `placement` | puts the layers on devices |
+//! | `suggestions` | finds changes that make the model fit |
 //! | `error` | why there is no plan |
 
 #[cfg(test)]
@@ -31,10 +32,11 @@ pub use suggestions::Suggestion;
 
 /// Most devices of one model: `--tensor-split` takes fewer than `llama_max_devices()`, which is 16.
 pub const MAX_DEVICES: usize = 15;
-/// What stays free on each device: for its driver, for what the estimate misses, and for what else runs there.
+/// Memory left free on each device, for its driver, for errors of the estimate and for other programs.
 pub const MARGIN_BYTES: u64 = 512 << 20;
 
-/// Puts a model's layers on devices, so that the fullest device is as empty as can be.
+/// Places a model's layers on `devices` so that the fullest device is as empty as possible. A plan that does not fit says so
+/// and has suggestions.
 pub fn plan(model: &ModelFile, devices: &[Device], want: &Settings) -> Result<Plan, PlanError> {
     let mut plan = placement::place(model, devices, want)?;
     if !plan.fits {

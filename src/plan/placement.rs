@@ -1,10 +1,9 @@
-//! Which layers go where, and whether that fits.
+//! Places the layers of a model on devices.
 //!
-//! llama.cpp b11434 puts a model's repeating layers and, as one more, its output layer on the devices in their order: with
-//! `--tensor-split 3,4` the first 3 of 7 on the first device, the others on the second (`load_tensors` in
-//! `src/llama-model.cpp`). So a plan gives the number of layers per device, and llama.cpp's rule has nothing to round:
-//! the tests hold that rule against the plan. The input embeddings stay in the coordinator's own memory.
-//!
+//! llama.cpp b11434 puts the repeating layers and the output layer on the devices in order: with `--tensor-split 3,4` the
+//! first 3 of 7 layers go on the first device, the others on the second (`load_tensors` in `src/llama-model.cpp`). So a plan
+//! gives the number of layers per device, which leaves nothing to round; a test checks the plan against that rule. The input
+//! embeddings stay in the memory of the coordinator's host.
 
 use std::path::PathBuf;
 
@@ -16,61 +15,61 @@ use super::suggestions::Suggestion;
 use super::{Device, MAX_DEVICES, Settings};
 use crate::gguf::ModelFile;
 
-/// Which layers go where.
+/// A placement of all layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// The model's file.
     pub path: PathBuf,
     /// Bytes of its files.
     pub file_bytes: u64,
-    /// Its layers, the output layer included.
+    /// Its layers, including the output layer.
     pub layers: u32,
-    /// What was asked for.
+    /// The settings that the plan is made for.
     pub settings: Settings,
     /// The devices, in llama.cpp's order.
     pub placements: Vec<Placement>,
-    /// What the coordinator's own memory holds.
+    /// The share of the coordinator's host.
     pub host: HostShare,
-    /// Bytes of its free memory that each device must keep.
+    /// Bytes that must stay free on each device.
     pub margin_bytes: u64,
     /// Whether every device keeps its margin.
     pub fits: bool,
-    /// What would make it fit, the nearest of each kind. Each was planned, and fits.
+    /// Changes that make the model fit, the smallest of each kind.
     pub suggestions: Vec<Suggestion>,
 }
 
-/// What one device gets.
+/// The layers of one device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Placement {
     /// The device.
     pub device: Device,
-    /// Its name on the command line: `RPC0`, `CUDA0`; `None`: it gets nothing and is left out.
+    /// Its name on the command line: `RPC0`, `CUDA0`; `None` if it gets no layers.
     pub argument: Option<String>,
     /// Its first layer.
     pub first_layer: u32,
-    /// How many layers it gets, the output layer included.
+    /// Number of its layers, including the output layer.
     pub layers: u32,
     /// Bytes of their weights.
     pub weights_bytes: u64,
     /// Bytes of their KV cache.
     pub kv_bytes: u64,
-    /// Bytes to compute with, estimated.
+    /// Estimated bytes of its compute buffers.
     pub compute_bytes: u64,
-    /// Bytes of its free memory that are left then. Below zero: they are missing.
+    /// Bytes of its free memory that are left; negative if the memory does not suffice.
     pub left_bytes: i64,
 }
 
-/// What the coordinator's own memory holds beside its devices.
+/// The memory that a model needs on the coordinator's host, besides its devices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct HostShare {
     /// Bytes of the input embeddings.
     pub weights_bytes: u64,
-    /// Bytes to compute with, estimated.
+    /// Estimated bytes of the compute buffers.
     pub compute_bytes: u64,
 }
 
 impl Plan {
-    /// The layers of one of its devices in words: `0-31`, `32`, `32-63 and output`, `output`, `none`.
+    /// The layers of a device as text: `0-31`, `32`, `32-63 and output`, `output`, `none`.
     #[must_use]
     pub fn layers_of(&self, placement: &Placement) -> String {
         let first = placement.first_layer;
@@ -89,7 +88,7 @@ impl Plan {
         }
     }
 
-    /// Of a plan that does not fit, the fullest device and what would help: `CUDA0 of gaming-pc lacks 3.2 GiB; …`.
+    /// For a plan that does not fit: the fullest device and the suggestions, `CUDA0 of gaming-pc lacks 3.2 GiB; …`.
     #[must_use]
     pub fn shortage(&self) -> String {
         let ways: Vec<String> = self.suggestions.iter().map(ToString::to_string).collect();
@@ -177,8 +176,8 @@ pub(super) fn place(model: &ModelFile, devices: &[Device], want: &Settings) -> R
     })
 }
 
-/// `RPC0`, `RPC1`, … over all devices of the servers that are named in `--rpc`: llama.cpp counts a server's devices whether
-/// they are used or not. A server without layers is not named at all.
+/// Names devices `RPC0`, `RPC1`, … over all devices of the servers in `--rpc`: llama.cpp numbers used and unused devices. A
+/// server without layers is left out of `--rpc`.
 fn name_devices(placements: &mut [Placement]) {
     let used: Vec<String> = placements
         .iter()
@@ -204,8 +203,8 @@ pub(super) fn difference(a: u64, b: u64) -> i64 {
     i64::try_from(difference).unwrap_or(if difference < 0 { i64::MIN } else { i64::MAX })
 }
 
-/// Layers in order onto devices in order, so that the largest share of any device's room is as small as can be: it finds the
-/// least share with which filling one device after the other places all.
+/// Number of layers per device, in order, so that the largest filled share of a device is as small as possible. Searches by
+/// bisection for the smallest share with which filling one device after another places all layers.
 pub(super) fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
     let total = sum(costs.iter().copied());
     let fill = |share: f64| -> Option<Vec<usize>> {
@@ -225,7 +224,7 @@ pub(super) fn balance(costs: &[u64], room: &[u64]) -> Vec<usize> {
             .collect();
         (next == costs.len()).then_some(counts)
     };
-    // All layers on the roomiest device is always a way.
+    // All layers on the roomiest device is always possible.
     let roomiest = room.iter().copied().max().unwrap_or(1).max(1);
     let mut enough = (total as f64 / roomiest as f64) * 1.001 + f64::MIN_POSITIVE;
     let mut best = fill(enough).unwrap_or_else(|| {

@@ -1,4 +1,4 @@
-//! What is asked of a model: context, slots, cache types. Read from the config and its `extra_args`.
+//! The settings of a model that decide its memory: context, slots, cache types. Read from the config and its `extra_args`.
 
 use serde::Serialize;
 
@@ -7,13 +7,13 @@ use super::error::PlanError;
 use crate::config::{Coordinator, Model};
 use crate::gguf::TensorType;
 
-/// Tokens that llama-server computes at once (`-ub`), unless told otherwise.
+/// llama-server's default for `-ub`: tokens computed at once.
 const DEFAULT_BATCH: u64 = 512;
-/// The KV cache has room for a multiple of so many tokens.
+/// The KV cache is rounded up to a multiple of this number of tokens.
 const CELLS: u64 = 256;
 /// Types that llama-server takes for its KV cache (`kv_cache_types` in `common/arg.cpp`).
 pub(super) const CACHE_TYPES: [&str; 9] = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"];
-/// Options that say where the layers go; given in `extra_args` they win, and the plan is not what happens.
+/// Options that place layers. In `extra_args` they override the plan.
 const PLACING_OPTIONS: [&str; 18] = [
     "-ts",
     "--tensor-split",
@@ -35,33 +35,33 @@ const PLACING_OPTIONS: [&str; 18] = [
     "--no-kv-offload",
 ];
 
-/// What is wanted of the model.
+/// The settings of a model that decide its memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Settings {
     /// Context of each slot in tokens.
     pub context: u32,
     /// Requests served at once.
     pub slots: u16,
-    /// Type of the cache's keys.
+    /// Number format of the cached keys.
     pub key_type: TensorType,
-    /// Type of the cache's values.
+    /// Number format of the cached values.
     pub value_type: TensorType,
-    /// Whether attention is computed without a table of all pairs of tokens.
+    /// Whether flash attention is on.
     pub flash_attention: bool,
     /// Whether all slots share one cache.
     pub unified: bool,
-    /// Whether layers with a window keep everything.
+    /// Whether layers with a sliding window cache the whole context.
     pub full_windows: bool,
     /// Tokens computed at once.
     pub batch: u64,
-    /// Draft tokens per step that it verifies for drafters outside; `None`: it does not.
+    /// Most draft tokens per step from external drafters; `None` without them.
     pub draft_tokens: Option<u16>,
-    /// What stays free on each device.
+    /// Bytes left free on each device.
     pub margin_bytes: u64,
 }
 
 impl Settings {
-    /// What the config says, its `extra_args` included: those win on the command line, so they win here.
+    /// The settings of the config. `extra_args` win, as they do on the command line.
     pub fn of(model: &Model, coordinator: &Coordinator, draft_tokens: Option<u16>) -> Result<Self, PlanError> {
         let extra = Extra(model, coordinator);
         let number = |names: &[&str]| extra.value(names).and_then(|value| value.parse::<u64>().ok());
@@ -100,7 +100,7 @@ impl Settings {
                 model.cache_type_v.as_deref(),
             )?,
             flash_attention,
-            // As `supervise::command` asks for it: drafts of several slots are verified in one pass.
+            // As `supervise::command` sets it: one step verifies the drafts of several slots.
             unified: !extra.has(&["-no-kvu", "--no-kv-unified"])
                 && (extra.has(&["-kvu", "--kv-unified"]) || (draft_tokens.is_some() && coordinator.slots > 1)),
             full_windows: extra.has(&["--swa-full"]),
@@ -110,7 +110,7 @@ impl Settings {
         })
     }
 
-    /// Tokens that the cache of a layer with this window has room for: per sequence, and how many such.
+    /// Size of the cache of a layer with this window: tokens per stream, and the number of streams.
     pub(super) fn cells(&self, window: Option<u64>) -> (u64, u64) {
         let slots = u64::from(self.slots);
         let context = u64::from(self.context);
@@ -131,7 +131,7 @@ impl Settings {
     }
 }
 
-/// The options in `extra_args` that place layers by themselves, so that the plan is not what happens.
+/// The options in `extra_args` that place layers and so override the plan.
 #[must_use]
 pub fn placing_options(model: &Model, coordinator: &Coordinator) -> Vec<String> {
     Extra(model, coordinator)

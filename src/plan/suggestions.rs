@@ -1,4 +1,6 @@
-//! What would make a model fit: the nearest change of each kind. Each was planned, and fits.
+//! Finds changes that make a model fit, the smallest of each kind.
+//!
+//! Invariant: each suggestion was planned, and that plan fits.
 
 use std::fmt;
 
@@ -9,7 +11,7 @@ use super::placement::place;
 use super::{Device, KnownFrom, MAX_DEVICES, Settings};
 use crate::gguf::{ModelFile, TensorType};
 
-/// Smallest context that is worth a suggestion.
+/// Smallest suggested context in tokens.
 const LEAST_CONTEXT: u32 = 1024;
 const GIB: u64 = 1 << 30;
 
@@ -19,11 +21,11 @@ const GIB: u64 = 1 << 30;
 pub enum Suggestion {
     /// A smaller context.
     CtxSize(u32),
-    /// Another type for both parts of the KV cache.
+    /// Another number format for both keys and values.
     CacheType(&'static str),
     /// Fewer requests at once.
     Slots(u16),
-    /// One more worker with so many GiB of free memory.
+    /// One more worker with this many GiB of free memory.
     WorkerGb(u64),
 }
 
@@ -38,7 +40,7 @@ impl fmt::Display for Suggestion {
     }
 }
 
-/// The nearest change of each kind that makes the model fit.
+/// The smallest change of each kind that makes the model fit.
 pub(super) fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings) -> Vec<Suggestion> {
     let fits = |devices: &[Device], want: &Settings| place(model, devices, want).is_ok_and(|plan| plan.fits);
     let slots = |slots| Settings { slots, ..want.clone() };
@@ -47,7 +49,7 @@ pub(super) fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings
         ..want.clone()
     };
     let mut found = Vec::new();
-    // Each of these needs less memory the further it goes, so the nearest one is found by halves.
+    // Memory falls monotonically along each kind of change, so bisection finds the smallest one.
     let most = |least: u64, most: u64, fits: &dyn Fn(u64) -> bool| -> Option<u64> {
         let (mut low, mut high) = (least, most);
         if low > high || !fits(low) {
@@ -107,7 +109,7 @@ pub(super) fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings
             };
             [&[worker], devices].concat()
         };
-        // With room for all of it on the new worker it fits for sure.
+        // A worker with room for the whole model always suffices.
         let (needs, _) = needs(model, want);
         let all = sum(needs.iter().map(Need::bytes));
         let fixed = [
@@ -116,7 +118,7 @@ pub(super) fn suggestions(model: &ModelFile, devices: &[Device], want: &Settings
             want.margin_bytes,
         ];
         let enough = all.saturating_add(sum(fixed)).div_ceil(GIB) + 1;
-        // By how much it is less than enough.
+        // Bisect by how much less still suffices.
         if let Some(less) = most(0, enough - 1, &|less| fits(&with_worker(enough - less), want)) {
             found.push(Suggestion::WorkerGb(enough - less));
         }

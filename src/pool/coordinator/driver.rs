@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::load::Load;
-use super::pool::{Life, Message, Report};
+use super::pool::{Message, Report, ServerInstance};
 use super::prepare::{OwnFree, PlanBasis, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
@@ -30,7 +30,7 @@ pub(super) struct Driver {
     tell: mpsc::UnboundedSender<Message>,
     told: mpsc::UnboundedReceiver<Message>,
     report: watch::Sender<Report>,
-    waiting: HashMap<Id, oneshot::Sender<Result<Arc<Life>, Refused>>>,
+    waiting: HashMap<Id, oneshot::Sender<Result<Arc<ServerInstance>, Refused>>>,
     /// Cancels the leasing in progress.
     leasing: CancellationToken,
     /// Free memory of the coordinator's own GPUs while nothing ran.
@@ -49,7 +49,7 @@ struct Taken {
 }
 
 struct Running {
-    life: Arc<Life>,
+    instance: Arc<ServerInstance>,
     stop: Option<oneshot::Sender<bool>>,
     began: Instant,
     pid: oneshot::Receiver<u32>,
@@ -72,7 +72,7 @@ impl Driver {
             load: Load::default(),
             pid: None,
             since: Instant::now(),
-            life: None,
+            instance: None,
             workers: workers.reports(),
             devices: Vec::new(),
             starts: 0,
@@ -210,8 +210,8 @@ impl Driver {
     fn act(&mut self, action: Action, outcomes: &mpsc::UnboundedSender<(u64, Outcome)>) -> bool {
         match action {
             Action::Admit(id) => {
-                let life = self.server.as_ref().map(|running| Arc::clone(&running.life));
-                self.answer(id, life.ok_or(Refused::Shutdown));
+                let instance = self.server.as_ref().map(|running| Arc::clone(&running.instance));
+                self.answer(id, instance.ok_or(Refused::Shutdown));
             }
             Action::Refuse(id, why) => self.answer(id, Err(why)),
             Action::Check(model) => self.check(model),
@@ -226,7 +226,7 @@ impl Driver {
         true
     }
 
-    fn answer(&mut self, id: Id, answer: Result<Arc<Life>, Refused>) {
+    fn answer(&mut self, id: Id, answer: Result<Arc<ServerInstance>, Refused>) {
         if let Some(waiter) = self.waiting.remove(&id) {
             // A client that has left drops its receiver.
             let _ = waiter.send(answer);
@@ -294,8 +294,8 @@ impl Driver {
         let Some(prepared) = self.taken.as_mut().and_then(|taken| taken.prepared.take()) else {
             return die("nothing was prepared for this start".to_owned());
         };
-        let life = match Life::new(&prepared.url, &prepared.key) {
-            Ok(life) => Arc::new(life),
+        let instance = match ServerInstance::new(&prepared.url, &prepared.key) {
+            Ok(instance) => Arc::new(instance),
             Err(error) => return die(error.to_string()),
         };
         tracing::info!("starting `{model}`: {}", prepared.devices.join("; "));
@@ -314,7 +314,7 @@ impl Driver {
             last_lines: last,
         }));
         self.server = Some(Running {
-            life,
+            instance,
             stop: Some(stop),
             began: Instant::now(),
             pid,
@@ -330,7 +330,7 @@ impl Driver {
 
     fn end_answers(&self, why: Ended) {
         if let Some(running) = &self.server {
-            running.life.end(why);
+            running.instance.end(why);
         }
     }
 
@@ -347,7 +347,7 @@ impl Driver {
     fn free(&mut self, epoch: u64) {
         if let Some(running) = self.server.take() {
             // Ends uncounted requests, such as a drafter's.
-            running.life.end(Ended::Shutdown);
+            running.instance.end(Ended::Shutdown);
         }
         let (taken, tell) = (self.taken.take(), self.tell.clone());
         tokio::spawn(async move {
@@ -369,15 +369,15 @@ impl Driver {
     fn publish(&mut self) {
         let now = self.swap.snapshot();
         let serves = matches!(now.state, State::Ready | State::Draining);
-        let life = self
+        let instance = self
             .server
             .as_ref()
             .filter(|_| serves)
-            .map(|running| Arc::clone(&running.life));
+            .map(|running| Arc::clone(&running.instance));
         let pid = self.server.as_mut().and_then(|running| running.pid.try_recv().ok());
         let (gone, in_the_way) = (self.server.is_none(), self.in_the_way.is_some());
         self.report.send_if_modified(|report| {
-            let changed = report.now != now || pid.is_some() || report.life.is_some() != life.is_some();
+            let changed = report.now != now || pid.is_some() || report.instance.is_some() != instance.is_some();
             if report.now.state != now.state {
                 report.since = Instant::now();
                 // Log repeated failed tries at debug level only.
@@ -394,7 +394,7 @@ impl Driver {
             }
             report.pid = pid.or(report.pid);
             report.now = now;
-            report.life = life;
+            report.instance = instance;
             changed
         });
     }

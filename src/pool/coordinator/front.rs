@@ -11,8 +11,8 @@ use axum::http::{HeaderMap, Method, header};
 use axum::response::Response;
 use axum::routing::{get, post};
 
-use super::own;
-use super::pool::{Granted, Life, Pool, Ticket};
+use super::admin;
+use super::pool::{Admission, Pool, ServerInstance, Ticket};
 use super::problem::Problem;
 use super::stream::Exchange;
 use crate::config::Secret;
@@ -99,13 +99,13 @@ impl Front {
 pub(super) fn router(front: Front, guard: Guard) -> Router {
     let auth = front.auth.clone();
     let router = Router::new()
-        .route("/health", get(own::health))
-        .route("/v1/health", get(own::health))
-        .route("/v1/models", get(own::models))
-        .route("/models", get(own::models))
-        .route("/metrics", get(own::metrics))
-        .route("/v1/tightwad/status", get(own::status))
-        .route("/v1/tightwad/swap", post(own::swap))
+        .route("/health", get(admin::health))
+        .route("/v1/health", get(admin::health))
+        .route("/v1/models", get(admin::models))
+        .route("/models", get(admin::models))
+        .route("/metrics", get(admin::metrics))
+        .route("/v1/tightwad/status", get(admin::status))
+        .route("/v1/tightwad/swap", post(admin::swap))
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward)
         .layer(DefaultBodyLimit::max(MOST_OWN_BODY))
@@ -156,9 +156,9 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         dialect,
     };
     let Some(asked) = asked else {
-        let answer = match front.pool.life() {
-            Some(life) => {
-                let answer = prepared.send(Granted::uncounted(life));
+        let answer = match front.pool.instance() {
+            Some(instance) => {
+                let answer = prepared.send(Admission::uncounted(instance));
                 relay::respond(exchange, &method, None, answer).await
             }
             None => exchange.refuse(Problem::refused(front.pool.not_ready(), &front.pool)),
@@ -215,7 +215,7 @@ async fn with_refusal(answer: Response, reason: &str) -> Response {
     Response::from_parts(parts, Body::from(body))
 }
 
-async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
+async fn admitted(ticket: Ticket, pool: Pool) -> Result<Admission, Problem> {
     ticket
         .admitted()
         .await
@@ -224,26 +224,26 @@ async fn admitted(ticket: Ticket, pool: Pool) -> Result<Granted, Problem> {
 
 impl Prepared {
     /// Sends it, and waits for the head of its answer or the end of the server.
-    async fn send(self, granted: Granted) -> Result<(Granted, reqwest::Response), Problem> {
-        let life = Arc::clone(&granted.life);
-        let outgoing = self.outgoing(&life);
+    async fn send(self, admission: Admission) -> Result<(Admission, reqwest::Response), Problem> {
+        let instance = Arc::clone(&admission.instance);
+        let outgoing = self.outgoing(&instance);
         tokio::select! {
-            answer = life.target.send(outgoing) => match answer {
-                Ok(answer) => Ok((granted, answer)),
-                Err(refusal) => Err(Problem::broke(refusal, &life).await),
+            answer = instance.target.send(outgoing) => match answer {
+                Ok(answer) => Ok((admission, answer)),
+                Err(refusal) => Err(Problem::broke(refusal, &instance).await),
             },
-            ended = life.ended() => Err(Problem::Ended(ended)),
+            ended = instance.ended() => Err(Problem::Ended(ended)),
         }
     }
 
-    fn outgoing(self, life: &Life) -> Outgoing {
+    fn outgoing(self, instance: &ServerInstance) -> Outgoing {
         let draft_key = self.headers.get(X_DRAFT_KEY).cloned();
-        let mut headers = headers::to_target(self.headers, Credentials::Targets(life.key()));
+        let mut headers = headers::to_target(self.headers, Credentials::Targets(instance.key()));
         if let Some(key) = draft_key {
             headers.insert(X_DRAFT_KEY, key);
         }
         Outgoing {
-            url: life.target.locate(&self.uri),
+            url: instance.target.locate(&self.uri),
             method: self.method,
             headers,
             body: self.body,

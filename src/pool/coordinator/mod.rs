@@ -1,21 +1,23 @@
-//! One endpoint over the pool: keeps one llama-server running over the workers, swaps its model, and forwards to it.
+//! The coordinator: keeps one llama-server running over the workers, swaps its model, and forwards requests to it.
+//!
+//! A request enters at `front`, waits in the queue of `pool`, and is admitted by `driver` once its model is ready.
 //!
 //! | file | what it does |
 //! | --- | --- |
 //! | `front`, `stream` | the public port: forwards byte for byte; lets requests wait |
-//! | `own` | the endpoints that are answered here |
-//! | `problem` | everything that can go wrong, as HTTP |
-//! | `pool` | what the front and the driver share |
-//! | `driver` | does what the machine in [`super::swap`] says |
-//! | `prepare` | from a model's name to a command line |
-//! | `workers` | leases, and which worker was lost |
-//! | `server` | one life of the llama-server |
-//! | `load` | how far a load is (pure) |
+//! | `admin` | the endpoints that the coordinator answers itself |
+//! | `problem` | the errors, as HTTP |
+//! | `pool` | the state that the front and the driver share |
+//! | `driver` | carries out the actions of the machine in [`super::swap`] |
+//! | `prepare` | plans a model and makes its command line |
+//! | `workers` | leases the workers, and finds the lost one |
+//! | `server` | runs one llama-server from start to end |
+//! | `load` | progress of a load (pure) |
 
+mod admin;
 mod driver;
 mod front;
 mod load;
-mod own;
 mod pool;
 mod prepare;
 mod problem;
@@ -41,30 +43,30 @@ use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
 use crate::http::Limits;
 use crate::http::auth::Auth;
 use crate::http::origin::Guard;
-use crate::http::serve::{self, Running};
+use crate::http::serve::{self, ServeOptions};
 
-/// Requests that may wait for each slot.
+/// Most waiting requests per slot.
 const WAITING_PER_SLOT: usize = 32;
 /// How long connections may linger after everything else has ended.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// Why the coordinator cannot begin.
+/// Why the coordinator cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
-    /// The section is missing.
+    /// The config has no section `coordinator`.
     #[error("the config has no section `coordinator`; add one, and `workers` beside it")]
     NoSection,
-    /// No model is named, or it does not exist; or a key's file cannot be read.
+    /// The model does not exist, or the file of a key cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A worker's token cannot be read.
+    /// The token of a worker cannot be read.
     #[error(transparent)]
     Worker(#[from] AgentError),
 }
 
-/// Serves on `listener` until `stop`; then finishes running answers, within `drain_seconds`, ends the server and returns
-/// the workers. `model` is the one to begin with, else the config's default. `tell` is called with the status of
-/// `/v1/tightwad/status` as soon as requests are taken, and whenever it changes.
+/// Serves on `listener` until `stop`; then finishes running answers within `drain_seconds`, ends the server and returns
+/// the leases. Starts with `model`, or with the config's default. Calls `tell` with the status of `/v1/tightwad/status` as
+/// soon as requests are taken, and whenever it changes.
 pub async fn serve(
     listener: TcpListener,
     config: Config,
@@ -106,14 +108,14 @@ pub async fn serve(
         auth: Auth::new(api_key, &front::OPEN),
         draft_key,
     };
-    let running = Running {
+    let options = ServeOptions {
         limits: Limits::default().for_bodies_of(front::MOST_BODY),
         drain,
         shutdown: stop.clone(),
         // Its streams are told by the pool.
         cut_off: CancellationToken::new(),
     };
-    let serving = serve::serve(listener, front::router(front, guard), running);
+    let serving = serve::serve(listener, front::router(front, guard), options);
     let served = async { tokio::join!(driver.run(stop), serving) };
     tokio::select! {
         biased;
@@ -123,26 +125,26 @@ pub async fn serve(
     Ok(())
 }
 
-/// Tells the status again and again, for ever.
+/// Reports the status whenever it changes, for ever.
 async fn tell_all(pool: &Pool, tell: impl Fn(&serde_json::Value)) {
     let mut reports = pool.reports();
     loop {
         reports.mark_unchanged();
-        tell(&own::status_of(pool));
+        tell(&admin::status_of(pool));
         if reports.changed().await.is_err() {
             return std::future::pending().await;
         }
     }
 }
 
-/// Higher than any epoch of a process before this one: leases take longer than a millisecond.
+/// An epoch higher than any of an earlier process: taking leases lasts longer than a millisecond.
 fn first_epoch() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX / 2)
 }
 
-/// Name by which workers know this coordinator: `HOST:PORT#INSTANCE`. A restarted coordinator has the same name, so that it
-/// takes over its own leases; two coordinators never share one, even if their hosts have the same name.
+/// The name of this coordinator in leases: `HOST:PORT#INSTANCE`. A restarted coordinator has the same name, so it takes over
+/// its own leases. Two coordinators never share a name, even if their hosts do.
 fn holder(coordinator: &Coordinator) -> String {
     let host = coordinator.host.as_str();
     let own_name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
@@ -154,16 +156,16 @@ fn holder(coordinator: &Coordinator) -> String {
     format!("{name}:{port}#{:08x}", instance(host, place().as_deref()))
 }
 
-/// The running kernel and the network of this process in it: different on every machine and in every container with a
-/// network of its own, also where they are copies of one image and share a host name and a machine id.
+/// The boot id of the kernel and the network namespace of this process. They differ on every machine and in every container
+/// with its own network, even in copies of one image with the same host name and machine id.
 fn place() -> Option<String> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let network = std::fs::read_link("/proc/self/ns/net").ok()?;
     Some(format!("{} {}", boot.trim(), network.display()))
 }
 
-/// Tells apart coordinators of one name. An unknown place gives a random number: a restarted coordinator then waits until its
-/// leases expire.
+/// A number that tells coordinators of one name apart. Without a known place it is random, and a restarted coordinator waits
+/// until its leases expire.
 fn instance(listens_on: &str, place: Option<&str>) -> u32 {
     let Some(place) = place else { return rand::random() };
     let digest = Sha256::digest(format!("{place} {listens_on}"));

@@ -1,4 +1,7 @@
-//! What the front and the driver share.
+//! The state that the HTTP front and the driver share.
+//!
+//! Requests enter the queue as a [`Ticket`] and hold an [`Admission`] while they use a server. Invariant: dropping either
+//! tells the swap machine that the request has left.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,24 +18,24 @@ use crate::http::target::{Target, TargetError};
 use crate::observe::problems::Problems;
 use crate::pool::swap::{Ended, Event, Id, Name, Refused, Snapshot};
 
-/// What the driver is told.
+/// A message to the driver.
 pub(super) enum Message {
-    /// Something happened.
+    /// An event for the swap machine.
     Event(Event),
-    /// Somebody wants a model.
+    /// A request or command asks for a model.
     Ask {
         id: Id,
         model: Option<Name>,
         command: bool,
-        answer: oneshot::Sender<Result<Arc<Life>, Refused>>,
+        answer: oneshot::Sender<Result<Arc<ServerInstance>, Refused>>,
     },
-    /// The server of this epoch has read so much of its model, from 0 to 1.
+    /// The share of its model that the server of this epoch has loaded, from 0 to 1.
     Loaded(u64, f32),
-    /// What is known of a worker.
+    /// The state of a worker.
     Worker(usize, WorkerReport),
 }
 
-/// The pool, for whoever asks it.
+/// A handle of the pool.
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
     messages: mpsc::UnboundedSender<Message>,
@@ -51,7 +54,7 @@ impl Pool {
         }
     }
 
-    /// Gets in line.
+    /// Enters the queue.
     pub(super) fn ask(&self, model: Option<Name>, command: bool) -> Ticket {
         let id = self.last_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
@@ -63,7 +66,7 @@ impl Pool {
             answer,
         });
         Ticket {
-            place: Place {
+            entry: QueueEntry {
                 id,
                 messages: self.messages.clone(),
             },
@@ -71,17 +74,17 @@ impl Pool {
         }
     }
 
-    /// What requests were refused for since the last answer.
+    /// The reasons for refusals since the last answer.
     pub(super) fn problems(&self) -> &Problems {
         &self.problems
     }
 
-    /// How it is.
+    /// The present state.
     pub(super) fn report(&self) -> Report {
         self.report.borrow().clone()
     }
 
-    /// Why nobody is answered now.
+    /// The refusal while no model is ready.
     pub(super) fn not_ready(&self) -> Refused {
         let now = self.report().now;
         Refused::NotReady {
@@ -90,62 +93,62 @@ impl Pool {
         }
     }
 
-    /// How it is, and how that changes.
+    /// The present state and its changes.
     pub(super) fn reports(&self) -> watch::Receiver<Report> {
         self.report.clone()
     }
 
-    /// The server that answers now.
-    pub(super) fn life(&self) -> Option<Arc<Life>> {
-        self.report.borrow().life.clone()
+    /// The server that takes requests now.
+    pub(super) fn instance(&self) -> Option<Arc<ServerInstance>> {
+        self.report.borrow().instance.clone()
     }
 }
 
-/// A place in the queue; leaving it takes effect by dropping it.
+/// A request that waits in the queue; dropping it leaves the queue.
 #[derive(Debug)]
 pub(super) struct Ticket {
-    place: Place,
-    answered: oneshot::Receiver<Result<Arc<Life>, Refused>>,
+    entry: QueueEntry,
+    answered: oneshot::Receiver<Result<Arc<ServerInstance>, Refused>>,
 }
 
 impl Ticket {
-    /// Waits for its turn.
-    pub(super) async fn admitted(self) -> Result<Granted, Refused> {
-        let life = self.answered.await.unwrap_or(Err(Refused::Shutdown))?;
-        Ok(Granted {
-            life,
-            _place: Some(self.place),
+    /// Waits until the request is admitted or refused.
+    pub(super) async fn admitted(self) -> Result<Admission, Refused> {
+        let instance = self.answered.await.unwrap_or(Err(Refused::Shutdown))?;
+        Ok(Admission {
+            instance,
+            _entry: Some(self.entry),
         })
     }
 }
 
-/// Leave to use a server, counted until it is dropped.
+/// Permission to use a server. The request counts as running until this is dropped.
 #[derive(Debug)]
-pub(super) struct Granted {
-    pub(super) life: Arc<Life>,
-    _place: Option<Place>,
+pub(super) struct Admission {
+    pub(super) instance: Arc<ServerInstance>,
+    _entry: Option<QueueEntry>,
 }
 
-impl Granted {
-    /// Of someone who is not counted.
-    pub(super) fn uncounted(life: Arc<Life>) -> Self {
-        Self { life, _place: None }
+impl Admission {
+    /// An admission that does not count, for a drafter's requests.
+    pub(super) fn uncounted(instance: Arc<ServerInstance>) -> Self {
+        Self { instance, _entry: None }
     }
 }
 
-/// A number in the swap machine's books.
-struct Place {
+/// A request as the swap machine counts it.
+struct QueueEntry {
     id: Id,
     messages: mpsc::UnboundedSender<Message>,
 }
 
-impl fmt::Debug for Place {
+impl fmt::Debug for QueueEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Place").field(&self.id).finish()
+        f.debug_tuple("QueueEntry").field(&self.id).finish()
     }
 }
 
-impl Drop for Place {
+impl Drop for QueueEntry {
     fn drop(&mut self) {
         let _ = self.messages.send(Message::Event(Event::Left(self.id)));
     }
@@ -153,13 +156,13 @@ impl Drop for Place {
 
 /// One llama-server, from its start to its end.
 #[derive(Debug)]
-pub(super) struct Life {
+pub(super) struct ServerInstance {
     pub(super) target: Target,
     key: HeaderValue,
     ended: watch::Sender<Option<Ended>>,
 }
 
-impl Life {
+impl ServerInstance {
     pub(super) fn new(url: &reqwest::Url, key: &Secret) -> Result<Self, TargetError> {
         let target = Target::new(url, Some(key))?;
         let key = target.authorization().cloned().ok_or(TargetError::Key)?;
@@ -170,12 +173,12 @@ impl Life {
         })
     }
 
-    /// What the server wants as `Authorization`.
+    /// The value of `Authorization` that the server expects.
     pub(super) fn key(&self) -> &HeaderValue {
         &self.key
     }
 
-    /// Ends the answers of this server.
+    /// Ends all answers of this server; the first reason counts.
     pub(super) fn end(&self, why: Ended) {
         self.ended.send_if_modified(|ended| {
             let first = ended.is_none();
@@ -184,7 +187,7 @@ impl Life {
         });
     }
 
-    /// Waits until its answers are ended.
+    /// Waits until the answers of this server are ended.
     pub(super) async fn ended(&self) -> Ended {
         let mut ended = self.ended.subscribe();
         let why = ended.wait_for(Option::is_some).await;
@@ -192,41 +195,41 @@ impl Life {
     }
 }
 
-/// All that is told, from memory.
+/// State of the pool, as the status shows it.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Report {
-    /// The machine's own words.
+    /// State of the swap machine.
     #[serde(flatten)]
     pub(super) now: Snapshot,
-    /// How far the load is.
+    /// Progress of the load.
     #[serde(flatten)]
     pub(super) load: Load,
-    /// The server's process.
+    /// Process id of the server.
     pub(super) pid: Option<u32>,
-    /// Since when `state` is as it is.
+    /// When `state` last changed.
     #[serde(skip)]
     pub(super) since: Instant,
     /// The server that takes requests.
     #[serde(skip)]
-    pub(super) life: Option<Arc<Life>>,
-    /// In the order of the config.
+    pub(super) instance: Option<Arc<ServerInstance>>,
+    /// The workers, in the order of the config.
     pub(super) workers: Vec<WorkerReport>,
-    /// Where the layers are, of the model that runs or is being loaded.
+    /// One line per device: the layers it holds of the model that runs or is being loaded.
     pub(super) devices: Vec<String>,
-    /// Servers started since the coordinator was.
+    /// Servers started by this coordinator process.
     pub(super) starts: u64,
-    /// Last lines of the last server that died.
+    /// Last log lines of the last server that died.
     pub(super) last_lines: Vec<String>,
 }
 
-/// What is known of a worker.
+/// State of a worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(super) struct WorkerReport {
     pub(super) name: String,
-    /// `None`: it has no agent, so nobody can ask.
+    /// Whether its agent answers; `None` if it has no agent.
     pub(super) up: Option<bool>,
     pub(super) build: Option<String>,
-    /// Who has it.
+    /// The holder of its lease.
     pub(super) leased_by: Option<String>,
     pub(super) problem: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! Everything that can go wrong between a client and the pool, as HTTP.
+//! The errors of the pool, as HTTP answers and as events of a stream.
 
 use std::time::Duration;
 
@@ -7,26 +7,26 @@ use axum::response::Response;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::pool::{Life, Pool};
+use super::pool::{Pool, ServerInstance};
 use crate::http::paths::Dialect;
 use crate::http::refusal::{self, Refusal};
 use crate::pool::swap::{Ended, Refused};
 
-/// Why a worker was lost is known so long after its server's connections broke, at the latest.
+/// Longest time from a broken connection until the reason is known.
 const DIAGNOSIS: Duration = Duration::from_secs(4);
 
-/// Why there is no answer, or not all of it.
+/// Why a client gets no answer, or only a part of it.
 #[derive(Debug)]
 pub(super) enum Problem {
     /// It was not admitted.
     Refused {
         why: Refused,
-        /// How far the load is, for who comes again.
+        /// Progress of the load, for clients that retry.
         loading: Value,
     },
     /// Its server ended, or had to be ended.
     Ended(Ended),
-    /// Its server broke off for no reason that is known.
+    /// Its server closed the connection for an unknown reason.
     Broke(Refusal),
 }
 
@@ -44,9 +44,9 @@ impl Problem {
         Self::Refused { why, loading }
     }
 
-    /// The connection to the server broke: that has a reason, which is known soon.
-    pub(super) async fn broke(refusal: Refusal, life: &Life) -> Self {
-        match tokio::time::timeout(DIAGNOSIS, life.ended()).await {
+    /// The connection to the server broke: waits a moment for the reason.
+    pub(super) async fn broke(refusal: Refusal, instance: &ServerInstance) -> Self {
+        match tokio::time::timeout(DIAGNOSIS, instance.ended()).await {
             Ok(ended) => Self::Ended(ended),
             Err(_) => Self::Broke(refusal),
         }
@@ -67,7 +67,7 @@ impl Problem {
         }
     }
 
-    /// By which programs know it.
+    /// The error code for programs.
     fn code(&self) -> &'static str {
         match self {
             Self::Refused { why, .. } => match why {
@@ -97,7 +97,7 @@ impl Problem {
         }
     }
 
-    /// The error object, in the words that all clients of this endpoint get.
+    /// The error object.
     pub(super) fn error(&self) -> Value {
         let code = self.code();
         let kind = match (code, self.status().is_server_error()) {
@@ -108,7 +108,7 @@ impl Problem {
         json!({ "message": self.message(), "type": kind, "code": code, "param": null })
     }
 
-    /// Many requests meet one problem: it is a warning once, until an answer comes again.
+    /// Logs a warning once per problem until an answer succeeds: many requests meet the same problem.
     fn log(&self, what: &str, pool: &Pool) {
         let message = self.message();
         if pool.problems().is_new(&message) {
@@ -128,7 +128,7 @@ impl Problem {
         body
     }
 
-    /// As an HTTP answer.
+    /// The problem as an HTTP answer.
     pub(super) fn response(&self, dialect: Dialect, pool: &Pool) -> Response {
         let status = self.status();
         self.log("refused", pool);
@@ -136,7 +136,7 @@ impl Problem {
         refusal::error_response(status, &self.body(dialect), again)
     }
 
-    /// As the last event of a stream whose 200 is out already.
+    /// The problem as the last event of a stream whose status 200 was already sent.
     pub(super) fn event(&self, dialect: Dialect, pool: &Pool) -> Bytes {
         self.log("a stream ends", pool);
         refusal::event(dialect, &self.body(dialect))

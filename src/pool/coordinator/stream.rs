@@ -6,7 +6,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
-use super::pool::{Granted, Pool};
+use super::pool::{Admission, Pool};
 use super::problem::Problem;
 use crate::failure;
 use crate::http::paths::Dialect;
@@ -24,15 +24,15 @@ pub(super) struct Exchange {
 }
 
 impl relay::Exchange for Exchange {
-    type Guard = Granted;
+    type Guard = Admission;
     type Error = Problem;
 
     fn dialect(&self) -> Dialect {
         self.dialect
     }
 
-    fn url<'a>(&'a self, granted: &'a Granted) -> &'a str {
-        granted.life.target.shown()
+    fn url<'a>(&'a self, admission: &'a Admission) -> &'a str {
+        admission.instance.target.shown()
     }
 
     fn silence(&self, flowing: bool) -> Option<Duration> {
@@ -57,21 +57,21 @@ impl relay::Exchange for Exchange {
         problem.event(self.dialect, &self.pool)
     }
 
-    fn events(&self, granted: Granted, bytes: ServerBytes) -> BoxStream<'static, Result<Bytes, Problem>> {
-        let events = stream::unfold((granted, bytes), |(granted, mut bytes)| async move {
+    fn events(&self, admission: Admission, bytes: ServerBytes) -> BoxStream<'static, Result<Bytes, Problem>> {
+        let events = stream::unfold((admission, bytes), |(admission, mut bytes)| async move {
             let chunk = tokio::select! {
                 biased;
                 chunk = bytes.next() => match chunk? {
                     Ok(bytes) => Ok(bytes),
                     Err(error) => {
-                        let url = granted.life.target.shown().to_owned();
+                        let url = admission.instance.target.shown().to_owned();
                         let cause = failure::explain(&error);
-                        Err(Problem::broke(Refusal::BrokeOff { url, cause }, &granted.life).await)
+                        Err(Problem::broke(Refusal::BrokeOff { url, cause }, &admission.instance).await)
                     }
                 },
-                ended = granted.life.ended() => Err(Problem::Ended(ended)),
+                ended = admission.instance.ended() => Err(Problem::Ended(ended)),
             };
-            Some((chunk, (granted, bytes)))
+            Some((chunk, (admission, bytes)))
         });
         events.boxed()
     }

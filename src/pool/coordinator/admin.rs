@@ -1,4 +1,6 @@
-//! The pool's own endpoints. All but the swap and the list of models are answered from memory, whatever is down.
+//! The endpoints that the coordinator answers itself: health, status, models, metrics, swap.
+//!
+//! All but the swap and the list of models are answered from memory, whatever is down.
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
@@ -18,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::front::Front;
-use super::pool::{Life, Pool};
+use super::pool::{Pool, ServerInstance};
 use super::problem::Problem;
 use crate::http::paths::Dialect;
 use crate::http::refusal;
@@ -26,18 +28,18 @@ use crate::http::target::Outgoing;
 use crate::http::{body, client};
 use crate::pool::swap::{self, Refused};
 
-/// A step is told again after so long, so that who waits sees that all lives.
+/// Interval for repeating a step of a swap, so that the client sees that the connection lives.
 const STEP: Duration = Duration::from_secs(2);
-/// What the server tells of its model is left out if it takes longer.
+/// Timeout for the server's metadata of its model.
 const MODEL_PATIENCE: Duration = Duration::from_millis(500);
-/// Longest such answer in bytes.
+/// Longest answer with metadata in bytes.
 const MOST_BODY: usize = 1 << 20;
-/// The progress of a load is told in such steps.
+/// Resolution of the reported progress of a load.
 const PROGRESS: f32 = 0.01;
 
-/// `GET /health`: whether a model answers. Which, and why it does not, is told to those who know the key.
+/// `GET /health`: whether a model answers. Only clients with the key see which model, and why none answers.
 pub(super) async fn health(State(front): State<Arc<Front>>, headers: HeaderMap) -> Response {
-    if front.pool.life().is_some() {
+    if front.pool.instance().is_some() {
         return Json(json!({ "status": "ok" })).into_response();
     }
     if front.auth.admits(&headers) {
@@ -55,7 +57,7 @@ pub(super) async fn status(State(front): State<Arc<Front>>) -> Json<Value> {
     Json(status_of(&front.pool))
 }
 
-/// What it answers.
+/// The body of the status.
 pub(super) fn status_of(pool: &Pool) -> Value {
     let report = pool.report();
     let mut status = serde_json::to_value(&report).unwrap_or_default();
@@ -66,11 +68,11 @@ pub(super) fn status_of(pool: &Pool) -> Value {
     status
 }
 
-/// `GET /v1/models`: all of the config; the one that runs is marked, and comes first, with what its server tells of it.
+/// `GET /v1/models`: all models of the config. The running one comes first, with its server's metadata.
 pub(super) async fn models(State(front): State<Arc<Front>>) -> Json<Value> {
     let report = front.pool.report();
     let entry = |name: &swap::Name| {
-        let value = match (*name == report.now.model, report.life.is_some()) {
+        let value = match (*name == report.now.model, report.instance.is_some()) {
             (true, true) => "loaded",
             (true, false) => "loading",
             (false, _) => "unloaded",
@@ -84,8 +86,8 @@ pub(super) async fn models(State(front): State<Arc<Front>>) -> Json<Value> {
         })
     };
     let mut first = entry(&report.now.model);
-    if let (Some(life), Some(first)) = (&report.life, first.as_object_mut()) {
-        let told = timeout(MODEL_PATIENCE, told_of_model(life)).await;
+    if let (Some(instance), Some(first)) = (&report.instance, first.as_object_mut()) {
+        let told = timeout(MODEL_PATIENCE, model_metadata(instance)).await;
         first.extend(told.ok().flatten().unwrap_or_default());
     }
     let others = front.models.iter().filter(|name| **name != report.now.model);
@@ -93,17 +95,17 @@ pub(super) async fn models(State(front): State<Arc<Front>>) -> Json<Value> {
     Json(json!({ "object": "list", "data": models }))
 }
 
-/// What a server tells of its model in `GET /v1/models`: vocabulary, context, size.
-async fn told_of_model(life: &Life) -> Option<serde_json::Map<String, Value>> {
+/// A server's metadata of its model: vocabulary, context, size.
+async fn model_metadata(instance: &ServerInstance) -> Option<serde_json::Map<String, Value>> {
     let uri = Uri::from_static("/v1/models");
-    let headers = HeaderMap::from_iter([(header::AUTHORIZATION, life.key().clone())]);
+    let headers = HeaderMap::from_iter([(header::AUTHORIZATION, instance.key().clone())]);
     let outgoing = Outgoing {
         method: Method::GET,
-        url: life.target.locate(&uri),
+        url: instance.target.locate(&uri),
         headers,
         body: Bytes::new(),
     };
-    let answer = life.target.send(outgoing).await.ok()?;
+    let answer = instance.target.send(outgoing).await.ok()?;
     let mut told: Value = client::json(answer, MOST_BODY).await.ok()?;
     let meta = told.pointer_mut("/data/0/meta")?.take();
     Some([("meta".to_owned(), meta)].into_iter().collect())
@@ -165,11 +167,11 @@ pub(super) async fn metrics(State(front): State<Arc<Front>>) -> Response {
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct Wanted {
+pub(super) struct SwapRequest {
     model: String,
 }
 
-/// `POST /v1/tightwad/swap`: makes another model run, and tells each step in a line of JSON. The last line has `done`, or
+/// `POST /v1/tightwad/swap`: loads another model, and reports each step as a line of JSON. The last line has `done` or
 /// `error`.
 pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, body: Bytes) -> Response {
     if !body::is_json(&headers) {
@@ -179,7 +181,7 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         }});
         return (StatusCode::UNSUPPORTED_MEDIA_TYPE, Json(error)).into_response();
     }
-    let model = match serde_json::from_slice::<Wanted>(&body) {
+    let model = match serde_json::from_slice::<SwapRequest>(&body) {
         Ok(wanted) => front.named(&wanted.model),
         Err(error) => {
             let error = json!({ "error": {
@@ -194,7 +196,7 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         return Problem::refused(refused, &front.pool).response(Dialect::OpenAi, &front.pool);
     }
     let (lines, told) = mpsc::unbounded_channel();
-    tokio::spawn(tell_swap(front.pool.clone(), model, lines));
+    tokio::spawn(report_swap(front.pool.clone(), model, lines));
     let lines = stream::unfold(told, |mut told| async move {
         Some((Ok::<_, Infallible>(told.recv().await?), told))
     });
@@ -205,7 +207,7 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
         .into_response()
 }
 
-async fn tell_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<Bytes>) {
+async fn report_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<Bytes>) {
     let tell = |value: &Value| drop(lines.send(format!("{value}\n").into()));
     let mut reports = pool.reports();
     let mut outcome = Box::pin(pool.ask(Some(model.clone()), true).admitted());
@@ -234,7 +236,7 @@ async fn tell_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<B
                     Err(refused) => tell(&json!({ "error": Problem::refused(refused, &pool).error() })),
                 };
             }
-            // Who hangs up takes the command back, as far as nothing has come of it.
+            // A client that hangs up cancels the command, unless it has taken effect.
             () = lines.closed() => return,
             _ = reports.changed() => {}
             () = tokio::time::sleep(STEP) => last = None,
