@@ -327,6 +327,8 @@ fn every_key_of_the_documentation_is_in_the_reference() {
         "models",
         "binaries",
     ];
+    // The example of CONTRIBUTING.md is a key that is to come.
+    let code = || code().into_iter().filter(|(name, _)| name != "CONTRIBUTING.md");
     let mut checked = 0;
     for (name, code) in code() {
         let mut parts = code.split(':').next().unwrap().split('.');
