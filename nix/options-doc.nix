@@ -1,4 +1,4 @@
-# docs/options.md: every option of the NixOS module, from the module itself.
+# docs/reference/nixos-options.md: every option of the NixOS module, from the module itself.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -7,7 +7,7 @@ let
     lib.optionAttrSetToDocList options.services.tightwad
   );
 
-  # A value as Nix code; what is more than a line stands in a block of its own.
+  # A value as Nix code. A value of several lines becomes a code block.
   value =
     title: shown:
     if shown._type == "literalMD" then
@@ -24,15 +24,15 @@ let
         "${lib.trim option.description}\n"
         "Type: ${option.type}\n"
       ]
-      # Null is what an option is that is left out; its description says what happens then.
+      # A default of null is not shown: the description says what it means.
       ++ lib.optional (option ? default && option.default.text != "null") (value "Default" option.default)
       ++ lib.optional (option ? example) (value "Example" option.example)
     );
 in
 pkgs.writeText "options.md" ''
-  # The options of the NixOS module
+  # NixOS options
 
-  Made from `modules/` by `nix build .#options-doc`. Keys of the cluster file that are not listed here can be set under
-  `services.tightwad.cluster` all the same; `configs/reference.yaml` explains every one.
+  `nix build .#options-doc` generates this page from `modules/`. Any other key of the [cluster file](config.md) can be set under
+  `services.tightwad.cluster` too.
 
   ${lib.concatMapStringsSep "\n" entry documented}''

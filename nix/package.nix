@@ -1,29 +1,17 @@
-# The program `tightwad`. It starts llama.cpp's programs, which it looks for on PATH or where the config says.
+# The program `tightwad`. It finds llama.cpp's programs on PATH, or at the paths in the config.
 { lib, rustPlatform }:
 let
   inherit (lib) fileset;
   manifest = lib.importTOML ../Cargo.toml;
 
-  # These read files of the repository that the program is not built from.
-  ofTheRepository = [
-    "nix.rs"
-    "readme.rs"
-    "scripts.rs"
+  # Modules of tests/it that need neither llama.cpp nor files of the repository outside of the package's source. The check `tests`
+  # runs all modules.
+  modules = [
+    "cli"
+    "config"
+    "pid_files"
+    "proxy"
   ];
-  # What declares the harness starts llama.cpp, and runs in the check `tests` instead.
-  startsLlamaCpp =
-    file:
-    let
-      text = builtins.readFile (../tests + "/${file}");
-    in
-    builtins.replaceStrings [ "\nmod harness;" ] [ "" ] text != text;
-  runsInTheBuild =
-    file: kind:
-    kind == "regular"
-    && lib.hasSuffix ".rs" file
-    && !lib.elem file ofTheRepository
-    && !startsLlamaCpp file;
-  tests = lib.attrNames (lib.filterAttrs runsInTheBuild (builtins.readDir ../tests));
 in
 rustPlatform.buildRustPackage {
   pname = manifest.package.name;
@@ -44,11 +32,12 @@ rustPlatform.buildRustPackage {
   cargoTestFlags = [
     "--lib"
     "--bins"
-  ]
-  ++ lib.concatMap (file: [
-    "--test"
-    (lib.removeSuffix ".rs" file)
-  ]) tests;
+  ];
+  postCheck = ''
+    cargo test --locked --offline --release --test it -- ${
+      toString (map (module: "${module}::") modules)
+    } --skip pool_
+  '';
 
   meta = {
     inherit (manifest.package) description;

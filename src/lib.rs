@@ -6,11 +6,13 @@
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
 //! | [`rounds`] | answers for targets that no drafter can attach to |
-//! | [`http`] | HTTP clients and bounded reads |
+//! | [`failure`] | why an operation failed, in plain words; imports nothing |
 //! | [`upstream`] | clients of the servers behind us |
 //! | [`proxy`] | the OpenAI endpoint |
 //! | [`mod@bench`] | what drafting gains, measured |
-//! | [`cluster`] | one model over the GPUs of several machines |
+//! | [`gguf`] | the header of a model file |
+//! | [`plan`] | which layers of a model go on which device |
+//! | [`pool`] | one model over the GPUs of several machines |
 //! | [`mod@count`] | numbers with their nouns |
 //! | [`supervise`] | child processes |
 //! | [`http`] | what every HTTP server of ours shares |
@@ -19,12 +21,15 @@
 
 pub mod bench;
 pub mod cli;
-pub mod cluster;
 pub mod config;
 pub mod count;
 pub mod engine;
+pub mod failure;
+pub mod gguf;
 pub mod http;
 pub mod observe;
+pub mod plan;
+pub mod pool;
 pub mod proxy;
 pub mod rounds;
 pub mod speculation;

@@ -14,9 +14,11 @@ mod draft_stream;
 mod drafter;
 mod in_flight;
 mod prediction;
+mod probe;
 mod rounds;
 mod slots;
 mod step_timer;
+mod verifier;
 mod vocabulary;
 mod watch;
 
@@ -26,7 +28,7 @@ use std::time::Duration;
 
 use futures_util::future::OptionFuture;
 use rand::Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
@@ -42,6 +44,7 @@ pub use in_flight::RequestGuard;
 pub use rounds::Drafting;
 use rounds::RoundsTarget;
 use slots::DraftSlots;
+pub use verifier::{Endpoint, Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyContext, VerifyRequest};
 use watch::{ClusterSnapshot, ConfiguredServer, Watcher};
 
 /// What the engine needs to know, with the keys read.
@@ -55,6 +58,8 @@ pub struct Settings {
     pub max_draft_tokens: MaxDraftTokens,
     /// How the target is to verify.
     pub verification: VerificationMode,
+    /// Verifies drafts where no drafter can attach to the target, see [`crate::rounds::verifier`].
+    pub verifier: Option<Arc<dyn Verifier>>,
     /// A llama-server that takes no task for longer counts as stalled. It must exceed a pass over one batch of a prompt.
     pub stall_after: Duration,
 }
@@ -66,6 +71,7 @@ impl Default for Settings {
             target: None,
             max_draft_tokens: MaxDraftTokens::default(),
             verification: VerificationMode::default(),
+            verifier: None,
             stall_after: Duration::from_secs(60),
         }
     }
@@ -137,7 +143,6 @@ impl Engine {
                 ..server((config, key))?
             })
         };
-        let target_key = settings.target.as_ref().and_then(|(_, key)| key.clone());
         let target = settings.target.map(server).transpose()?;
         let drafts = settings
             .drafts
@@ -145,10 +150,7 @@ impl Engine {
             .map(draft_server)
             .collect::<Result<Vec<_>, reqwest::Error>>()?;
         let slots: Vec<DraftSlots> = drafts.iter().map(|_| DraftSlots::default()).collect();
-        let rounds = match &target {
-            Some(server) => RoundsTarget::of(server, target_key)?.map(Arc::new),
-            None => None,
-        };
+        let rounds = settings.verifier.map(|verifier| Arc::new(RoundsTarget::new(verifier)));
         let in_flight = InFlightRequests::default();
         let watcher = {
             let (drafts, target, slots, in_flight) = (drafts.clone(), target.clone(), slots.clone(), in_flight.clone());
@@ -384,7 +386,7 @@ impl Counts {
 }
 
 /// How the target verifies drafts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verification {
     /// Drafts attach to the running completion: our patch of llama-server.
@@ -396,6 +398,9 @@ pub enum Verification {
     /// The target cannot verify drafts, or there is no drafter; it is passed through.
     #[default]
     None,
+    /// A kind that only another version of the proxy knows. This one reads it and never sets it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl Verification {
@@ -407,12 +412,14 @@ impl Verification {
             Self::FanOut => "fan-out",
             Self::Scored => "scored",
             Self::None => "none",
+            Self::Unknown => "unknown",
         }
     }
 }
 
 /// Health of one server as last seen.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ServerStatus {
     /// Its base URL.
     pub url: String,
@@ -425,7 +432,7 @@ pub struct ServerStatus {
 }
 
 /// A drafter as last seen, and what it is worth.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DraftStatus {
     /// Its health.
     #[serde(flatten)]

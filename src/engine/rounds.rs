@@ -9,13 +9,13 @@ use tokio::sync::watch as channel;
 use tokio::time::{Instant, timeout_at};
 
 use super::prediction;
+use super::probe::{PROBE_TEXT, ProbeError, probe};
 use super::slots::SlotLease;
+use super::verifier::{Verifier, VerifyContext};
 use super::watch::{ClusterSnapshot, ConfiguredServer};
 use super::{Counts, Engine, EngineState, Verification};
-use crate::config::{Backend, Secret};
-use crate::rounds::{FanOut, Flaw, PROOF_TEXT, Scored, Target, VerifyContext, prove};
 use crate::speculation::{AdaptivePolicy, ConcurrentLoad, Policy, Token, TokenClass};
-use crate::upstream::{DraftPiece, LlamaServer, Sglang, Vllm, WrittenTokens};
+use crate::upstream::{DraftPiece, LlamaServer, WrittenTokens};
 
 /// Pause after a trial without an answer, and after one that showed a difference: that may go away with a restart only.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(120));
@@ -46,24 +46,17 @@ pub(super) enum Trial {
 /// A target that is asked in rounds, and what came of trying it.
 #[derive(Debug)]
 pub(super) struct RoundsTarget {
-    target: Arc<dyn Target>,
+    target: Arc<dyn Verifier>,
     trial: channel::Sender<Trial>,
 }
 
 impl RoundsTarget {
-    /// Of a server that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
-    pub(super) fn of(server: &ConfiguredServer, key: Option<Secret>) -> Result<Option<Self>, reqwest::Error> {
-        let (url, model) = (&server.config.url, server.config.model_name.clone());
-        let target: Arc<dyn Target> = match server.config.backend {
-            Backend::Llamacpp => Arc::new(FanOut::new(server.client.clone())),
-            Backend::Vllm => Arc::new(Scored::new(Vllm::new(url, key, model)?)),
-            Backend::Sglang => Arc::new(Scored::new(Sglang::new(url, key, model)?)),
-            Backend::Ollama | Backend::Openai => return Ok(None),
-        };
-        Ok(Some(Self {
+    /// Of a target that has not been tried yet.
+    pub(super) fn new(target: Arc<dyn Verifier>) -> Self {
+        Self {
             target,
             trial: channel::Sender::default(),
-        }))
+        }
     }
 
     /// Why it is not asked, if so.
@@ -106,8 +99,8 @@ impl RoundsTarget {
                     tracing::warn!("drafting: {flaw}");
                     target.trial.send_replace(Trial::Failed(flaw.to_string()));
                     let pause = match flaw {
-                        Flaw::Failed(_) => TRY_AGAIN.0,
-                        Flaw::Differs { .. } => TRY_AGAIN.1,
+                        ProbeError::Failed(_) => TRY_AGAIN.0,
+                        ProbeError::Differs { .. } => TRY_AGAIN.1,
                     };
                     let gone = snapshot.wait_for(is_another);
                     let _restarted = tokio::time::timeout(pause, gone).await;
@@ -128,8 +121,8 @@ impl RoundsTarget {
     }
 
     /// Tells which drafters split text into the same tokens.
-    async fn try_out(&self, shared: &EngineState, drafts: &[LlamaServer]) -> Result<Vec<bool>, Flaw> {
-        let (costs, tokens) = prove(&*self.target).await?;
+    async fn try_out(&self, shared: &EngineState, drafts: &[LlamaServer]) -> Result<Vec<bool>, ProbeError> {
+        let (costs, tokens) = probe(&*self.target).await?;
         shared.policy().calibrate(costs);
         Ok(join_all(drafts.iter().map(|draft| splits_alike(draft, &tokens))).await)
     }
@@ -137,7 +130,7 @@ impl RoundsTarget {
 
 /// Whether a drafter splits a text into the same tokens; one that does not answer is asked again when it does.
 async fn splits_alike(draft: &LlamaServer, tokens: &[Token]) -> bool {
-    draft.tokenize(PROOF_TEXT).await.map_or(true, |theirs| theirs == tokens)
+    draft.tokenize(PROBE_TEXT).await.map_or(true, |theirs| theirs == tokens)
 }
 
 /// Which drafters can be used.
@@ -177,7 +170,7 @@ impl Engine {
 #[derive(Debug)]
 pub struct Drafting {
     shared: Arc<EngineState>,
-    target: Arc<dyn Target>,
+    target: Arc<dyn Verifier>,
     drafters: Vec<Drafter>,
     counts: channel::Sender<Counts>,
     url: String,
@@ -196,7 +189,7 @@ struct Drafter {
 }
 
 impl Drafting {
-    pub(crate) fn target(&self) -> &Arc<dyn Target> {
+    pub(crate) fn target(&self) -> &Arc<dyn Verifier> {
         &self.target
     }
 

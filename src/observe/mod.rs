@@ -1,18 +1,16 @@
-//! What can be seen from outside: the log, the metrics, the most recent requests.
+//! Makes the program visible from outside: the log, the metrics, and the problems that were logged.
+//!
+//! Nothing here changes an answer, and nothing here knows the modules that it observes.
 
 pub mod journal;
 pub mod log;
 pub mod metrics;
 pub mod problems;
-pub mod recent;
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 
 use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 use serde::Serialize;
-
-use crate::engine::Engine;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -20,14 +18,14 @@ use crate::engine::Engine;
 pub enum Outcome {
     /// The whole answer went out.
     Finished,
-    /// The client went away, or we were told to stop, before the answer was complete.
+    /// The client left, or the proxy was stopped, before the answer was complete.
     Cancelled,
     /// It was refused, the target refused it, or the answer broke off.
     Failed,
 }
 
 impl Outcome {
-    /// As it is written in the log, the metrics and the status.
+    /// Name in the log, the metrics and the status.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -41,25 +39,5 @@ impl Outcome {
 impl EncodeLabelValue for Outcome {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         encoder.write_str(self.name())
-    }
-}
-
-/// Everything that is counted.
-#[derive(Debug)]
-pub struct Observed {
-    /// For Prometheus.
-    pub metrics: metrics::Metrics,
-    /// For people.
-    pub recent: recent::Recent,
-}
-
-impl Observed {
-    /// Begins to count; what the engine counts by itself is read from it at each scrape.
-    #[must_use]
-    pub fn new(engine: &Arc<Engine>) -> Self {
-        Self {
-            metrics: metrics::Metrics::new(engine),
-            recent: recent::Recent::default(),
-        }
     }
 }

@@ -1,26 +1,32 @@
-//! Sends a request to the target and makes the answer.
+//! Checks a request, attaches a drafter to it, and relays the target's answer.
+//!
+//! `router` hands every request here that is none of our own endpoints'; [`relay::respond`] does the rest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::{Extension, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
+use bytes::Bytes;
+use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 
-use super::admission;
-use super::headers::{self, Credentials, X_ACCEL_BUFFERING, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
-use super::nesting;
-use super::paths::{Access, Dialect, Route};
-use super::relay::{self, Events};
-use super::respond::Refusal;
+use super::active_request::ActiveRequest;
 use super::router::{App, RequestId};
-use super::running::Running;
-use super::target::Outgoing;
+use super::usage;
 use crate::config::Backend;
 use crate::engine::Verification;
+use crate::failure;
+use crate::http::events::WAITING;
+use crate::http::headers::{self, Credentials, X_DRAFT_AUTHORIZATION, X_DRAFT_KEY, X_REQUEST_ID};
+use crate::http::paths::{Access, Dialect, Route};
+use crate::http::refusal::Refusal;
+use crate::http::relay::{self, Exchange as _, ServerBytes};
+use crate::http::target::Outgoing;
+use crate::http::{admission, body, nesting};
 use crate::rounds;
 
-/// Answers a request that is none of our own endpoints'.
+/// Answers a request to any path but our own endpoints.
 pub(super) async fn forward(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
@@ -30,36 +36,36 @@ pub(super) async fn forward(
     let path = app.target.path_of(&url).to_owned();
     let dialect = Dialect::of(&path);
     let route = Route::of(request.method(), &path);
-    let running = Running::begin(&app.observed, id.to_string(), &path, route);
+    let active = ActiveRequest::begin(&app.observed, id.to_string(), &path, route);
     let exchange = Exchange {
-        app: &app,
-        id: &id,
+        app,
+        id,
         dialect,
         route,
-        running,
+        active,
     };
     exchange.answer(url, request).await
 }
 
 /// One request on its way to its answer.
-struct Exchange<'a> {
-    app: &'a App,
-    id: &'a RequestId,
+struct Exchange {
+    app: Arc<App>,
+    id: RequestId,
     dialect: Dialect,
     route: Route,
-    running: Running,
+    active: ActiveRequest,
 }
 
-/// A request that may be answered.
+/// A request that passed the checks.
 struct Prepared {
     outgoing: Outgoing,
-    /// An event stream is asked for.
+    /// The client asked for an event stream.
     streamed: bool,
-    /// How it is answered, unless by the target itself.
+    /// Answers it in verification steps of our own; `None`: the target answers it.
     rounds: Option<rounds::Answer>,
 }
 
-impl Exchange<'_> {
+impl Exchange {
     async fn answer(mut self, url: reqwest::Url, request: Request) -> Response {
         let method = request.method().clone();
         let Prepared {
@@ -68,37 +74,27 @@ impl Exchange<'_> {
             rounds,
         } = match self.prepare(url, request).await {
             Ok(prepared) => prepared,
-            Err(refusal) => return self.refuse(&refusal),
+            Err(refusal) => return self.refuse(refusal),
         };
         let forwarded = self.app.target.send(outgoing);
-        let dialect = self.dialect;
-        let mut answer = Box::pin(async move {
+        let answer = async move {
             if let Some(rounds) = rounds
                 && let Some(response) = rounds.response().await
             {
-                return Ok(response);
+                return Ok(((), response));
             }
-            Ok(relay::explained(dialect, forwarded.await?).await)
-        });
-        let answered = match self.app.settings.keepalive.filter(|_| streamed) {
-            None => answer.await,
-            Some(keepalive) => match tokio::time::timeout(keepalive, &mut answer).await {
-                Ok(answered) => answered,
-                Err(_) => return self.keep_waiting(answer),
-            },
+            Ok(((), forwarded.await?))
         };
-        match answered {
-            Ok(answered) => self.pass_on(&method, answered),
-            Err(refusal) => self.refuse(&refusal),
-        }
+        let patience = self.app.settings.keepalive.filter(|_| streamed);
+        relay::respond(self, &method, patience, answer).await
     }
 
-    /// Checks the request and makes what the target gets of it.
+    /// Checks the request and makes the one that the target gets.
     async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<Prepared, Refusal> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
         if let Err(refusal) = self.access(&parts.headers) {
-            admission::discard(body, &parts.headers);
+            body::discard(body, &parts.headers);
             return Err(refusal);
         }
         let body = admission::read(body, &parts, settings.max_body_size).await?;
@@ -107,7 +103,7 @@ impl Exchange<'_> {
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
-            self.running.occupies(self.app.engine.track_request());
+            self.active.occupies(self.app.engine.track_request());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
                 return Err(Refusal::Drafter { name });
@@ -119,16 +115,16 @@ impl Exchange<'_> {
             let predicted = asked.prediction.is_some() && self.route.chat;
             rounds = self.in_rounds(&body, asked.prediction.as_ref());
             if let Some(rounds) = &rounds {
-                self.running.counts_with(rounds.counts());
+                self.active.counts_with(rounds.counts());
             } else if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
                 self.may_draft(&mut headers);
-                self.running.drafts_with(attachment);
+                self.active.drafts_with(attachment);
                 if predicted {
-                    self.running.is_predicted();
-                    // Nothing can be put into a compressed answer.
+                    self.active.is_predicted();
+                    // The usage cannot be completed in a compressed answer.
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
@@ -140,11 +136,11 @@ impl Exchange<'_> {
             && self.app.engine.verification() == Verification::None
             && let Some(question) = agreement.question(self.route.label, &body)
         {
-            self.running.is_compared(question);
+            self.active.is_compared(question);
         }
         if streamed {
-            self.running.streams();
-            // Nothing can be put into a compressed stream.
+            self.active.streams();
+            // Comments cannot be put into a compressed stream.
             headers.remove(header::ACCEPT_ENCODING);
         }
         Ok(Prepared {
@@ -159,7 +155,7 @@ impl Exchange<'_> {
         })
     }
 
-    /// Shows the target that its drafter may draft.
+    /// Adds the key by which a pool's coordinator admits drafters.
     fn may_draft(&self, headers: &mut HeaderMap) {
         let key = self.app.settings.target_draft_key.as_ref();
         if let Some(Ok(mut key)) = key.map(|key| HeaderValue::from_str(key.expose())) {
@@ -168,7 +164,7 @@ impl Exchange<'_> {
         }
     }
 
-    /// Whether clients get at this path.
+    /// Whether clients may use this path.
     fn access(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         match self.route.access {
             Access::Draft => Err(Refusal::Hidden),
@@ -182,7 +178,7 @@ impl Exchange<'_> {
     fn in_rounds(&self, body: &[u8], prediction: Option<&String>) -> Option<rounds::Answer> {
         let drafting = self.app.engine.rounds()?;
         let body = nesting::without_bom(body);
-        let request = rounds::Request::of(rounds::Endpoint::at(self.route.label)?, body)?;
+        let request = rounds::Request::of(rounds::endpoint_at(self.route.label)?, body)?;
         Some(rounds::Answer::new(request, prediction.cloned(), drafting))
     }
 
@@ -207,67 +203,91 @@ impl Exchange<'_> {
             None => Ok(()),
         }
     }
+}
 
-    fn refuse(mut self, refusal: &Refusal) -> Response {
-        // Many requests meet a target that is down: that is a warning once, until it answers again.
+impl relay::Exchange for Exchange {
+    type Guard = ();
+    type Error = Refusal;
+
+    fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    fn url<'a>(&'a self, (): &'a ()) -> &'a str {
+        self.app.target.shown()
+    }
+
+    fn silence(&self, _: bool) -> Option<Duration> {
+        self.app.settings.keepalive
+    }
+
+    fn comment(&self) -> Bytes {
+        Bytes::from_static(WAITING)
+    }
+
+    fn refuse(mut self, refusal: Refusal) -> Response {
+        // A target that is down refuses many requests: the first one is a warning, until the target answers again.
         if !refusal.status().is_server_error() || self.app.problems.is_new(&refusal.to_string()) {
             tracing::warn!(id = %self.id, error = %refusal, "refused");
         } else {
             tracing::debug!(id = %self.id, error = %refusal, "refused");
         }
-        self.running.answers(refusal.status());
-        self.running.fails();
+        self.active.answers(refusal.status());
+        self.active.fails();
         refusal.response(self.dialect)
     }
 
-    /// Tells a client that wants a stream that it has one, before the target says so.
-    fn keep_waiting(
-        mut self,
-        answer: impl Future<Output = Result<reqwest::Response, Refusal>> + Send + 'static,
-    ) -> Response {
-        self.running.answers(StatusCode::OK);
-        let mut response = Response::new(self.events().awaiting(answer));
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
-        response
+    fn error_event(&self, refusal: &Refusal) -> Bytes {
+        refusal.event(self.dialect)
     }
 
-    /// Gives the target's answer to the client as it comes.
-    fn pass_on(mut self, method: &Method, answer: reqwest::Response) -> Response {
-        self.app.problems.clear();
-        let status = answer.status();
-        self.running.answers(status);
-        let mut headers = headers::to_client(answer.headers().clone());
-        if relay::is_event_stream(&headers) {
-            headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
+    async fn interrupted(&self) -> Refusal {
+        self.app.cut_off.cancelled().await;
+        Refusal::ShuttingDown
+    }
+
+    /// The body, with the counts of the request's prediction in its usage.
+    fn body(&self, answer: reqwest::Response) -> (ServerBytes, bool) {
+        let streamed = relay::is_event_stream(answer.headers());
+        let open = answer.status().is_success() && !answer.headers().contains_key(header::CONTENT_ENCODING);
+        match self.active.reported().filter(|_| open) {
+            None => (answer.bytes_stream().boxed(), true),
+            Some(counts) => (usage::completed(answer.bytes_stream(), streamed, counts), false),
         }
-        let body = if method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
-            self.running.finishes();
-            Body::empty()
-        } else if relay::is_open_event_stream(&headers) {
-            self.events().of(answer)
-        } else {
-            let (body, sized) = relay::whole(answer, self.running);
-            if !sized {
-                headers.remove(header::CONTENT_LENGTH);
-            }
-            body
-        };
-        let mut response = Response::new(body);
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
-        response
     }
 
-    fn events(self) -> Events {
-        Events::new(
-            self.dialect,
-            self.app.settings.keepalive,
-            self.app.target.shown(),
-            self.app.cut_off.clone(),
-            self.running,
-        )
+    fn events(&self, (): (), bytes: ServerBytes) -> BoxStream<'static, Result<Bytes, Refusal>> {
+        let app = Arc::clone(&self.app);
+        let broke_off = move |error| Refusal::BrokeOff {
+            url: app.target.shown().to_owned(),
+            cause: failure::explain(&error),
+        };
+        bytes.map_err(broke_off).boxed()
+    }
+
+    fn reaches_server(&mut self) {
+        self.app.problems.clear();
+    }
+
+    fn begins(&mut self, status: StatusCode) {
+        self.active.answers(status);
+    }
+
+    fn passes(&mut self, bytes: &[u8]) {
+        self.active.bytes_came(bytes);
+    }
+
+    fn finishes(&mut self) {
+        self.active.finishes();
+    }
+
+    fn breaks_off(&mut self, error: &reqwest::Error) {
+        tracing::warn!(error = failure::explain(error), "the target broke off");
+        self.active.fails();
+    }
+
+    fn fails(&mut self, event: &Bytes) {
+        tracing::warn!(event = %String::from_utf8_lossy(event).trim_end(), "the stream ends with an error");
+        self.active.fails();
     }
 }

@@ -1,11 +1,14 @@
-//! What happens to every request first, and which are our own.
+//! The routes of the proxy: our own endpoints, and `forward` for every other path.
+//!
+//! Each request first passes the origin guard, gets an id, and is asked for the token.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::Request;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -13,32 +16,34 @@ use axum::routing::get;
 use tokio_util::sync::CancellationToken;
 
 use super::agreement::Agreement;
-use super::headers::X_REQUEST_ID;
-use super::paths::Dialect;
-use super::respond::Refusal;
+use super::observed::Observed;
 use super::settings::Settings;
-use super::target::{Target, TargetError};
-use super::{admission, forward, status, token};
+use super::{forward, status};
 use crate::engine::Engine;
+use crate::http::auth::{self, Auth};
 use crate::http::excerpt::excerpt;
+use crate::http::headers::X_REQUEST_ID;
 use crate::http::origin::{self, Guard};
-use crate::observe::Observed;
+use crate::http::paths::Dialect;
+use crate::http::refusal::Refusal;
+use crate::http::target::{Target, TargetError};
 use crate::observe::problems::Problems;
 
-/// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.
+/// Our own endpoints that are answered without a token: they show only whether the proxy and the target are up.
 const OPEN: [&str; 2] = ["/health", "/readyz"];
 
-/// What all requests share.
+/// State that all requests share.
 #[derive(Debug)]
 pub(super) struct App {
     pub(super) settings: Settings,
+    auth: Auth,
     pub(super) engine: Arc<Engine>,
     pub(super) target: Target,
     pub(super) observed: Arc<Observed>,
     /// `None`: not measured.
     pub(super) agreement: Option<Arc<Agreement>>,
     pub(super) started: Instant,
-    /// What requests were refused for since the last answer of the target.
+    /// Reasons of refusals since the target last answered.
     pub(super) problems: Problems,
     /// Cancelled when the proxy ends and running answers have had their time.
     pub(super) cut_off: CancellationToken,
@@ -53,6 +58,7 @@ impl App {
             .map(|drafter| Agreement::new(drafter).map(Arc::new))
             .transpose()?;
         Ok(Self {
+            auth: Auth::new(settings.auth_token.clone(), &OPEN),
             settings,
             engine,
             target,
@@ -64,20 +70,18 @@ impl App {
         })
     }
 
-    /// Whether the sender of these headers may be told everything.
-    pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
-        let token = self.settings.auth_token.as_ref();
-        token.is_none_or(|token| token::is_known(token, headers))
+    /// Whether a request with these headers may see details.
+    pub(super) fn admits(&self, headers: &HeaderMap) -> bool {
+        self.auth.admits(headers)
     }
 }
 
 /// All endpoints.
 pub(super) fn router(app: App) -> Router {
     let settings = &app.settings;
-    let asks_for_token = settings.auth_token.is_some();
     let guard = Guard::new(
         &settings.host,
-        asks_for_token,
+        app.auth.asks_for_token(),
         &settings.cors_origins,
         Some("proxy.cors_origins"),
     );
@@ -89,43 +93,39 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/tightwad/status", get(status::status))
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed.response(Dialect::OpenAi))
         .fallback(forward::forward)
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), admit))
-        .with_state(app);
+        .with_state(Arc::clone(&app));
+    let router = auth::guarded(router, app.auth.clone(), move |request| unauthorized(&app, request));
+    let router = router.layer(middleware::from_fn(with_id));
     origin::guarded(router, guard, |foreign, path| {
         Refusal::Foreign(foreign.clone()).response(Dialect::of(path))
     })
 }
 
-/// Gives a request its id and lets it in if it may come in.
-async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+/// Gives a request and its answer an id.
+async fn with_id(mut request: Request, next: Next) -> Response {
     let id = RequestId::of(request.headers());
-    let mut response = if is_admitted(&app, &request) {
-        request.extensions_mut().insert(id.clone());
-        next.run(request).await
-    } else {
-        app.observed.metrics.unauthorized.inc();
-        tracing::warn!(%id, path = excerpt(request.uri().path()), "no or a wrong token");
-        let dialect = Dialect::of(request.uri().path());
-        let (parts, body) = request.into_parts();
-        admission::discard(body, &parts.headers);
-        Refusal::Unauthorized.response(dialect)
-    };
+    request.extensions_mut().insert(id.clone());
+    let mut response = next.run(request).await;
     response.headers_mut().insert(X_REQUEST_ID, id.header());
     response
 }
 
-fn is_admitted(app: &App, request: &Request) -> bool {
-    OPEN.contains(&request.uri().path()) || app.knows(request.headers())
+/// The answer to a request without the token.
+fn unauthorized(app: &App, request: &Parts) -> Response {
+    app.observed.metrics.unauthorized.inc();
+    let id = request.extensions.get::<RequestId>().map(tracing::field::display);
+    tracing::warn!(id, path = excerpt(request.uri.path()), "no or a wrong token");
+    Refusal::Unauthorized.response(Dialect::of(request.uri.path()))
 }
 
-/// The name of a request in all logs.
+/// Id of a request in all logs.
 #[derive(Debug, Clone)]
 pub(super) struct RequestId(HeaderValue);
 
 impl RequestId {
     const LONGEST: usize = 128;
 
-    /// The one that the client gave if that is harmless in a log, else a new one.
+    /// The client's id if that is harmless in a log, else a new one.
     fn of(headers: &HeaderMap) -> Self {
         let harmless = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
         let given = headers
@@ -135,8 +135,7 @@ impl RequestId {
     }
 
     fn made() -> HeaderValue {
-        let id = format!("{:032x}", rand::random::<u128>());
-        HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("none"))
+        HeaderValue::from_str(&auth::unguessable()).unwrap_or(HeaderValue::from_static("none"))
     }
 
     pub(super) fn header(&self) -> HeaderValue {

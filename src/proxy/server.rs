@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::router::{App, router};
 use super::settings::Settings;
-use super::target::TargetError;
 use crate::engine::Engine;
-use crate::http::serve::{self, Running};
+use crate::http::serve::{self, ServeOptions};
+use crate::http::target::TargetError;
 
 /// Why the proxy cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -29,12 +29,12 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (limits, drain) = (settings.limits.clone(), settings.drain);
     let app = App::new(settings, engine)?;
-    let running = Running {
+    let options = ServeOptions {
         limits,
         drain,
         shutdown,
         cut_off: app.cut_off.clone(),
     };
-    serve::serve(listener, router(app), running).await;
+    serve::serve(listener, router(app), options).await;
     Ok(())
 }

@@ -1,24 +1,22 @@
-//! What came of a request's `prediction`, put into the usage of its answer.
+//! Adds the counts of a request's `prediction` to the usage of its answer.
 //!
 //! OpenAI's API reference (chat completions, the object `usage`) has `completion_tokens_details.accepted_prediction_tokens`
 //! and `rejected_prediction_tokens` for predicted outputs, which llama-server does not know. They are put into the bytes of
 //! the answer as they pass; every other byte stays as it is.
 
-use std::fmt;
 use std::future::Future;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{BoxFuture, FutureExt, Shared};
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::value::RawValue;
 
 use crate::engine::Counts;
+use crate::http::members::Members;
 
 const USAGE: &str = "usage";
 const DETAILS: &str = "completion_tokens_details";
 
-/// Most bytes that are kept back to find the usage in them; a longer line or answer passes as it is.
+/// Most bytes that are held back to find the usage; a longer line or answer passes unchanged.
 const LONGEST: usize = 16 * 1024 * 1024;
 
 /// The bytes of a successful answer, an event stream (`streamed`) or one JSON object, with `counts` in its usage. Of an
@@ -47,9 +45,9 @@ struct Completing<E> {
     streamed: bool,
     counts: Shared<BoxFuture<'static, Counts>>,
     kept: BytesMut,
-    /// The source broke off like this; the client has yet to hear of it.
+    /// The error with which the source broke off, not yet passed on.
     broken: Option<E>,
-    /// More came than is kept back.
+    /// More came than is held back.
     gave_up: bool,
 }
 
@@ -137,11 +135,6 @@ fn usage(json: &str) -> Option<&str> {
     Members::of(json)?.get(USAGE).filter(|usage| usage.starts_with('{'))
 }
 
-/// The text of a JSON object with the member `name`, and every other byte as it is; `None` when it is no JSON object.
-pub(crate) fn with_member(json: &str, name: &str, value: &str) -> Option<String> {
-    Some(Members::of(json)?.with(name, value))
-}
-
 /// The text of an answer or event with the tokens of the prediction in its usage; `None` when it has no usage.
 fn with_counts(json: &str, counts: &Counts) -> Option<String> {
     let usage = usage(json)?;
@@ -158,66 +151,6 @@ fn with_counts(json: &str, counts: &Counts) -> Option<String> {
     }
     let usage = Members::of(usage)?.with(DETAILS, &details);
     Some(Members::of(json)?.with(USAGE, &usage))
-}
-
-/// A JSON object as it is written. Where a name comes twice the last one counts.
-struct Members<'a> {
-    text: &'a str,
-    members: Vec<(String, &'a str)>,
-}
-
-impl<'a> Members<'a> {
-    /// `None` when `text` is no JSON object.
-    fn of(text: &'a str) -> Option<Self> {
-        let Listed(members) = serde_json::from_str(text).ok()?;
-        Some(Self { text, members })
-    }
-
-    fn get(&self, name: &str) -> Option<&'a str> {
-        let member = self.members.iter().rfind(|(it, _)| it == name)?;
-        Some(member.1)
-    }
-
-    /// The object with the member `name`: in its place where there is one, else the last.
-    fn with(&self, name: &str, value: &str) -> String {
-        // The values are parts of the text.
-        let start = |part: &str| part.as_ptr().addr() - self.text.as_ptr().addr();
-        let (from, to, new) = if let Some(old) = self.get(name) {
-            (start(old), start(old) + old.len(), value.to_owned())
-        } else if let Some((_, last)) = self.members.last() {
-            let end = start(last) + last.len();
-            (end, end, format!(",\"{name}\":{value}"))
-        } else {
-            let inside = self.text.find('{').map_or(0, |brace| brace + 1);
-            (inside, inside, format!("\"{name}\":{value}"))
-        };
-        [&self.text[..from], &new, &self.text[to..]].concat()
-    }
-}
-
-/// Names and the texts of the values.
-struct Listed<'a>(Vec<(String, &'a str)>);
-
-impl<'de> Deserialize<'de> for Listed<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Listed<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Listed<'de>, A::Error> {
-                let mut members = Vec::new();
-                while let Some((name, value)) = map.next_entry::<String, &'de RawValue>()? {
-                    members.push((name, value.get()));
-                }
-                Ok(Listed(members))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
 }
 
 #[cfg(test)]

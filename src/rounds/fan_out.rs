@@ -1,12 +1,11 @@
-//! A stock llama-server with several slots verifies a draft of `k` tokens as `k + 1` prompts, one for each length of the
-//! draft, with one token generated after each. They are read in one pass; what generates at the end of a prompt is the
-//! request's own sampler. It costs memory for `k + 1` contexts.
+//! Verifies drafts with a stock llama-server that has several slots. A draft of `k` tokens becomes `k + 1` prompts, one for
+//! each length of the draft, each followed by one generated token. The server reads them in one pass and generates with the
+//! request's own sampler. This costs memory for `k + 1` contexts.
 
 use futures_util::future::{BoxFuture, FutureExt};
 use serde_json::Map;
 
-use super::request::Content;
-use super::{Ask, Prompt, Request, Target, Verdict};
+use crate::engine::{Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyRequest};
 use crate::speculation::Token;
 use crate::upstream::{LlamaServer, UpstreamError};
 
@@ -17,24 +16,24 @@ pub struct FanOut {
 }
 
 impl FanOut {
-    /// Rounds of this server.
+    /// A verifier that uses this server.
     #[must_use]
     pub fn new(server: LlamaServer) -> Self {
         Self { server }
     }
 
-    async fn prompt_of(&self, request: &Request) -> Result<Option<Prompt>, UpstreamError> {
+    async fn prompt_of(&self, request: &PromptRequest) -> Result<Option<Prompt>, UpstreamError> {
         let props = self.server.props().await?;
         let tokens = match &request.content {
-            Content::Messages(messages) => {
+            PromptContent::Messages(messages) => {
                 let prompt = self.server.apply_template(messages).await?;
                 if super::request::opens_reasoning(&prompt) {
                     return Ok(None);
                 }
                 self.server.tokenize_prompt(&prompt).await?
             }
-            Content::Text(text) => self.server.tokenize_prompt(text).await?,
-            Content::Tokens(tokens) => tokens.clone(),
+            PromptContent::Text(text) => self.server.tokenize_prompt(text).await?,
+            PromptContent::Tokens(tokens) => tokens.clone(),
         };
         let room = props.default_generation_settings.n_ctx.saturating_sub(tokens.len());
         Ok((room > 0 && !tokens.is_empty()).then(|| Prompt {
@@ -44,8 +43,8 @@ impl FanOut {
         }))
     }
 
-    async fn round(&self, ask: Ask<'_>) -> Result<Verdict, UpstreamError> {
-        let Ask {
+    async fn round(&self, ask: VerifyRequest<'_>) -> Result<Verdict, UpstreamError> {
+        let VerifyRequest {
             context,
             draft,
             n,
@@ -68,17 +67,17 @@ impl FanOut {
     }
 }
 
-impl Target for FanOut {
-    fn prompt<'a>(&'a self, request: &'a Request) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
+impl Verifier for FanOut {
+    fn prompt<'a>(&'a self, request: &'a PromptRequest) -> BoxFuture<'a, Result<Option<Prompt>, UpstreamError>> {
         self.prompt_of(request).boxed()
     }
 
-    fn verify<'a>(&'a self, ask: Ask<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
+    fn verify<'a>(&'a self, ask: VerifyRequest<'a>) -> BoxFuture<'a, Result<Verdict, UpstreamError>> {
         self.round(ask).boxed()
     }
 
     fn text<'a>(&'a self, _before: &'a [Token], tokens: &'a [Token]) -> BoxFuture<'a, Result<String, UpstreamError>> {
-        // It joins the tokens' pieces, whatever stands before them.
+        // llama-server joins the text of the tokens, whatever precedes them.
         self.server.detokenize(tokens).boxed()
     }
 

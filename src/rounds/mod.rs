@@ -1,39 +1,54 @@
-//! Answers in rounds, for targets that no drafter can attach to: the proxy asks the target to verify a draft, says what it
-//! chose, and asks again.
+//! Drafting for targets that no drafter can attach to. The proxy drives the answer in rounds: each round asks the target to
+//! verify a draft in one step and sends on the tokens that the target chose.
 //!
-//! Only requests that can be answered so exactly as the target would are: greedy ones, of text, without tools. All others,
-//! and those of which anything fails before the first word, go to the target untouched.
+//! Invariant: the answer is the one that the target itself would give. So only greedy requests for text without tools are
+//! answered in rounds. All others, and those that fail before the first word, are forwarded to the target unchanged. The
+//! proxy passes a [`verifier`] to the engine, which probes it; then it makes an [`Answer`] per request.
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `request` | which requests can be answered in rounds (pure) |
-//! | `round` | what to ask next, and what the answers mean (pure) |
-//! | `text` | stop strings, over the borders of rounds (pure) |
-//! | `openai` | the answer's JSON and events (pure) |
-//! | `target` | what a target must be able to do |
-//! | `fan_out` | a stock llama-server: one prompt for each length of the draft, in one request |
-//! | `scored` | vLLM and SGLang: the likeliest tokens beside those of a prompt |
-//! | `proof` | whether a target does that exactly, tried when it comes up |
-//! | `answer` | carries the actions of `round` out |
+//! | `request` | finds the requests that can be answered in rounds (pure) |
+//! | `round` | the state machine of an answer (pure) |
+//! | `text` | stop strings across rounds (pure) |
+//! | `openai` | the answer as JSON and as events (pure) |
+//! | `fan_out` | verifies with a stock llama-server: one prompt for each length of the draft, in one request |
+//! | `scored` | verifies with vLLM and SGLang: the likeliest token at each position of a prompt |
+//! | `answer` | carries out the actions of `round` |
 //!
-//! Known differences to the target's own answer: a special token that the model writes inside of an answer, and that the
-//! target would leave out of the text, is shown (not by SGLang); a limit of `llama-server -n` is not known. A chat whose
-//! answer begins like a reasoning block or markup goes to the target, which may have a parser for it.
+//! Known differences from the target's own answer: a special token inside of an answer is shown, though the target would leave
+//! it out (except with SGLang); the limit of `llama-server -n` is unknown. A chat whose answer begins like a reasoning block
+//! or markup goes to the target, which may have a parser for it.
 
 mod answer;
 mod fan_out;
 mod openai;
-mod proof;
 mod request;
 mod round;
 mod scored;
-mod target;
 mod text;
+
+use std::sync::Arc;
+
+use crate::config::{Backend, Secret, Upstream};
+use crate::engine::Verifier;
+use crate::upstream::{LlamaServer, Sglang, Vllm};
 
 pub use answer::Answer;
 pub use fan_out::FanOut;
-pub use proof::{Flaw, PROOF_TEXT, prove};
-pub use request::{Endpoint, Request};
-pub use round::{Action, Event, Finish, Rounds, VerifyContext};
+pub use request::{Request, endpoint_at};
+pub use round::{Action, Event, Finish, Rounds};
 pub use scored::Scored;
-pub use target::{Ask, Prompt, Target, Verdict};
+
+/// The verifier of a target that may be asked in rounds. Fails only when the system cannot set up an HTTP client.
+pub fn verifier(target: &Upstream, key: Option<Secret>) -> Result<Option<Arc<dyn Verifier>>, reqwest::Error> {
+    let (url, model) = (&target.url, target.model_name.clone());
+    Ok(Some(match target.backend {
+        Backend::Llamacpp => {
+            let server = LlamaServer::new(url, key)?.with_draft_key(target.draft_key.clone());
+            Arc::new(FanOut::new(server))
+        }
+        Backend::Vllm => Arc::new(Scored::new(Vllm::new(url, key, model)?)),
+        Backend::Sglang => Arc::new(Scored::new(Sglang::new(url, key, model)?)),
+        Backend::Ollama | Backend::Openai => return Ok(None),
+    }))
+}

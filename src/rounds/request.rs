@@ -1,71 +1,50 @@
-//! Which requests can be answered in rounds: a list of what is understood, not of what is not.
+//! Finds the requests that can be answered in rounds.
+//!
+//! Invariant: a request with any unknown field is not answered in rounds.
 
 use serde_json::{Map, Value};
 
+use crate::engine::{Endpoint, PromptContent, PromptRequest};
 use crate::speculation::Token;
 
-/// An endpoint whose answers can be made in rounds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Endpoint {
-    /// `/v1/chat/completions`
-    Chat,
-    /// `/v1/completions`
-    Completion,
-}
-
-impl Endpoint {
-    /// The endpoint at a path of the target.
-    #[must_use]
-    pub fn at(path: &str) -> Option<Self> {
-        match path {
-            "/v1/chat/completions" => Some(Self::Chat),
-            "/v1/completions" => Some(Self::Completion),
-            _ => None,
-        }
+/// The endpoint at a path of the target.
+#[must_use]
+pub fn endpoint_at(path: &str) -> Option<Endpoint> {
+    match path {
+        "/v1/chat/completions" => Some(Endpoint::Chat),
+        "/v1/completions" => Some(Endpoint::Completion),
+        _ => None,
     }
-}
-
-/// What the prompt is made of.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Content {
-    /// `messages`, as they came.
-    Messages(Value),
-    /// `prompt`
-    Text(String),
-    /// `prompt` as token ids.
-    Tokens(Vec<Token>),
 }
 
 /// A request that can be answered in rounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// Where it came.
-    pub endpoint: Endpoint,
-    /// Whether the answer is to be an event stream.
+    /// The endpoint and the fields that decide the prompt.
+    pub prompt: PromptRequest,
+    /// Whether the client asks for an event stream.
     pub streamed: bool,
-    /// Whether the stream is to end with the usage.
+    /// Whether the stream ends with the usage.
     pub(super) include_usage: bool,
-    pub(super) content: Content,
-    pub(super) model: Option<String>,
-    /// Most tokens of the answer; `None` when the request does not say.
-    pub(super) max_tokens: Option<usize>,
     pub(super) stop: Vec<String>,
-    /// `temperature` and other fields that only say that nothing bends the choice.
+    /// `temperature` and other fields whose values leave a greedy choice unchanged.
     pub(super) sampling: Map<String, Value>,
 }
 
 impl Request {
-    /// Reads a request's body; `None` when it asks for anything that rounds cannot do exactly as the target would.
+    /// Reads the body of a request; `None` if it asks for anything that rounds cannot do exactly as the target would.
     #[must_use]
     pub fn of(endpoint: Endpoint, body: &[u8]) -> Option<Self> {
         let fields: Map<String, Value> = serde_json::from_slice(body).ok()?;
         let mut request = Self {
-            endpoint,
+            prompt: PromptRequest {
+                endpoint,
+                content: PromptContent::Tokens(Vec::new()),
+                model: None,
+                max_tokens: None,
+            },
             streamed: false,
             include_usage: false,
-            content: Content::Tokens(Vec::new()),
-            model: None,
-            max_tokens: None,
             stop: Vec::new(),
             sampling: Map::new(),
         };
@@ -75,15 +54,20 @@ impl Request {
                 continue;
             }
             match (name.as_str(), endpoint) {
-                ("messages", Endpoint::Chat) => request.content = messages(value)?,
-                ("prompt", Endpoint::Completion) => request.content = prompt(value)?,
-                ("model", _) => request.model = Some(value.as_str()?.to_owned()),
+                ("messages", Endpoint::Chat) => request.prompt.content = messages(value)?,
+                ("prompt", Endpoint::Completion) => request.prompt.content = prompt(value)?,
+                ("model", _) => request.prompt.model = Some(value.as_str()?.to_owned()),
                 ("stream", _) => request.streamed = value.as_bool()?,
                 ("stream_options", _) => request.include_usage = include_usage(&value)?,
                 ("max_tokens", _) | ("max_completion_tokens", Endpoint::Chat) => {
                     let count = usize::try_from(value.as_u64()?).ok().filter(|count| *count > 0)?;
-                    // Which of two would count depends on the server.
-                    if request.max_tokens.replace(count).is_some_and(|other| other != count) {
+                    // If both are set, the server decides which one counts.
+                    if request
+                        .prompt
+                        .max_tokens
+                        .replace(count)
+                        .is_some_and(|other| other != count)
+                    {
                         return None;
                     }
                 }
@@ -96,17 +80,17 @@ impl Request {
                     (value.as_f64()? == 0.0).then_some(())?;
                     request.sampling.insert(name, value);
                 }
-                // No effect on a choice without chance.
+                // No effect on a greedy choice.
                 ("top_p", _) => value.as_f64().filter(|p| *p > 0.0 && *p <= 1.0).map(drop)?,
                 ("seed", _) => value.as_i64().map(drop)?,
                 ("n", _) => (value.as_u64()? == 1).then_some(())?,
                 ("logprobs", Endpoint::Chat) | ("echo", Endpoint::Completion) => (!value.as_bool()?).then_some(())?,
-                // What the text is expected to be, who asks, and whether a cache may be used.
+                // No effect on the text.
                 ("prediction", Endpoint::Chat) | ("user" | "metadata" | "cache_prompt", _) => {}
                 _ => return None,
             }
         }
-        let asks = request.content != Content::Tokens(Vec::new());
+        let asks = request.prompt.content != PromptContent::Tokens(Vec::new());
         if request.include_usage && !request.streamed {
             return None;
         }
@@ -114,8 +98,8 @@ impl Request {
     }
 }
 
-/// Messages of text, the last of them the user's: what a template does with others differs.
-fn messages(value: Value) -> Option<Content> {
+/// Messages of plain text that end with one of the user. Templates treat others differently.
+fn messages(value: Value) -> Option<PromptContent> {
     let messages = value.as_array()?;
     let plain = messages.iter().all(|message| {
         message.as_object().is_some_and(|message| {
@@ -126,7 +110,7 @@ fn messages(value: Value) -> Option<Content> {
         })
     });
     let asks = messages.last()?.get("role")? == "user";
-    (plain && asks).then_some(Content::Messages(value))
+    (plain && asks).then_some(PromptContent::Messages(value))
 }
 
 fn is_text(content: &Value) -> bool {
@@ -143,12 +127,15 @@ fn is_text(content: &Value) -> bool {
     }
 }
 
-fn prompt(value: Value) -> Option<Content> {
+fn prompt(value: Value) -> Option<PromptContent> {
     match value {
-        Value::String(text) => Some(Content::Text(text)),
+        Value::String(text) => Some(PromptContent::Text(text)),
         Value::Array(ids) => {
             let id = |id: &Value| Token::try_from(id.as_u64()?).ok();
-            ids.iter().map(id).collect::<Option<Vec<Token>>>().map(Content::Tokens)
+            ids.iter()
+                .map(id)
+                .collect::<Option<Vec<Token>>>()
+                .map(PromptContent::Tokens)
         }
         _ => None,
     }
@@ -172,7 +159,7 @@ fn stops(value: Value) -> Option<Vec<String>> {
     Some(stops.into_iter().filter(|stop| !stop.is_empty()).collect())
 }
 
-/// Whether a prompt ends inside of a reasoning block: then the target may sort the answer into fields.
+/// Whether a prompt ends inside of a reasoning block, whose answer the target may split into fields.
 pub(super) fn opens_reasoning(prompt: &str) -> bool {
     let last_line = prompt.trim_end().rsplit('\n').next().unwrap_or_default().to_lowercase();
     let after = last_line.rsplit(['<', '[']).next().unwrap_or_default();

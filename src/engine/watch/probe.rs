@@ -12,7 +12,8 @@ use super::super::ServerStatus;
 use super::super::in_flight::InFlightRequests;
 use super::ConfiguredServer;
 use crate::config::Backend;
-use crate::upstream::{Props, UpstreamError, failure};
+use crate::failure;
+use crate::upstream::{Props, UpstreamError};
 
 /// Time between two probes of a server.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
