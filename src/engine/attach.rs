@@ -1,7 +1,7 @@
-//! One drafted completion: carries the session's actions out and its events in.
+//! I/O of one drafted completion: carries out the session's actions and feeds events back.
 //!
-//! Three conversations go on at once: the *follow*, a long poll that tells what the target commits; the *offer*, which
-//! hands over draft tokens; and the *stream* of each drafter. None of them is on the way of the client's answer.
+//! Three calls run at once: the *follow*, a long poll that reports what the target commits; the *offer*, which sends draft
+//! tokens; and the *stream* of each drafter. None of them is on the path of the client's answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,10 +25,10 @@ use crate::upstream::{DraftAnswer, DraftCall, DraftPiece, DraftState, LlamaServe
 /// Pause after a failure of the target.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// A draft that takes so many times as long is there before the target's step ends.
+/// A draft that takes less than the rest of the step by this factor arrives before the step ends.
 const SURELY: f64 = 1.5;
 
-/// What a drafting session works with.
+/// The servers of a drafting session.
 pub(super) struct SessionServers {
     /// The drafters; without one, drafts are only looked up in the text.
     pub(super) drafts: Vec<ConfiguredServer>,
@@ -91,29 +91,29 @@ struct AttachedCompletion {
     /// The newest offer, while an older one is on its way.
     next_offer: Option<Offer>,
     drafters: Vec<SessionDrafter>,
-    /// The target's last word.
+    /// The target's last answer.
     answered: DraftAnswer,
     began: Instant,
-    /// When the target's last step was heard of.
+    /// When the target's last step was reported.
     stepped: Instant,
-    /// How long each drafter had been at work then.
+    /// How long each drafter had been busy by then.
     worked: Vec<Duration>,
     completion: ActiveCompletion,
     finished: bool,
 }
 
-/// What there is to handle.
+/// An event to handle.
 enum AttachEvent {
     Followed(OfferResult),
     Offered(OfferResult),
     /// By the drafter of this number.
     Drafted(usize, DrafterEvent),
-    /// The servers are seen differently.
+    /// The snapshot of the servers changed.
     Seen,
 }
 
 impl AttachedCompletion {
-    /// Waits for the next thing that happens and handles it.
+    /// Waits for the next event and handles it.
     async fn turn(&mut self) {
         match self.next().await {
             AttachEvent::Followed(answer) => {
@@ -155,7 +155,7 @@ impl AttachedCompletion {
         }
     }
 
-    /// The target's word on the completion.
+    /// Handles the target's answer to a follow or an offer.
     fn answered(&mut self, answer: OfferResult, followed: bool) {
         match answer {
             Ok(answer) => match answer.state {
@@ -329,7 +329,7 @@ impl AttachedCompletion {
         }
     }
 
-    /// The drafter is left alone for a while, longer each time.
+    /// Stops the drafter's stream and schedules a retry.
     fn drafter_failed(&mut self, number: usize, why: &str) {
         let drafter = &mut self.drafters[number];
         tracing::debug!("the drafter {} failed: {why}", drafter.server.client.url());
@@ -341,7 +341,7 @@ impl AttachedCompletion {
         self.check_available();
     }
 
-    /// Tells the session when a drafter becomes usable or ceases to be.
+    /// Tells the session which drafters became available or unavailable.
     fn check_available(&mut self) {
         let protocols: Vec<Option<DraftProtocol>> = {
             let snapshot = self.snapshot.borrow_and_update();
@@ -488,15 +488,15 @@ impl AttachedCompletion {
     }
 }
 
-/// The share of a pass during which a drafter was at work, if it was for so long since the pass before. What it did while the
-/// target waited is no part of it.
+/// Share of a pass during which a drafter was busy, given its busy time since the pass before. Busy time while the target
+/// waited does not count.
 fn beside(pass: Duration, since_last: Duration, at_work: Duration) -> f64 {
     let waited = since_last.saturating_sub(pass);
     let share = at_work.saturating_sub(waited).as_secs_f64() / pass.as_secs_f64();
     if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 }
 }
 
-/// How many of `verified` the client had predicted: of the first `accepted`, and of the rest.
+/// Tokens of the client's prediction among the first `accepted` of `verified`, and among the rest.
 fn predicted(verified: &[TokenClass], accepted: usize) -> (u64, u64) {
     let (accepted, rejected) = verified.split_at(accepted.min(verified.len()));
     let count = |classes: &[TokenClass]| classes.iter().filter(|class| class.is_predicted()).count() as u64;

@@ -1,4 +1,4 @@
-//! Tasks beside the answers, and what becomes of one that panics: the log says so, and the rest goes on.
+//! Background tasks whose panic is logged and affects nothing else.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use futures_util::future::FutureExt;
 use tokio::time::sleep;
 
-/// Pause before a task that panicked is begun anew.
+/// Pause before a task that panicked is restarted.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Runs what `begin` makes; where that panics, runs another one after a pause.
+/// Runs the task that `begin` makes and restarts it after a pause when it panics.
 pub(super) async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: impl FnMut() -> F) {
     while let Err(panic) = AssertUnwindSafe(async { begin().await }).catch_unwind().await {
         let reason = reason(&*panic);
@@ -21,7 +21,7 @@ pub(super) async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: 
     }
 }
 
-/// Runs a task; where that panics, it is over.
+/// Runs a task and ends it when it panics.
 pub(super) async fn contained(what: &str, task: impl Future<Output = ()>) {
     if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
         let reason = reason(&*panic);

@@ -1,4 +1,6 @@
-//! The completions that run at the same time, and what each brings into a pass of the target.
+//! Completions that run at the same time, and the tokens that each brings into a batch of the target.
+//!
+//! A completion counts from its first step until it is dropped. The policy reads the load of the others.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,7 +19,7 @@ pub struct ActiveCompletion {
 }
 
 impl BatchLoad {
-    /// A completion that has not begun.
+    /// Adds a completion, which counts from its first step.
     #[must_use]
     pub fn join(&self) -> ActiveCompletion {
         ActiveCompletion {
@@ -38,7 +40,7 @@ impl BatchLoad {
 }
 
 impl ActiveCompletion {
-    /// It took a step over so many tokens.
+    /// Records a step of this completion over `tokens` tokens.
     pub fn steps(&mut self, tokens: usize) {
         let mut all = self.batch_load.lock();
         all.completions += usize::from(self.tokens.is_none());
@@ -46,7 +48,7 @@ impl ActiveCompletion {
         self.tokens = Some(tokens);
     }
 
-    /// What the others bring.
+    /// The load of the other completions.
     #[must_use]
     pub fn others(&self) -> ConcurrentLoad {
         let all = *self.batch_load.lock();

@@ -1,9 +1,12 @@
-//! How long a drafter has been at work, whichever completions it drafts for.
+//! Measures how long a drafter is busy, over all completions that it drafts for.
+//!
+//! Overlapping drafts count once. A stream holds a [`BusyGuard`]; the attach loop reads the clock at each step of the target to
+//! learn what share of the step the drafter was busy.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A clock that goes while the drafter is at work.
+/// A clock that runs while the drafter is busy.
 #[derive(Debug, Clone, Default)]
 pub struct BusyClock(Arc<Mutex<BusyState>>);
 
@@ -14,21 +17,21 @@ struct BusyState {
     before: Duration,
 }
 
-/// The drafter works on something until this is dropped.
+/// Keeps the clock running until it is dropped.
 #[derive(Debug)]
 pub struct BusyGuard {
     busy_clock: BusyClock,
-    /// It has been done for so long.
+    /// Time since the drafter finished.
     done: Duration,
 }
 
 impl BusyGuard {
-    /// The drafter was done with it so long ago.
+    /// Stops the clock as if the drafter had finished `ago` before now.
     pub fn ended(mut self, ago: Duration) {
         self.done = ago;
     }
 
-    /// The drafter is done with what it is at within this time: on average after half of it. Must be called within a tokio
+    /// Stops the clock after half of `time`, the average rest of a token that takes `time`. Must be called within a tokio
     /// runtime.
     pub fn ends_within(self, time: Duration) {
         tokio::spawn(async move {
@@ -39,7 +42,7 @@ impl BusyGuard {
 }
 
 impl BusyClock {
-    /// It begins to work on something.
+    /// Starts a piece of work.
     #[must_use]
     pub fn begin(&self) -> BusyGuard {
         let mut clock = self.lock();
@@ -52,7 +55,7 @@ impl BusyClock {
         }
     }
 
-    /// Time during which it was at work on anything.
+    /// Total time during which the drafter was busy.
     #[must_use]
     pub fn total(&self) -> Duration {
         let clock = self.lock();

@@ -1,9 +1,9 @@
-//! Measures, as soon as they are up, what a step of the target costs by the number of draft tokens that it verifies, how fast
-//! drafters are while the target does nothing, and how much longer its steps take while they are at work.
+//! Calibration: measures the servers as soon as they are up.
 //!
-//! On some machines a batch of two costs as much as two steps and one of eight less than one of seven, so nothing can be
-//! inferred from a few sizes seen in passing. Nor from a drafter that works beside a target on the same device what it would
-//! do undisturbed. The tokens are of no use here; only the time counts.
+//! It measures the duration of a step of the target by its number of draft tokens, the latency of each drafter while the target
+//! is idle, and the slowdown of the target while a drafter is busy. On some machines a batch of two costs as much as two steps
+//! and one of eight less than one of seven, so the costs cannot be inferred from a few sizes. A drafter is never calibrated
+//! while a completion runs. The results go to [`AdaptivePolicy`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,50 +19,50 @@ use super::{EngineState, Verification};
 use crate::speculation::AdaptivePolicy;
 use crate::upstream::{DraftCall, DraftPiece, LlamaServer, Props, UpstreamError};
 
-/// Numbers of draft tokens, the most telling first; a slow target is not asked for all.
+/// Draft lengths to measure, the most informative first; a slow target gets through only some.
 const SIZES: [usize; 14] = [0, 8, 1, 16, 4, 2, 12, 6, 3, 10, 5, 7, 14, 9];
-/// How often all sizes are tried; the fastest step of each counts, and what disturbs one round may spare the next.
+/// Rounds over all sizes; the fastest step of each size counts, so that a disturbance of one round does not.
 const ROUNDS: usize = 3;
-/// A model that was just loaded is slow at first: plain steps until one is not faster than the one before by this factor.
+/// A model is slow right after loading: take plain steps until one is no longer faster than this share of the one before.
 const SETTLED: f64 = 0.95;
-/// No new step begins after this time.
+/// No step starts after this time.
 const BOUND: Duration = Duration::from_secs(5);
-/// Calls by which the way to the target is measured, and how long they may take.
+/// Calls that measure the round trip to the target, and their time limit.
 const CALLS: usize = 3;
 const CALLS_BOUND: Duration = Duration::from_secs(2);
 
-/// What a drafter is to continue, and by how many tokens.
+/// Text that a drafter continues, and by how many tokens.
 const TEXT: (&str, usize) = ("Once upon a time there was a small", 8);
-/// How often; the first time its prompt has to be read.
+/// Number of drafts; the first one includes the prefill and does not count.
 const DRAFTS: usize = 3;
-/// A drafter that takes longer is left to show in passing what it can do.
+/// Time limit of these drafts; a slower drafter is measured during completions.
 const DRAFT_BOUND: Duration = Duration::from_secs(2);
 
-/// How often the target takes steps without the drafter and beside it, and how many each time.
+/// Turns of steps without and with the drafter, and steps per turn.
 const TURNS: usize = 4;
 const STEPS: usize = 2;
-/// Tokens that the drafter makes meanwhile, at most.
+/// Most tokens that the drafter makes meanwhile.
 const BESIDE: usize = 64;
-/// A stream that is over sooner is none to measure by.
+/// A stream that ends sooner is not a measurement.
 const SHORT: Duration = Duration::from_millis(5);
-/// While a completion runs a drafter is not measured. This is how often it is looked whether one does.
+/// Interval at which to check whether a completion still runs, during which drafters are not measured.
 const BUSY: Duration = Duration::from_millis(100);
 
-/// What was measured, as it was seen then.
+/// The servers that were measured, as they were then.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct MeasuredServers {
-    /// Of a target that is there, what it tells of itself.
+    /// The target, if it was up.
     target: Option<MeasuredTarget>,
-    /// Of each drafter that can be used how it is talked to.
+    /// The protocol of each drafter that could be used.
     drafters: Vec<Option<DraftProtocol>>,
 }
 
-/// A target; it may tell nothing of itself.
+/// Properties of a target; `None` if it reports none.
 #[derive(Debug, Clone, PartialEq)]
 struct MeasuredTarget(Option<Props>);
 
 impl MeasuredServers {
-    /// All that there is to measure.
+    /// All servers that can be measured now.
     pub(super) fn all(snapshot: &ClusterSnapshot) -> Self {
         if snapshot.verification != Verification::Attached {
             return Self::default();
@@ -74,7 +74,7 @@ impl MeasuredServers {
     }
 }
 
-/// Measures the target whenever it comes up, and whenever its model is another one, and each drafter that can be used.
+/// Measures the target whenever it comes up or its model changes, and each drafter that can be used.
 pub(super) async fn run(shared: Arc<EngineState>, target: LlamaServer, drafts: Vec<ConfiguredServer>) {
     let mut snapshot = shared.snapshot.subscribe();
     let mut model = None;
@@ -87,7 +87,7 @@ pub(super) async fn run(shared: Arc<EngineState>, target: LlamaServer, drafts: V
         if all.target != measured.target {
             if all.target.is_some() {
                 if model.as_ref().is_some_and(|before| *before != all.target) {
-                    // How well drafters guess it was another model's matter too.
+                    // Acceptance rates belong to the old model too.
                     *shared.policy() = AdaptivePolicy::default();
                 }
                 model = Some(all.target.clone());
@@ -120,7 +120,7 @@ pub(super) async fn run(shared: Arc<EngineState>, target: LlamaServer, drafts: V
     }
 }
 
-/// How fast a drafter is while the target does nothing, and then what it costs the target.
+/// Measures the latency of a drafter while the target is idle, then how much it slows the target down.
 async fn measure_drafter(
     shared: &EngineState,
     target: &LlamaServer,
@@ -152,7 +152,7 @@ async fn measure_drafter(
     };
     match timeout(DRAFT_BOUND, undisturbed).await {
         Ok(measured) => measured?,
-        // It would hardly show beside the target either.
+        // Too slow to measure its effect on the target either.
         Err(_) => return Ok(()),
     }
     let drafting = || async {
@@ -160,7 +160,7 @@ async fn measure_drafter(
             let (mut pieces, began) = (draft(BESIDE), Instant::now());
             while let Some(DraftPiece::Tokens(_)) = pieces.next().await.transpose()? {}
             if began.elapsed() < SHORT {
-                // Who has so little to say slows nobody down, and is not to be asked as fast as it answers.
+                // So short a draft slows nothing down, and asking again at once would flood the drafter.
                 return Ok(());
             }
         }
@@ -175,7 +175,7 @@ async fn measure_drafter(
 }
 
 async fn measure(shared: &EngineState, target: &LlamaServer, n_max: usize) -> Result<(), UpstreamError> {
-    // A target that has nothing to do for a call and takes longer is busy with something else.
+    // The call needs no work; a target that takes longer is busy with something else.
     timeout(CALLS_BOUND, measure_way(shared, target))
         .await
         .unwrap_or(Ok(()))?;
@@ -193,14 +193,15 @@ async fn measure(shared: &EngineState, target: &LlamaServer, n_max: usize) -> Re
     Ok(())
 }
 
-/// What comes of `measuring` a completion of so many steps, which ends with it. The target may never begin it.
+/// Runs `measuring` beside a completion of up to `steps` steps, and ends the completion with it. The target may never start
+/// the completion.
 async fn beside_completion<T>(
     target: &LlamaServer,
     key: &str,
     steps: usize,
     measuring: impl Future<Output = Result<T, UpstreamError>>,
 ) -> Result<T, UpstreamError> {
-    // Useless tokens are seldom accepted, but may be.
+    // The draft tokens are arbitrary; a few may be accepted.
     let completion = async {
         match target.begin_endless(key, 16 * steps).await {
             Ok(_answer) => std::future::pending().await,
@@ -213,7 +214,7 @@ async fn beside_completion<T>(
     }
 }
 
-/// How long the target takes to answer a call that it has nothing to do for.
+/// Measures the round trip of a call that needs no work.
 async fn measure_way(shared: &EngineState, target: &LlamaServer) -> Result<(), UpstreamError> {
     let key = super::new_key();
     let call = DraftCall {
@@ -251,7 +252,7 @@ async fn step_costs(mut step_timer: StepTimer<'_>, n_max: usize) -> Result<BTree
     Ok(costs)
 }
 
-/// How many times as long a step takes beside a drafter as without; `None` where that was not to be seen.
+/// Factor by which a step takes longer beside a drafter; `None` if it could not be measured.
 async fn slowdown<D>(mut step_timer: StepTimer<'_>, drafting: impl Fn() -> D) -> Result<Option<f64>, UpstreamError>
 where
     D: Future<Output = Result<(), UpstreamError>>,

@@ -1,4 +1,4 @@
-//! What drafts for a completion: a server that continues token ids, or one that continues text.
+//! A drafter's server as one completion asks it: in token ids, or in text that the target tokenises.
 
 use std::sync::{Arc, PoisonError};
 
@@ -12,19 +12,19 @@ use crate::upstream::{
     DraftPiece, DraftStream, LlamaServer, StreamEnd, TextPiece, TextServer, TextStream, UpstreamError, WrittenTokens,
 };
 
-/// What a detokenized text has where bytes are no character.
+/// Replacement for bytes that are not a character in detokenised text.
 const NO_CHARACTER: char = '\u{fffd}';
-/// Most tokens that a character can be spread over: the bytes of its UTF-8.
+/// Most tokens that a character can span: the bytes of its UTF-8.
 const CHARACTER: usize = 4;
-/// Most pieces of text that are taken at once.
+/// Most pieces of text to read at once.
 const PIECES: usize = 64;
 
-/// A drafter, as one completion talks to it.
+/// A drafter as one completion asks it.
 #[derive(Debug, Clone)]
 pub enum DraftServer {
     /// It has the target's vocabulary.
     Tokens(TokenDrafter),
-    /// It has another one, or does not tell its tokens.
+    /// It has another one, or does not report token ids.
     Text(TextDrafter),
 }
 
@@ -129,7 +129,7 @@ impl TextDrafter {
     }
 }
 
-/// The text of a completion as far as it is known, so that only what is new has to be asked for.
+/// Cache of a completion's text, so that only new tokens are detokenised.
 #[derive(Debug, Default)]
 struct CompletionText {
     tokens: Vec<Token>,
@@ -178,14 +178,14 @@ async fn whole_characters(target: &LlamaServer, tokens: &[Token]) -> Result<(Str
     Ok((whole, 0))
 }
 
-/// A drafter's text on its way to be tokens.
+/// A drafter's text while it is turned into tokens.
 struct Translation {
     target: LlamaServer,
     retokeniser: Retokeniser,
     pieces: ReadyChunks<TextStream>,
-    /// Tokens that may still be handed out.
+    /// Tokens that may still be returned.
     left: usize,
-    /// The text is over.
+    /// Why the text ended, once it has.
     end: Option<StreamEnd>,
 }
 
@@ -225,7 +225,7 @@ impl Translation {
         }
     }
 
-    /// Takes what has come.
+    /// Reads the pieces that arrived.
     async fn take(&mut self) -> Result<(), UpstreamError> {
         let Some(pieces) = self.pieces.next().await else {
             self.end = Some(StreamEnd::Length);

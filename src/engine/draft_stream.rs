@@ -1,4 +1,4 @@
-//! One stream of a drafter: what it says, and what that tells of how fast it is.
+//! One stream of a drafter: its pieces, and the latencies that they show.
 
 use std::time::Duration;
 
@@ -14,39 +14,38 @@ use crate::upstream::{DraftPiece, DraftStream, UpstreamError};
 /// Most pieces that are taken at once.
 const PIECES: usize = 64;
 
-/// What a stream says at a time.
+/// One item of a stream.
 pub(super) type StreamItem = Result<DraftPiece, UpstreamError>;
 
-/// A running stream. To wake up for each of its tokens is most of what drafting costs the proxy, so it may be left alone for
-/// a while.
+/// A running stream. Waking up for each token is most of what drafting costs the proxy, so reading can pause for a while.
 pub(super) struct DrafterStream {
     id: u64,
     pieces: Fuse<DraftStream>,
-    /// Pieces that are not handled yet.
+    /// Pieces that arrived and are not handled yet.
     come: Vec<StreamItem>,
-    /// When the last token came, or the stream was begun.
+    /// When the last token was read, or the stream started.
     heard_at: Instant,
-    /// When its first token came, and the number of all so far.
+    /// When its first token was read.
     first_at: Option<Instant>,
     n_tokens: usize,
-    /// When it is looked at again.
+    /// When reading resumes.
     rests_until: Option<Instant>,
-    /// What has come came some time ago.
+    /// Whether the pieces arrived while reading paused.
     lay_around: bool,
     work: BusyGuard,
 }
 
-/// What tokens tell of how fast the drafter is.
+/// Latencies that a group of tokens shows.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StreamTiming {
-    /// How long the first one took.
+    /// Time to the first token.
     pub(super) first: Option<Duration>,
-    /// How long so many further ones took.
+    /// Number of further tokens and their time.
     pub(super) further: Option<(usize, Duration)>,
 }
 
 impl DrafterStream {
-    /// A stream of that name, which is what the drafter works at.
+    /// A stream with this id; `work` runs the drafter's busy clock.
     pub(super) fn new(id: u64, pieces: DraftStream, work: BusyGuard) -> Self {
         Self {
             id,
@@ -61,34 +60,34 @@ impl DrafterStream {
         }
     }
 
-    /// Its name in the session's events.
+    /// Its id in the session's events.
     pub(super) fn id(&self) -> u64 {
         self.id
     }
 
-    /// Whether a token has come.
+    /// Whether a token was read.
     pub(super) fn begun(&self) -> bool {
         self.first_at.is_some()
     }
 
-    /// Since the last token came, or the stream was begun.
+    /// Time since the last token was read, or since the stream started.
     pub(super) fn silent(&self) -> Duration {
         self.heard_at.elapsed()
     }
 
-    /// Is left alone for so long.
+    /// Pauses reading for this time.
     pub(super) fn rest(&mut self, time: Duration) {
         self.rests_until = (!time.is_zero()).then(|| Instant::now() + time);
     }
 
-    /// Is not left alone any more.
+    /// Ends the pause.
     pub(super) fn wake(&mut self) {
         if self.rests_until.is_some() {
             self.rests_until = Some(Instant::now());
         }
     }
 
-    /// Returns when it is not, or no more, to be left alone. It loses nothing when it is dropped.
+    /// Waits until the pause ends. Cancel-safe.
     pub(super) async fn rested(&mut self) {
         if let Some(until) = self.rests_until {
             sleep_until(until).await;
@@ -98,7 +97,7 @@ impl DrafterStream {
         }
     }
 
-    /// Takes in what has come. A connection is a task of its own, which hands over its next event when one was taken.
+    /// Reads all pieces that arrived. The connection is a task of its own, which passes on one event after the other.
     async fn catch_up(&mut self) {
         let mut before = usize::MAX;
         while before != self.come.len() && self.come.len() < PIECES {
@@ -108,7 +107,7 @@ impl DrafterStream {
         }
     }
 
-    /// What has come, as soon as something has. It loses nothing when it is dropped.
+    /// Waits for pieces and returns all that arrived. Cancel-safe.
     pub(super) async fn next(&mut self) -> Vec<StreamItem> {
         if self.come.is_empty() {
             self.come.extend(self.pieces.next().await);
@@ -125,14 +124,14 @@ impl DrafterStream {
         }
     }
 
-    /// Takes in that `n` tokens were made, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
+    /// Counts `n` new tokens, which are the last ones if the stream has `ended`; `took` as in [`DraftPiece::End`].
     pub(super) fn count(&mut self, n: usize, ended: bool, took: Option<Duration>) -> StreamTiming {
         let silent = self.silent();
         self.n_tokens += n;
         self.heard_at = Instant::now();
         let further = self.n_tokens - 1;
         if self.first_at.is_none() {
-            // All at once: what the further ones took was no silence before the first.
+            // All tokens at once: the time of the further ones is not part of the time to the first.
             let took = took.filter(|_| ended);
             self.first_at = self.heard_at.checked_sub(took.unwrap_or_default());
             return StreamTiming {
@@ -141,7 +140,7 @@ impl DrafterStream {
             };
         }
         let further = if ended && self.lay_around {
-            // For how long it has been silent since is not how long they took.
+            // The pause in reading is not the time that they took.
             took.map(|took| (further, took))
         } else {
             Some((n, silent))
@@ -149,7 +148,7 @@ impl DrafterStream {
         StreamTiming { first: None, further }
     }
 
-    /// The drafter has ended it, and is not at work since; `took` as in [`DraftPiece::End`].
+    /// Ends the stream that the drafter completed; `took` as in [`DraftPiece::End`].
     pub(super) fn end(self, took: Option<Duration>) {
         let last_at = self
             .first_at
@@ -158,7 +157,7 @@ impl DrafterStream {
         self.work.ended(last_at.map(|at| at.elapsed()).unwrap_or_default());
     }
 
-    /// The drafter is told to stop, and does within this time.
+    /// Drops the stream; the drafter stops within this time.
     pub(super) fn stop(self, within: Duration) {
         self.work.ends_within(within);
     }

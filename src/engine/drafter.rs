@@ -1,4 +1,4 @@
-//! A drafter of one completion: its stream, its slot, and when it may be asked.
+//! A drafter in one completion: its stream, its slot, and the time of its next retry.
 
 use std::time::Duration;
 
@@ -12,19 +12,19 @@ use super::watch::{ConfiguredServer, DraftProtocol};
 use crate::speculation::Token;
 use crate::upstream::LlamaServer;
 
-/// A stream of the drafter that is silent for longer has failed.
+/// A stream that is silent for longer has failed.
 pub(super) const DRAFTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses after a failure, from the first to the last, doubling.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// A drafter, as one completion has it.
+/// A drafter in one completion.
 pub(super) struct SessionDrafter {
     pub(super) server: ConfiguredServer,
-    /// As it is talked to.
+    /// How it is asked for drafts.
     pub(super) protocol: Option<(DraftProtocol, DraftServer)>,
     pub(super) stream: Option<DrafterStream>,
     pub(super) lease: Option<SlotLease>,
-    /// What the session was last told of it.
+    /// Whether the session counts it as available.
     pub(super) available: bool,
     back_off: Duration,
     /// When it is tried again after a failure.
@@ -44,7 +44,7 @@ impl SessionDrafter {
         }
     }
 
-    /// Talks to it in this language from now on.
+    /// Sets the protocol for the next drafts.
     pub(super) fn set_protocol(&mut self, protocol: DraftProtocol, target: &LlamaServer) {
         if self.protocol.as_ref().is_some_and(|(current, _)| *current == protocol) {
             return;
@@ -60,18 +60,18 @@ impl SessionDrafter {
             .is_some_and(|(protocol, _)| protocol.knows(token))
     }
 
-    /// It has said something.
+    /// Resets the back-off after a token arrived.
     pub(super) fn succeeded(&mut self) {
         self.back_off = BACK_OFF.0;
     }
 
-    /// It is left alone for a while, longer each time.
+    /// Schedules a retry, later after each failure in a row.
     pub(super) fn failed(&mut self) {
         self.retry_at = Some(Instant::now() + self.back_off);
         self.back_off = (2 * self.back_off).min(BACK_OFF.1);
     }
 
-    /// What it does next.
+    /// Waits for the next event.
     pub(super) async fn next(&mut self) -> DrafterEvent {
         if let Some(stream) = &mut self.stream {
             stream.rested().await;
@@ -81,7 +81,7 @@ impl SessionDrafter {
             .as_ref()
             .map(|stream| Instant::now() - stream.silent() + DRAFTER_TIMEOUT);
         tokio::select! {
-            // What has come counts, however long ago the last piece was heard.
+            // Pieces that arrived count, however long ago the last one was read.
             biased;
             Some(pieces) = OptionFuture::from(self.stream.as_mut().map(DrafterStream::next)) => DrafterEvent::Pieces(pieces),
             () = sleep_until(silent_at.unwrap_or_else(Instant::now)), if silent_at.is_some() => DrafterEvent::Silent,
@@ -91,10 +91,10 @@ impl SessionDrafter {
     }
 }
 
-/// What a drafter did.
+/// An event of a drafter.
 pub(super) enum DrafterEvent {
     Pieces(Vec<StreamItem>),
-    /// Its stream was silent for too long.
+    /// Its stream was silent for longer than [`DRAFTER_TIMEOUT`].
     Silent,
     /// It may be tried again.
     RetryDue,

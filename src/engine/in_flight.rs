@@ -1,24 +1,26 @@
-//! Whether the target has anything to do for the proxy's clients.
+//! Requests that the target is working on for the proxy's clients.
+//!
+//! The proxy holds a [`RequestGuard`] per request; the stall check of the watcher waits here until there is one.
 
 use tokio::sync::watch as channel;
 
-/// The requests that the target has.
+/// Counts the requests in flight.
 #[derive(Debug, Clone, Default)]
 pub struct InFlightRequests(channel::Sender<InFlightState>);
 
 #[derive(Debug, Clone, Copy, Default)]
 struct InFlightState {
     running: usize,
-    /// How often one has begun or ended.
+    /// Number of requests that started or ended so far.
     changes: u64,
 }
 
-/// A request that the target has until this is dropped.
+/// In-flight guard; counts until dropped.
 #[derive(Debug)]
 pub struct RequestGuard(InFlightRequests);
 
 impl InFlightRequests {
-    /// The target gets a request.
+    /// Counts a request until the guard is dropped.
     #[must_use]
     pub fn begin(&self) -> RequestGuard {
         self.0.send_modify(|requests| {
@@ -28,7 +30,7 @@ impl InFlightRequests {
         RequestGuard(self.clone())
     }
 
-    /// Waits until the target has a request, or has had one since `changes`, and returns how often that has changed.
+    /// Waits until a request is in flight or the count differs from `changes`; returns the new count.
     pub async fn since(&self, changes: u64) -> u64 {
         let mut requests = self.0.subscribe();
         let busy = requests.wait_for(|requests| requests.running > 0 || requests.changes != changes);

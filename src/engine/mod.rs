@@ -1,7 +1,8 @@
-//! Attaches a drafter to running completions: the I/O around [`crate::speculation`].
+//! Attaches drafters to running completions: the I/O around [`crate::speculation`].
 //!
-//! The proxy sees four things: [`Engine::start`] begins to watch the servers, [`Engine::attach`] gives a completion its
-//! drafting session, [`Engine::rounds`] what an answer in rounds works with, and [`Engine::status`] tells how it goes.
+//! Drafting is optional at every moment: no failure here delays or changes an answer. The proxy calls [`Engine::start`] to
+//! watch the servers, [`Engine::attach`] for the drafting session of a completion, [`Engine::rounds`] for an answer whose
+//! target no drafter can attach to, and [`Engine::status`] for the status page.
 
 mod attach;
 mod background;
@@ -59,7 +60,7 @@ pub struct Settings {
     pub verification: VerificationMode,
     /// Verifies drafts where no drafter can attach to the target, see [`crate::rounds::verifier`].
     pub verifier: Option<Arc<dyn Verifier>>,
-    /// A llama-server that takes no task for longer has stalled. A pass over a batch of a prompt takes its time, too.
+    /// A llama-server that takes no task for longer counts as stalled. It must exceed a pass over one batch of a prompt.
     pub stall_after: Duration,
 }
 
@@ -76,7 +77,7 @@ impl Default for Settings {
     }
 }
 
-/// Targets with faster plain steps are not drafted for: following them costs more than drafts save.
+/// Targets with shorter plain steps get no drafts: following them costs more than drafts save.
 const FASTEST_STEP: Duration = Duration::from_micros(1500);
 
 /// Draft servers and a target, watched.
@@ -91,7 +92,7 @@ pub struct Engine {
     watcher: AbortHandle,
 }
 
-/// What all drafted completions of an engine share.
+/// State that all drafted completions of an engine share.
 #[derive(Debug)]
 struct EngineState {
     snapshot: channel::Sender<ClusterSnapshot>,
@@ -122,8 +123,7 @@ impl EngineState {
 }
 
 impl Engine {
-    /// Begins to watch the servers in the background; returns at once, whatever is down. Must be called within a tokio
-    /// runtime.
+    /// Starts to watch the servers in the background and returns at once. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// When the system cannot set up an HTTP client.
@@ -199,7 +199,7 @@ impl Engine {
         }))
     }
 
-    /// The target gets a request, and has it until the value is dropped.
+    /// Counts a request of the target until the guard is dropped.
     #[must_use]
     pub fn track_request(&self) -> RequestGuard {
         self.in_flight.begin()
@@ -229,7 +229,7 @@ impl Engine {
         })
     }
 
-    /// Whether a step of the target is over sooner than a drafter can be asked.
+    /// Whether a step of the target ends before a drafter can be asked.
     fn too_fast(&self) -> bool {
         let plain = self.shared.policy().plain_step();
         plain.is_some_and(|step| step < FASTEST_STEP)
@@ -263,7 +263,7 @@ impl Engine {
         self.rounds.as_deref().filter(|_| verification.is_in_rounds())
     }
 
-    /// What is known of both servers and how the drafting went so far.
+    /// The state of the servers and the drafting so far.
     #[must_use]
     pub fn status(&self) -> Status {
         let snapshot = self.shared.snapshot.borrow().clone();
@@ -302,7 +302,7 @@ impl Engine {
     }
 }
 
-/// An unguessable name for a completion: who knows it can read that.
+/// An unguessable key for a completion; whoever knows it can read the completion.
 fn new_key() -> String {
     format!("{:032x}", rand::rng().random::<u128>())
 }
@@ -322,7 +322,7 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// The value of the request header `X-Draft-Key`: unguessable, since who knows it can read the completion.
+    /// The value of the request header `X-Draft-Key`. It is unguessable; whoever knows it can read the completion.
     #[must_use]
     pub fn key(&self) -> &str {
         &self.key

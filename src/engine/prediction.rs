@@ -1,5 +1,6 @@
-//! How much of a client's prediction is read. A client may predict more than the answer can be, and each token costs memory
-//! for as long as the answer lasts.
+//! Tokenises the client's prediction of the answer, up to the length of the context.
+//!
+//! A client may predict more than the answer can hold, and each token costs memory for as long as the answer lasts.
 
 use std::future::Future;
 

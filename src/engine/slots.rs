@@ -1,4 +1,4 @@
-//! The draft server's slots: each drafted completion holds one, so that its prompt stays in that slot's cache.
+//! Slots of a draft server. Each drafted completion leases one, so that its prompt stays in that slot's cache.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,11 +11,11 @@ pub struct DraftSlots(Arc<Mutex<Vec<DraftSlot>>>);
 #[derive(Debug, Default)]
 struct DraftSlot {
     leased: bool,
-    /// What was drafted for last.
+    /// The committed tokens of the last completion that used it.
     cached: Vec<Token>,
 }
 
-/// A slot that is held; dropping it gives it back.
+/// Lease of a slot; dropping it returns the slot.
 #[derive(Debug)]
 pub struct SlotLease {
     slots: DraftSlots,
@@ -23,12 +23,12 @@ pub struct SlotLease {
 }
 
 impl DraftSlots {
-    /// The server has `total` slots; those beyond are forgotten.
+    /// Sets the number of slots; the ones beyond it are removed.
     pub fn resize(&self, total: usize) {
         self.lock().resize_with(total, DraftSlot::default);
     }
 
-    /// Holds the free slot whose cache begins most like `tokens`; `None` when all are held.
+    /// Leases the free slot whose cache shares the longest prefix with `tokens`; `None` when all are leased.
     #[must_use]
     pub fn lease(&self, tokens: &[Token]) -> Option<SlotLease> {
         let mut slots = self.lock();

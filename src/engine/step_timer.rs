@@ -1,4 +1,6 @@
-//! Times the steps of a completion that is there for nothing else.
+//! Times single steps of a completion that exists only for measuring.
+//!
+//! Only steps that no other request shares count. Calibration runs one such completion at startup.
 
 use std::time::Duration;
 
@@ -7,10 +9,10 @@ use tokio::time::{Instant, timeout_at};
 use crate::speculation::Token;
 use crate::upstream::{DraftCall, DraftState, LlamaServer, UpstreamError};
 
-/// How long a step may wait for its draft.
+/// Longest wait of a step for its draft, in microseconds.
 const HOLD_US: u64 = 200_000;
 
-/// For how long steps are timed at most. A target that others keep busy may never take one that tells anything.
+/// Limit for all steps of one timer. A target that other requests keep busy may never take a step that counts.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A completion whose steps are timed one by one.
@@ -24,7 +26,7 @@ pub(super) struct StepTimer<'a> {
 }
 
 impl<'a> StepTimer<'a> {
-    /// The completion that was begun with this key.
+    /// Times the completion that was started with this key.
     pub(super) fn new(target: &'a LlamaServer, key: &'a str) -> Self {
         Self {
             target,
@@ -36,8 +38,8 @@ impl<'a> StepTimer<'a> {
         }
     }
 
-    /// The next step that is seen, which is to verify `size` draft tokens: how many it did verify, and how long it took.
-    /// `None`: the completion has ended, or it has taken too long.
+    /// Offers `size` draft tokens and returns the number of tokens that the next step verified and its duration. `None` when
+    /// the completion ended or the time is up.
     pub(super) async fn step(&mut self, size: usize) -> Result<Option<(usize, Duration)>, UpstreamError> {
         loop {
             let tokens = vec![self.last; if self.n_steps > 0 { size } else { 0 }];
@@ -61,14 +63,14 @@ impl<'a> StepTimer<'a> {
                 DraftState::Running => {}
             }
             let before = std::mem::replace(&mut self.n_steps, answer.n_steps);
-            // The first step is the prompt's, and whose pass others share is no measure.
+            // The first step is the prefill, and a step shared with other requests is not comparable.
             if answer.n_steps == before + 1 && answer.n_steps > 1 && answer.step_batch == 1 + answer.step_n {
                 return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
             }
         }
     }
 
-    /// Times some plain steps after one that may have begun in other circumstances; false: no more steps are to be had.
+    /// Times plain steps, after one that may have started under other conditions. Returns false when there are no more steps.
     pub(super) async fn plain(&mut self, steps: usize, times: &mut Vec<Duration>) -> Result<bool, UpstreamError> {
         for i in 0..=steps {
             let Some((_, time)) = self.step(0).await? else {

@@ -1,4 +1,4 @@
-//! Whether two servers mean the same text by the same token ids.
+//! Checks whether two servers mean the same text by the same token ids.
 
 use crate::speculation::Token;
 use crate::upstream::{LlamaServer, UpstreamError};
@@ -6,10 +6,10 @@ use crate::upstream::{LlamaServer, UpstreamError};
 /// Tokens compared per request.
 const BLOCK: usize = 4096;
 
-/// What the comparison found.
+/// Result of a comparison.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VocabularyComparison {
-    /// Ids below this number mean the same to both; the target knows no others that the drafter knows.
+    /// Both servers agree on all ids that they share.
     Same {
         /// Size of the target's vocabulary.
         target_size: usize,

@@ -1,62 +1,67 @@
-//! Follows the text that an answer copies through its edits; [`super::Lookup`] drafts from there.
+//! Position in a text that an answer copies with edits; [`super::Lookup`] drafts from there.
+//!
+//! After a token that differs from the copied text, the position resumes near the last place where enough tokens agreed. It is
+//! dropped once the answer has left the text.
 
 use super::Token;
-use super::lookup::SHORTEST;
+use super::lookup::MIN_MATCH;
 
-/// Tokens before and behind the place in a copied text, among which it is taken up again.
-const NEAR: (usize, usize) = (4, 12);
-/// Tokens of an answer that do not stand near there, at most: after more it does not copy that text any more.
-const STRANGE: usize = 32;
+/// Tokens before and after the last agreement among which the copy resumes.
+const RESUME_BEFORE: usize = 4;
+const RESUME_AFTER: usize = 12;
+/// Tokens in a row that do not occur near the last agreement after which the copy counts as ended.
+const MAX_FOREIGN: usize = 32;
 
-/// A place in a text that an answer copies.
+/// Position in a text that an answer copies.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Copied {
-    /// The index of the token that comes next.
-    pub(super) at: usize,
-    /// How many of the last tokens of the answer stand before it.
+pub(super) struct CopyPosition {
+    /// Index of the next token.
+    pub(super) next: usize,
+    /// Number of the answer's last tokens that are the same before it.
     pub(super) agreeing: usize,
-    /// Where enough of them agreed last, and how many have come since that do not stand near there.
-    left: usize,
-    strange: usize,
+    /// Position at which at least [`MIN_MATCH`] tokens agreed last.
+    anchor: usize,
+    /// Tokens of the answer since then that do not occur near it.
+    foreign: usize,
 }
 
-impl Copied {
-    /// That many tokens agree before it.
-    pub(super) fn new(at: usize, agreeing: usize) -> Self {
+impl CopyPosition {
+    /// The position `next`, with `agreeing` tokens before it.
+    pub(super) fn new(next: usize, agreeing: usize) -> Self {
         Self {
-            at,
+            next,
             agreeing,
-            left: at,
-            strange: 0,
+            anchor: next,
+            foreign: 0,
         }
     }
 
-    /// Where the copy of this text goes on after the answer's next token; `None`: the answer has left it.
-    pub(super) fn after(self, token: Token, text: &[Token]) -> Option<Self> {
-        let is_there = |at: &usize| text.get(*at) == Some(&token);
-        let (at, agreeing) = (self.at + 1, self.agreeing + 1);
-        if is_there(&self.at) {
-            return Some(if agreeing < SHORTEST {
-                Self { at, agreeing, ..self }
+    /// The position after the answer's next token; `None` when the answer has left the text.
+    pub(super) fn advance(self, token: Token, text: &[Token]) -> Option<Self> {
+        let is_token = |at: &usize| text.get(*at) == Some(&token);
+        let (next, agreeing) = (self.next + 1, self.agreeing + 1);
+        if is_token(&self.next) {
+            return Some(if agreeing < MIN_MATCH {
+                Self { next, agreeing, ..self }
             } else {
-                Self::new(at, agreeing)
+                Self::new(next, agreeing)
             });
         }
-        // Something was put in, left out, or stands in place of what is there.
-        let left = self.left;
-        let near = (left..left + NEAR.1)
-            .chain((left.saturating_sub(NEAR.0)..left).rev())
-            .find(is_there);
+        // The answer inserts, omits or replaces tokens.
+        let anchor = self.anchor;
+        let near = (anchor..anchor + RESUME_AFTER)
+            .chain((anchor.saturating_sub(RESUME_BEFORE)..anchor).rev())
+            .find(is_token);
         if let Some(at) = near {
-            let (at, agreeing) = (at + 1, 1);
-            return Some(Self { at, agreeing, ..self });
+            let (next, agreeing) = (at + 1, 1);
+            return Some(Self { next, agreeing, ..self });
         }
-        let strange = self.strange + 1;
-        (strange <= STRANGE).then_some(Self {
-            at: left + strange,
+        let foreign = self.foreign + 1;
+        (foreign <= MAX_FOREIGN).then_some(Self {
+            next: anchor + foreign,
             agreeing: 0,
-            left,
-            strange,
+            anchor,
+            foreign,
         })
     }
 }

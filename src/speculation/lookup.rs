@@ -1,43 +1,43 @@
-//! A drafter without a model: text that was there before may come again.
+//! Drafts from text: what followed the same tokens before may follow them again.
 //!
-//! The last tokens are looked for in the prompt, in the answer so far and in the client's own prediction of the answer; what
-//! followed there is the draft (prompt lookup decoding, Saxena 2023; predicted outputs, OpenAI 2024). It costs no time
-//! worth naming and is right when text is copied: edits of code, quotes, lists of the same shape.
+//! The last tokens are searched in the prompt, the answer so far and the client's prediction of the answer; the text that
+//! followed there is the draft (prompt lookup decoding, Saxena 2023; predicted outputs, OpenAI 2024). A draft never crosses the
+//! border between prediction and prompt. [`super::Session`] asks for a draft at each step; it costs microseconds, and it is
+//! right where text is copied: edits of code, quotes, repeated structures.
 //!
-//! An edit differs here and there from what it copies, and goes on as before behind that. So the place in the copied text is
-//! followed through the answer: after a token that does not stand there, the copy is taken up near it, before as many
-//! tokens agree as it takes to find a place anywhere in the text.
+//! An edited copy differs in places and then continues as before. Therefore the position in the copied text follows the
+//! answer ([`CopyPosition`]): after a difference the draft resumes near it, with fewer agreeing tokens than a search needs.
 
 use std::collections::HashMap;
 
-use super::copied_text::Copied;
+use super::copied_text::CopyPosition;
 use super::{Token, TokenClass};
 
-/// Tokens that must agree at least.
-pub(super) const SHORTEST: usize = 3;
-/// Tokens that are compared at most; agreement over more says nothing more.
-const LONGEST: usize = 32;
-/// Places remembered for the same few tokens; older ones are forgotten.
-const PLACES: usize = 8;
-/// So many agreeing tokens make sure that the answer copies the text there.
-const SURE: usize = 8;
-/// Separates the prediction from the prompt; no token.
+/// Fewest tokens that must agree for a match.
+pub(super) const MIN_MATCH: usize = 3;
+/// Most tokens that are compared; longer matches are no better.
+const MAX_MATCH: usize = 32;
+/// Places remembered per sequence of [`MIN_MATCH`] tokens; older ones are dropped.
+const MAX_PLACES: usize = 8;
+/// Agreeing tokens after which the answer counts as a copy of the text there.
+const COPY_MATCH: usize = 8;
+/// Separates the prediction from the prompt; not a token id.
 const GAP: Token = Token::MIN;
 
-/// What may follow.
+/// A draft from text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proposal {
     /// The tokens.
     pub tokens: Vec<Token>,
-    /// How many of the last tokens stand before them in the place that they were found in; 32 at most. Fewer than three where
-    /// a copied text is taken up again after a change.
+    /// Number of the last tokens that are the same before the place where they were found, at most 32. Fewer than three where
+    /// a copy resumes after a difference.
     pub matched: usize,
-    /// They stand in the client's prediction.
+    /// Whether they are from the client's prediction.
     pub predicted: bool,
 }
 
 impl Proposal {
-    /// What is known of each of these tokens: when its turn comes, those before it match as well.
+    /// The class of each token: the target verifies a token only if it accepted those before it, so they count as matching.
     pub fn classes(&self) -> impl Iterator<Item = TokenClass> {
         let class = if self.predicted {
             TokenClass::of_prediction
@@ -48,24 +48,25 @@ impl Proposal {
     }
 }
 
-/// An index of one completion's text.
+/// Index of one completion's text.
 #[derive(Debug, Default)]
 pub struct Lookup {
     /// The prediction, a gap, the committed tokens.
     text: Vec<Token>,
     /// Length of the prediction.
     predicted: usize,
-    /// Where the committed tokens begin, and where the answer does.
+    /// Where the committed tokens begin.
     begin: usize,
+    /// Where the answer begins; `None` before the prompt is known.
     answer: Option<usize>,
-    /// Ends of the places where these tokens stand, the latest last.
-    places: HashMap<[Token; SHORTEST], Vec<usize>>,
-    /// The text that the answer copies.
-    copied: Option<Copied>,
+    /// Ends of the places where these tokens occur, the latest last.
+    places: HashMap<[Token; MIN_MATCH], Vec<usize>>,
+    /// Position in the text that the answer copies.
+    copied: Option<CopyPosition>,
 }
 
 impl Lookup {
-    /// An index of nothing but what the client predicts of the answer (perhaps nothing).
+    /// An index that holds only the client's prediction of the answer, which may be empty.
     #[must_use]
     pub fn new(prediction: &[Token]) -> Self {
         let mut lookup = Self::default();
@@ -73,11 +74,11 @@ impl Lookup {
         lookup.predicted = prediction.len();
         lookup.text.push(GAP);
         lookup.begin = lookup.text.len();
-        lookup.copied = (!prediction.is_empty()).then_some(Copied::new(0, 0));
+        lookup.copied = (!prediction.is_empty()).then_some(CopyPosition::new(0, 0));
         lookup
     }
 
-    /// Takes in committed tokens; the first call brings the prompt.
+    /// Appends committed tokens; the first call brings the prompt.
     pub fn extend(&mut self, committed: &[Token]) {
         if self.answer.is_none() {
             self.push(committed);
@@ -85,55 +86,55 @@ impl Lookup {
             return;
         }
         for token in committed {
-            self.copied = self.copied.and_then(|copied| copied.after(*token, &self.text));
+            self.copied = self.copied.and_then(|copied| copied.advance(*token, &self.text));
             self.push(&[*token]);
-            let tail = &self.text[self.text.len() - self.committed().min(LONGEST)..];
-            if let Some((matched, at)) = self.place(tail).filter(|(matched, _)| *matched >= SURE) {
-                self.copied = Some(Copied::new(at, matched));
+            let tail = &self.text[self.text.len() - self.committed().min(MAX_MATCH)..];
+            if let Some((matched, at)) = self.place(tail).filter(|(matched, _)| *matched >= COPY_MATCH) {
+                self.copied = Some(CopyPosition::new(at, matched));
             }
         }
     }
 
-    /// Number of committed tokens taken in.
+    /// Number of committed tokens.
     fn committed(&self) -> usize {
         self.text.len() - self.begin
     }
 
-    /// At most `n` tokens that may follow the committed ones and `drafted` after them.
+    /// Drafts at most `n` tokens to follow the committed ones and then `drafted`.
     #[must_use]
     pub fn propose(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
         if n == 0 {
             return None;
         }
-        let kept = LONGEST.saturating_sub(drafted.len()).min(self.committed());
+        let kept = MAX_MATCH.saturating_sub(drafted.len()).min(self.committed());
         let tail = [
             &self.text[self.text.len() - kept..],
-            &drafted[drafted.len().saturating_sub(LONGEST)..],
+            &drafted[drafted.len().saturating_sub(MAX_MATCH)..],
         ]
         .concat();
-        self.predicted_from_the_start(drafted, n)
-            .or_else(|| self.found(&tail, n))
-            .or_else(|| self.taken_up_again(drafted, n))
+        self.start_of_prediction(drafted, n)
+            .or_else(|| self.longest_match(&tail, n))
+            .or_else(|| self.resumed_copy(drafted, n))
     }
 
     /// What follows the longest match of the end of `tail`.
-    fn found(&self, tail: &[Token], n: usize) -> Option<Proposal> {
+    fn longest_match(&self, tail: &[Token], n: usize) -> Option<Proposal> {
         let (matched, at) = self.place(tail)?;
         Some(self.proposal(at, matched, n))
     }
 
-    /// What follows in the copied text after a change.
-    fn taken_up_again(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
-        let Copied { at, agreeing, .. } = self.copied.filter(|_| drafted.is_empty())?;
-        let proposal = self.proposal(at, agreeing.min(LONGEST), n);
+    /// What follows in the copied text after a difference.
+    fn resumed_copy(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
+        let CopyPosition { next, agreeing, .. } = self.copied.filter(|_| drafted.is_empty())?;
+        let proposal = self.proposal(next, agreeing.min(MAX_MATCH), n);
         (!proposal.tokens.is_empty()).then_some(proposal)
     }
 
-    /// How many tokens of the end of `tail` stand in a place, and where that ends: the place of the longest match, of equally
-    /// long ones that of the text that is copied, else of the client's prediction, else the latest.
+    /// The place that matches most tokens at the end of `tail`: the number of tokens and where they end. Of equal matches, the
+    /// copied text wins, then the client's prediction, then the latest place.
     fn place(&self, tail: &[Token]) -> Option<(usize, usize)> {
-        let places = self.places.get(tail.last_chunk::<SHORTEST>()?)?;
-        let copied = self.copied.map(|copied| copied.at);
+        let places = self.places.get(tail.last_chunk::<MIN_MATCH>()?)?;
+        let copied = self.copied.map(|copied| copied.next);
         let (matched, _, _, end) = places
             .iter()
             .filter(|end| self.text.get(**end).is_some_and(|next| *next != GAP))
@@ -146,7 +147,7 @@ impl Lookup {
         Some((matched, end))
     }
 
-    /// At most `n` tokens from there on.
+    /// At most `n` tokens from `at` on.
     fn proposal(&self, at: usize, matched: usize, n: usize) -> Proposal {
         let text = self.text.get(at..).unwrap_or_default();
         Proposal {
@@ -156,18 +157,18 @@ impl Lookup {
         }
     }
 
-    /// Before the answer has begun it may be what the client predicts.
-    fn predicted_from_the_start(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
+    /// The beginning of the prediction, before the answer has begun.
+    fn start_of_prediction(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
         let begun = self.answer? < self.text.len() || !drafted.is_empty();
-        (self.predicted > 0 && !begun).then(|| self.proposal(0, SHORTEST, n))
+        (self.predicted > 0 && !begun).then(|| self.proposal(0, MIN_MATCH, n))
     }
 
     fn push(&mut self, tokens: &[Token]) {
         for token in tokens {
             self.text.push(*token);
-            if let Some(last) = self.text.last_chunk::<SHORTEST>().filter(|last| !last.contains(&GAP)) {
+            if let Some(last) = self.text.last_chunk::<MIN_MATCH>().filter(|last| !last.contains(&GAP)) {
                 let places = self.places.entry(*last).or_default();
-                if places.len() == PLACES {
+                if places.len() == MAX_PLACES {
                     places.remove(0);
                 }
                 places.push(self.text.len());
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_followed_the_same_words_before_is_proposed() {
+    fn text_that_followed_the_same_tokens_is_proposed() {
         let lookup = indexed(&[], &[1, 2, 3, 4, 5, 6, 9, 2, 3, 4]);
         assert_eq!(
             lookup.propose(&[], 2),
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_begins_as_the_client_predicts_and_is_found_again_after_a_change() {
+    fn a_prediction_is_drafted_from_its_start_and_resumes_after_a_difference() {
         let mut lookup = indexed(&[1, 2, 3, 4, 5, 6, 7], &[50, 51, 52]);
         assert_eq!(lookup.propose(&[], 3).map(|it| it.tokens), Some(vec![1, 2, 3]));
         lookup.extend(&[1, 60, 3, 4, 5]);
@@ -247,8 +248,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_client_predicts_goes_before_the_same_text_elsewhere() {
-        // An edit: the text stands in the prompt and in the prediction.
+    fn the_prediction_wins_over_the_same_text_elsewhere() {
+        // An edit: the text is in the prompt and in the prediction.
         let mut lookup = indexed(&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5, 50]);
         let predicted = |lookup: &Lookup| lookup.propose(&[], 2).map(|it| (it.tokens, it.predicted));
         assert_eq!(predicted(&lookup), Some((vec![1, 2], true)));
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_is_taken_up_again_right_behind_a_change() {
+    fn a_copy_resumes_right_after_a_difference() {
         let text: Vec<Token> = (1..30).collect();
         for (answer, next, matched) in [
             // another token
@@ -268,7 +269,7 @@ mod tests {
             (&[1, 2, 3, 60, 4], 5, 1),
             // many more
             (&[1, 2, 3, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 4], 5, 1),
-            // ... one of which stands near
+            // ... one of which occurs near
             (&[1, 2, 3, 60, 8, 61, 4], 5, 1),
             // left out
             (&[1, 2, 3, 7], 8, 1),
@@ -290,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_an_answer_has_left_is_not_proposed_any_more() {
+    fn a_copy_that_the_answer_left_is_not_proposed() {
         let mut lookup = indexed(&(1..30).collect::<Vec<_>>(), &[50, 51, 52]);
         lookup.extend(&[1, 2, 3]);
         lookup.extend(&(60..93).collect::<Vec<_>>());
@@ -307,7 +308,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_proposal_stands_in_the_text_after_what_matched(
+        fn a_proposal_follows_its_match_in_the_text(
             prediction in prop::collection::vec(0..4, 0..30),
             prompt in prop::collection::vec(0..4, 0..100),
             answer in prop::collection::vec(0..4, 0..100),

@@ -437,8 +437,8 @@ impl AdaptivePolicy {
     /// What extends a draft or follows it: the stream that runs, else the source of its first token, else an idle drafter.
     fn profile(&self, draft: &[TokenClass], context: &StepContext) -> Option<DrafterProfile> {
         let running = context.pending.map(|pending| TokenSource::Drafter(pending.drafter));
-        let drafted = draft.first().map(|class| class.source);
-        match running.or(drafted).or(context.idle_drafter.map(TokenSource::Drafter))? {
+        let source = draft.first().map(|class| class.source);
+        match running.or(source).or(context.idle_drafter.map(TokenSource::Drafter))? {
             TokenSource::Drafter(number) => {
                 let drafter = self.drafters.get(number)?;
                 Some(drafter.profile(context.round_trip, &self.tuning))
@@ -520,8 +520,8 @@ impl Policy for AdaptivePolicy {
         let (drafter, tuning) = self.drafter(drafter);
         let lookahead = max_lookahead(n_max);
         let reprobe = drafter.slowdown.reprobe(tuning);
-        let paying = estimate.filter(|estimate| estimate.speed_up() > 1.0);
-        let limit = match paying.map(|estimate| estimate.schedule) {
+        let useful = estimate.filter(|estimate| estimate.speed_up() > 1.0);
+        let limit = match useful.map(|estimate| estimate.schedule) {
             Some(_) if reprobe == Some(ReprobeKind::Alone) => return 0,
             Some(DraftSchedule::Alternate { n }) if reprobe.is_none() => usize::from(target_waits) * n,
             Some(_) => lookahead,
