@@ -141,7 +141,7 @@ impl Imports {
                 Some(TokenTree::Ident(name)) => name.to_string(),
                 _ => String::new(),
             };
-            let supers = (0..)
+            let supers = (0..rest.len())
                 .take_while(|nth| name(nth * 3) == "super" && is_path(&rest[nth * 3 + 1..]))
                 .count();
             let is_root = name(0) == "crate" && is_path(&rest[1..]) || supers > 0 && supers >= module.len();
@@ -219,7 +219,7 @@ fn arrows() -> BTreeMap<(String, String), Vec<String>> {
         .iter()
         .flat_map(|(module, (_, imports))| {
             let names = imports.test_modules.iter();
-            names.map(|name| [module.as_slice(), &[name.clone()]].concat())
+            names.map(|name| [module.as_slice(), std::slice::from_ref(name)].concat())
         })
         .collect();
     let mut arrows: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
