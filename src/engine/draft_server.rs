@@ -50,7 +50,7 @@ impl DraftServer {
     }
 
     /// Continues `prefix` greedily by at most `n` tokens of the target. `slot` of a llama-server keeps the prompt. They come
-    /// as they are made, or `at_once`, if it [tells times](Self::tells_times).
+    /// as they are made, or `at_once`, if it tells times.
     #[must_use]
     pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize, at_once: bool) -> DraftStream {
         match self {

@@ -1,6 +1,6 @@
 //! Decides whether and when a dead child is started again. Pure.
 //!
-//! Pauses grow exponentially up to [`LONGEST_PAUSE`]. A child that never became ready is given up after [`MOST_FAILED_STARTS`] starts;
+//! Pauses grow exponentially up to `LONGEST_PAUSE`. A child that never became ready is given up after `MOST_FAILED_STARTS` starts;
 //! one that was ready once is never given up.
 
 use std::time::Duration;
