@@ -57,7 +57,7 @@ impl PidFile {
                 Ok(()) => break,
                 // Another process may be checking the lock.
                 Err(TryLockError::WouldBlock) if began.elapsed() < LOCK_CHECK_TIME => {
-                    std::thread::sleep(POLL_INTERVAL / 5)
+                    std::thread::sleep(POLL_INTERVAL / 5);
                 }
                 Err(TryLockError::WouldBlock) => return Err(ClaimError::By(Process::read(&mut file)?.pid)),
                 Err(TryLockError::Error(error)) => return Err(error.into()),

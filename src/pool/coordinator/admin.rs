@@ -33,7 +33,7 @@ use crate::pool::swap::{self, Refused};
 /// Interval for repeating a step of a swap, so that the client sees that the connection lives.
 const STEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Timeout for the server's metadata of its model.
-const MODEL_PATIENCE: Duration = Duration::from_millis(500);
+const MODEL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest answer with metadata in bytes.
 const MOST_BODY: usize = 1 << 20;
 /// Resolution of the reported progress of a load.
@@ -78,7 +78,7 @@ pub(super) async fn models(State(front): State<Arc<Front>>) -> Json<Value> {
     };
     let mut first = entry(&report.now.model);
     if let (Some(instance), Some(first)) = (&report.instance, first.as_object_mut()) {
-        let told = timeout(MODEL_PATIENCE, model_metadata(instance)).await;
+        let told = timeout(MODEL_TIMEOUT, model_metadata(instance)).await;
         first.extend(told.ok().flatten().unwrap_or_default());
     }
     let others = front.models.iter().filter(|name| **name != report.now.model);

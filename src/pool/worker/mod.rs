@@ -47,9 +47,9 @@ pub use local_worker::{NotFound, local_worker};
 const EXPIRY: Duration = Duration::from_secs(10);
 
 /// Timeout for a server to listen. A GPU driver that wakes up takes seconds.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout for a listening server to answer.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a worker ends.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +91,7 @@ pub enum NoServer {
     /// It does not listen in time.
     #[error(
         "the ggml-rpc-server of port {port} does not listen after {} s; see its last lines, and whether its GPU answers",
-        START_PATIENCE.as_secs()
+        START_TIMEOUT.as_secs()
     )]
     Slow {
         /// Its port in the config.

@@ -6,7 +6,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::servers::list;
-use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
+use super::{ANSWER_TIMEOUT, EndpointSpec, NoServer, START_TIMEOUT};
 use crate::config::GpuBackend;
 use crate::pool::agent::DeviceStatus;
 use crate::pool::rpc_probe::{RpcServer, probe};
@@ -36,8 +36,8 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<S
         .await
         .map_err(not_started)?;
     let asked = async {
-        match timeout(START_PATIENCE, sockets::until_listening(address)).await {
-            Ok(()) => Ok(probe(address.into(), ANSWER_PATIENCE).await?),
+        match timeout(START_TIMEOUT, sockets::until_listening(address)).await {
+            Ok(()) => Ok(probe(address.into(), ANSWER_TIMEOUT).await?),
             Err(_) => Err(NoServer::Slow { port: endpoint.port }),
         }
     };
