@@ -71,7 +71,8 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
     }
     if !asked {
         // Without a question, a server that is down must still be a failure.
-        chat.server.get("/v1/models", MODELS_TIMEOUT).await?;
+        let models = chat.server.get("/v1/models", MODELS_TIMEOUT).await;
+        models.map_err(|error| Failure::from(error).with_local_key(chat.sends_local_key))?;
     }
     last
 }

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use clap::Args;
-use reqwest::StatusCode;
 use tokio::net::TcpListener;
 
 use super::embedded_proxy::{EmbeddedProxy, why_undrafted};
@@ -87,15 +86,9 @@ impl Deployment {
         let llama_server = LlamaServer::new(&target.url, target.api_key.clone())
             .map_err(|error| Failure::other("make an HTTP client", error))?;
         // Fails here with the target's name, before a proxy would wait for the target.
-        plain.get("/v1/models", EMBEDDED_PROBE_TIMEOUT).await?;
+        let models = plain.get("/v1/models", EMBEDDED_PROBE_TIMEOUT).await;
+        models.map_err(|error| Failure::from(error).with_local_key(target.asks_local_key))?;
         let is_llama_server = llama_server.props().await.is_ok();
-        // A llama-server lists its models without the key, and its slots only with it.
-        if target.asks_local_key
-            && let Err(error @ ChatError::Refused { status, .. }) = plain.get("/slots", EMBEDDED_PROBE_TIMEOUT).await
-            && status == StatusCode::UNAUTHORIZED
-        {
-            return Err(Failure::from(error).with_local_key(true));
-        }
 
         let section = config.and_then(|config| config.proxy.clone()).unwrap_or_default();
         let model = target.model_name.clone();
