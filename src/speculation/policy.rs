@@ -51,7 +51,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::acceptance::{AcceptanceRate, MATCH_BUCKETS, TokenClass, TokenSource};
 use super::cost_model::{CostModel, DraftLatency, DraftSchedule, DrafterProfile, ScheduleEstimate, WaitCandidate};
@@ -185,7 +185,8 @@ impl Default for AdaptivePolicy {
 }
 
 /// Summary of a drafter for the status page.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DrafterOutlook {
     /// Share of its tokens that the target chose itself after the same text.
     pub agreement: Option<f64>,

@@ -1,8 +1,8 @@
-# A pool over two machines: it answers, swaps its model, outlives a reboot of its worker, and is closed to strangers.
+# A pool over two machines. It answers, swaps its model, survives a reboot of its worker, and refuses other machines.
 { self, pkgs }:
 let
   models = self.packages.${pkgs.stdenv.hostPlatform.system}.tiny-models;
-  # The test's network numbers the machines in the order of their names.
+  # The test driver numbers the machines in the order of their names.
   cluster = {
     hosts = {
       pool = {
@@ -59,7 +59,7 @@ pkgs.testers.runNixOSTest {
   nodes = {
     pool = { };
     worker = {
-      # The other backend of the firewall.
+      # Covers the other firewall backend.
       networking.nftables.enable = true;
     };
     stranger = {
@@ -146,7 +146,7 @@ pkgs.testers.runNixOSTest {
                     "/etc/systemd/system/tightwad-*.service",
                 ]:
                     status, found = machine.execute(f"{search} {places}")
-                    # 0: it is there; 2: a place is missing, or cannot be read.
+                    # Exit code of grep: 0 means found, 2 means that a file is missing or unreadable.
                     assert status == 1, f"{machine.name}: {name} in {places}: grep ends with {status}: {found}"
   '';
 }
