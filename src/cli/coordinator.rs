@@ -7,7 +7,9 @@ use reqwest::{RequestBuilder, StatusCode};
 use serde_json::Value;
 
 use super::exit::{Exit, Failure};
+use super::status::MOST_BYTES;
 use crate::config::{self, Config, Coordinator, Secret};
+use crate::http;
 use crate::pool::coordinator::CoordinatorError;
 use crate::upstream::chat::{client, refused, unreachable};
 
@@ -61,7 +63,7 @@ impl Client {
         if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Err(refused(&self.url, response).await.into());
         }
-        let told: Option<Value> = response.json().await.ok();
+        let told: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
         told.filter(|told| status.is_success() && told["state"].is_string())
             .ok_or_else(|| {
                 let message = format!(

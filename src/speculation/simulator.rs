@@ -753,7 +753,7 @@ fn holds_its_own_everywhere(step_cost: fn(usize) -> f64) {
     );
 }
 
-// `cargo test --release --lib simulator -- --ignored --nocapture`, about ten minutes, for whoever changes the policy.
+// `cargo test --release -p tightwad-speculation -- --ignored --nocapture`, about ten minutes, for whoever changes the policy.
 
 #[test]
 #[ignore = "minutes"]

@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, Method, header};
 use axum::response::Response;
 use axum::routing::{get, post};
 
-use super::own;
+use super::admin;
 use super::pool::{Admission, Pool, ServerInstance, Ticket};
 use super::problem::Problem;
 use super::stream::Exchange;
