@@ -1,15 +1,18 @@
-//! Why a server gave no answer, in plain words: the one place that knows what the system and the HTTP library call it.
+//! Explains errors of the system and of HTTP in plain words.
+//!
+//! This is the one place that knows how the system and the HTTP library name them. It imports nothing of this crate, so
+//! every module may use it.
 
 use std::error::Error;
 use std::io::{self, ErrorKind};
 
-/// How the words for a refused connection begin.
+/// Beginning of the clause for a refused connection.
 const REFUSED: &str = "connection refused";
-/// What the system's resolver says of a name that it does not know.
+/// The system resolver's message for an unknown name.
 const NO_SUCH_NAME: &str = "failed to lookup address";
 
-/// One clause that says what happened, for the end of a sentence. The innermost cause tells it; the outer ones say only that
-/// something happened.
+/// One clause that says what happened, for the end of a sentence. It comes from the innermost cause; the outer ones only
+/// say that something failed.
 #[must_use]
 pub fn explain(error: &(dyn Error + 'static)) -> String {
     let place = place(error);
@@ -55,13 +58,13 @@ fn silent(place: &str) -> String {
     format!("no answer from {place} in time")
 }
 
-/// Whether [`explain`] found that nothing listens, which starting the server mends.
+/// Whether [`explain`] found that nothing listens, so that starting the server helps.
 #[must_use]
 pub fn is_refused(explained: &str) -> bool {
     explained.starts_with(REFUSED)
 }
 
-/// What an answer with an error status means. A wrong key is told apart from all else: the server is up.
+/// Explains an answer with an error status. A refused key reads differently, because the server is up.
 #[must_use]
 pub fn refused(url: &str, status: u16, message: &str) -> String {
     match status {
@@ -83,7 +86,7 @@ pub fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a 
     std::iter::successors(Some(error), |error: &&'a (dyn Error + 'static)| (*error).source())
 }
 
-/// Without the number that Rust adds to the system's words: `Permission denied (os error 13)`.
+/// The text without the number that Rust adds: `Permission denied (os error 13)`.
 fn without_number(text: &str) -> &str {
     text.split_once(" (os error ").map_or(text, |(words, _)| words)
 }

@@ -300,7 +300,7 @@ impl AttachedCompletion {
             drop(policy);
             drafter.succeeded();
             let class = |p| TokenClass::of_probability(number, p);
-            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(TokenClass::untold(number), class));
+            let classed = |(token, p): (Token, Option<f64>)| (token, p.map_or(TokenClass::of_drafter(number), class));
             let tokens = tokens.into_iter().map(classed).collect();
             self.handle(SessionEvent::Drafted { stream: id, tokens });
             let drafter = &mut self.drafters[number];

@@ -1,8 +1,8 @@
-//! Whether a target verifies drafts exactly: tried once when it comes up, before any client depends on it.
+//! Probes whether a target verifies drafts exactly: once when it comes up, before any client depends on it.
 //!
-//! A short text is continued by the target itself, as its clients would have it, and in rounds with a right and a wrong
-//! draft. They differ, for example, where the server bends each choice by a default of the model
-//! (`repetition_penalty` in `generation_config.json`), which the scores of a prompt do not know.
+//! The target continues a short text as for a client; then the verifier continues it without a draft, with a right one and
+//! with a wrong one. The results differ, for example, if the server applies a default of the model to each choice
+//! (`repetition_penalty` in `generation_config.json`), which prompt scores do not include.
 
 use std::time::{Duration, Instant};
 
@@ -13,33 +13,33 @@ use crate::http::auth::unguessable;
 use crate::speculation::Token;
 use crate::upstream::UpstreamError;
 
-/// What is continued. It says the same again and again, so that a penalty on that shows.
+/// The text to continue. It repeats itself, so that a repetition penalty shows.
 pub const PROBE_TEXT: &str = "one two three four one two three four one two three four one two";
-/// Tokens that are generated.
+/// Number of tokens to generate.
 const N: usize = 12;
 
-/// Why a target is not asked in rounds.
+/// Why a target is not used as a verifier.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ProbeError {
-    /// It did not answer.
+    /// The target did not answer.
     #[error("the target could not be tried: {0}")]
     Failed(#[from] UpstreamError),
-    /// It answers something else in rounds.
+    /// The verifier gives another answer than the target.
     #[error(
         "{what} differs from what the target itself answers, so nothing is drafted; a default of the model may bend its \
          choices (start vLLM with `--generation-config vllm`, SGLang with `--sampling-defaults openai`)"
     )]
     Differs {
-        /// What was compared.
+        /// The compared result.
         what: &'static str,
     },
 }
 
-/// Tries a target; tells how long it took over how many draft tokens, and the tokens of [`PROBE_TEXT`].
+/// Probes a target. Returns the durations of steps by their number of draft tokens, and the tokens of [`PROBE_TEXT`].
 pub async fn probe(target: &dyn Verifier) -> Result<(Vec<(usize, Duration)>, Vec<Token>), ProbeError> {
     let prompt = target.tokens(PROBE_TEXT).await?;
     let own = target.complete(&prompt, N).await?;
-    // Each is an answer of its own: nothing that one has computed may stand for what another is to compute.
+    // Each step is an answer of its own, so that no cached result of one serves another.
     let answers: [String; 3] = std::array::from_fn(|_| unguessable());
     let sampling = Map::from_iter([("temperature".to_owned(), 0.into())]);
     let ask = |nth: usize, draft, n| VerifyRequest {

@@ -250,8 +250,12 @@ impl Drafting {
         let most = step.map_or(DRAFTING.1, |us| {
             Duration::from_secs_f64(STEPS * us / 1e6).clamp(DRAFTING.0, DRAFTING.1)
         });
-        let class =
-            |p: Option<f64>| p.map_or_else(|| TokenClass::untold(number), |p| TokenClass::of_probability(number, p));
+        let class = |p: Option<f64>| {
+            p.map_or_else(
+                || TokenClass::of_drafter(number),
+                |p| TokenClass::of_probability(number, p),
+            )
+        };
         let mut pieces = drafter
             .server
             .draft(context.to_vec(), &mut drafter.written, n, slot, false);

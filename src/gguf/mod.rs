@@ -1,7 +1,8 @@
 //! Reads the header of a GGUF model file: the shape of the model and its tensors, without the weights.
 //!
 //! A file may come from anywhere. Invariant: no file makes [`ModelFile::read`] panic, hang or allocate without bound.
-//! `model` opens the parts, `parse` reads each header, `shape` derives the layers from the keys. [`crate::plan`] uses the result.
+//! `model` opens the parts, `parse` reads each header, `shape` derives the layers from the keys. [`crate::plan`] uses the
+//! result.
 //!
 //! | module | what it holds |
 //! | --- | --- |

@@ -1,6 +1,6 @@
-//! Reads a request's body and refuses what cannot be answered, before the target is bothered.
+//! Reads a request's body and refuses it if the server behind could not answer or bear it.
 //!
-//! The body is only looked at: what is forwarded are the bytes that came.
+//! The body is only inspected: the bytes that came are the bytes that are forwarded.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::body::{self, Unread, discard};
+use super::body::{self, BodyError, discard};
 use super::bounds::{self, Bounded};
 use super::excerpt::excerpt;
 use super::nesting;
@@ -35,16 +35,16 @@ pub(crate) fn check_form(headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal
 pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes, Refusal> {
     let (refusal, rest) = match body::read(body, parts, limit).await {
         Ok(whole) => return Ok(whole),
-        Err(Unread::TooSlow) => return Err(Refusal::TooSlow),
-        Err(Unread::Cut(error)) => return Err(Refusal::BodyCut(failure::explain(&error))),
-        Err(Unread::TooLarge(rest)) => (Refusal::TooLarge { limit }, rest),
-        Err(Unread::NoMemory(rest)) => (Refusal::NoMemory, rest),
+        Err(BodyError::TooSlow) => return Err(Refusal::TooSlow),
+        Err(BodyError::Cut(error)) => return Err(Refusal::BodyCut(failure::explain(&error))),
+        Err(BodyError::TooLarge(rest)) => (Refusal::TooLarge { limit }, rest),
+        Err(BodyError::NoMemory(rest)) => (Refusal::NoMemory, rest),
     };
     discard(rest, &parts.headers);
     Err(refusal)
 }
 
-/// What a completion request asks for, as far as the proxy cares.
+/// The parts of a completion request that decide how it is handled.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Asked {
     /// `stream`
@@ -55,7 +55,7 @@ pub(crate) struct Asked {
     pub(crate) model: Option<String>,
 }
 
-/// Looks at the body of any other request: the target may read the bounded members on every path.
+/// Checks the body of any other request: llama-server may read the bounded members on every path.
 pub(crate) fn check_bounds(body: &[u8]) -> Result<(), Refusal> {
     match nesting::first_byte(body) {
         Some(b'{') => fields_of(body).map(drop),
@@ -78,7 +78,7 @@ fn names_grammar(body: &[u8]) -> bool {
     })
 }
 
-/// The members of interest, none of which is more than the target bears.
+/// The members of interest; an error if one exceeds its bound.
 fn fields_of(body: &[u8]) -> Result<Fields<'_>, Refusal> {
     let fields: Fields<'_> = serde_json::from_slice(nesting::without_bom(body))?;
     for (param, bounded, value) in &fields.bounded {
@@ -88,7 +88,7 @@ fn fields_of(body: &[u8]) -> Result<Fields<'_>, Refusal> {
     Ok(fields)
 }
 
-/// Looks at the body of a completion request.
+/// Checks the body of a completion request and returns what it asks for.
 pub(crate) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked, Refusal> {
     let fields = fields_of(body)?;
     for (param, value) in COUNTS.into_iter().zip(fields.counts) {
@@ -103,7 +103,7 @@ pub(crate) fn check(body: &[u8], max_tokens_limit: Option<u64>) -> Result<Asked,
     })
 }
 
-/// The text of `{"type": "content", "content": "…"}`, where the content may come in parts. Anything else predicts nothing.
+/// The text of `{"type": "content", "content": "…"}`, whose content may come in parts; `None` for any other value.
 fn predicted_text(value: &str) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Prediction {
@@ -158,14 +158,14 @@ fn whole(number: f64) -> Option<i64> {
 /// The names under which the endpoints know the largest number of tokens to generate.
 const COUNTS: [&str; 4] = ["max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"];
 
-/// The values of interest as they stand in the body. Where a key comes twice the last one counts, as with the target.
+/// The values of interest as they stand in the body. Of a key that comes twice the last one counts, as in llama-server.
 #[derive(Default)]
 struct Fields<'a> {
     stream: Option<&'a RawValue>,
     prediction: Option<&'a RawValue>,
     model: Option<&'a RawValue>,
     counts: [Option<&'a RawValue>; COUNTS.len()],
-    /// Each that comes: the target reads the last one, but parses them all.
+    /// Every occurrence: llama-server uses the last one but parses them all.
     bounded: Vec<(&'static str, Bounded, &'a RawValue)>,
 }
 

@@ -20,27 +20,27 @@ use super::progress::Progress;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// How long an unwanted body is read on, so that its sender finds the answer rather than a reset connection.
+/// How long a refused body is read on, so that its sender receives the answer rather than a reset connection.
 const DISCARD_TIME: Duration = Duration::from_secs(1);
 
-/// Why there is no body.
+/// Why a body cannot be read.
 #[derive(Debug)]
-pub(crate) enum Unread {
-    /// It is longer than it may be; this is the rest of it.
+pub(crate) enum BodyError {
+    /// It is longer than the limit; this is the rest of it.
     TooLarge(Body),
-    /// The bodies of other requests take all of the memory.
+    /// Other requests' bodies use all of the memory; this is the rest of it.
     NoMemory(Body),
-    /// It came slower than it may.
+    /// It came below the minimum rate.
     TooSlow,
     /// It ended early.
     Cut(axum::Error),
 }
 
-/// Reads a body of at most `limit` bytes, which count in the server's budget until they are dropped.
-pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes, Unread> {
+/// Reads a body of at most `limit` bytes. They count in the server's budget until their last copy is dropped.
+pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes, BodyError> {
     let announced = announced(&parts.headers);
     if announced.is_some_and(|length| length > limit) {
-        return Err(Unread::TooLarge(body));
+        return Err(BodyError::TooLarge(body));
     }
     let mut share = parts.extensions.get::<Memory>().map(Memory::share);
     let mut chunks = body.into_data_stream();
@@ -48,18 +48,18 @@ pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes,
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             if is_slow(&error) {
-                Unread::TooSlow
+                BodyError::TooSlow
             } else {
-                Unread::Cut(error)
+                BodyError::Cut(error)
             }
         })?;
         if (whole.len() + chunk.len()) as u64 > limit {
-            return Err(Unread::TooLarge(Body::from_stream(chunks)));
+            return Err(BodyError::TooLarge(Body::from_stream(chunks)));
         }
         if let Some(share) = &mut share
             && !share.grow(chunk.len())
         {
-            return Err(Unread::NoMemory(Body::from_stream(chunks)));
+            return Err(BodyError::NoMemory(Body::from_stream(chunks)));
         }
         if whole.is_empty() && announced.is_some_and(|length| length == chunk.len() as u64) {
             return Ok(counted(chunk, share));
@@ -69,11 +69,11 @@ pub(crate) async fn read(body: Body, parts: &Parts, limit: u64) -> Result<Bytes,
     Ok(counted(whole.freeze(), share))
 }
 
-/// Reads on for a moment without keeping anything. Many clients look for an answer only after they have sent all, and
-/// lose it when the connection is reset meanwhile.
+/// Reads a refused body for a moment and drops it. Many clients look for an answer only after they have sent everything,
+/// and lose it if the connection is reset meanwhile.
 pub(crate) fn discard(body: Body, headers: &HeaderMap) {
     if headers.contains_key(header::EXPECT) || HttpBody::is_end_stream(&body) {
-        return; // Nothing comes; a client that has not begun to send must not be told to.
+        return; // Nothing comes. Reading would ask a client that waits with `Expect` to begin.
     }
     tokio::spawn(tokio::time::timeout(DISCARD_TIME, async move {
         let mut chunks = body.into_data_stream();
@@ -81,8 +81,7 @@ pub(crate) fn discard(body: Body, headers: &HeaderMap) {
     }));
 }
 
-/// Whether a body is JSON by its `Content-Type`. A page in somebody's browser can send any other type without being asked
-/// whether it may.
+/// Whether a body is JSON by its `Content-Type`. A web page may send other types without a CORS preflight.
 pub(crate) fn is_json(headers: &HeaderMap) -> bool {
     let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let essence = given.and_then(|given| given.split(';').next()).unwrap_or_default();
@@ -93,11 +92,11 @@ fn announced(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The memory for request bodies of one server.
+/// The memory budget for request bodies of one server.
 #[derive(Debug, Clone)]
 pub(super) struct Memory(Arc<Semaphore>);
 
-/// The part of it that one body has.
+/// One body's part of the budget.
 #[derive(Debug)]
 struct Share {
     memory: Arc<Semaphore>,
@@ -118,7 +117,7 @@ impl Memory {
 }
 
 impl Share {
-    /// Whether there are so many bytes more.
+    /// Takes `bytes` more; false if the budget is used up.
     fn grow(&mut self, bytes: usize) -> bool {
         let Ok(bytes) = u32::try_from(bytes) else { return false };
         let Ok(more) = Arc::clone(&self.memory).try_acquire_many_owned(bytes) else {
@@ -132,7 +131,7 @@ impl Share {
     }
 }
 
-/// Bytes that give their share back when the last of their copies is dropped.
+/// Bytes that give their share back when their last copy is dropped.
 fn counted(bytes: Bytes, share: Option<Share>) -> Bytes {
     struct Counted {
         bytes: Bytes,
@@ -149,17 +148,17 @@ fn counted(bytes: Bytes, share: Option<Share>) -> Bytes {
     }
 }
 
-/// A request body that has to come at a minimum rate.
-pub(super) struct Paced {
+/// A request body with a minimum rate.
+pub(super) struct PacedBody {
     body: Incoming,
     grace: Duration,
     rate: u32,
     received: u64,
     began: Instant,
-    /// `None` until there was something to wait for.
+    /// `None` until the body has to be waited for.
     alarm: Option<Pin<Box<Sleep>>>,
     progress: Arc<Progress>,
-    /// The client knows answers before the answer.
+    /// The client understands interim responses (HTTP/1.1).
     interim: bool,
 }
 
@@ -173,7 +172,7 @@ fn is_slow(error: &axum::Error) -> bool {
     std::iter::successors(Some(error), |error| (*error).source()).any(<dyn Error + 'static>::is::<TooSlow>)
 }
 
-impl Paced {
+impl PacedBody {
     pub(super) fn new(body: Incoming, limits: &Limits, progress: &Arc<Progress>, interim: bool) -> Self {
         let paced = Self {
             body,
@@ -195,13 +194,13 @@ impl Paced {
         }
     }
 
-    /// When the next byte has to have come.
+    /// Deadline of the next byte.
     fn deadline(&self) -> Instant {
         self.began + self.grace + Duration::from_secs_f64(self.received as f64 / f64::from(self.rate))
     }
 }
 
-impl HttpBody for Paced {
+impl HttpBody for PacedBody {
     type Data = Bytes;
     type Error = BoxError;
 
@@ -237,19 +236,19 @@ impl HttpBody for Paced {
     }
 }
 
-/// The body of an answer, whose end is told.
-pub(super) struct Answer {
+/// A response body that reports its end to the connection's progress.
+pub(super) struct TrackedBody {
     body: Body,
     progress: Arc<Progress>,
 }
 
-impl Answer {
+impl TrackedBody {
     pub(super) fn new(body: Body, progress: Arc<Progress>) -> Self {
         Self { body, progress }
     }
 }
 
-impl HttpBody for Answer {
+impl HttpBody for TrackedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -266,7 +265,7 @@ impl HttpBody for Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for TrackedBody {
     fn drop(&mut self) {
         self.progress.answer_ends();
     }
@@ -292,7 +291,7 @@ mod tests {
         let copy = first.slice(2..4);
         drop(first);
         let refused = read(Body::from("123"), &parts, 100).await;
-        assert!(matches!(refused, Err(Unread::NoMemory(_))), "{refused:?}");
+        assert!(matches!(refused, Err(BodyError::NoMemory(_))), "{refused:?}");
         drop(copy);
         assert_eq!(read(Body::from("1234567890"), &parts, 100).await.unwrap(), "1234567890");
         assert_eq!(memory.0.available_permits(), 10);
@@ -307,9 +306,9 @@ mod tests {
             Body::from_stream(futures_util::stream::iter(pieces))
         };
         let refused = read(pieces(), &parts, 100).await;
-        assert!(matches!(refused, Err(Unread::NoMemory(_))), "{refused:?}");
+        assert!(matches!(refused, Err(BodyError::NoMemory(_))), "{refused:?}");
         let refused = read(pieces(), &parts, 6).await;
-        assert!(matches!(refused, Err(Unread::TooLarge(_))), "{refused:?}");
+        assert!(matches!(refused, Err(BodyError::TooLarge(_))), "{refused:?}");
         assert_eq!(memory.0.available_permits(), 10);
     }
 }

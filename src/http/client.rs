@@ -1,7 +1,7 @@
 //! HTTP clients for the servers behind this process, set up in one place, and answers read within bounds.
 //!
-//! A server behind this process is not trusted: it may be broken, or somebody else may have taken its port. So no client
-//! follows a redirect, which would lead it (and its key) elsewhere, and nothing reads a body or a line without a limit.
+//! A server behind this process is not trusted: it may be broken, or another program may listen on its port. So no client
+//! follows a redirect, which could send its key elsewhere, and every body and line is read with a limit.
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
@@ -31,10 +31,10 @@ pub enum ReadError {
     Json(#[from] serde_json::Error),
 }
 
-/// Begins a client: it never uses a proxy of the environment, never follows a redirect, and never sends a referrer.
+/// Starts a client that uses no proxy of the environment, follows no redirect and sends no referrer.
 ///
 /// [`ClientBuilder::build`] fails only when TLS cannot be set up. Pass that failure on: `Client::default()` would panic
-/// over it, and use the environment's proxy.
+/// instead, and would use the environment's proxy.
 #[expect(clippy::disallowed_methods, reason = "the one place that sets up clients")]
 pub fn builder() -> ClientBuilder {
     reqwest::Client::builder()
@@ -58,7 +58,7 @@ pub async fn json<T: DeserializeOwned>(response: Response, limit: usize) -> Resu
     Ok(serde_json::from_slice(&bytes(response, limit).await?)?)
 }
 
-/// Reads the first `limit` bytes of a body as text; leaves out what cannot be read.
+/// Reads the first `limit` bytes of a body as text; empty if the body breaks off.
 pub async fn beginning(response: Response, limit: usize) -> String {
     let (body, _) = up_to(response, limit).await.unwrap_or_default();
     String::from_utf8_lossy(&body).into_owned()
@@ -99,7 +99,7 @@ pub fn lines(response: Response, limit: usize) -> impl Stream<Item = Result<Byte
 struct Lines<S> {
     chunks: S,
     buffer: BytesMut,
-    /// So many bytes of the buffer have no line end.
+    /// Length of the part of the buffer that is known to have no line end.
     searched: usize,
     limit: usize,
 }

@@ -1,10 +1,13 @@
 //! Where the events of a server-sent event stream begin and end.
+//!
+//! A pure state machine over bytes: how they are cut into chunks makes no difference. `relay` asks it before it inserts
+//! anything.
 
-/// What a waiting client is told.
+/// Comment for a client that waits for the target.
 pub(crate) const WAITING: &[u8] = b": waiting for the target\n\n";
 
-/// Watches the bytes of an event stream go by and knows whether they end between two events, which is the only place
-/// where something of ours may be put in.
+/// Tracks whether the bytes that passed end between two events, the only place where a comment or an event can be
+/// inserted.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Boundary {
     /// The current line has no bytes so far.
@@ -25,7 +28,7 @@ impl Boundary {
         }
     }
 
-    /// These bytes went by.
+    /// Notes that these bytes passed.
     pub(crate) fn pass(&mut self, bytes: &[u8]) {
         for byte in bytes {
             match byte {
@@ -46,7 +49,7 @@ impl Boundary {
         }
     }
 
-    /// Whether an event may begin here.
+    /// Whether an event can begin here.
     pub(crate) fn is_between_events(self) -> bool {
         self.after_blank_line && !self.after_return
     }

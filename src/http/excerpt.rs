@@ -1,9 +1,9 @@
-//! A stranger's text, short and harmless in a log.
+//! Shortens and escapes untrusted text, so that it is harmless in a log or an error.
 
-/// Most characters of a stranger's text that are shown.
+/// Most characters that are shown.
 const MOST: usize = 128;
 
-/// The beginning of `text`, with control characters escaped, so that it is one short piece of a line.
+/// The beginning of `text` on one line, with control characters escaped.
 pub(crate) fn excerpt(text: &str) -> String {
     let mut shown: String = text.chars().take(MOST).flat_map(shown).collect();
     if text.chars().nth(MOST).is_some() {

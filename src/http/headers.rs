@@ -1,26 +1,29 @@
 //! Which headers go on to the other side.
+//!
+//! Headers of one hop, and those by which a client could draft or read another client's answer, never reach the server
+//! behind.
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::auth::API_KEYS;
 
-/// The name by which a drafter finds a completion at the target.
+/// Names a completion at the target, so that a drafter can attach to it.
 pub(crate) const X_DRAFT_KEY: HeaderName = HeaderName::from_static("x-draft-key");
 
-/// Shows the coordinator that a request comes from a drafter's proxy: the value is `coordinator.draft_key`.
+/// Authorises a drafter at the coordinator: the value is `coordinator.draft_key`.
 pub(crate) const X_DRAFT_AUTHORIZATION: HeaderName = HeaderName::from_static("x-draft-authorization");
 
-/// Makes llama-server generate on when the client hangs up, and give the answer to anybody who names the same id.
+/// Makes llama-server go on after the client hangs up, and give the answer to any client that names the same id.
 const X_CONVERSATION_ID: HeaderName = HeaderName::from_static("x-conversation-id");
 
 /// Marks a completion that only measures the server. No client waits for its text, so a coordinator that swaps its model
 /// ends it at once.
 pub const MEASURING: &str = "x-tightwad-measuring";
 
-/// The name of a request in the logs of everybody who handles it.
+/// Id of a request in the logs of every server that handles it.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Tells nginx not to hold a stream back.
+/// Tells nginx not to buffer a stream.
 pub(crate) const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Headers that concern one connection only (RFC 9110, section 7.6.1).
@@ -35,7 +38,7 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::UPGRADE,
 ];
 
-/// The headers of a client's request that the target gets. Our own are put in by who makes them.
+/// The headers of a client's request that the server behind gets, without those that only Tightwad may set.
 pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
     for name in [
@@ -48,7 +51,6 @@ pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) ->
     ] {
         headers.remove(name);
     }
-    // A client's answers are waited for.
     headers.remove(MEASURING);
     match credentials {
         Credentials::Clients => {}
@@ -61,20 +63,20 @@ pub(crate) fn to_target(mut headers: HeaderMap, credentials: Credentials<'_>) ->
     headers
 }
 
-/// The headers of the target's answer that the client gets.
+/// The headers of the server's answer that the client gets.
 pub(crate) fn to_client(mut headers: HeaderMap) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
     headers
 }
 
-/// Who the target is told is asking.
+/// The credentials that the server behind gets.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Credentials<'a> {
-    /// What the client said.
+    /// Those of the client.
     Clients,
-    /// Nobody: the client's are for us, and the target wants none.
+    /// None: the client's are meant for this server, and the one behind asks for none.
     None,
-    /// The key that the target wants.
+    /// The key of the server behind.
     Targets(&'a HeaderValue),
 }
 

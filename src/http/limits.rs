@@ -1,4 +1,7 @@
-//! How many connections there may be, and which one makes room for another.
+//! Caps the connections of a server, in all and by peer.
+//!
+//! A connection on which a request is being answered is never ended to make room; the one that has been idle for longest
+//! is.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -8,12 +11,12 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio_util::sync::CancellationToken;
 
-/// Descriptors that are not for clients: logs, models, the drafts' connections.
+/// Descriptors that are not for clients: logs, models, connections to drafters.
 const OTHER_DESCRIPTORS: usize = 64;
 /// Descriptors for each client: its connection, and those to the servers behind.
 const DESCRIPTORS_EACH: usize = 3;
 
-/// What a server grants its clients.
+/// Limits of a server towards its clients.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Most connections. Fewer where the system grants fewer descriptors.
@@ -30,7 +33,7 @@ pub struct Limits {
     pub body_grace: Duration,
     /// Slowest rate of a body in bytes per second.
     pub body_rate: u32,
-    /// Most bytes of all request bodies that are in memory.
+    /// Most bytes of request bodies in memory, of all requests together.
     pub body_memory: usize,
 }
 
@@ -50,14 +53,14 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// These, and room for at least one body of `bytes`.
+    /// These limits, with room for at least one body of `bytes`.
     #[must_use]
     pub fn for_bodies_of(mut self, bytes: u64) -> Self {
         self.body_memory = self.body_memory.max(usize::try_from(bytes).unwrap_or(usize::MAX));
         self
     }
 
-    /// These, as far as so many descriptors go.
+    /// These limits, lowered to what `descriptors` allow.
     fn within(mut self, descriptors: usize) -> Self {
         let most = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_EACH).max(1);
         if most < self.connections {
@@ -68,7 +71,7 @@ impl Limits {
     }
 }
 
-/// Raises the soft limit of descriptors to the hard one, and returns what it is then.
+/// Raises the soft limit of descriptors to the hard one and returns it.
 fn descriptors() -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -88,7 +91,7 @@ fn descriptors() -> usize {
 
 /// The connections of a server.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(super) struct ConnectionLimiter {
     limits: Limits,
     taken: Mutex<Taken>,
 }
@@ -97,7 +100,7 @@ pub(super) struct Places {
 struct Taken {
     all: usize,
     by_peer: HashMap<IpAddr, usize>,
-    /// Those on which no request is being answered, the one that has been so for longest first.
+    /// Idle connections, the one that has been idle for longest first.
     idle: BTreeMap<u64, Idle>,
     last_number: u64,
 }
@@ -108,8 +111,8 @@ struct Idle {
     evict: CancellationToken,
 }
 
-impl Places {
-    /// As many as `limits` and the descriptors of this process allow.
+impl ConnectionLimiter {
+    /// A limiter for `limits`, lowered to the descriptors of this process.
     pub(super) fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self {
             limits: limits.within(descriptors()),
@@ -121,11 +124,11 @@ impl Places {
         &self.limits
     }
 
-    /// A place for a connection of this peer. Where all are taken, the connection that has been idle for longest is ended
-    /// for it; `None` where none is idle.
-    pub(super) fn take(self: &Arc<Self>, peer: IpAddr) -> Option<Place> {
+    /// A permit for a connection of `peer`. Where all are taken, ends the connection that has been idle for longest; `None`
+    /// if none is idle.
+    pub(super) fn take(self: &Arc<Self>, peer: IpAddr) -> Option<ConnectionPermit> {
         let peer = network(peer);
-        let place = Place {
+        let place = ConnectionPermit {
             places: Arc::clone(self),
             peer,
             evicted: CancellationToken::new(),
@@ -141,7 +144,7 @@ impl Places {
             } else {
                 true
             };
-            // Dropping the place gives it back.
+            // Dropping the permit gives it back.
             taken.all += 1;
             *taken.by_peer.entry(peer).or_default() += 1;
             drop(taken);
@@ -177,23 +180,23 @@ impl Taken {
     }
 }
 
-/// The place of one connection, until it is dropped.
+/// Counts one connection until it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    places: Arc<Places>,
+pub(super) struct ConnectionPermit {
+    places: Arc<ConnectionLimiter>,
     peer: IpAddr,
     evicted: CancellationToken,
     /// Where it stands among the idle ones.
     number: Mutex<Option<u64>>,
 }
 
-impl Place {
-    /// Cancelled when this connection has to make room.
+impl ConnectionPermit {
+    /// Cancelled when this connection has to make room for another.
     pub(super) fn evicted(&self) -> CancellationToken {
         self.evicted.clone()
     }
 
-    /// No request is being answered.
+    /// Marks the connection as idle.
     pub(super) fn rests(&self) {
         let mut taken = self.places.taken();
         taken.last_number += 1;
@@ -206,7 +209,7 @@ impl Place {
         *self.number() = Some(number);
     }
 
-    /// A request is being answered.
+    /// Marks the connection as answering a request.
     pub(super) fn works(&self) {
         let mut taken = self.places.taken();
         if let Some(number) = self.number().take() {
@@ -219,7 +222,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.works();
         let mut taken = self.places.taken();
@@ -233,7 +236,7 @@ impl Drop for Place {
     }
 }
 
-/// What one peer has for itself: an IPv4 address, or the 64 bits of an IPv6 network.
+/// The unit that counts as one peer: an IPv4 address, or an IPv6 network of 64 bits.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
@@ -245,8 +248,8 @@ fn network(peer: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
 
-    fn places(connections: usize, per_peer: usize, idle: usize) -> Arc<Places> {
-        Places::new(Limits {
+    fn places(connections: usize, per_peer: usize, idle: usize) -> Arc<ConnectionLimiter> {
+        ConnectionLimiter::new(Limits {
             connections,
             per_peer,
             idle,
@@ -261,10 +264,10 @@ mod tests {
     #[test]
     fn the_connection_that_was_idle_for_longest_makes_room_and_none_that_works() {
         let places = places(3, 3, 3);
-        let taken: Vec<Place> = (1..=3).map(|number| places.take(peer(number)).unwrap()).collect();
+        let taken: Vec<ConnectionPermit> = (1..=3).map(|number| places.take(peer(number)).unwrap()).collect();
         taken[0].works();
         let fourth = places.take(peer(4)).unwrap();
-        let evicted = |place: &Place| place.evicted().is_cancelled();
+        let evicted = |place: &ConnectionPermit| place.evicted().is_cancelled();
         assert_eq!(
             taken.iter().map(evicted).collect::<Vec<_>>(),
             [false, true, false],

@@ -1,20 +1,26 @@
-//! What every HTTP server and client of Tightwad shares.
+//! What every HTTP server and client of Tightwad shares: the proxy, the coordinator, a worker's agent and their clients.
 //!
-//! A request passes through these files in this order:
+//! This module imports nothing of this crate but [`crate::config`] and [`crate::failure`]. A request passes through these
+//! files in this order:
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `serve` | accepts connections, hands requests to a router, ends |
-//! | `limits` | how many connections there may be, and which one makes room for another |
-//! | `socket` | deadlines of a connection between requests; a client that has sent all and still listens |
-//! | `peer` | who is at the other end of a connection |
-//! | `progress` | how far the request of a connection is |
-//! | `body` | reads request bodies at a minimum rate and within a budget |
-//! | `origin` | refuses foreign web pages, and names those that may read answers (CORS) |
-//! | `excerpt` | a stranger's text, short and harmless in a log |
-//! | [`client`] | clients of the servers behind this process, and answers read within bounds |
-//!
-//! This module imports nothing of this crate but [`crate::config`].
+//! | `serve` | accepts connections, hands requests to a router, shuts down |
+//! | `limits` | caps the number of connections and decides which idle one makes room for another |
+//! | `socket`, `progress` | deadlines of a connection; whether a client that sent everything still listens |
+//! | `peer` | the address at the other end of a connection |
+//! | `origin` | refuses foreign web pages and sets the CORS headers |
+//! | `auth` | asks for the token |
+//! | `paths` | what a path is: its dialect, whether it generates, who may use it |
+//! | `body` | reads request bodies at a minimum rate and within a budget of memory |
+//! | `admission`, `nesting`, `bounds` | refuse bodies that the server behind could not bear |
+//! | `headers` | which headers go on to the other side |
+//! | `target` | sends a request to the server behind; retries once on a fresh connection |
+//! | `relay`, `events` | passes the answer on, with comments and error events between its events |
+//! | `refusal` | every error as HTTP, in the client's dialect |
+//! | `members` | sets a member of a JSON object and keeps every other byte |
+//! | `excerpt` | shortens and escapes untrusted text for a log |
+//! | [`client`] | HTTP clients, and answers read within bounds |
 
 pub(crate) mod admission;
 pub(crate) mod auth;

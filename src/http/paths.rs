@@ -1,4 +1,6 @@
-//! The target's paths, as far as the proxy tells them apart.
+//! The paths of the server behind: which generate, which clients may use, and in which dialect errors are written.
+//!
+//! A path is judged as the most lenient server may read it, so that no spelling gets past a check.
 
 use axum::http::Method;
 
@@ -47,11 +49,11 @@ const NAMED: [&str; 24] = [
     "/",
 ];
 
-/// What the drafter and the target talk over.
+/// Path of the draft protocol.
 const DRAFT: &str = "draft";
 
-/// Paths, and with `/*` everything below them, that show or change what other clients of the target do, that run programs
-/// or fetch pages on its host, or that manage its models. `None`: with any method.
+/// Paths, with `/*` everything below, that show or change other clients' requests, run programs or fetch pages on the
+/// server's host, or manage its models. `None`: with any method.
 static HIDDEN: [(Option<Method>, &str); 15] = [
     (None, DRAFT),
     // llama-server's resumable streams: whoever names a conversation reads its answer.
@@ -104,21 +106,21 @@ impl Dialect {
     }
 }
 
-/// What the proxy knows of a path.
+/// Properties of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Route {
     /// Its name in the metrics: itself, or `other`.
     pub(crate) label: &'static str,
-    /// Whether the target generates there.
+    /// Whether the server generates there.
     pub(crate) completion: bool,
     /// Whether its requests and answers are those of OpenAI's chat completions.
     pub(crate) chat: bool,
-    /// Whether clients are kept out.
+    /// Who may use it.
     pub(crate) access: Access,
 }
 
 impl Route {
-    /// Looks at a path as the target will see it: servers decode it before they compare.
+    /// Classifies a path as the server will see it: servers decode a path before they compare it.
     pub(crate) fn of(method: &Method, path: &str) -> Self {
         let decoded = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
         if let Some(label) = COMPLETIONS.into_iter().find(|it| *it == decoded) {
@@ -139,14 +141,14 @@ impl Route {
     }
 }
 
-/// What clients are kept from.
+/// Who may use a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Nothing: the target answers.
+    /// Every client.
     Open,
-    /// What the drafter and the target talk over.
+    /// Drafters only: the draft protocol.
     Draft,
-    /// What belongs to the target's owner.
+    /// The owner of the server only.
     Owners,
     /// Ollama's API, which only a target that is Ollama has.
     Ollama,

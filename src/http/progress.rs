@@ -1,10 +1,10 @@
-//! How far the request of a connection is: known to its socket, its body and its answer.
+//! How far the request of a connection is. Its socket, request body and response body share one [`Progress`].
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::limits::Place;
+use super::limits::ConnectionPermit;
 
-/// Where a connection stands.
+/// Phase of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Phase {
@@ -16,9 +16,9 @@ pub(super) enum Phase {
     Body,
     /// The whole request has come, and nothing of the answer has been sent.
     Waiting,
-    /// The answer is being sent, or the client of HTTP/1.0 waits for it.
+    /// The answer is being sent, or a client of HTTP/1.0 waits for it.
     Answering,
-    /// The answer has been handed over, and may not have been sent to its end.
+    /// The answer has been handed to the socket, which may not have sent all of it.
     Answered,
 }
 
@@ -26,14 +26,14 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct Progress {
     phase: AtomicU8,
-    place: Place,
+    permit: ConnectionPermit,
 }
 
 impl Progress {
-    pub(super) fn new(place: Place) -> Self {
+    pub(super) fn new(permit: ConnectionPermit) -> Self {
         Self {
             phase: AtomicU8::new(Phase::Idle as u8),
-            place,
+            permit,
         }
     }
 
@@ -55,11 +55,11 @@ impl Progress {
 
     /// The router gets a request.
     pub(super) fn request_begins(&self) {
-        self.place.works();
+        self.permit.works();
         self.becomes(Phase::Body);
     }
 
-    /// The last byte of the body has come. `interim`: the client knows answers before the answer (HTTP/1.1).
+    /// The last byte of the body has come. `interim`: the client understands interim responses (HTTP/1.1).
     pub(super) fn body_ends(&self, interim: bool) {
         let next = if interim { Phase::Waiting } else { Phase::Answering };
         // An answer may have begun before.
@@ -73,7 +73,7 @@ impl Progress {
         self.becomes(Phase::Answering);
     }
 
-    /// The server has all of the answer.
+    /// The answer is complete.
     pub(super) fn answer_ends(&self) {
         self.becomes(Phase::Answered);
     }
@@ -81,7 +81,7 @@ impl Progress {
     /// The client has been sent all of the answer.
     pub(super) fn rests(&self) {
         self.becomes(Phase::Idle);
-        self.place.rests();
+        self.permit.rests();
     }
 
     fn becomes(&self, phase: Phase) {

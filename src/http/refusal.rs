@@ -1,4 +1,6 @@
-//! Everything that can go wrong, and how a client is told.
+//! Every error that a client can get, as an HTTP answer or as the last event of a stream, in the client's dialect.
+//!
+//! Each error names what failed and the next thing to do. This is the one place that turns an error into a response.
 
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -10,13 +12,13 @@ use super::bounds::Excess;
 use super::origin::Foreign;
 use super::paths::Dialect;
 
-/// Most of a target's own error that is quoted when that is not JSON.
+/// Most characters of a server's error that are quoted where that is not JSON.
 const QUOTED: usize = 500;
 
-/// Said beside llama-server's words of a request that is longer than its context.
+/// Added to llama-server's error for a request that is longer than its context.
 const CONTEXT_HINT: &str = " (`ctx_size` of the model, where `tightwad run` has started the server)";
 
-/// Why a request is not answered by the target.
+/// Why the server behind does not answer a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("the token is missing or wrong: send it as `Authorization: Bearer <token>` or `x-api-key: <token>`")]
@@ -156,7 +158,7 @@ impl Refusal {
         }
     }
 
-    /// Seconds after which another try makes sense.
+    /// Value of `Retry-After` in seconds.
     fn retry_after(&self) -> Option<&'static str> {
         matches!(
             self,
@@ -191,7 +193,7 @@ impl Refusal {
     }
 }
 
-/// The name that the dialect's client libraries know this kind of error by.
+/// The error type that the dialect's client libraries know.
 fn kind(dialect: Dialect, status: StatusCode) -> &'static str {
     match (dialect, status) {
         (Dialect::Anthropic, StatusCode::UNAUTHORIZED) => "authentication_error",
@@ -216,7 +218,7 @@ pub(crate) fn error_response(status: StatusCode, body: &Value, retry_after: Opti
     response
 }
 
-/// The target's own error answer as the last event of a stream whose 200 is out already.
+/// The server's own error as the last event of a stream whose 200 is out already.
 pub(crate) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -> Bytes {
     let own = serde_json::from_slice::<Value>(body)
         .ok()
@@ -239,8 +241,8 @@ pub(crate) fn targets_error(dialect: Dialect, status: StatusCode, body: &[u8]) -
     event(dialect, &in_dialect(dialect, &error))
 }
 
-/// The target's own error answer as the dialect's clients know it, and with the key of our config that it is about; `None`
-/// where nothing is to be changed.
+/// The server's own error in the client's dialect, and with the key of the config that it is about; `None` if nothing has to
+/// change.
 pub(crate) fn explained(dialect: Dialect, status: StatusCode, body: &[u8]) -> Option<Bytes> {
     let mut body: Value = serde_json::from_slice(body).ok()?;
     let foreign = dialect == Dialect::Anthropic && body.get("type").is_none_or(|kind| kind != "error");
@@ -262,7 +264,7 @@ pub(crate) fn explained(dialect: Dialect, status: StatusCode, body: &[u8]) -> Op
     Some(explained.to_string().into())
 }
 
-/// An error as the dialect's clients know it.
+/// The body of an error in a dialect.
 pub(crate) fn in_dialect(dialect: Dialect, error: &Value) -> Value {
     match dialect {
         Dialect::OpenAi => json!({ "error": error }),

@@ -1,4 +1,7 @@
-//! Accepts connections, hands their requests to a router, and ends.
+//! Accepts connections, hands their requests to a router, and shuts down.
+//!
+//! The first file that a request passes. Dropping a connection drops its request, and with it the request to the server
+//! behind.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -20,44 +23,44 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::body::{Answer, Memory, Paced};
-use super::limits::{Limits, Place, Places};
+use super::body::{Memory, PacedBody, TrackedBody};
+use super::limits::{ConnectionLimiter, ConnectionPermit, Limits};
 use super::peer::Peer;
 use super::progress::Progress;
 use super::socket::Socket;
 
-/// A client that does not acknowledge what it is sent, or that we live, for so long is gone.
+/// A client that acknowledges neither data nor keep-alive probes for this time is gone.
 const GONE_AFTER: Duration = Duration::from_secs(60);
-/// How long to wait after a connection could not be accepted, which mostly means that there are too many.
+/// Pause after a connection could not be accepted, mostly because there are too many.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long streams have to tell their clients that they are cut off.
+/// Time in which streams send their last error event when they are cut off.
 const FAREWELL: Duration = Duration::from_millis(200);
-/// Most bytes of a head, and most that are read of a body at once.
+/// Most bytes of a head, and of one read of a body.
 const READ_BUFFER: usize = 128 * 1024;
-/// How long a client that is turned away has to take its answer, and how many may do so at once.
+/// Time in which a client that is turned away has to read its answer, and how many may do so at once.
 const TURNING_AWAY: (Duration, usize) = (Duration::from_secs(1), 64);
 
-/// How a server runs, and when it ends.
+/// How a server runs and when it shuts down.
 #[derive(Debug)]
-pub(crate) struct Running {
-    /// What it grants its clients.
+pub(crate) struct ServeOptions {
+    /// Limits towards its clients.
     pub(crate) limits: Limits,
     /// How long running answers may go on after `shutdown`.
     pub(crate) drain: Duration,
     /// Cancelled when the server takes no more requests.
     pub(crate) shutdown: CancellationToken,
-    /// Told that the rest is cut off.
+    /// Cancelled when the remaining answers are cut off.
     pub(crate) cut_off: CancellationToken,
 }
 
-/// Serves on `listener` until the shutdown; then takes no more requests, gives the running ones their time to end, and cuts
-/// the rest off.
-pub(crate) async fn serve(listener: TcpListener, router: Router, running: Running) {
+/// Serves on `listener` until the shutdown; then takes no more requests, waits up to `drain` for running answers, and cuts
+/// off the rest.
+pub(crate) async fn serve(listener: TcpListener, router: Router, options: ServeOptions) {
     let server = Arc::new(Server {
-        memory: Memory::of(running.limits.body_memory),
-        places: Places::new(running.limits),
+        memory: Memory::of(options.limits.body_memory),
+        limiter: ConnectionLimiter::new(options.limits),
         router,
-        shutdown: running.shutdown,
+        shutdown: options.shutdown,
         turning_away: Semaphore::new(TURNING_AWAY.1),
     });
     let mut connections = JoinSet::new();
@@ -71,16 +74,16 @@ pub(crate) async fn serve(listener: TcpListener, router: Router, running: Runnin
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
-                    server.places.make_room();
+                    server.limiter.make_room();
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             },
         }
     }
     drop(listener);
-    if !all_end_within(running.drain, &mut connections).await {
+    if !all_end_within(options.drain, &mut connections).await {
         tracing::warn!(connections = connections.len(), "cutting off what is still running");
-        running.cut_off.cancel();
+        options.cut_off.cancel();
         all_end_within(FAREWELL, &mut connections).await;
         connections.shutdown().await;
     }
@@ -91,32 +94,32 @@ async fn all_end_within(time: Duration, connections: &mut JoinSet<()>) -> bool {
     tokio::time::timeout(time, all).await.is_ok()
 }
 
-/// What all connections share.
+/// State that all connections share.
 struct Server {
     router: Router,
-    places: Arc<Places>,
+    limiter: Arc<ConnectionLimiter>,
     memory: Memory,
     shutdown: CancellationToken,
     turning_away: Semaphore,
 }
 
 impl Server {
-    /// Serves one connection. Dropping it drops its request, and with it what goes on behind.
+    /// Serves one connection, or turns it away.
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
-        match self.places.take(peer.ip()) {
-            Some(place) => self.requests(stream, place).await,
+        match self.limiter.take(peer.ip()) {
+            Some(permit) => self.requests(stream, permit).await,
             None => self.turn_away(stream).await,
         }
     }
 
-    async fn requests(&self, stream: TcpStream, place: Place) {
+    async fn requests(&self, stream: TcpStream, permit: ConnectionPermit) {
         if let Err(error) = tune(&stream) {
             tracing::debug!(%error, "a connection's options could not be set");
         }
         let peer = Peer::of(&stream);
-        let evicted = place.evicted();
-        let progress = Arc::new(Progress::new(place));
-        let socket = Socket::new(stream, Arc::clone(&progress), self.places.limits());
+        let evicted = permit.evicted();
+        let progress = Arc::new(Progress::new(permit));
+        let socket = Socket::new(stream, Arc::clone(&progress), self.limiter.limits());
         let router = TowerToHyperService::new(self.router.clone());
         let service = service_fn(|request| self.answer(&router, request, peer, &progress));
         let connection = http1::Builder::new()
@@ -142,23 +145,23 @@ impl Server {
         request: Request<Incoming>,
         peer: Peer,
         progress: &Arc<Progress>,
-    ) -> impl Future<Output = Result<Response<Answer>, Infallible>> + use<> {
+    ) -> impl Future<Output = Result<Response<TrackedBody>, Infallible>> + use<> {
         progress.request_begins();
         let progress = Arc::clone(progress);
         let interim = request.version() >= Version::HTTP_11;
-        let limits = self.places.limits();
-        let mut request = request.map(|body| Body::new(Paced::new(body, limits, &progress, interim)));
+        let limits = self.limiter.limits();
+        let mut request = request.map(|body| Body::new(PacedBody::new(body, limits, &progress, interim)));
         request.extensions_mut().insert(self.memory.clone());
         request.extensions_mut().insert(peer);
         let answer = router.call(request);
         async move {
             let answer = answer.await?;
             progress.answer_begins();
-            Ok(answer.map(|body| Answer::new(body, progress)))
+            Ok(answer.map(|body| TrackedBody::new(body, progress)))
         }
     }
 
-    /// Tells a client for whom there is no place to come again.
+    /// Answers a client for whom there is no connection left with 503.
     async fn turn_away(&self, mut stream: TcpStream) {
         let Ok(_turn) = self.turning_away.try_acquire() else {
             return;
@@ -171,13 +174,13 @@ impl Server {
         );
         let turned = async {
             let mut sink = [0; 4096];
-            // Clients take no answer before they have sent a request.
+            // Clients read no answer before they have sent a request.
             if stream.read(&mut sink).await? == 0 {
                 return Ok(());
             }
             stream.write_all(answer.as_bytes()).await?;
             stream.shutdown().await?;
-            // A connection that is closed with something unread is reset, and the answer may be lost.
+            // Closing a connection with unread bytes resets it, and the answer may be lost.
             while stream.read(&mut sink).await? > 0 {}
             Ok::<_, std::io::Error>(())
         };

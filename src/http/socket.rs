@@ -1,9 +1,9 @@
-//! A client's socket: it ends when nothing comes between two requests, or no whole head, and it tells a client that has
-//! left from one that has only sent all it had to send.
+//! A client's socket with two deadlines, for a request to begin and for its head to be complete. It also tells a client that
+//! has left from one that has only closed its sending side.
 //!
-//! Both look alike, since both end the client's side of the connection. A client that waits for its answer gets an interim
-//! one (`100 Continue`, RFC 9110, section 15.2), which every client of HTTP/1.1 skips: the system of one that has left
-//! resets the connection then.
+//! Both end the client's side of the connection. To tell them apart, the socket sends a waiting client an interim response
+//! (`100 Continue`, RFC 9110, section 15.2), which every client of HTTP/1.1 skips. The system of a client that has left
+//! answers with a reset.
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -19,11 +19,11 @@ use tokio::time::{Instant, Sleep, sleep};
 use super::limits::Limits;
 use super::progress::{Phase, Progress};
 
-/// The interim answer.
+/// The interim response.
 const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-/// Pause between two looks whether a client that has sent all has left.
+/// Pause between two checks whether a client that closed its sending side has left.
 const LOOK: Duration = Duration::from_millis(20);
-/// Looks between two interim answers.
+/// Checks between two interim responses.
 const LOOKS_EACH: u32 = 250;
 
 /// The socket of a connection.
@@ -33,11 +33,11 @@ pub(super) struct Socket {
     progress: Arc<Progress>,
     idle_time: Duration,
     head_time: Duration,
-    /// When the phase has lasted too long, or the next look is due.
+    /// Deadline of the phase, or time of the next check.
     alarm: Pin<Box<Sleep>>,
-    /// Bytes may be left of an answer that the client has not been sent.
+    /// Bytes of an answer may still have to be sent.
     unsent: bool,
-    /// The client has ended its side while it waited for an answer; how often we have looked since.
+    /// Number of checks since the client closed its sending side while it waited for an answer.
     half_closed: Option<u32>,
 }
 
@@ -58,10 +58,10 @@ impl Socket {
         self.alarm.as_mut().reset(Instant::now() + after);
     }
 
-    /// The client has ended its side: either an error, the end, or the wait for one of both.
+    /// The client has closed its sending side: ready with an error or the end once it has left.
     fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match (self.progress.phase(), self.half_closed) {
-            // The router may have all of the body and not have looked at it yet.
+            // The router may not have read the complete body yet.
             (Phase::Body | Phase::Waiting, None) => {
                 self.half_closed = Some(0);
                 self.set_alarm(LOOK);
@@ -73,7 +73,7 @@ impl Socket {
             ready!(self.alarm.as_mut().poll(cx));
             let looks = self.half_closed.unwrap_or_default();
             if self.progress.phase() == Phase::Body {
-                return Poll::Ready(Ok(())); // It has left in the middle of its body.
+                return Poll::Ready(Ok(())); // The client left in the middle of its body.
             }
             if let Some(error) = SockRef::from(&self.stream).take_error()? {
                 return Poll::Ready(Err(error));
@@ -88,7 +88,7 @@ impl Socket {
             self.half_closed = Some(looks + 1);
             self.set_alarm(LOOK);
         }
-        // What is sent from now on shows whether it is still there.
+        // From now on, sending the answer shows whether the client is still there.
         Poll::Pending
     }
 }
@@ -138,7 +138,7 @@ impl AsyncWrite for Socket {
         self.stream.is_write_vectored()
     }
 
-    /// Called when nothing is left to send.
+    /// Called when all bytes have been sent.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
         self.unsent = false;
@@ -146,7 +146,7 @@ impl AsyncWrite for Socket {
             self.progress.rests();
             let idle_time = self.idle_time;
             self.set_alarm(idle_time);
-            // Nobody reads before something comes: the alarm has to wake whoever would, and so has an end that came before.
+            // The next read comes only after a wake-up: register the alarm, and wake now if the end came before.
             if self.alarm.as_mut().poll(cx).is_ready() || self.half_closed.is_some() {
                 cx.waker().wake_by_ref();
             }

@@ -1,4 +1,7 @@
-//! The connection to the target.
+//! Sends requests to the server behind and waits for the head of its answer.
+//!
+//! A request is sent a second time only if its pooled connection was closed before a byte of an answer came. The proxy and
+//! the coordinator send every client's request through [`Target`]; `relay` takes the answer from there.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -15,32 +18,31 @@ use super::refusal::Refusal;
 use crate::config::Secret;
 use crate::failure;
 
-/// A server that does not take a connection within this time is down.
+/// Timeout for connecting; a server that takes longer is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// llama-server closes idle connections after 5 s, and each holds one of its threads until then.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Most idle connections: as many as llama-server has threads for. A busy proxy that kept fewer would open a connection for
-/// nearly every request.
+/// Most idle connections. With fewer, a busy proxy would open a connection for nearly every request.
 const MOST_IDLE: usize = 1024;
 
-/// A pooled connection that was closed already shows that at once; what breaks later broke over our request.
+/// A pooled connection that was closed already fails within this time; a later failure was caused by the request itself.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 tokio::task_local! {
-    /// Whether a connection was begun for the request that the task sends.
+    /// Whether a new connection was opened for the request that the task sends.
     static CONNECTS: Cell<bool>;
 }
 
-/// Notes that a connection is begun.
+/// Notes that a new connection is opened.
 fn connects<T>(connection: T) -> T {
-    // One that nobody waits for any more is begun outside of a request's task.
+    // A connection whose request was dropped is opened outside of a request's task.
     let _ = CONNECTS.try_with(|connects| connects.set(true));
     connection
 }
 
-/// The server that answers.
+/// The server that answers clients' requests.
 #[derive(Debug)]
 pub(crate) struct Target {
     base: Url,
@@ -48,7 +50,7 @@ pub(crate) struct Target {
     shown: String,
     authorization: Option<HeaderValue>,
     pooled: Client,
-    /// Opens a connection for each request.
+    /// Opens a new connection for each request.
     fresh: Client,
 }
 
@@ -63,7 +65,7 @@ pub enum TargetError {
     Key,
 }
 
-/// A request as the target gets it.
+/// A request as the server behind gets it.
 #[derive(Debug, Clone)]
 pub(crate) struct Outgoing {
     pub(crate) method: Method,
@@ -108,7 +110,7 @@ impl Target {
         &self.shown
     }
 
-    /// What the target wants as `Authorization`.
+    /// The `Authorization` header that the server asks for.
     pub(crate) fn authorization(&self) -> Option<&HeaderValue> {
         self.authorization.as_ref()
     }
@@ -121,7 +123,7 @@ impl Target {
         url
     }
 
-    /// The path that the target itself sees as its own: without the base's prefix, dots resolved.
+    /// The path as the server sees it: without the base's prefix, dots resolved.
     pub(crate) fn path_of<'a>(&self, url: &'a Url) -> &'a str {
         let prefix = self.base.path().trim_end_matches('/');
         url.path().strip_prefix(prefix).unwrap_or(url.path())
@@ -138,7 +140,7 @@ impl Target {
                 (Err(error), true) if was_closed(&error) && begun.elapsed() < AT_ONCE => {
                     tracing::debug!(%error, "the connection was closed already, trying a fresh one");
                     match request.built(&fresh).send().await {
-                        // It took the request and is gone.
+                        // The server took the request and is gone.
                         Err(again) if again.is_connect() => Err(error),
                         answer => answer,
                     }
@@ -172,7 +174,7 @@ impl Outgoing {
     }
 }
 
-/// Whether the connection ended before a byte of an answer came.
+/// Whether the connection was closed before a byte of an answer came.
 fn was_closed(error: &reqwest::Error) -> bool {
     if error.is_connect() {
         return false;

@@ -1,6 +1,7 @@
 //! Which layers of a model go on which device of a pool, and whether that fits. Pure: no I/O and no command lines.
 //!
-//! The input is a model ([`crate::gguf`]), its [`Settings`] and the devices; the coordinator turns the [`Plan`] into a command line.
+//! The input is a model ([`crate::gguf`]), its [`Settings`] and the devices. The coordinator turns the [`Plan`] into a command
+//! line.
 //! Invariant: the number of layers per device is what llama.cpp makes of them as its `--tensor-split`.
 //!
 //! | module | what it holds |

@@ -1,8 +1,8 @@
-//! How far a drafter agrees with a target that cannot verify drafts, measured beside the answers.
+//! Measures how far a drafter agrees with a target that cannot verify drafts.
 //!
-//! Nothing gets faster by it: it tells what drafting would have to work with. Now and then, when an answer is complete and
-//! nothing else is being answered, the drafter is asked the same greedily, and the two texts are compared up to the first
-//! difference.
+//! This makes no answer faster; it shows how well drafting would work with a target that verifies. When an answer is
+//! complete and no other request runs, the drafter gets the same request greedily, and the two texts are compared up to
+//! the first difference. No request ever waits for this.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,30 +19,30 @@ use crate::upstream::sse::data;
 
 /// The paths whose answers are compared: OpenAI's chat and text completions, which llama-server, Ollama and vLLM have too.
 const PATHS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
-/// Largest request that is asked again, in bytes.
+/// Largest request that the drafter gets, in bytes.
 const LARGEST: usize = 64 * 1024;
-/// Most bytes of an answer that are looked at: enough for the first tokens, also with an event for each.
+/// Most bytes of an answer that are compared: enough for the first tokens, even with one event per token.
 const LOOKED_AT: usize = 64 * 1024;
 /// Most bytes of the drafter's answer.
 const LONGEST: usize = 1 << 20;
-/// Most tokens that the drafter is asked for.
+/// Most tokens that the drafter generates.
 const MAX_TOKENS: u64 = 64;
-/// How long it may take for them.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often it is looked for requests, which the drafter's machine may be needed for.
-const LOOK: Duration = Duration::from_millis(20);
+/// Timeout of the drafter's answer.
+const DRAFTER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval at which the measurement checks for requests, which may need the drafter's machine.
+const BUSY_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 const MEANING: &str = "share of the drafter's characters that equal the target's, up to the first difference; nothing is \
                        drafted, since this target cannot verify: run its model with Tightwad's llama-server \
                        (`tightwad run target`) to turn agreement into speed";
 
-/// What was measured so far, and how to measure more.
+/// The measurement so far, and the drafter to measure.
 #[derive(Debug)]
 pub(super) struct Agreement {
     drafter: Upstream,
     client: reqwest::Client,
     sums: Mutex<Sums>,
-    /// Held while the drafter is asked.
+    /// Held while the drafter answers.
     asking: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -60,9 +60,9 @@ pub(super) struct Measured {
     answers: u64,
     /// Characters of the drafter's that were compared.
     characters: u64,
-    /// Of these, those before the first difference of their answer, as a share; absent before the first one.
+    /// Share of these before the first difference of their answer; absent before the first answer.
     share: Option<f64>,
-    /// What the share means, and what would make it faster.
+    /// What the share means, and how to gain speed from it.
     meaning: &'static str,
 }
 
@@ -70,7 +70,7 @@ impl Agreement {
     pub(super) fn new(drafter: Upstream) -> Result<Self, reqwest::Error> {
         Ok(Self {
             drafter,
-            client: client::builder().timeout(PATIENCE).build()?,
+            client: client::builder().timeout(DRAFTER_TIMEOUT).build()?,
             sums: Mutex::default(),
             asking: Arc::default(),
         })
@@ -145,14 +145,14 @@ pub(super) struct Question {
 }
 
 impl Question {
-    /// These bytes of the answer went by.
+    /// Notes that these bytes of the answer passed.
     pub(super) fn answered(&mut self, bytes: &[u8]) {
         let room = LOOKED_AT.saturating_sub(self.answer.len());
         self.answer.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
-    /// The answer is complete: asks the drafter in the background, unless it is being asked already or somebody waits for
-    /// an answer. Gives up when a request comes.
+    /// Asks the drafter in the background, unless it is busy with another comparison or a request is being answered. Gives
+    /// up when a request comes.
     pub(super) fn compare(self, observed: &Arc<Observed>) {
         let is_idle = |observed: &Observed| observed.metrics.in_flight.get() == 0;
         let asking = Arc::clone(&self.agreement.asking).try_lock_owned();
@@ -165,7 +165,7 @@ impl Question {
             let Some(targets) = text(&self.answer) else { return };
             let busy = async {
                 while is_idle(&observed) {
-                    tokio::time::sleep(LOOK).await;
+                    tokio::time::sleep(BUSY_CHECK_INTERVAL).await;
                 }
             };
             tokio::select! {

@@ -1,4 +1,6 @@
-//! Sends a request to the target and makes the answer.
+//! Checks a request, attaches a drafter to it, and relays the target's answer.
+//!
+//! `router` hands every request here that is none of our own endpoints'; [`relay::respond`] does the rest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +11,8 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 
+use super::active_request::ActiveRequest;
 use super::router::{App, RequestId};
-use super::running::Running;
 use super::usage;
 use crate::config::Backend;
 use crate::engine::Verification;
@@ -24,7 +26,7 @@ use crate::http::target::Outgoing;
 use crate::http::{admission, body, nesting};
 use crate::rounds;
 
-/// Answers a request that is none of our own endpoints'.
+/// Answers a request to any path but our own endpoints.
 pub(super) async fn forward(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
@@ -34,13 +36,13 @@ pub(super) async fn forward(
     let path = app.target.path_of(&url).to_owned();
     let dialect = Dialect::of(&path);
     let route = Route::of(request.method(), &path);
-    let running = Running::begin(&app.observed, id.to_string(), &path, route);
+    let active = ActiveRequest::begin(&app.observed, id.to_string(), &path, route);
     let exchange = Exchange {
         app,
         id,
         dialect,
         route,
-        running,
+        active,
     };
     exchange.answer(url, request).await
 }
@@ -51,15 +53,15 @@ struct Exchange {
     id: RequestId,
     dialect: Dialect,
     route: Route,
-    running: Running,
+    active: ActiveRequest,
 }
 
-/// A request that may be answered.
+/// A request that passed the checks.
 struct Prepared {
     outgoing: Outgoing,
-    /// An event stream is asked for.
+    /// The client asked for an event stream.
     streamed: bool,
-    /// How it is answered, unless by the target itself.
+    /// Answers it in verification steps of our own; `None`: the target answers it.
     rounds: Option<rounds::Answer>,
 }
 
@@ -87,7 +89,7 @@ impl Exchange {
         relay::respond(self, &method, patience, answer).await
     }
 
-    /// Checks the request and makes what the target gets of it.
+    /// Checks the request and makes the one that the target gets.
     async fn prepare(&mut self, url: reqwest::Url, request: Request) -> Result<Prepared, Refusal> {
         let settings = &self.app.settings;
         let (parts, body) = request.into_parts();
@@ -101,7 +103,7 @@ impl Exchange {
         headers.insert(X_REQUEST_ID, self.id.header());
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
-            self.running.occupies(self.app.engine.track_request());
+            self.active.occupies(self.app.engine.track_request());
             let asked = admission::check(&body, settings.max_tokens_limit)?;
             if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
                 return Err(Refusal::Drafter { name });
@@ -113,16 +115,16 @@ impl Exchange {
             let predicted = asked.prediction.is_some() && self.route.chat;
             rounds = self.in_rounds(&body, asked.prediction.as_ref());
             if let Some(rounds) = &rounds {
-                self.running.counts_with(rounds.counts());
+                self.active.counts_with(rounds.counts());
             } else if let Some(attachment) = self.app.engine.attach(asked.prediction)
                 && let Ok(key) = HeaderValue::from_str(attachment.key())
             {
                 headers.insert(X_DRAFT_KEY, key);
                 self.may_draft(&mut headers);
-                self.running.drafts_with(attachment);
+                self.active.drafts_with(attachment);
                 if predicted {
-                    self.running.is_predicted();
-                    // Nothing can be put into a compressed answer.
+                    self.active.is_predicted();
+                    // The usage cannot be completed in a compressed answer.
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
@@ -134,11 +136,11 @@ impl Exchange {
             && self.app.engine.verification() == Verification::None
             && let Some(question) = agreement.question(self.route.label, &body)
         {
-            self.running.is_compared(question);
+            self.active.is_compared(question);
         }
         if streamed {
-            self.running.streams();
-            // Nothing can be put into a compressed stream.
+            self.active.streams();
+            // Comments cannot be put into a compressed stream.
             headers.remove(header::ACCEPT_ENCODING);
         }
         Ok(Prepared {
@@ -153,7 +155,7 @@ impl Exchange {
         })
     }
 
-    /// Shows the target that its drafter may draft.
+    /// Adds the key by which a pool's coordinator admits drafters.
     fn may_draft(&self, headers: &mut HeaderMap) {
         let key = self.app.settings.target_draft_key.as_ref();
         if let Some(Ok(mut key)) = key.map(|key| HeaderValue::from_str(key.expose())) {
@@ -162,7 +164,7 @@ impl Exchange {
         }
     }
 
-    /// Whether clients get at this path.
+    /// Whether clients may use this path.
     fn access(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         match self.route.access {
             Access::Draft => Err(Refusal::Hidden),
@@ -230,8 +232,8 @@ impl relay::Exchange for Exchange {
         } else {
             tracing::debug!(id = %self.id, error = %refusal, "refused");
         }
-        self.running.answers(refusal.status());
-        self.running.fails();
+        self.active.answers(refusal.status());
+        self.active.fails();
         refusal.response(self.dialect)
     }
 
@@ -244,11 +246,11 @@ impl relay::Exchange for Exchange {
         Refusal::ShuttingDown
     }
 
-    /// With its usage completed where the client is told what came of its prediction.
+    /// The body, with the counts of the request's prediction in its usage.
     fn body(&self, answer: reqwest::Response) -> (ServerBytes, bool) {
         let streamed = relay::is_event_stream(answer.headers());
         let open = answer.status().is_success() && !answer.headers().contains_key(header::CONTENT_ENCODING);
-        match self.running.reported().filter(|_| open) {
+        match self.active.reported().filter(|_| open) {
             None => (answer.bytes_stream().boxed(), true),
             Some(counts) => (usage::completed(answer.bytes_stream(), streamed, counts), false),
         }
@@ -268,24 +270,24 @@ impl relay::Exchange for Exchange {
     }
 
     fn begins(&mut self, status: StatusCode) {
-        self.running.answers(status);
+        self.active.answers(status);
     }
 
     fn passes(&mut self, bytes: &[u8]) {
-        self.running.bytes_came(bytes);
+        self.active.bytes_came(bytes);
     }
 
     fn finishes(&mut self) {
-        self.running.finishes();
+        self.active.finishes();
     }
 
     fn breaks_off(&mut self, error: &reqwest::Error) {
         tracing::warn!(error = failure::explain(error), "the target broke off");
-        self.running.fails();
+        self.active.fails();
     }
 
     fn fails(&mut self, event: &Bytes) {
         tracing::warn!(event = %String::from_utf8_lossy(event).trim_end(), "the stream ends with an error");
-        self.running.fails();
+        self.active.fails();
     }
 }

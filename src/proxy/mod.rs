@@ -1,35 +1,30 @@
-//! The OpenAI endpoint: forwards what clients send to the target, byte for byte, and lets a drafter attach.
+//! The OpenAI-compatible endpoint: forwards requests to the target byte for byte and lets a drafter attach.
 //!
-//! A request passes through these files in this order:
+//! No byte of a request or an answer is re-serialised, and a drafter that fails never ends an answer. What other servers do
+//! too lies in [`crate::http`]. A request passes through these files in this order:
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `server` | serves the router, see [`crate::http`] |
-//! | `router` | gives the request its id, asks for the token, picks our own endpoints out |
-//! | `paths` | knows the target's paths |
-//! | `admission` | reads the body and refuses what cannot be answered |
-//! | `nesting`, `bounds` | refuse JSON, grammars and schemas that the target would not bear |
-//! | `forward` | sends it on and makes the answer |
-//! | `target` | the connection to the target |
-//! | `relay` | the answer's bytes, with comments and errors where an event stream needs them |
-//! | `usage` | what a request with a prediction finds in its answer's usage |
-//! | `agreement` | what a drafter would have said, where the target cannot verify drafts |
+//! | `server` | serves the router |
+//! | `router` | gives the request an id, asks for the token, answers our own endpoints |
+//! | `forward` | checks the request, attaches a drafter and relays the answer |
+//! | `usage` | adds the counts of a prediction to the usage of an answer |
+//! | `agreement` | compares the drafter's answers with those of a target that cannot verify drafts |
+//! | `active_request` | counts the request while it lives |
 //! | `observed`, `recent` | metrics and the last requests |
-//! | `running` | what is counted of a request while it lives |
-//! | `respond` | everything that can go wrong, as HTTP |
 //! | `status` | our own endpoints |
+//! | `settings` | the proxy's part of the cluster file |
 
+mod active_request;
 mod agreement;
 mod forward;
 mod observed;
 mod recent;
 mod router;
-mod running;
 mod server;
 mod settings;
 mod status;
 mod usage;
 
-pub use observed::metrics;
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};

@@ -33,8 +33,7 @@ impl Observed {
 }
 
 /// The metrics of a proxy, all at zero but for what the engine counts.
-#[must_use]
-pub fn metrics(engine: &Arc<Engine>) -> Metrics {
+fn metrics(engine: &Arc<Engine>) -> Metrics {
     Metrics::new(Box::new(DraftingMetrics(Arc::clone(engine))))
 }
 

@@ -1,4 +1,6 @@
-//! What happens to every request first, and which are our own.
+//! The routes of the proxy: our own endpoints, and `forward` for every other path.
+//!
+//! Each request first passes the origin guard, gets an id, and is asked for the token.
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,10 +29,10 @@ use crate::http::refusal::Refusal;
 use crate::http::target::{Target, TargetError};
 use crate::observe::problems::Problems;
 
-/// Our own endpoints that watchers may ask without a token. They tell nothing but that we live.
+/// Our own endpoints that are answered without a token: they show only whether the proxy and the target are up.
 const OPEN: [&str; 2] = ["/health", "/readyz"];
 
-/// What all requests share.
+/// State that all requests share.
 #[derive(Debug)]
 pub(super) struct App {
     pub(super) settings: Settings,
@@ -41,7 +43,7 @@ pub(super) struct App {
     /// `None`: not measured.
     pub(super) agreement: Option<Arc<Agreement>>,
     pub(super) started: Instant,
-    /// What requests were refused for since the last answer of the target.
+    /// Reasons of refusals since the target last answered.
     pub(super) problems: Problems,
     /// Cancelled when the proxy ends and running answers have had their time.
     pub(super) cut_off: CancellationToken,
@@ -68,7 +70,7 @@ impl App {
         })
     }
 
-    /// Whether the sender of these headers may be told everything.
+    /// Whether a request with these headers may see details.
     pub(super) fn admits(&self, headers: &HeaderMap) -> bool {
         self.auth.admits(headers)
     }
@@ -116,14 +118,14 @@ fn unauthorized(app: &App, request: &Parts) -> Response {
     Refusal::Unauthorized.response(Dialect::of(request.uri.path()))
 }
 
-/// The name of a request in all logs.
+/// Id of a request in all logs.
 #[derive(Debug, Clone)]
 pub(super) struct RequestId(HeaderValue);
 
 impl RequestId {
     const LONGEST: usize = 128;
 
-    /// The one that the client gave if that is harmless in a log, else a new one.
+    /// The client's id if that is harmless in a log, else a new one.
     fn of(headers: &HeaderMap) -> Self {
         let harmless = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
         let given = headers

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::router::{App, router};
 use super::settings::Settings;
 use crate::engine::Engine;
-use crate::http::serve::{self, Running};
+use crate::http::serve::{self, ServeOptions};
 use crate::http::target::TargetError;
 
 /// Why the proxy cannot serve.
@@ -29,12 +29,12 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (limits, drain) = (settings.limits.clone(), settings.drain);
     let app = App::new(settings, engine)?;
-    let running = Running {
+    let options = ServeOptions {
         limits,
         drain,
         shutdown,
         cut_off: app.cut_off.clone(),
     };
-    serve::serve(listener, router(app), running).await;
+    serve::serve(listener, router(app), options).await;
     Ok(())
 }

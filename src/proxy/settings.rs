@@ -1,11 +1,11 @@
-//! What the proxy needs of the cluster file.
+//! The proxy's part of the cluster file, checked before it serves.
 
 use std::time::Duration;
 
 use crate::config::{self, Backend, Secret, Upstream};
 use crate::http::Limits;
 
-/// How long running answers may go on after the proxy was told to stop.
+/// Time that running answers get after the shutdown.
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// The proxy's part of the cluster file, checked. Secrets that lie in files have been read already.
@@ -15,31 +15,31 @@ pub struct Settings {
     pub host: String,
     /// The web pages of other servers that may use it.
     pub cors_origins: Vec<String>,
-    /// What it grants its clients.
+    /// Limits towards clients.
     pub limits: Limits,
     /// Base URL of the target, without `/v1`.
     pub target: reqwest::Url,
-    /// What answers there.
+    /// Kind of the target.
     pub backend: Backend,
-    /// Names of the drafters' models. A target with one model answers by any name but these.
+    /// Names of the drafters' models, which clients cannot ask for.
     pub draft_models: Vec<String>,
-    /// What the target wants as `Authorization: Bearer …`.
+    /// API key of the target.
     pub target_api_key: Option<Secret>,
-    /// What a target that is a pool's coordinator asks of those who draft.
+    /// `coordinator.draft_key` of a target that is a pool's coordinator.
     pub target_draft_key: Option<Secret>,
-    /// What clients must send. None: everybody is served.
+    /// Token that clients must send. `None`: every client is served.
     pub auth_token: Option<Secret>,
     /// Largest `max_tokens` a request may ask for.
     pub max_tokens_limit: Option<u64>,
     /// Largest request body in bytes.
     pub max_body_size: u64,
-    /// Silence after which a streaming client gets a comment. None: never.
+    /// Silence after which an event stream gets a comment. `None`: never.
     pub keepalive: Option<Duration>,
     /// Whether completions are answered while the drafter is down.
     pub fallback_on_draft_failure: bool,
-    /// The drafter whose agreement with a target that cannot verify drafts is measured. None: it is not.
+    /// The drafter whose agreement with a target that cannot verify drafts is measured. `None`: none.
     pub measure_agreement_with: Option<Upstream>,
-    /// How long running answers may go on after the proxy was told to stop.
+    /// Time that running answers get after the shutdown.
     pub drain: Duration,
 }
 
@@ -88,7 +88,7 @@ impl TryFrom<&config::Proxy> for Settings {
     }
 }
 
-/// The models that draft, by name. A server of several models may have them too.
+/// Names of the drafters' models, without those that the target has too.
 fn draft_models(proxy: &config::Proxy, target: &Upstream) -> Vec<String> {
     let names = proxy.draft.iter().filter_map(|draft| draft.model_name.clone());
     let answers = |name: &String| target.backend != Backend::Llamacpp || target.model_name.as_ref() == Some(name);

@@ -1,4 +1,6 @@
-//! Our own endpoints.
+//! Our own endpoints: health, readiness, metrics, status.
+//!
+//! All are answered from memory, whatever is down.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,12 +20,12 @@ use crate::observe::metrics::CONTENT_TYPE;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// `GET /health`: this process lives.
+/// `GET /health`: this process runs.
 pub(super) async fn health() -> Json<Value> {
     Json(json!({ "status": "ok", "version": VERSION }))
 }
 
-/// `GET /readyz`: the target answers. Why it does not is told to those who know the token.
+/// `GET /readyz`: whether the target answers. Only a client with the token sees why it does not.
 pub(super) async fn ready(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     let target = app.engine.target();
     if target.healthy {
@@ -77,7 +79,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
     })
 }
 
-/// What people and `tightwad proxy status` see.
+/// The status, as `tightwad proxy status` reads it.
 #[derive(Debug, Serialize)]
 pub(super) struct Status {
     version: &'static str,

@@ -1,4 +1,4 @@
-//! What came of a request's `prediction`, put into the usage of its answer.
+//! Adds the counts of a request's `prediction` to the usage of its answer.
 //!
 //! OpenAI's API reference (chat completions, the object `usage`) has `completion_tokens_details.accepted_prediction_tokens`
 //! and `rejected_prediction_tokens` for predicted outputs, which llama-server does not know. They are put into the bytes of
@@ -16,7 +16,7 @@ use crate::http::members::Members;
 const USAGE: &str = "usage";
 const DETAILS: &str = "completion_tokens_details";
 
-/// Most bytes that are kept back to find the usage in them; a longer line or answer passes as it is.
+/// Most bytes that are held back to find the usage; a longer line or answer passes unchanged.
 const LONGEST: usize = 16 * 1024 * 1024;
 
 /// The bytes of a successful answer, an event stream (`streamed`) or one JSON object, with `counts` in its usage. Of an
@@ -45,9 +45,9 @@ struct Completing<E> {
     streamed: bool,
     counts: Shared<BoxFuture<'static, Counts>>,
     kept: BytesMut,
-    /// The source broke off like this; the client has yet to hear of it.
+    /// The error with which the source broke off, not yet passed on.
     broken: Option<E>,
-    /// More came than is kept back.
+    /// More came than is held back.
     gave_up: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Carries the rounds of one answer out.
+//! Runs the rounds of one answer and streams its text.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use crate::http::auth::unguessable;
 use crate::speculation::{StepSample, Token, TokenClass};
 use crate::upstream::UpstreamError;
 
-/// Tokens before a piece of text that are detokenised with it.
+/// Preceding tokens that are detokenised together with a piece of text.
 const BEFORE: usize = 6;
 
-/// An answer in rounds, not yet begun.
+/// An answer in rounds that has not begun.
 #[derive(Debug)]
 pub struct Answer {
     request: Request,
@@ -30,7 +30,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// An answer to `request`, which the client expects to be like `prediction`.
+    /// An answer to `request`; `prediction` is the text that the client expects.
     #[must_use]
     pub fn new(request: Request, prediction: Option<String>, drafting: Drafting) -> Self {
         Self {
@@ -40,17 +40,17 @@ impl Answer {
         }
     }
 
-    /// The counts of this answer as it goes on.
+    /// The counts of this answer, updated as it goes on.
     #[must_use]
     pub fn counts(&self) -> channel::Receiver<Counts> {
         self.drafting.counts()
     }
 
-    /// The answer as the target would have sent it; `None` when the target itself has to give it, because it may treat it
-    /// in a way that is not known here, or because anything failed before there was something to say.
+    /// The answer as the target would send it. `None` if the target must give it: it may parse the answer in a way that is
+    /// unknown here, or an error came before the first text.
     pub async fn response(self) -> Option<reqwest::Response> {
         let streamed = self.request.streamed;
-        let begun = match Telling::begin(self).await {
+        let begun = match ResponseStream::begin(self).await {
             Ok(begun) => begun?,
             Err(error) => {
                 tracing::debug!("no answer in rounds: {error}");
@@ -84,17 +84,17 @@ enum Piece {
     End(Finish),
 }
 
-/// An answer of which something may be said already.
-struct Telling {
+/// An answer whose first text is known.
+struct ResponseStream {
     style: Style,
     include_usage: bool,
     run: Run,
-    /// What was generated before the answer began to go out.
+    /// The pieces generated before the response began.
     first: VecDeque<Piece>,
 }
 
-impl Telling {
-    /// Generates until there is something to say.
+impl ResponseStream {
+    /// Generates until there is text to send.
     async fn begin(answer: Answer) -> Result<Option<Self>, UpstreamError> {
         let Answer {
             request,
@@ -152,17 +152,17 @@ impl Telling {
         }
     }
 
-    /// The events of a stream. Dropping it ends whatever it waits for.
+    /// The events of a stream. Dropping it cancels the round that runs.
     fn events(self) -> impl stream::Stream<Item = Result<Bytes, UpstreamError>> {
         let opening = self.style.opening();
-        let rest = stream::unfold(Some(self), |telling| async move {
-            let mut telling = telling?;
-            Some(match telling.next().await {
-                Ok(Piece::Text(text)) => (Ok(telling.style.piece(&text)), Some(telling)),
+        let rest = stream::unfold(Some(self), |response| async move {
+            let mut response = response?;
+            Some(match response.next().await {
+                Ok(Piece::Text(text)) => (Ok(response.style.piece(&text)), Some(response)),
                 Ok(Piece::End(finish)) => {
-                    let mut last = telling.style.end(finish).to_vec();
-                    if telling.include_usage {
-                        last.extend_from_slice(&telling.style.usage(telling.run.usage()));
+                    let mut last = response.style.end(finish).to_vec();
+                    if response.include_usage {
+                        last.extend_from_slice(&response.style.usage(response.run.usage()));
                     }
                     last.extend_from_slice(&DONE);
                     (Ok(last.into()), None)
@@ -174,7 +174,7 @@ impl Telling {
     }
 }
 
-/// The rounds, and the text that comes of them.
+/// The rounds of an answer and their text.
 struct Run {
     target: Arc<dyn Verifier>,
     drafting: Drafting,
@@ -184,12 +184,12 @@ struct Run {
     rounds: Rounds,
     actions: VecDeque<Action>,
     stops: Stops,
-    /// Tokens whose text ends inside of a character.
-    unsaid: Vec<Token>,
-    /// Tokens of the answer that count, when a stop string ended it before all that were generated.
+    /// Tokens not sent yet, since their text ends inside of a character.
+    unsent: Vec<Token>,
+    /// Tokens of the answer up to a stop string that ended it early.
     stopped_at: Option<usize>,
     last_step: Instant,
-    /// The client predicted the answer, and is told what came of it.
+    /// Whether the client predicted the answer; its usage then counts the prediction.
     is_predicted: bool,
 }
 
@@ -209,7 +209,7 @@ impl Run {
             rounds: Rounds::new(prompt.tokens, prediction, prompt.limit),
             actions: VecDeque::new(),
             stops: Stops::new(request.stop),
-            unsaid: Vec::new(),
+            unsent: Vec::new(),
             stopped_at: None,
             last_step: Instant::now(),
             drafting,
@@ -235,10 +235,10 @@ impl Run {
         self.actions.extend(actions);
     }
 
-    /// Goes on until there is something to say.
+    /// Runs rounds until there is text to send.
     async fn next(&mut self) -> Result<Piece, UpstreamError> {
         loop {
-            // After the end there is nothing more to do.
+            // No action is left after the end.
             let Some(action) = self.actions.pop_front() else {
                 return Ok(Piece::End(Finish::Stop));
             };
@@ -248,15 +248,15 @@ impl Run {
                     self.handle(Event::Drafted(drafted));
                 }
                 Action::Verify { draft, n } => self.verify(&draft, n).await?,
-                Action::Say(tokens) => {
-                    if let Some(piece) = self.say(tokens).await? {
+                Action::Emit(tokens) => {
+                    if let Some(piece) = self.emit(tokens).await? {
                         return Ok(piece);
                     }
                 }
                 Action::Finish(finish) => {
-                    let text = self.text(self.unsaid.len()).await?;
+                    let text = self.text(self.unsent.len()).await?;
                     let rest = text.trim_end_matches('\u{fffd}').to_owned();
-                    self.unsaid.clear();
+                    self.unsent.clear();
                     let said = self.stops.push(&rest);
                     let rest = if said.stopped {
                         said.text
@@ -286,7 +286,7 @@ impl Run {
         let verdict = match self.target.verify(step).await {
             Err(UpstreamError::Refused { url, status, message }) if !draft.is_empty() => {
                 tracing::debug!("{url} does not take a draft: {status} {message}");
-                // The target may have computed and kept it.
+                // The target may have computed the draft and cached it under this name.
                 self.name = unguessable();
                 self.handle(Event::Refused);
                 return Ok(());
@@ -304,7 +304,7 @@ impl Run {
         let share = u32::try_from(steps.max(1)).unwrap_or(1);
         let duration = begun.elapsed() / share;
         let since_last = std::mem::replace(&mut self.last_step, Instant::now()).elapsed() / share;
-        // The first has the prompt to read.
+        // The first step includes the prefill.
         if !is_first {
             self.learn(verdict.judged, verdict.accepted, steps, duration, since_last);
         }
@@ -338,20 +338,20 @@ impl Run {
         }
     }
 
-    /// The text of the first `n` unsaid tokens.
+    /// The text of the first `n` unsent tokens.
     async fn text(&self, n: usize) -> Result<String, UpstreamError> {
         if n == 0 {
             return Ok(String::new());
         }
         let context = self.rounds.context();
-        let begin = context.len() - self.unsaid.len();
+        let begin = context.len() - self.unsent.len();
         let before = &context[begin.saturating_sub(BEFORE)..begin];
-        self.target.text(before, &self.unsaid[..n]).await
+        self.target.text(before, &self.unsent[..n]).await
     }
 
-    async fn say(&mut self, tokens: Vec<Token>) -> Result<Option<Piece>, UpstreamError> {
-        self.unsaid.extend(tokens);
-        let text = self.text(self.unsaid.len()).await?;
+    async fn emit(&mut self, tokens: Vec<Token>) -> Result<Option<Piece>, UpstreamError> {
+        self.unsent.extend(tokens);
+        let text = self.text(self.unsent.len()).await?;
         if text.ends_with('\u{fffd}') {
             return Ok(None);
         }
@@ -362,17 +362,17 @@ impl Run {
             self.actions.clear();
             self.actions.push_back(Action::Finish(Finish::Stop));
         }
-        self.unsaid.clear();
+        self.unsent.clear();
         Ok((!said.text.is_empty()).then_some(Piece::Text(said.text)))
     }
 
-    /// How many tokens were generated beyond a stop string: a server that generates one by one would not have.
+    /// Number of tokens generated beyond a stop string. A server that generates one by one would not generate them.
     async fn after_stop(&self, before: &Stops) -> Result<usize, UpstreamError> {
         let ended = self.rounds.generated() - (self.rounds.context().len() - self.rounds.n_prompt());
-        for n in 1..self.unsaid.len() {
+        for n in 1..self.unsent.len() {
             let mut stops = before.clone();
             if stops.push(&self.text(n).await?).stopped {
-                return Ok(self.unsaid.len() - n + ended);
+                return Ok(self.unsent.len() - n + ended);
             }
         }
         Ok(ended)

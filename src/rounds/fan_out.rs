@@ -1,6 +1,6 @@
-//! A stock llama-server with several slots verifies a draft of `k` tokens as `k + 1` prompts, one for each length of the
-//! draft, with one token generated after each. They are read in one pass; what generates at the end of a prompt is the
-//! request's own sampler. It costs memory for `k + 1` contexts.
+//! Verifies drafts with a stock llama-server that has several slots. A draft of `k` tokens becomes `k + 1` prompts, one for
+//! each length of the draft, each followed by one generated token. The server reads them in one pass and generates with the
+//! request's own sampler. This costs memory for `k + 1` contexts.
 
 use futures_util::future::{BoxFuture, FutureExt};
 use serde_json::Map;
@@ -16,7 +16,7 @@ pub struct FanOut {
 }
 
 impl FanOut {
-    /// Rounds of this server.
+    /// A verifier that uses this server.
     #[must_use]
     pub fn new(server: LlamaServer) -> Self {
         Self { server }
@@ -77,7 +77,7 @@ impl Verifier for FanOut {
     }
 
     fn text<'a>(&'a self, _before: &'a [Token], tokens: &'a [Token]) -> BoxFuture<'a, Result<String, UpstreamError>> {
-        // It joins the tokens' pieces, whatever stands before them.
+        // llama-server joins the text of the tokens, whatever precedes them.
         self.server.detokenize(tokens).boxed()
     }
 

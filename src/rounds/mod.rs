@@ -1,22 +1,23 @@
-//! Answers in rounds, for targets that no drafter can attach to: the proxy asks the target to verify a draft, says what it
-//! chose, and asks again.
+//! Drafting for targets that no drafter can attach to. The proxy drives the answer in rounds: each round asks the target to
+//! verify a draft in one step and sends on the tokens that the target chose.
 //!
-//! Only requests that can be answered so exactly as the target would are: greedy ones, of text, without tools. All others,
-//! and those of which anything fails before the first word, go to the target untouched.
+//! Invariant: the answer is the one that the target itself would give. So only greedy requests for text without tools are
+//! answered in rounds. All others, and those that fail before the first word, are forwarded to the target unchanged. The
+//! proxy passes a [`verifier`] to the engine, which probes it; then it makes an [`Answer`] per request.
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `request` | which requests can be answered in rounds (pure) |
-//! | `round` | what to ask next, and what the answers mean (pure) |
-//! | `text` | stop strings, over the borders of rounds (pure) |
-//! | `openai` | the answer's JSON and events (pure) |
-//! | `fan_out` | a stock llama-server: one prompt for each length of the draft, in one request |
-//! | `scored` | vLLM and SGLang: the likeliest tokens beside those of a prompt |
-//! | `answer` | carries the actions of `round` out |
+//! | `request` | finds the requests that can be answered in rounds (pure) |
+//! | `round` | the state machine of an answer (pure) |
+//! | `text` | stop strings across rounds (pure) |
+//! | `openai` | the answer as JSON and as events (pure) |
+//! | `fan_out` | verifies with a stock llama-server: one prompt for each length of the draft, in one request |
+//! | `scored` | verifies with vLLM and SGLang: the likeliest token at each position of a prompt |
+//! | `answer` | carries out the actions of `round` |
 //!
-//! Known differences to the target's own answer: a special token that the model writes inside of an answer, and that the
-//! target would leave out of the text, is shown (not by SGLang); a limit of `llama-server -n` is not known. A chat whose
-//! answer begins like a reasoning block or markup goes to the target, which may have a parser for it.
+//! Known differences from the target's own answer: a special token inside of an answer is shown, though the target would leave
+//! it out (except with SGLang); the limit of `llama-server -n` is unknown. A chat whose answer begins like a reasoning block
+//! or markup goes to the target, which may have a parser for it.
 
 mod answer;
 mod fan_out;

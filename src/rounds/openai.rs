@@ -1,4 +1,4 @@
-//! Answers in OpenAI's format: <https://platform.openai.com/docs/api-reference/chat/streaming>.
+//! Writes answers in OpenAI's format: <https://platform.openai.com/docs/api-reference/chat/streaming>.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,11 +17,11 @@ pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 pub(super) struct Usage {
     pub(super) prompt: usize,
     pub(super) completion: usize,
-    /// Tokens of the client's prediction that were kept, and those that were not, if it predicted anything.
+    /// Accepted and rejected tokens of the client's prediction, if it made one.
     pub(super) predicted: Option<(u64, u64)>,
 }
 
-/// What all parts of an answer have in common.
+/// The fields that all parts of an answer share.
 #[derive(Debug)]
 pub(super) struct Style {
     endpoint: Endpoint,
@@ -69,7 +69,7 @@ impl Style {
         })
     }
 
-    /// An event with some text.
+    /// An event with a piece of text.
     pub(super) fn piece(&self, text: &str) -> Bytes {
         self.event(match self.endpoint {
             Endpoint::Chat => json!({ "delta": { "content": text }, "finish_reason": null }),
@@ -77,7 +77,7 @@ impl Style {
         })
     }
 
-    /// The event that says why the text ends.
+    /// The event with the reason for the end.
     pub(super) fn end(&self, finish: Finish) -> Bytes {
         let finish = finish.name();
         self.event(match self.endpoint {

@@ -1,4 +1,6 @@
-//! Which requests can be answered in rounds: a list of what is understood, not of what is not.
+//! Finds the requests that can be answered in rounds.
+//!
+//! Invariant: a request with any unknown field is not answered in rounds.
 
 use serde_json::{Map, Value};
 
@@ -18,19 +20,19 @@ pub fn endpoint_at(path: &str) -> Option<Endpoint> {
 /// A request that can be answered in rounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// Where it came, and what decides its prompt.
+    /// The endpoint and the fields that decide the prompt.
     pub prompt: PromptRequest,
-    /// Whether the answer is to be an event stream.
+    /// Whether the client asks for an event stream.
     pub streamed: bool,
-    /// Whether the stream is to end with the usage.
+    /// Whether the stream ends with the usage.
     pub(super) include_usage: bool,
     pub(super) stop: Vec<String>,
-    /// `temperature` and other fields that only say that nothing bends the choice.
+    /// `temperature` and other fields whose values leave a greedy choice unchanged.
     pub(super) sampling: Map<String, Value>,
 }
 
 impl Request {
-    /// Reads a request's body; `None` when it asks for anything that rounds cannot do exactly as the target would.
+    /// Reads the body of a request; `None` if it asks for anything that rounds cannot do exactly as the target would.
     #[must_use]
     pub fn of(endpoint: Endpoint, body: &[u8]) -> Option<Self> {
         let fields: Map<String, Value> = serde_json::from_slice(body).ok()?;
@@ -59,7 +61,7 @@ impl Request {
                 ("stream_options", _) => request.include_usage = include_usage(&value)?,
                 ("max_tokens", _) | ("max_completion_tokens", Endpoint::Chat) => {
                     let count = usize::try_from(value.as_u64()?).ok().filter(|count| *count > 0)?;
-                    // Which of two would count depends on the server.
+                    // If both are set, the server decides which one counts.
                     if request
                         .prompt
                         .max_tokens
@@ -78,12 +80,12 @@ impl Request {
                     (value.as_f64()? == 0.0).then_some(())?;
                     request.sampling.insert(name, value);
                 }
-                // No effect on a choice without chance.
+                // No effect on a greedy choice.
                 ("top_p", _) => value.as_f64().filter(|p| *p > 0.0 && *p <= 1.0).map(drop)?,
                 ("seed", _) => value.as_i64().map(drop)?,
                 ("n", _) => (value.as_u64()? == 1).then_some(())?,
                 ("logprobs", Endpoint::Chat) | ("echo", Endpoint::Completion) => (!value.as_bool()?).then_some(())?,
-                // What the text is expected to be, who asks, and whether a cache may be used.
+                // No effect on the text.
                 ("prediction", Endpoint::Chat) | ("user" | "metadata" | "cache_prompt", _) => {}
                 _ => return None,
             }
@@ -96,7 +98,7 @@ impl Request {
     }
 }
 
-/// Messages of text, the last of them the user's: what a template does with others differs.
+/// Messages of plain text that end with one of the user. Templates treat others differently.
 fn messages(value: Value) -> Option<PromptContent> {
     let messages = value.as_array()?;
     let plain = messages.iter().all(|message| {
@@ -157,7 +159,7 @@ fn stops(value: Value) -> Option<Vec<String>> {
     Some(stops.into_iter().filter(|stop| !stop.is_empty()).collect())
 }
 
-/// Whether a prompt ends inside of a reasoning block: then the target may sort the answer into fields.
+/// Whether a prompt ends inside of a reasoning block, whose answer the target may split into fields.
 pub(super) fn opens_reasoning(prompt: &str) -> bool {
     let last_line = prompt.trim_end().rsplit('\n').next().unwrap_or_default().to_lowercase();
     let after = last_line.rsplit(['<', '[']).next().unwrap_or_default();

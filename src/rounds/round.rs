@@ -1,8 +1,8 @@
-//! What to ask the target next, and what its answers mean.
+//! The state machine of an answer in rounds. Free of I/O: events go in, actions come out.
 //!
-//! One round is a draft (found in the text itself by [`Lookup`], else made by the drafter) and the target's verdict on it.
-//! Where nothing is drafted, the target generates some tokens by itself: that costs it no more than if it did so in an
-//! ordinary answer. Whatever is drafted, only what the target chose is said.
+//! A round is a draft and the target's verdict on it. [`Lookup`] finds the draft in the text itself, or a drafter makes it.
+//! Without a draft the target generates some tokens, which costs no more than in an ordinary answer. Invariant: every emitted
+//! token is the target's own choice, whatever the draft.
 
 use crate::engine::{Verdict, VerifyContext};
 use crate::speculation::{ConcurrentLoad, Lookup, Policy, StepContext, Token, TokenClass};
@@ -10,20 +10,20 @@ use crate::speculation::{ConcurrentLoad, Lookup, Policy, StepContext, Token, Tok
 /// Tokens that the target generates in a round without a draft.
 const PLAIN: usize = 8;
 
-/// What happened.
+/// Something that happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The prompt is known.
     Begin,
-    /// The drafter's answer to [`Action::Draft`], perhaps nothing.
+    /// The drafter's answer to [`Action::Draft`]; may be empty.
     Drafted(Vec<(Token, TokenClass)>),
     /// The target's answer to [`Action::Verify`].
     Verified(Verdict),
-    /// The target will not take this draft.
+    /// The target refused the draft.
     Refused,
 }
 
-/// What to do.
+/// Something to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Let this drafter draft at most `n` tokens after the text so far.
@@ -35,13 +35,13 @@ pub enum Action {
     },
     /// Let the target verify `draft` or, if that is empty, generate at most `n` tokens.
     Verify {
-        /// What may follow the text so far.
+        /// The draft.
         draft: Vec<Token>,
         /// Most tokens to generate without a draft.
         n: usize,
     },
-    /// These tokens of the answer are certain.
-    Say(Vec<Token>),
+    /// Send these tokens of the answer.
+    Emit(Vec<Token>),
     /// The answer is complete.
     Finish(Finish),
 }
@@ -51,12 +51,12 @@ pub enum Action {
 pub enum Finish {
     /// The text has ended, by itself or by a stop string.
     Stop,
-    /// There may be no more tokens.
+    /// The token limit is reached.
     Length,
 }
 
 impl Finish {
-    /// OpenAI's name for it.
+    /// The value of OpenAI's `finish_reason`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -74,22 +74,22 @@ pub struct Rounds {
     n_prompt: usize,
     /// Most tokens of the answer.
     limit: usize,
-    /// What the target is verifying: the first of `draft`.
+    /// Number of tokens of `draft` that the target verifies.
     asked: usize,
-    /// What the target may have computed behind the text without a verdict. A server that finds it in its cache does not
-    /// score it again, so the text goes on without drafts until it is past that or something else.
+    /// Tokens after the text that the target may have computed without a verdict. A server does not score cached tokens again,
+    /// so the answer continues without drafts until it has passed or left them.
     computed: Vec<Token>,
-    /// What may follow the text, and what is known of each token of it.
+    /// The draft, and the class of each of its tokens.
     draft: Vec<Token>,
     classes: Vec<TokenClass>,
     lookup: Lookup,
-    /// Tokens of the answer, the one that ends it included.
+    /// Tokens of the answer, including the one that ends it.
     generated: usize,
     finished: bool,
 }
 
 impl Rounds {
-    /// An answer of at most `limit` tokens to `prompt`, of which the client expects `prediction` (perhaps nothing).
+    /// An answer of at most `limit` tokens to `prompt`. `prediction` is what the client expects; it may be empty.
     #[must_use]
     pub fn new(prompt: Vec<Token>, prediction: &[Token], limit: usize) -> Self {
         let mut lookup = Lookup::new(prediction);
@@ -108,7 +108,7 @@ impl Rounds {
         }
     }
 
-    /// The prompt and what has been said.
+    /// The prompt and the answer so far.
     #[must_use]
     pub fn context(&self) -> &[Token] {
         &self.context
@@ -120,19 +120,19 @@ impl Rounds {
         self.n_prompt
     }
 
-    /// Tokens of the answer so far, the one that ends it included.
+    /// Tokens of the answer so far, including the one that ends it.
     #[must_use]
     pub fn generated(&self) -> usize {
         self.generated
     }
 
-    /// What is known of the first `n` draft tokens that the target was asked about last.
+    /// The classes of the first `n` tokens of the last draft.
     #[must_use]
     pub fn classes(&self, n: usize) -> &[TokenClass] {
         &self.classes[..n.min(self.classes.len())]
     }
 
-    /// Takes in what happened and tells what to do, in this order.
+    /// Takes in an event and returns the actions to carry out, in order.
     pub fn handle(&mut self, event: Event, policy: &mut impl Policy, context: &VerifyContext) -> Vec<Action> {
         if self.finished {
             return Vec::new();
@@ -140,21 +140,21 @@ impl Rounds {
         match event {
             Event::Begin => vec![self.next(policy, context)],
             Event::Drafted(tokens) => vec![self.verify(&tokens, policy, context)],
-            // Perhaps it is the draft's fault.
+            // The draft may be the cause, so the next round has none.
             Event::Refused => vec![self.ask(Vec::new(), Vec::new(), 0, 1)],
             Event::Verified(verdict) => self.verified(verdict, policy, context),
         }
     }
 
     fn verified(&mut self, verdict: Verdict, policy: &mut impl Policy, context: &VerifyContext) -> Vec<Action> {
-        // What ends the text is a token of its own.
+        // The end of the text is a token of its own.
         let ended = verdict.ended && !verdict.next.is_empty();
         if verdict.next.is_empty() {
             self.computed.extend_from_slice(&self.draft[..self.asked]);
         }
         let mut tokens = self.draft[..verdict.accepted.min(self.asked)].to_vec();
         tokens.extend(verdict.next);
-        // The part of the draft that was not worth verifying is compared as well: it tells what the next may be worth.
+        // Compare the part of the draft that was not verified as well, to learn from it.
         for (i, token) in tokens.iter().enumerate().take(self.draft.len()) {
             let agrees = self.draft[i] == *token;
             policy.observe(self.classes[i], agrees);
@@ -174,7 +174,7 @@ impl Rounds {
         self.computed = self.computed.strip_prefix(&tokens[..]).unwrap_or_default().to_vec();
         let mut actions = Vec::new();
         if !tokens.is_empty() {
-            actions.push(Action::Say(tokens));
+            actions.push(Action::Emit(tokens));
         }
         let finish = if ended {
             Some(Finish::Stop)
@@ -235,7 +235,7 @@ impl Rounds {
         }
         let (tokens, classes): (Vec<Token>, Vec<TokenClass>) = drafted.iter().copied().unzip();
         let n = choose(policy, &classes, self.most(context));
-        // Where none is worth it, the drafter may be surer one token further on.
+        // If no token is worth verifying, the drafter may be surer one token later.
         self.ask(tokens, classes, n, 1)
     }
 
@@ -243,7 +243,7 @@ impl Rounds {
         self.ask(Vec::new(), Vec::new(), 0, PLAIN.min(self.limit - self.generated))
     }
 
-    /// Asks the target about the first `asked` tokens of a draft or, if there are none, to generate `n`.
+    /// Asks the target to verify the first `asked` tokens of a draft; without any, to generate `n`.
     fn ask(&mut self, draft: Vec<Token>, classes: Vec<TokenClass>, asked: usize, n: usize) -> Action {
         self.draft = draft;
         self.classes = classes;
@@ -255,7 +255,7 @@ impl Rounds {
     }
 }
 
-/// How many tokens of a draft are worth verifying.
+/// Number of draft tokens that are worth verifying.
 fn choose(policy: &impl Policy, draft: &[TokenClass], n_max: usize) -> usize {
     let context = StepContext {
         n_max,
@@ -379,7 +379,7 @@ mod tests {
                             text.push(choice(&text));
                         }
                         let right = text[machine.context().len()..].iter();
-                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, TokenClass::untold(0)));
+                        let drafted = right.chain(&how.drafted).take(n).map(|token| (*token, TokenClass::of_drafter(0)));
                         Event::Drafted(drafted.collect())
                     }
                     Action::Verify { draft, n } => {
@@ -403,7 +403,7 @@ mod tests {
                             Event::Verified(verdict(machine.context(), &draft, n, how))
                         }
                     }
-                    Action::Say(tokens) => {
+                    Action::Emit(tokens) => {
                         said.extend(tokens);
                         continue;
                     }

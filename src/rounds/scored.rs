@@ -1,10 +1,9 @@
-//! vLLM and SGLang tell, for a prompt, which token they find likeliest in each place, and so whether a greedy choice would
-//! have been the draft's.
+//! Verifies drafts with vLLM and SGLang, which report the likeliest token at each position of a prompt: the greedy choice.
 //!
-//! They do not tell so whether that token ends the text: that shows only when it is generated. So what the rows say is
-//! taken for the tokens that cannot end a text; before any other the draft is cut off, so that the target generates it. An
-//! ordinary token is one that was generated and did not end its text, or whose own text has no bracket: tokens that
-//! end texts are written in brackets in all vocabularies that we know (`</s>`, `<|im_end|>`, `[EOS]`).
+//! The scores do not tell whether that token ends the text; only generating it does. So scores count only for ordinary
+//! tokens, which cannot end a text. Before any other token the draft is cut off, so that the target generates it. A token is
+//! ordinary if it was generated and did not end its text, or if its own text has no bracket: all known vocabularies write
+//! tokens that end texts in brackets (`</s>`, `<|im_end|>`, `[EOS]`).
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -18,21 +17,21 @@ use crate::engine::{Endpoint, Prompt, PromptContent, PromptRequest, Verdict, Ver
 use crate::speculation::Token;
 use crate::upstream::{Scores, ScoringServer, Tokenized, UpstreamError};
 
-/// Tokens of a completion that says nothing of its length (OpenAI's default, which both servers keep).
+/// Default for `max_tokens` of a completion (OpenAI's, which both servers keep).
 const COMPLETION_LIMIT: usize = 16;
-/// Last tokens of a prompt that are looked at for an open reasoning block.
+/// Number of last prompt tokens that are searched for an open reasoning block.
 const TAIL: usize = 8;
 
-/// Rounds of a server that scores prompts.
+/// A verifier that uses a server which scores prompts.
 #[derive(Debug)]
 pub struct Scored<S> {
     server: S,
-    /// Which tokens are known to be ordinary, or not known to be.
+    /// Whether each token seen so far is ordinary.
     ordinary: Mutex<HashMap<Token, bool>>,
 }
 
 impl<S: ScoringServer> Scored<S> {
-    /// Rounds of this server.
+    /// A verifier that uses this server.
     #[must_use]
     pub fn new(server: S) -> Self {
         Self {
@@ -45,7 +44,7 @@ impl<S: ScoringServer> Scored<S> {
         self.ordinary.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many of `tokens` are ordinary, from the first.
+    /// Number of leading tokens that are ordinary.
     async fn ordinary_ones(&self, tokens: &[Token]) -> Result<usize, UpstreamError> {
         let unknown: Vec<Token> = {
             let known = self.ordinary();
@@ -73,7 +72,7 @@ impl<S: ScoringServer> Scored<S> {
 
     async fn prompt_of(&self, request: &PromptRequest) -> Result<Option<Prompt>, UpstreamError> {
         let models = self.server.models().await?;
-        // An adapter's answers are another model's.
+        // Another name is an adapter, which answers as another model.
         let Some(model) = models
             .into_iter()
             .find(|name| request.model.as_ref().is_none_or(|asked| asked == name))
@@ -101,7 +100,7 @@ impl<S: ScoringServer> Scored<S> {
             Endpoint::Completion => Some(request.max_tokens.unwrap_or(COMPLETION_LIMIT)),
         };
         let limit = match (asked, room) {
-            // More than there is room for is refused by these servers in words of their own.
+            // These servers refuse a limit beyond the context with their own message.
             (Some(asked), Some(room)) if asked > room => None,
             (asked, room) => asked.or(room),
         };
@@ -146,7 +145,7 @@ impl<S: ScoringServer> Scored<S> {
         })
     }
 
-    /// Some detokenisers drop a space at the beginning, so it is not asked for the tokens alone.
+    /// Some detokenisers drop a leading space, so preceding tokens are detokenised too.
     async fn text_of(&self, before: &[Token], tokens: &[Token]) -> Result<String, UpstreamError> {
         let all = [before, tokens].concat();
         let (known, text) = try_join(self.server.detokenize(before), self.server.detokenize(&all)).await?;

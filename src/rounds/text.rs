@@ -1,17 +1,17 @@
-//! Stop strings, whose parts may come in different rounds.
+//! Finds stop strings, whose parts may come in different rounds.
 
-/// Holds text back that may become a stop string, and finds the first that does.
+/// Holds back text that may become a stop string, and finds the first complete one.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stops {
     stops: Vec<String>,
     held: String,
 }
 
-/// Text that can be said.
+/// Text that can be sent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Said {
     pub(super) text: String,
-    /// A stop string came right after it.
+    /// Whether a stop string follows it.
     pub(super) stopped: bool,
 }
 
@@ -23,10 +23,10 @@ impl Stops {
         }
     }
 
-    /// Takes further text.
+    /// Takes in more text.
     pub(super) fn push(&mut self, text: &str) -> Said {
         self.held.push_str(text);
-        // The one that was complete first ends the text, as when it comes token by token.
+        // The stop string that is complete first ends the text, as it would token by token.
         let found = self.stops.iter().filter_map(|stop| {
             let start = self.held.find(stop)?;
             Some((start + stop.len(), start))
@@ -51,7 +51,7 @@ impl Stops {
         }
     }
 
-    /// What is still held back, at the end.
+    /// The text still held back at the end.
     pub(super) fn rest(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

@@ -1,112 +1,119 @@
-//! What the time of a target and of its drafters is worth: the cycles whose formula stands in `policy.rs`.
+//! Cost model used to choose a drafting schedule.
+//!
+//! It turns measurements into the throughput of each [`DraftSchedule`] and into the value of a wait, by the formulas in the
+//! documentation of `policy.rs`. It is pure: the same measurements give the same estimate. [`super::AdaptivePolicy`] builds a
+//! [`CostModel`] for each decision and keeps nothing of it.
 
 use std::ops::Range;
 
-use super::policy::{ConcurrentLoad, DrafterTiming, SLACK_US, StepPlan};
+use super::drafter_stats::DrafterTiming;
+use super::policy::{ConcurrentLoad, StepPlan};
 use super::session::max_lookahead;
 use super::step_cost::StepCost;
-use super::whole;
+use super::{Tuning, whole};
 
-/// What time costs.
+/// Costs at the moment of a decision.
 pub(super) struct CostModel<'a> {
-    pub(super) step: &'a StepCost,
-    /// Steps take so many times longer beside the drafters that are at work now.
-    pub(super) slowed: f64,
+    pub(super) tuning: &'a Tuning,
+    pub(super) step_cost: &'a StepCost,
+    /// Factor by which steps take longer beside the drafters that are busy now.
+    pub(super) slowdown: f64,
     pub(super) load: ConcurrentLoad,
-    /// A step without a draft.
+    /// Microseconds of a step without a draft.
     pub(super) plain_us: f64,
-    /// Tokens per microsecond of all completions as they come now, and at least what plain steps give.
+    /// Tokens per microsecond of all completions at the current speed, at least that of plain steps.
     pub(super) rate: f64,
 }
 
 impl CostModel<'_> {
-    /// Chooses to wait for a draft to grow, if that is worth more. As it is it is accepted as a whole with the chance `reach`
-    /// and yields `expected` tokens.
-    pub(super) fn weigh_growth(
+    /// Sets `wait_us` if waiting for more draft tokens pays. The target accepts the whole draft as it is with probability
+    /// `prefix_acceptance`; the draft then yields `expected` tokens.
+    pub(super) fn consider_wait(
         &self,
-        growth: &WaitCandidate,
-        (mut reach, mut expected): (f64, f64),
+        candidate: &WaitCandidate,
+        (mut prefix_acceptance, mut expected): (f64, f64),
         busy_us: f64,
-        choice: &mut StepPlan,
+        plan: &mut StepPlan,
     ) {
-        let (Some(first_us), Some(token_us)) = (growth.timing.first_us.get(), growth.timing.token_us.get()) else {
+        let timing = &candidate.timing;
+        let (Some(first_us), Some(token_us)) = (timing.first_us.get(), timing.token_us.get()) else {
             return;
         };
-        // What is late stays late by as much again.
-        let usual_us = if growth.started { token_us } else { first_us };
-        let next_us = (usual_us - growth.silent_us).abs();
-        let mut comes_us = next_us - token_us;
-        for n in growth.lengths.start + 1..=growth.lengths.end {
-            comes_us += token_us;
-            reach *= growth.chance;
-            expected += reach;
-            let late_us = (comes_us - busy_us).max(0.0);
-            let worth = expected - self.rate * (self.step_us(n, growth.rests) + late_us);
-            if worth > choice.worth {
-                choice.worth = worth;
-                // Half as much again as expected.
-                choice.wait_us = whole((1.5 * comes_us + SLACK_US - busy_us).max(0.0));
+        // Assume that an overdue token needs as long again as it is overdue.
+        let usual_us = if candidate.started { token_us } else { first_us };
+        let next_us = (usual_us - candidate.silent_us).abs();
+        let mut arrives_us = next_us - token_us;
+        for n in candidate.lengths.start + 1..=candidate.lengths.end {
+            arrives_us += token_us;
+            prefix_acceptance *= candidate.acceptance;
+            expected += prefix_acceptance;
+            let idle_us = (arrives_us - busy_us).max(0.0);
+            let value = expected - self.rate * (self.step_us(n, candidate.drafter_pauses) + idle_us);
+            if value > plan.value {
+                plan.value = value;
+                let longest_us = self.tuning.wait_margin * arrives_us + self.tuning.slack_us - busy_us;
+                plan.wait_us = whole(longest_us.max(0.0));
             }
         }
     }
 
-    /// The best way to use such drafts, if all completions use them so. While the target waits for one of them, all stand
-    /// still.
-    pub(super) fn best_schedule(&self, supply: DrafterProfile, n_max: usize) -> ScheduleEstimate {
-        let all = self.load.completions + 1;
-        let step_us = |n: usize| self.step.us(all * (1 + n) - 1).unwrap_or(self.plain_us);
+    /// The schedule with the highest throughput for such drafts, if all completions use the same one. While the target waits
+    /// for the draft of one completion, all of them wait.
+    pub(super) fn best_schedule(&self, drafts: DrafterProfile, n_max: usize) -> ScheduleEstimate {
+        let completions = self.load.completions + 1;
+        let step_us = |n: usize| {
+            let us = self.step_cost.us(completions * (1 + n) - 1, self.tuning);
+            us.unwrap_or(self.plain_us)
+        };
         let plain_us = step_us(0);
         let mut best = ScheduleEstimate {
             rate: 1.0 / plain_us,
             plain_us,
             schedule: DraftSchedule::Plain,
         };
-        let DrafterProfile {
-            undisturbed,
-            beside_step,
-            ..
-        } = supply;
-        let mut sizes = vec![StepEstimate {
+        let DrafterProfile { waiting, stepping, .. } = drafts;
+        let mut steps = vec![StepEstimate {
             us: plain_us,
             expected: 1.0,
-            survives: supply.chance,
+            survival: drafts.acceptance,
         }];
         for n in 1..=n_max {
-            let before = sizes[n - 1];
-            let size = StepEstimate {
+            let before = steps[n - 1];
+            let step = StepEstimate {
                 us: step_us(n),
-                expected: before.expected + before.survives,
-                survives: before.survives * supply.chance,
+                expected: before.expected + before.survival,
+                survival: before.survival * drafts.acceptance,
             };
-            sizes.push(size);
-            let in_a_row = 1.0 / (1.0 - size.survives).max(0.01);
-            // The first step is beside all that the drafter makes ahead. In a row it has to keep up.
+            steps.push(step);
+            // Steps from one contradicted draft to the next.
+            let run = 1.0 / (1.0 - step.survival).max(self.tuning.min_contradiction);
+            // The drafter fills its lookahead during the first step. During the rest of the run it has to keep up.
             let next = (n + 1) as f64;
-            let made = (max_lookahead(n_max) - n) as f64 + (in_a_row - 1.0) * next;
-            let time_us = supply
-                .beside_us(in_a_row * size.us, made)
-                .max(in_a_row * next * beside_step.token_us);
-            let waits = in_a_row * (1.0 - (1.0 - 1.0 / in_a_row).powf(all as f64));
-            let waiting = ScheduleEstimate {
-                rate: in_a_row * size.expected / (waits * undisturbed.comes_us(n) + time_us),
+            let made = (max_lookahead(n_max) - n) as f64 + (run - 1.0) * next;
+            let run_us = drafts
+                .slowed_us(run * step.us, made)
+                .max(run * next * stepping.token_us);
+            let waits = run * (1.0 - (1.0 - 1.0 / run).powf(completions as f64));
+            let wait = ScheduleEstimate {
+                rate: run * step.expected / (waits * waiting.arrival_us(n) + run_us),
                 schedule: DraftSchedule::Wait { n },
                 ..best
             };
-            let in_turns = ScheduleEstimate {
-                rate: size.expected / (undisturbed.comes_us(n) + size.us),
+            let alternate = ScheduleEstimate {
+                rate: step.expected / (waiting.arrival_us(n) + step.us),
                 schedule: DraftSchedule::Alternate { n },
                 ..best
             };
-            if waiting.rate > best.rate {
-                best = waiting;
+            if wait.rate > best.rate {
+                best = wait;
             }
-            if supply.gains_by_rests() && in_turns.rate > best.rate {
-                best = in_turns;
+            if drafts.may_alternate() && alternate.rate > best.rate {
+                best = alternate;
             }
         }
-        // What is worth a step depends on what the steps are worth.
+        // The overlap schedule picks the draft length of each step by the value of time, which its own rate changes.
         for _ in 0..2 {
-            let rate = supply.rate_of_going_on(&sizes, best.rate);
+            let rate = drafts.overlap_rate(&steps, best.rate, self.tuning);
             if rate > best.rate {
                 best = ScheduleEstimate {
                     rate,
@@ -118,139 +125,136 @@ impl CostModel<'_> {
         best
     }
 
-    /// Microseconds of a step over `n` draft tokens, during which the drafter `rests` or not.
-    pub(super) fn step_us(&self, n: usize, rests: bool) -> f64 {
-        let slowed = if rests { 1.0 } else { self.slowed };
-        let us = self.step.us(self.load.tokens + n);
-        us.map_or(self.plain_us, |us| slowed * us)
+    /// Microseconds of a step over `n` draft tokens, while the drafter pauses or not.
+    pub(super) fn step_us(&self, n: usize, drafter_pauses: bool) -> f64 {
+        let slowdown = if drafter_pauses { 1.0 } else { self.slowdown };
+        let us = self.step_cost.us(self.load.tokens + n, self.tuning);
+        us.map_or(self.plain_us, |us| slowdown * us)
     }
 }
 
-/// A draft that is not contradicted yet with less chance, or after so many tokens, is not reckoned with any more.
-const NEGLIGIBLE: f64 = 0.001;
-const MOST_PASSED: f64 = 256.0;
-
-/// A draft in the making that the target may wait for.
+/// A pending draft that the target may wait for.
 pub(super) struct WaitCandidate {
     pub(super) timing: DrafterTiming,
-    /// Of each token that is still to come.
-    pub(super) chance: f64,
+    /// Acceptance rate of each token that is not drafted yet.
+    pub(super) acceptance: f64,
     pub(super) started: bool,
-    /// Microseconds since its last token, or since it was asked for.
+    /// Microseconds since its last token, or since the request.
     pub(super) silent_us: f64,
-    /// From what is there to the most that is waited for.
+    /// From the tokens drafted so far to the most that the target waits for.
     pub(super) lengths: Range<usize>,
-    /// Whether the drafter rests during the step.
-    pub(super) rests: bool,
+    /// Whether the drafter pauses during the step.
+    pub(super) drafter_pauses: bool,
 }
 
-/// Drafts of one source, on the whole.
+/// Drafts of one source, as the cost model sees them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DrafterProfile {
-    /// Of a token that is still to come.
-    pub(super) chance: f64,
-    /// When they come while the target waits, and while it is in a step.
-    pub(super) undisturbed: DraftLatency,
-    pub(super) beside_step: DraftLatency,
-    /// A step takes so many times longer while they are made.
+    /// Acceptance rate of a token that is not drafted yet.
+    pub(super) acceptance: f64,
+    /// Latency while the target waits.
+    pub(super) waiting: DraftLatency,
+    /// Latency while the target is in a step.
+    pub(super) stepping: DraftLatency,
+    /// Factor by which a step takes longer while a draft is made.
     pub(super) slowdown: f64,
 }
 
 impl DrafterProfile {
-    /// Microseconds of steps that take `us` alone, beside so many draft tokens in the making; at most beside a drafter that
-    /// never rests.
-    fn beside_us(&self, us: f64, tokens: f64) -> f64 {
-        let at_work_us = (tokens * self.beside_step.token_us).min(us * self.slowdown);
-        us + (1.0 - 1.0 / self.slowdown) * at_work_us
+    /// Microseconds of steps that take `us` undisturbed, while `tokens` draft tokens are made; at most as long as beside a
+    /// drafter that is always busy.
+    fn slowed_us(&self, us: f64, tokens: f64) -> f64 {
+        let busy_us = (tokens * self.stepping.token_us).min(us * self.slowdown);
+        us + (1.0 - 1.0 / self.slowdown) * busy_us
     }
 
-    /// Tokens per microsecond of a target that goes on with what is there of the drafts, from one contradicted draft to the
-    /// next, if a microsecond is worth `worth` tokens.
-    fn rate_of_going_on(&self, sizes: &[StepEstimate], worth: f64) -> f64 {
-        // Of the sizes up to each, the one that is worth most.
-        let mut best: Vec<(f64, &StepEstimate)> = Vec::with_capacity(sizes.len());
-        for (n, size) in (0_u32..).zip(sizes) {
-            let gain = |size: &StepEstimate| size.expected - worth * size.us;
+    /// Tokens per microsecond of the overlap schedule, from one contradicted draft to the next, where a microsecond is worth
+    /// `rate` tokens.
+    fn overlap_rate(&self, steps: &[StepEstimate], rate: f64, tuning: &Tuning) -> f64 {
+        // For each number of available draft tokens, the number of them with the highest value.
+        let mut best: Vec<(f64, &StepEstimate)> = Vec::with_capacity(steps.len());
+        for (n, step) in (0_u32..).zip(steps) {
+            let value = |step: &StepEstimate| step.expected - rate * step.us;
             best.push(match best.last() {
-                Some(before) if gain(before.1) >= gain(size) => *before,
-                _ => (f64::from(n), size),
+                Some(before) if value(before.1) >= value(step) => *before,
+                _ => (f64::from(n), step),
             });
         }
-        let DraftLatency { first_us, token_us } = self.beside_step;
-        let n_max = sizes.len() - 1;
-        let far = max_lookahead(n_max) as f64;
+        let DraftLatency { first_us, token_us } = self.stepping;
+        let n_max = steps.len() - 1;
+        let lookahead = max_lookahead(n_max) as f64;
         let (mut tokens, mut us) = (0.0, 0.0);
-        // As long as the draft is not contradicted.
-        let (mut chance, mut now_us, mut passed) = (1.0, 0.0, 0.0);
-        while chance > NEGLIGIBLE && passed < MOST_PASSED {
-            let drafting_us = now_us - first_us - SLACK_US;
+        // `survival`: the draft is not contradicted after `committed` tokens and `now_us`.
+        let (mut survival, mut now_us, mut committed) = (1.0, 0.0, 0.0);
+        while survival > tuning.min_survival && committed < tuning.max_survival_tokens {
+            let drafting_us = now_us - first_us - tuning.slack_us;
             let drafted = if drafting_us < 0.0 {
                 0.0
             } else {
-                (1.0 + drafting_us / token_us.max(1.0)).floor().min(passed + far)
+                let made = (1.0 + drafting_us / token_us.max(1.0)).floor();
+                made.min(committed + lookahead)
             };
-            let there = usize::try_from(whole(drafted - passed)).unwrap_or(usize::MAX);
-            let (n, size) = best[there.min(n_max)];
-            let step_us = self.beside_us(size.us, passed + far - drafted);
-            tokens += chance * size.expected;
-            us += chance * step_us;
-            chance *= size.survives;
+            let available = usize::try_from(whole(drafted - committed)).unwrap_or(usize::MAX);
+            let (n, step) = best[available.min(n_max)];
+            let step_us = self.slowed_us(step.us, committed + lookahead - drafted);
+            tokens += survival * step.expected;
+            us += survival * step_us;
+            survival *= step.survival;
             now_us += step_us;
-            passed += n + 1.0;
+            committed += n + 1.0;
         }
         tokens / us
     }
 
-    /// Whether it can be better not to draft during steps. Who rests before it is known how long it takes will not show it.
-    pub(super) fn gains_by_rests(&self) -> bool {
-        let DraftLatency { first_us, token_us } = self.undisturbed;
+    /// Whether alternating can pay. Never pause an unmeasured drafter; it would stay unmeasured.
+    fn may_alternate(&self) -> bool {
+        let DraftLatency { first_us, token_us } = self.waiting;
         self.slowdown > 1.0 && first_us > 0.0 && token_us > 0.0
     }
 }
 
-/// A step over so many draft tokens.
+/// Estimate of a step over some number of draft tokens.
 #[derive(Debug, Clone, Copy)]
 struct StepEstimate {
     /// Microseconds that it takes.
     us: f64,
-    /// Tokens that it yields on average.
+    /// Expected tokens that it yields.
     expected: f64,
-    /// The chance that all of them and the next token of the draft are right.
-    survives: f64,
+    /// Probability that the target accepts all of them and the drafter's next token.
+    survival: f64,
 }
 
-/// When the tokens of a draft come.
+/// When the tokens of a draft arrive.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DraftLatency {
-    /// Microseconds from a step of the target that contradicts a draft until the first token of the next draft is with
-    /// the target.
+    /// Microseconds from the step that contradicts a draft until the first token of the next draft is at the target.
     pub(super) first_us: f64,
-    /// Microseconds between two tokens.
+    /// Microseconds per further token.
     pub(super) token_us: f64,
 }
 
 impl DraftLatency {
-    /// Microseconds until a draft of `n` tokens, at least one, is with the target.
-    pub(super) fn comes_us(self, n: usize) -> f64 {
+    /// Microseconds until a draft of `n` tokens, at least one, is at the target.
+    pub(super) fn arrival_us(self, n: usize) -> f64 {
         self.first_us + (n - 1) as f64 * self.token_us
     }
 }
 
-/// How drafts are used.
+/// How a target and a drafter alternate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DraftSchedule {
-    /// Not at all.
+    /// Nothing is drafted.
     Plain,
-    /// The target goes on and takes what is there.
+    /// The target does not wait and verifies what is drafted by then.
     Overlap,
-    /// The target waits for drafts of `n` tokens; the drafter goes on while they are verified.
+    /// The target waits for drafts of `n` tokens; the drafter goes on during the step.
     Wait { n: usize },
-    /// The target waits for drafts of `n` tokens; the drafter rests while they are verified.
+    /// The target waits for drafts of `n` tokens; the drafter pauses during the step.
     Alternate { n: usize },
 }
 
 impl DraftSchedule {
-    /// Tokens of the drafts that the target waits for, if it waits.
+    /// Length of the drafts that the target waits for, if it waits.
     pub(super) fn waits_for(self) -> Option<usize> {
         match self {
             Self::Wait { n } | Self::Alternate { n } => Some(n),
@@ -259,7 +263,7 @@ impl DraftSchedule {
     }
 }
 
-/// A way to use drafts, and what comes of it.
+/// A schedule and its expected throughput.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ScheduleEstimate {
     /// Tokens per microsecond of one completion.
@@ -270,7 +274,7 @@ pub(super) struct ScheduleEstimate {
 }
 
 impl ScheduleEstimate {
-    /// Speed over that of plain steps.
+    /// Speed relative to plain steps.
     pub(super) fn speed_up(self) -> f64 {
         self.rate * self.plain_us
     }

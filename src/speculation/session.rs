@@ -1,21 +1,22 @@
-//! The state of one drafted completion.
+//! State machine of one drafted completion.
 //!
-//! There is one text that counts, the *committed* tokens, which the target has chosen, and there are several *drafts* of
-//! what may follow them: one found in the text itself by [`Lookup`], and one per drafter, appended by its stream. As long
-//! as a draft repeats what the target commits it stays; when the two differ it is dropped and a new one starts from the
-//! committed tokens. Of the drafts that reach beyond the committed tokens the [`Policy`] chooses the one that is worth
-//! most, how much of it is offered, and whether the target should wait.
+//! The *committed* tokens are the text so far, all of them chosen by the target. Several *drafts* may follow them: one found
+//! in the text itself by [`Lookup`], and one per drafter, extended by its stream. Invariant: a draft agrees with the
+//! committed tokens as far as both reach; a contradicted draft restarts after them. The engine turns messages of the servers
+//! into [`SessionEvent`]s and carries out the [`SessionAction`]s; the [`Policy`] decides which draft to offer, how much of it,
+//! and whether the target waits.
 
 use std::time::Duration;
 
-use super::policy::{ConcurrentLoad, PendingDraft, StepContext, StepPlan, TokenClass};
-use super::{Lookup, Token, micros, whole};
+use super::draft_buffer::DraftBuffer;
+use super::policy::{ConcurrentLoad, PendingDraft, StepContext, StepPlan};
+use super::{Lookup, Policy, Token, TokenClass, micros, whole};
 
-/// What happened.
+/// A message from the target or a drafter.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SessionEvent {
-    /// The target answered: it has committed `tokens`, the first of which stands at `pos`. With `followed`, this
-    /// answers [`SessionAction::Follow`].
+    /// The target has committed `tokens`, the first of them at position `pos`. With `followed`, this answers
+    /// [`SessionAction::Follow`].
     Committed {
         /// Position of the first token, counted from the start of the prompt.
         pos: usize,
@@ -24,43 +25,43 @@ pub enum SessionEvent {
         /// Whether the outstanding follow was answered by this.
         followed: bool,
     },
-    /// The target ended the completion, or will not take drafts for it.
+    /// The target ended the completion or refuses drafts for it.
     Ended,
-    /// A stream of a drafter produced tokens.
+    /// A drafter's stream produced tokens.
     Drafted {
         /// As in [`SessionAction::Draft`].
         stream: u64,
-        /// The next tokens of this stream, with what is known of each.
+        /// The next tokens of this stream and their classes.
         tokens: Vec<(Token, TokenClass)>,
     },
-    /// A stream of a drafter is over.
+    /// A drafter's stream ended.
     DraftEnded {
         /// As in [`SessionAction::Draft`].
         stream: u64,
-        /// The drafter thinks that the text ends here, so it has nothing to add.
+        /// The drafter ended the text and has nothing to add.
         end_of_text: bool,
     },
-    /// A drafter became usable, or ceased to be.
+    /// A drafter became available or unavailable.
     Available {
         /// Its number.
         drafter: usize,
-        /// Whether it is usable now.
+        /// Whether it can draft now.
         available: bool,
     },
 }
 
-/// What to do.
+/// A call for the engine to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SessionAction {
-    /// Offer `tokens` at `pos` and ask to be told when something is committed beyond `pos`.
+    /// Send an offer and wait until the target commits tokens beyond its position (a long poll).
     Follow(Offer),
-    /// Offer `tokens` at `pos`; replaces an earlier offer that was not sent yet.
+    /// Send an offer; it replaces an earlier one that was not sent yet.
     Offer(Offer),
     /// Start a stream of a drafter that continues `prefix` by at most `n` tokens.
     Draft {
         /// The drafter's number.
         drafter: usize,
-        /// Names the stream in the events.
+        /// Identifies the stream in events.
         stream: u64,
         /// All tokens before the stream's first.
         prefix: Vec<Token>,
@@ -72,61 +73,36 @@ pub enum SessionAction {
         /// The drafter's number.
         drafter: usize,
     },
-    /// Nothing is left to do.
+    /// The session is over.
     Finish,
 }
 
-/// Tokens that may follow the committed ones.
+/// Draft tokens for the target.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Offer {
     /// Position of the first token: the number of committed tokens.
     pub pos: usize,
     /// The tokens.
     pub tokens: Vec<Token>,
-    /// The target's next step may wait for this many tokens.
+    /// Tokens that the target's next step may wait for; 0: it does not wait.
     pub n_min: usize,
-    /// The longest time after its last step that it may wait, in microseconds.
+    /// Longest wait after the target's last step, in microseconds.
     pub hold_us: u64,
 }
 
-/// What a session has to know of the moment.
+/// The state around a session when an event is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct SessionContext<'a> {
     /// Most draft tokens that the target can verify in one step.
     pub n_max: usize,
-    /// The running streams.
+    /// The running streams of all drafters.
     pub pending: &'a [PendingDraft],
-    /// Time since the session began.
+    /// Time since the session started.
     pub now: Duration,
-    /// From asking the target to its answer.
+    /// Round trip to the target.
     pub round_trip: Duration,
-    /// What else the target does.
+    /// Other completions on the target.
     pub load: ConcurrentLoad,
-}
-
-/// Who decides; see [`super::AdaptivePolicy`].
-pub trait Policy {
-    /// Learns that a draft token was what the target chose itself, or was not. All tokens before it were.
-    fn observe(&mut self, class: TokenClass, accepted: bool);
-
-    /// How many tokens beyond the committed ones a drafter should draft now, at most; 0: none. It will.
-    fn draft_limit(
-        &mut self,
-        drafter: usize,
-        target_waits: bool,
-        n_max: usize,
-        load: ConcurrentLoad,
-        round_trip: Duration,
-    ) -> usize;
-
-    /// The chance that all of `draft` is accepted.
-    fn prefix_acceptance(&self, draft: &[TokenClass]) -> f64;
-
-    /// How long a step over `n` draft tokens takes beside all else, in microseconds; `None` while nothing is known.
-    fn step_us(&self, n: usize, load: ConcurrentLoad) -> Option<f64>;
-
-    /// What the target should do with a draft.
-    fn choose(&self, draft: &[TokenClass], context: &StepContext) -> StepPlan;
 }
 
 /// The state machine of one completion.
@@ -136,48 +112,41 @@ pub struct Session {
     lookup: Lookup,
     copied: DraftBuffer,
     drafters: Vec<DrafterState>,
-    /// What the target was told last, and what is known of each token of it.
+    /// The last offer sent to the target.
     last_offer: Offer,
+    /// The class of each of its tokens.
     last_offer_classes: Vec<TokenClass>,
-    /// When that arrived at the target, in microseconds since the session began.
+    /// When it arrived at the target, in microseconds since the session started.
     last_offer_at_us: f64,
     target: TargetState,
-    /// When its last step that we know of ended, in microseconds since the session began.
+    /// When the target's last known step ended, in microseconds since the session started.
     last_step_end_us: f64,
-    /// How long the target can do without further draft tokens, in microseconds.
+    /// Microseconds until the target needs the next draft tokens.
     slack_us: f64,
-    /// Streams started so far.
-    streams: u64,
+    /// Number of streams started.
+    n_streams: u64,
     ended: bool,
 }
 
-/// What may follow `committed[..base]`.
-#[derive(Debug, Default)]
-struct DraftBuffer {
-    tokens: Vec<Token>,
-    /// What is known of each token.
-    classes: Vec<TokenClass>,
-    base: usize,
-}
-
+/// A drafter in this session.
 #[derive(Debug, Default)]
 struct DrafterState {
     draft: DraftBuffer,
     /// The running stream.
-    running: Option<u64>,
-    /// The draft ends with the end of the text.
-    complete: bool,
+    stream: Option<u64>,
+    /// The draft reaches the end of the text.
+    at_end: bool,
     available: bool,
-    /// The target waited when the stream was begun or its last token came.
+    /// Whether the target waited when the stream started or its last token arrived.
     target_waited: bool,
 }
 
-/// What the target does; times are microseconds since the session began.
+/// The target's assumed state; times are microseconds since the session started.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum TargetState {
-    /// It waits for an offer until then, and goes on with what is left of the last one.
+    /// It waits for an offer until `until_us`, then verifies the `left` tokens that remain of the last one.
     Waiting { until_us: f64, left: usize },
-    /// It has been in a step over `n` draft tokens since then.
+    /// It has been in a step over `n` draft tokens since `since_us`.
     Stepping { since_us: f64, n: usize },
 }
 
@@ -187,65 +156,21 @@ impl Default for TargetState {
     }
 }
 
-/// The draft that is worth most.
+/// The draft with the most valuable plan.
 struct BestDraft<'a> {
-    choice: StepPlan,
-    /// Its stream runs.
+    plan: StepPlan,
+    /// Whether its stream runs.
     streaming: bool,
-    /// Drafters that have to rest while the target goes on.
-    rest: Vec<usize>,
-    /// What of it is to be offered.
+    /// Drafters that have to pause during the step.
+    paused: Vec<usize>,
+    /// The tokens to offer.
     tokens: &'a [Token],
     classes: &'a [TokenClass],
 }
 
-/// A draft of which the drafter's next token would be accepted with less chance is not continued.
-const MIN_PREFIX_ACCEPTANCE: f64 = 0.05;
-/// A stream that is behind by no more tokens than this may catch up: a new one would have to read these as well.
-const MAX_STREAM_LAG: usize = 2;
-/// Steps that the target may take unheard of; more are not reckoned with.
-const MAX_UNSEEN_STEPS: usize = 4;
-
-impl DraftBuffer {
-    /// Number of tokens beyond the committed ones.
-    fn beyond(&self, committed: usize) -> usize {
-        (self.base + self.tokens.len()).saturating_sub(committed)
-    }
-
-    /// The tokens beyond the committed ones, and their classes.
-    fn ahead(&self, committed: usize) -> (&[Token], &[TokenClass]) {
-        let start = self.tokens.len() - self.beyond(committed);
-        (&self.tokens[start..], &self.classes[start..])
-    }
-
-    /// Forgets what is confirmed. False: it is contradicted, or behind by more than `max_lag` tokens.
-    fn reconcile(&mut self, committed: &[Token], max_lag: usize, policy: &mut impl Policy) -> bool {
-        let unseen = &committed[self.base..];
-        let compared = unseen.len().min(self.tokens.len());
-        let agreed = unseen.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
-        for (i, class) in self.classes[..compared].iter().enumerate().take(agreed + 1) {
-            policy.observe(*class, i < agreed);
-        }
-        if agreed < compared || unseen.len() - compared > max_lag {
-            return false;
-        }
-        self.tokens.drain(..compared);
-        self.classes.drain(..compared);
-        self.base += compared;
-        true
-    }
-
-    fn drop_at(&mut self, base: usize) {
-        *self = Self {
-            base,
-            ..Self::default()
-        };
-    }
-}
-
 impl Session {
-    /// A completion of which nothing is known yet but the client's prediction (perhaps empty), and this many drafters that
-    /// are not usable yet.
+    /// A completion whose prompt is not known yet. `prediction` is what the client expects of the answer, or empty;
+    /// `drafters` is the number of drafters, none of them available yet.
     #[must_use]
     pub fn new(prediction: &[Token], drafters: usize) -> Self {
         Self {
@@ -255,45 +180,44 @@ impl Session {
         }
     }
 
-    /// The tokens that the target has committed, prompt included.
+    /// The committed tokens, prompt included.
     #[must_use]
     pub fn committed(&self) -> &[Token] {
         &self.committed
     }
 
-    /// What was known of the first `n` tokens that the target was offered after the committed ones.
+    /// Classes of the first `n` tokens of the last offer after the committed ones.
     #[must_use]
     pub fn offered(&self, n: usize) -> &[TokenClass] {
         let classes = &self.last_offer_classes[self.last_offer_classes.len() - self.last_offer_remaining()..];
         &classes[..n.min(classes.len())]
     }
 
-    /// How long the target can do without further draft tokens, as far as is known: it is in a step, and the next offer is
-    /// better made with more.
+    /// Time until the target needs the next draft tokens; until then it is in a step.
     #[must_use]
     pub fn slack(&self) -> Duration {
         Duration::from_secs_f64(self.slack_us.max(0.0) / 1e6)
     }
 
-    /// Whether this drafter makes its next token for a target that waits, or waited until that took too long: it is how
-    /// long such a token takes that decides whether the target is to wait.
+    /// Whether the target waits for this drafter's next token, or gave up waiting for it. The latency of such a token decides
+    /// whether the target should wait.
     #[must_use]
     pub fn target_waits_for(&self, drafter: usize, now: Duration) -> bool {
         self.target_waits(now) || self.drafters.get(drafter).is_some_and(|it| it.target_waited)
     }
 
-    /// Whether the target waits for an offer, as far as is known, at this time since the session began.
+    /// Whether the target is assumed to wait for an offer at `now`.
     fn target_waits(&self, now: Duration) -> bool {
         matches!(self.target, TargetState::Waiting { until_us, .. } if micros(now) < until_us)
     }
 
-    /// The first thing to do: learn the prompt.
+    /// The first action: ask for the prompt.
     #[must_use]
     pub fn begin(&self) -> SessionAction {
         SessionAction::Follow(Offer::default())
     }
 
-    /// Takes in what happened and tells what to do, in this order.
+    /// Handles an event. Returns the actions in the order in which to carry them out.
     pub fn handle(
         &mut self,
         event: SessionEvent,
@@ -305,12 +229,12 @@ impl Session {
             return actions;
         }
         let mut follow = false;
-        let mut heard = None;
+        let mut heard_from = None;
         match event {
             SessionEvent::Committed { pos, tokens, followed } => {
                 follow = followed;
                 if !self.commit(pos, &tokens, context) && !followed {
-                    // An offer arrived. If that were reason enough for another one the two would never end.
+                    // Only the arrival of an offer: answering it with another offer would never end.
                     return actions;
                 }
             }
@@ -323,7 +247,7 @@ impl Session {
                 return actions;
             }
             SessionEvent::Drafted { stream, tokens } => {
-                heard = Some(stream);
+                heard_from = Some(stream);
                 if let Some(drafter) = self.drafter_of(stream) {
                     for (token, class) in tokens {
                         drafter.draft.tokens.push(token);
@@ -333,8 +257,8 @@ impl Session {
             }
             SessionEvent::DraftEnded { stream, end_of_text } => {
                 if let Some(drafter) = self.drafter_of(stream) {
-                    drafter.running = None;
-                    drafter.complete = end_of_text;
+                    drafter.stream = None;
+                    drafter.at_end = end_of_text;
                 }
             }
             SessionEvent::Available { drafter, available } => {
@@ -354,7 +278,7 @@ impl Session {
         self.offer(follow, &started, policy, context, &mut actions);
         let waits = self.target_waits(context.now);
         for (number, drafter) in self.drafters.iter_mut().enumerate() {
-            if started.contains(&number) || heard.is_some() && drafter.running == heard {
+            if started.contains(&number) || heard_from.is_some() && drafter.stream == heard_from {
                 drafter.target_waited = waits;
             }
         }
@@ -362,20 +286,20 @@ impl Session {
     }
 
     fn drafter_of(&mut self, stream: u64) -> Option<&mut DrafterState> {
-        self.drafters.iter_mut().find(|it| it.running == Some(stream))
+        self.drafters.iter_mut().find(|it| it.stream == Some(stream))
     }
 
     fn stop_stream(&mut self, drafter: usize, actions: &mut Vec<SessionAction>) {
         if self
             .drafters
             .get_mut(drafter)
-            .is_some_and(|it| it.running.take().is_some())
+            .is_some_and(|it| it.stream.take().is_some())
         {
             actions.push(SessionAction::StopDraft { drafter });
         }
     }
 
-    /// Takes in committed tokens; false: they are known.
+    /// Appends committed tokens. Returns false when all of them were known.
     fn commit(&mut self, pos: usize, tokens: &[Token], context: &SessionContext<'_>) -> bool {
         let known = self.committed.len().saturating_sub(pos);
         if pos > self.committed.len() || known >= tokens.len() {
@@ -389,10 +313,10 @@ impl Session {
         true
     }
 
-    /// What the target does after a step that ended at `at_us` with `passed` tokens beyond the committed ones, if they are
-    /// those of the offer: what is left of that goes into the next step at once, or is waited for to grow.
+    /// The target's state after a step that ended at `at_us`, `passed` tokens beyond the committed ones, if these are the
+    /// tokens of the offer. The rest of the offer goes into the next step, or the target waits for more.
     fn next_step(&self, at_us: f64, passed: usize, n_max: usize) -> TargetState {
-        // An offer that came too late came after one that was alike but for the tokens.
+        // An offer that arrived too late followed one with the same wait but other tokens.
         let arrived = self.last_offer_at_us <= at_us;
         let left = if arrived {
             self.last_offer_remaining().saturating_sub(passed).min(n_max)
@@ -410,7 +334,7 @@ impl Session {
         }
     }
 
-    /// Tokens of the last offer that may still follow the committed ones.
+    /// Number of tokens of the last offer that may still follow the committed ones.
     fn last_offer_remaining(&self) -> usize {
         let passed = self.committed.len().saturating_sub(self.last_offer.pos);
         if self.last_offer.tokens.len() <= passed
@@ -421,24 +345,25 @@ impl Session {
         self.last_offer.tokens.len() - passed
     }
 
-    /// Forgets what of the drafts is confirmed, and drafts that were contradicted or overtaken.
+    /// Removes confirmed tokens from the drafts and restarts drafts that are contradicted or too far behind.
     fn reconcile(&mut self, policy: &mut impl Policy, actions: &mut Vec<SessionAction>) {
+        let max_stream_lag = policy.tuning().max_stream_lag;
         if !self.copied.reconcile(&self.committed, 0, policy) {
-            self.copied.drop_at(self.committed.len());
+            self.copied.restart(self.committed.len());
         }
         for (number, drafter) in self.drafters.iter_mut().enumerate() {
-            let max_lag = if drafter.running.is_some() { MAX_STREAM_LAG } else { 0 };
+            let max_lag = if drafter.stream.is_some() { max_stream_lag } else { 0 };
             if !drafter.draft.reconcile(&self.committed, max_lag, policy) {
-                if drafter.running.take().is_some() {
+                if drafter.stream.take().is_some() {
                     actions.push(SessionAction::StopDraft { drafter: number });
                 }
-                drafter.draft.drop_at(self.committed.len());
-                drafter.complete = false;
+                drafter.draft.restart(self.committed.len());
+                drafter.at_end = false;
             }
         }
     }
 
-    /// Drafts from the text itself.
+    /// Extends the draft from the text itself.
     fn draft_from_text(&mut self, n_max: usize) {
         let beyond = self.copied.beyond(self.committed.len());
         if self.committed.is_empty() || n_max == 0 || beyond >= max_lookahead(n_max) {
@@ -451,7 +376,7 @@ impl Session {
         }
     }
 
-    /// Starts a stream of a drafter that has drafted too little and has none running; says whether it did.
+    /// Starts a stream if the drafter has none and has drafted too little. Returns whether it did.
     fn start_stream(
         &mut self,
         number: usize,
@@ -462,12 +387,12 @@ impl Session {
         let drafter = &self.drafters[number];
         let beyond = drafter.draft.beyond(self.committed.len());
         let (ahead, classes) = drafter.draft.ahead(self.committed.len());
-        if drafter.running.is_some()
-            || drafter.complete
+        if drafter.stream.is_some()
+            || drafter.at_end
             || !drafter.available
             || self.committed.is_empty()
             || context.n_max == 0
-            || policy.prefix_acceptance(classes) < MIN_PREFIX_ACCEPTANCE
+            || policy.prefix_acceptance(classes) < policy.tuning().min_prefix_acceptance
         {
             return false;
         }
@@ -476,21 +401,21 @@ impl Session {
         if beyond >= limit {
             return false;
         }
-        self.streams += 1;
+        self.n_streams += 1;
         let prefix = [&self.committed[..], ahead].concat();
         let n = limit - beyond;
-        self.drafters[number].running = Some(self.streams);
+        self.drafters[number].stream = Some(self.n_streams);
         actions.push(SessionAction::Draft {
             drafter: number,
-            stream: self.streams,
+            stream: self.n_streams,
             prefix,
             n,
         });
         true
     }
 
-    /// Offers the part of the best draft that is worth it, with a new follow or when the target was told something else.
-    /// The streams of `started` were just started.
+    /// Sends the best offer, with a follow or when it differs from the last one. The streams of the drafters `started` were
+    /// just started.
     fn offer(
         &mut self,
         follow: bool,
@@ -509,23 +434,23 @@ impl Session {
         let (busy_us, passed) = self.busy(arrives_us, policy, context);
         let best = self.best(busy_us.unwrap_or(0.0), passed, started, policy, context);
         let BestDraft {
-            choice,
+            plan,
             streaming,
-            rest,
+            paused,
             tokens,
             classes,
         } = best;
-        let (n_min, hold_us) = if choice.wait_us > 0 {
-            // Until we say that it is enough; counted from the last step, or from the one that goes on, which may
+        let (n_min, hold_us) = if plan.wait_us > 0 {
+            // Until a later offer ends the wait. It counts from the last step, or from the end of the current one, which may
             // contradict the draft.
             let hold_us = match busy_us {
-                None => choice.wait_us + whole(arrives_us - self.last_step_end_us),
-                Some(_) => choice.wait_us.max(choice.hold_us),
+                None => plan.wait_us + whole(arrives_us - self.last_step_end_us),
+                Some(_) => plan.wait_us.max(plan.hold_us),
             };
             (context.n_max, hold_us)
-        } else if choice.hold_us > 0 && (busy_us.is_some() || choice.n > 0) {
-            // These are enough. After the step that takes them the target waits until it has heard what comes next.
-            (choice.n.max(1), choice.hold_us)
+        } else if plan.hold_us > 0 && (busy_us.is_some() || plan.n > 0) {
+            // These are enough. After the step that verifies them the target waits for the next offer.
+            (plan.n.max(1), plan.hold_us)
         } else {
             (0, 0)
         };
@@ -536,18 +461,18 @@ impl Session {
             hold_us,
         };
         let classes = classes.to_vec();
-        for drafter in rest {
+        for drafter in paused {
             self.stop_stream(drafter, actions);
         }
-        let news = (offer.pos, &offer.tokens, offer.n_min)
+        let differs = (offer.pos, &offer.tokens, offer.n_min)
             != (self.last_offer.pos, &self.last_offer.tokens, self.last_offer.n_min);
-        // More is to come before the step ends. So it is told at shorter and shorter intervals, not token by token.
+        // More tokens arrive before the step ends, so they are sent at shrinking intervals and not one by one.
         let extends = offer.pos == self.last_offer.pos && offer.tokens.starts_with(&self.last_offer.tokens);
         let round_trip_us = micros(context.round_trip);
         let since_last_offer = (arrives_us - self.last_offer_at_us).max(round_trip_us);
         let busy = busy_us.unwrap_or_default();
         self.slack_us = busy - since_last_offer;
-        if follow || news && !(streaming && extends && self.slack_us > 0.0) {
+        if follow || differs && !(streaming && extends && self.slack_us > 0.0) {
             self.slack_us = busy - round_trip_us;
             self.last_offer = offer.clone();
             self.last_offer_classes = classes;
@@ -573,9 +498,8 @@ impl Session {
         }
     }
 
-    /// What to do next, and the tokens and classes to offer: of the draft that is worth most. By the time that the offer is
-    /// used the target will have chosen `passed` tokens more; what is offered reaches beyond them, for the case that they
-    /// are the draft's.
+    /// The draft with the most valuable plan. When the target uses the offer it will have chosen `passed` more tokens; the
+    /// offer reaches beyond them, in case they are the tokens of the draft.
     fn best(
         &self,
         busy_us: f64,
@@ -585,28 +509,28 @@ impl Session {
         context: &SessionContext<'_>,
     ) -> BestDraft<'_> {
         let committed = self.committed.len();
-        let weigh = |draft: &'_ DraftBuffer, pending: Option<PendingDraft>, rests: Option<usize>| {
-            let circumstances = StepContext {
+        let plan_for = |draft: &'_ DraftBuffer, pending: Option<PendingDraft>, idle_drafter: Option<usize>| {
+            let step_context = StepContext {
                 n_max: context.n_max,
                 pending,
-                rests,
+                idle_drafter,
                 busy_us,
                 round_trip: context.round_trip,
                 load: context.load,
             };
             let classes = draft.ahead(committed).1;
-            policy.choose(classes.get(passed..).unwrap_or_default(), &circumstances)
+            policy.choose(classes.get(passed..).unwrap_or_default(), &step_context)
         };
-        // A step that goes on verifies the draft that was offered: another one is not what it will agree with.
-        let goes_on = |draft: &DraftBuffer| {
-            let verified = self.last_offer_remaining().min(passed.saturating_sub(1));
-            let told =
-                &self.last_offer.tokens[self.last_offer.tokens.len() - self.last_offer_remaining()..][..verified];
-            draft.ahead(committed).0.starts_with(told)
+        // The current step verifies the last offer, so a draft that differs from it will be contradicted.
+        let continues_offer = |draft: &DraftBuffer| {
+            let n_verified = self.last_offer_remaining().min(passed.saturating_sub(1));
+            let verified =
+                &self.last_offer.tokens[self.last_offer.tokens.len() - self.last_offer_remaining()..][..n_verified];
+            draft.ahead(committed).0.starts_with(verified)
         };
-        let (mut best, mut choice, mut streaming) = (&self.copied, weigh(&self.copied, None, None), false);
-        let mut fits = goes_on(&self.copied);
-        let mut rest = Vec::new();
+        let (mut best, mut plan, mut streaming) = (&self.copied, plan_for(&self.copied, None, None), false);
+        let mut fits = continues_offer(&self.copied);
+        let mut paused = Vec::new();
         for (number, drafter) in self.drafters.iter().enumerate() {
             let pending = if started.contains(&number) {
                 Some(PendingDraft {
@@ -615,42 +539,42 @@ impl Session {
                 })
             } else {
                 let running = context.pending.iter().find(|pending| pending.drafter == number);
-                running.copied().filter(|_| drafter.running.is_some())
+                running.copied().filter(|_| drafter.stream.is_some())
             };
-            let rests = drafter.available && drafter.running.is_none() && !drafter.complete;
-            if pending.is_none() && !rests && drafter.draft.beyond(committed) == 0 {
+            let is_idle = drafter.available && drafter.stream.is_none() && !drafter.at_end;
+            if pending.is_none() && !is_idle && drafter.draft.beyond(committed) == 0 {
                 continue;
             }
-            let other = weigh(&drafter.draft, pending, rests.then_some(number));
-            let agrees = goes_on(&drafter.draft);
-            if other.rests && other.wait_us == 0 && drafter.running.is_some() {
-                rest.push(number);
+            let other = plan_for(&drafter.draft, pending, is_idle.then_some(number));
+            let agrees = continues_offer(&drafter.draft);
+            if other.pause_drafter && other.wait_us == 0 && drafter.stream.is_some() {
+                paused.push(number);
             }
-            if (agrees, other.worth, other.n) >= (fits, choice.worth, choice.n) {
-                (best, choice, fits, streaming) = (&drafter.draft, other, agrees, pending.is_some());
+            if (agrees, other.value, other.n) >= (fits, plan.value, plan.n) {
+                (best, plan, fits, streaming) = (&drafter.draft, other, agrees, pending.is_some());
             }
         }
         let (tokens, classes) = best.ahead(committed);
-        // What the target verifies now is offered again, in case that it does not do so yet.
-        let n = if choice.n > 0 {
-            passed + choice.n
+        // Offer again what the target probably verifies now, in case its step has not begun.
+        let n = if plan.n > 0 {
+            passed + plan.n
         } else {
             passed.saturating_sub(1).min(tokens.len())
         };
         BestDraft {
-            choice,
+            plan,
             streaming,
-            rest,
+            paused,
             tokens: &tokens[..n],
             classes: &classes[..n],
         }
     }
 
-    /// How long the target goes on with the step that it is in at `at_us`, and how many tokens it will have chosen then if
-    /// they are those of the draft. `None`: it waits for an offer.
+    /// Microseconds until the step that the target is in at `at_us` ends, and how many tokens it will have chosen then if they
+    /// are those of the draft. `None`: it waits for an offer.
     fn busy(&self, at_us: f64, policy: &impl Policy, context: &SessionContext<'_>) -> (Option<f64>, usize) {
         let (mut target, mut passed) = (self.target, 0);
-        for _ in 0..=MAX_UNSEEN_STEPS {
+        for _ in 0..=policy.tuning().max_unseen_steps {
             let (since_us, n) = match target {
                 TargetState::Waiting { until_us, .. } if at_us < until_us => {
                     return (if passed == 0 { None } else { Some(0.0) }, passed);
@@ -672,323 +596,10 @@ impl Session {
     }
 }
 
-/// How far a draft goes at most: enough for a step, for the token that the target adds, and for the next step.
+/// Longest draft: enough for a step, for the token that the target adds, and for the next step.
 pub(super) fn max_lookahead(n_max: usize) -> usize {
     2 * n_max + 1
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::AdaptivePolicy;
-    use super::*;
-    use proptest::prelude::*;
-
-    const CONTEXT: SessionContext<'_> = SessionContext {
-        n_max: 4,
-        pending: &[],
-        now: Duration::ZERO,
-        round_trip: Duration::from_micros(100),
-        load: ConcurrentLoad {
-            completions: 0,
-            tokens: 0,
-        },
-    };
-
-    /// A session with costs of which nothing is known.
-    struct Tried {
-        session: Session,
-        policy: AdaptivePolicy,
-    }
-
-    impl Tried {
-        fn handle(&mut self, event: SessionEvent) -> Vec<SessionAction> {
-            self.session.handle(event, &mut self.policy, &CONTEXT)
-        }
-    }
-
-    fn committed(pos: usize, tokens: &[Token]) -> SessionEvent {
-        SessionEvent::Committed {
-            pos,
-            tokens: tokens.to_vec(),
-            followed: true,
-        }
-    }
-
-    fn drafted(stream: u64, tokens: &[Token]) -> SessionEvent {
-        SessionEvent::Drafted {
-            stream,
-            tokens: tokens.iter().map(|token| (*token, TokenClass::untold(0))).collect(),
-        }
-    }
-
-    fn available(available: bool) -> SessionEvent {
-        SessionEvent::Available { drafter: 0, available }
-    }
-
-    fn started(actions: &[SessionAction]) -> Option<(u64, Vec<Token>, usize)> {
-        actions.iter().find_map(|action| match action {
-            SessionAction::Draft { stream, prefix, n, .. } => Some((*stream, prefix.clone(), *n)),
-            _ => None,
-        })
-    }
-
-    fn sent(actions: &[SessionAction]) -> Option<Offer> {
-        actions.iter().rev().find_map(|action| match action {
-            SessionAction::Follow(offer) | SessionAction::Offer(offer) => Some(offer.clone()),
-            _ => None,
-        })
-    }
-
-    /// A session that knows the prompt 1 2 3 and has drafted 4 5 6.
-    fn drafting() -> Tried {
-        let mut tried = Tried {
-            session: Session::new(&[], 1),
-            policy: AdaptivePolicy::default(),
-        };
-        tried.handle(available(true));
-        let actions = tried.handle(committed(0, &[1, 2, 3]));
-        assert_eq!(started(&actions), Some((1, vec![1, 2, 3], 9)));
-        let actions = tried.handle(drafted(1, &[4, 5, 6]));
-        let offer = sent(&actions).unwrap();
-        assert_eq!((offer.pos, &offer.tokens[..]), (3, &[4, 5, 6][..]));
-        tried
-    }
-
-    #[test]
-    fn a_draft_that_agrees_is_kept_and_offered_again() {
-        let mut session = drafting();
-        let actions = session.handle(committed(3, &[4, 5]));
-        assert_eq!(
-            sent(&actions).map(|draft| (draft.pos, draft.tokens)),
-            Some((5, vec![6]))
-        );
-        assert_eq!(started(&actions), None);
-    }
-
-    #[test]
-    fn a_draft_that_was_contradicted_is_dropped_and_begun_again() {
-        let mut session = drafting();
-        let actions = session.handle(committed(3, &[4, 9]));
-        assert!(actions.contains(&SessionAction::StopDraft { drafter: 0 }));
-        assert_eq!(sent(&actions).map(|draft| (draft.pos, draft.tokens)), Some((5, vec![])));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 9], 9)));
-        let late = session.handle(drafted(1, &[7]));
-        assert_eq!(late, vec![], "tokens of an ended stream count for nothing");
-    }
-
-    #[test]
-    fn a_stream_at_its_end_is_continued() {
-        let mut session = drafting();
-        let actions = session.handle(SessionEvent::DraftEnded {
-            stream: 1,
-            end_of_text: false,
-        });
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6], 6)));
-    }
-
-    #[test]
-    fn a_drafter_that_sees_the_end_of_the_text_is_asked_again_only_when_the_target_goes_on() {
-        let mut session = drafting();
-        let actions = session.handle(SessionEvent::DraftEnded {
-            stream: 1,
-            end_of_text: true,
-        });
-        assert_eq!(started(&actions), None);
-        let actions = session.handle(committed(3, &[4, 5, 6]));
-        assert_eq!(started(&actions), None);
-        assert_eq!(
-            sent(&actions),
-            Some(Offer {
-                pos: 6,
-                tokens: vec![],
-                n_min: 0,
-                hold_us: 0
-            })
-        );
-        let actions = session.handle(committed(6, &[7]));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 4, 5, 6, 7], 9)));
-    }
-
-    #[test]
-    fn that_an_offer_arrived_is_no_reason_for_another() {
-        let mut session = drafting();
-        for _ in 0..3 {
-            let arrived = SessionEvent::Committed {
-                pos: 3,
-                tokens: vec![],
-                followed: false,
-            };
-            assert_eq!(session.handle(arrived), vec![]);
-        }
-    }
-
-    #[test]
-    fn the_target_never_waits_for_a_drafter_that_is_gone() {
-        let mut session = drafting();
-        session.handle(available(false));
-        let actions = session.handle(committed(3, &[9]));
-        assert_eq!(
-            sent(&actions),
-            Some(Offer {
-                pos: 4,
-                tokens: vec![],
-                n_min: 0,
-                hold_us: 0
-            })
-        );
-        assert_eq!(started(&actions), None);
-        let actions = session.handle(available(true));
-        assert_eq!(started(&actions), Some((2, vec![1, 2, 3, 9], 9)));
-    }
-
-    #[test]
-    fn text_that_comes_again_is_offered_without_a_drafter() {
-        let mut tried = Tried {
-            session: Session::new(&[], 1),
-            policy: AdaptivePolicy::default(),
-        };
-        tried.policy.calibrate([(0, Duration::from_millis(40))]);
-        let text: Vec<Token> = (1..20).chain(1..12).collect();
-        let actions = tried.handle(committed(0, &text));
-        assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![12, 13, 14, 15, 16]));
-        let actions = tried.handle(committed(text.len(), &[12, 13]));
-        assert_eq!(sent(&actions).map(|offer| offer.tokens), Some(vec![14, 15, 16, 17]));
-    }
-
-    #[test]
-    fn after_the_end_nothing_is_done() {
-        let mut session = drafting();
-        assert_eq!(
-            session.handle(SessionEvent::Ended),
-            vec![SessionAction::StopDraft { drafter: 0 }, SessionAction::Finish]
-        );
-        assert_eq!(session.handle(committed(3, &[4])), vec![]);
-    }
-
-    /// One thing that may happen to a session, as the model below turns it into an event.
-    #[derive(Debug, Clone)]
-    enum Move {
-        /// The target commits so many tokens of its text.
-        Commit(usize),
-        /// The answer repeats so many tokens that are known already.
-        Repeat(usize),
-        /// The drafter produces tokens, each right with the chance given by the flags.
-        Draft(Vec<bool>),
-        EndStream(bool),
-        Available(bool),
-    }
-
-    fn moves() -> impl Strategy<Value = Vec<Move>> {
-        prop::collection::vec(
-            prop_oneof![
-                4 => (1_usize..6).prop_map(Move::Commit),
-                1 => (0_usize..6).prop_map(Move::Repeat),
-                6 => prop::collection::vec(prop::bool::weighted(0.8), 1..6).prop_map(Move::Draft),
-                2 => any::<bool>().prop_map(Move::EndStream),
-                1 => any::<bool>().prop_map(Move::Available),
-            ],
-            1..120,
-        )
-    }
-
-    proptest! {
-        /// The target's text is 0 1 2 3 …; a wrong draft token is negative.
-        #[test]
-        fn whatever_happens_the_session_follows_the_target(moves in moves(), n_max in 0_usize..6, measured: bool) {
-            let mut policy = AdaptivePolicy::default();
-            if measured {
-                policy.calibrate([(0, Duration::from_millis(40))]);
-                policy.record_first_token(0, Duration::from_millis(2), true);
-                policy.record_tokens(0, 1, Duration::from_micros(300), true);
-            }
-            let text = |from: usize, to: usize| (from..to).map(|i| Token::try_from(i).unwrap()).collect::<Vec<_>>();
-            let mut session = Session::new(&[], 1);
-            let mut known = 0;
-            let mut stream: Option<(u64, usize)> = None;
-            let mut streams = 0;
-            for step in moves {
-                let event = match step {
-                    Move::Commit(n) => {
-                        known += n;
-                        SessionEvent::Committed { pos: known - n, tokens: text(known - n, known), followed: true }
-                    }
-                    Move::Repeat(n) => {
-                        let pos = known.saturating_sub(n);
-                        SessionEvent::Committed { pos, tokens: text(pos, known), followed: false }
-                    }
-                    Move::Draft(right) => {
-                        let Some((id, end)) = &mut stream else { continue };
-                        let tokens = right
-                            .iter()
-                            .enumerate()
-                            .map(|(i, right)| Token::try_from(*end + i).unwrap() * if *right { 1 } else { -1 } - Token::from(!right))
-                            .map(|token| (token, TokenClass::untold(0)))
-                            .collect::<Vec<_>>();
-                        *end += tokens.len();
-                        SessionEvent::Drafted { stream: *id, tokens }
-                    }
-                    Move::EndStream(end_of_text) => {
-                        let Some((id, _)) = stream.take() else { continue };
-                        SessionEvent::DraftEnded { stream: id, end_of_text }
-                    }
-                    Move::Available(it) => available(it),
-                };
-                let followed = matches!(event, SessionEvent::Committed { followed: true, .. });
-                let pending = stream.map(|_| PendingDraft { drafter: 0, started: true, silent_for: Duration::ZERO });
-                let context = SessionContext { n_max, pending: pending.as_slice(), ..CONTEXT };
-                let actions = session.handle(event, &mut policy, &context);
-                let follows = actions.iter().filter(|action| matches!(action, SessionAction::Follow(_))).count();
-                prop_assert_eq!(follows, usize::from(followed), "one follow is always outstanding");
-                for action in actions {
-                    match action {
-                        SessionAction::Follow(draft) | SessionAction::Offer(draft) => {
-                            prop_assert_eq!(draft.pos, known, "offers begin where the committed tokens end");
-                            prop_assert!((draft.n_min == 0) == (draft.hold_us == 0));
-                        }
-                        SessionAction::Draft { stream: id, prefix, n, .. } => {
-                            prop_assert!(stream.is_none(), "one stream at a time");
-                            prop_assert!(id > streams && n > 0);
-                            prop_assert_eq!(&prefix[..known], &text(0, known)[..]);
-                            streams = id;
-                            stream = Some((id, prefix.len()));
-                        }
-                        SessionAction::StopDraft { .. } => stream = None,
-                        SessionAction::Finish => prop_assert!(false, "it was not ended"),
-                    }
-                }
-                prop_assert_eq!(session.committed(), &text(0, known)[..]);
-                for draft in [&session.copied, &session.drafters[0].draft] {
-                    prop_assert!(draft.tokens.len() == draft.beyond(known), "confirmed draft tokens are forgotten");
-                    prop_assert!(draft.tokens.len() == draft.classes.len());
-                }
-            }
-        }
-
-        /// Few different tokens, so that the text repeats itself.
-        #[test]
-        fn what_is_looked_up_is_offered_where_it_belongs(
-            prediction in prop::collection::vec(0..3, 0..20),
-            commits in prop::collection::vec(prop::collection::vec(0..3, 1..5), 1..60),
-        ) {
-            let mut policy = AdaptivePolicy::default();
-            policy.calibrate([(0, Duration::from_millis(40))]);
-            let mut session = Session::new(&prediction, 0);
-            let mut text = Vec::new();
-            for tokens in commits {
-                let pos = text.len();
-                text.extend_from_slice(&tokens);
-                let event = SessionEvent::Committed { pos, tokens, followed: true };
-                for action in session.handle(event, &mut policy, &CONTEXT) {
-                    match action {
-                        SessionAction::Follow(offer) => {
-                            prop_assert_eq!(offer.pos, text.len());
-                            prop_assert!(offer.tokens.len() <= max_lookahead(CONTEXT.n_max));
-                        }
-                        other => prop_assert!(false, "{other:?} without a drafter"),
-                    }
-                }
-                prop_assert_eq!(session.committed(), &text[..]);
-            }
-        }
-    }
-}
+mod tests;

@@ -1,142 +1,126 @@
-//! How much longer a pass of the target takes while a drafter is at work, as on a device that both share.
+//! Factor by which a pass of the target takes longer while a drafter is busy, as on a device that both share.
 //!
-//! It is measured side by side when both have come up, and later only by two passes in a row of which the drafter was at
-//! work beside one. What else goes on on the machine, and how long the context is, is about the same for both.
+//! The factor comes from pairs of adjacent passes only, one without and one with the drafter. The rest of the machine's load
+//! and the length of the context are about the same for both. [`super::AdaptivePolicy`] keeps one [`Slowdown`] per drafter,
+//! calibrates it at startup and updates it with each step.
 
-/// The slowdown by one drafter.
+use super::Tuning;
+
+/// The slowdown of the target by one drafter.
 #[derive(Debug, Clone, Copy)]
-pub struct Slowdown {
-    /// Logarithm of the factor, so that too much and too little weigh alike.
+pub(super) struct Slowdown {
+    /// Logarithm of the factor, so that errors in both directions weigh the same.
     log: f64,
     /// Comparisons that it rests on.
-    seen: f64,
-    /// Share of the last passes during which it was at work, fading.
-    beside: f64,
-    /// Passes since the last comparison, and after how many the next one is wanted.
-    since: u32,
-    patience: u32,
+    weight: f64,
+    /// Average share of the last passes during which the drafter was busy.
+    busy_share: f64,
+    passes_since_comparison: u32,
+    /// Passes after which a comparison is due.
+    reprobe_interval: u32,
 }
 
-/// A pass of the target, beside drafters or not.
+/// A pass of the target with or without drafters at work.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct PassSample {
-    /// Its time over that of a pass of its size as expected.
-    pub deviation: f64,
-    /// For what share of it each drafter was at work; nothing: not at all.
-    pub beside: Vec<f64>,
+pub(super) struct PassSample {
+    /// Its duration over the expected one of a pass of its size.
+    pub(super) overrun: f64,
+    /// Share of it, 0 to 1, during which each drafter was busy; missing entries are 0.
+    pub(super) busy_shares: Vec<f64>,
 }
 
-/// A pass that is wanted to compare others with.
+/// The kind of pass that is needed to measure the slowdown again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReprobeKind {
-    /// A plain one, the drafter at rest: what is gained is gained over these.
+pub(super) enum ReprobeKind {
+    /// One without the drafter.
     Alone,
-    /// One that the drafter is at work beside.
+    /// One with the drafter at work.
     Concurrent,
 }
 
-/// Beside less than this share of a pass a drafter does not count.
-const ALONE: f64 = 0.1;
-/// ... and beside less than this it is not to be told from none.
-const CLEAN: f64 = 0.02;
-/// Beside more than this share it tells something.
-const BESIDE: f64 = 0.15;
-/// Comparisons that a measurement at the start counts for, and the most that are remembered.
-const MEASURED: f64 = 4.0;
-const MEMORY: f64 = 10.0;
-/// What of a new value goes into the share.
-const NEW: f64 = 0.1;
-/// The slowdown is not taken to be more.
-const MOST: f64 = 16.0;
-/// Less is noise: both then count as on devices of their own.
-const SHARED: f64 = 1.05;
-/// A comparison that is off by more is soon repeated.
-const SURPRISE: f64 = 1.35;
-/// Passes after which a slowdown is compared again although that costs something, at first and at most; it doubles.
-const PATIENCE: (u32, u32) = (64, 1024);
-/// For so many passes.
-const TRIES: u32 = 6;
-
-impl Default for Slowdown {
-    fn default() -> Self {
+impl Slowdown {
+    /// No slowdown, not measured.
+    pub(super) fn new(tuning: &Tuning) -> Self {
         Self {
             log: 0.0,
-            seen: 0.0,
-            beside: 0.0,
-            since: 0,
-            patience: PATIENCE.0,
+            weight: 0.0,
+            busy_share: 0.0,
+            passes_since_comparison: 0,
+            reprobe_interval: tuning.min_reprobe_interval,
         }
     }
-}
 
-impl Slowdown {
-    /// Passes beside the drafter were seen to take `factor` times as long as without.
-    pub fn measured(&mut self, factor: f64) {
+    /// Sets the factor that was measured at startup.
+    pub(super) fn calibrate(&mut self, factor: f64, tuning: &Tuning) {
         *self = Self {
-            log: factor.clamp(1.0 / MOST, MOST).ln(),
-            seen: MEASURED,
-            ..Self::default()
+            log: bounded_log(factor, tuning),
+            weight: tuning.calibration_weight,
+            ..Self::new(tuning)
         };
     }
 
-    /// Takes in a pass and the one before, `drafter` being the number of this one.
-    pub fn record(&mut self, drafter: usize, before: Option<&PassSample>, pass: &PassSample) {
-        let share = pass.beside(drafter);
-        self.beside += NEW * (share - self.beside);
-        self.since += 1;
-        if self.since >= self.patience + TRIES {
-            self.compared(true);
+    /// Records a pass after the pass `before`; `drafter` is the number of this drafter.
+    pub(super) fn record(&mut self, drafter: usize, before: Option<&PassSample>, pass: &PassSample, tuning: &Tuning) {
+        let share = pass.busy_share(drafter);
+        self.busy_share += tuning.busy_share_weight * (share - self.busy_share);
+        self.passes_since_comparison += 1;
+        if self.passes_since_comparison >= self.reprobe_interval + tuning.reprobe_steps {
+            self.restart_interval(true, tuning);
         }
-        // The other way round the drafter may still have been at its last token.
-        let Some(alone) = before.filter(|before| before.beside(drafter) < CLEAN) else {
+        // Only this order counts: after a pass with the drafter, it may still finish its last token.
+        let Some(alone) = before.filter(|before| before.busy_share(drafter) < tuning.undisturbed_share) else {
             return;
         };
-        let alike = |other| other == drafter || (alone.beside(other) - pass.beside(other)).abs() < ALONE;
-        if share < BESIDE || !(0..alone.beside.len().max(pass.beside.len())).all(alike) {
+        let others_alike = |other| {
+            other == drafter || (alone.busy_share(other) - pass.busy_share(other)).abs() < tuning.min_busy_share
+        };
+        let n_drafters = alone.busy_shares.len().max(pass.busy_shares.len());
+        if share < tuning.disturbed_share || !(0..n_drafters).all(others_alike) {
             return;
         }
-        let factor = 1.0 + (pass.deviation / alone.deviation - 1.0) / share;
+        let factor = 1.0 + (pass.overrun / alone.overrun - 1.0) / share;
         if factor.is_finite() {
-            let off = factor.clamp(1.0 / MOST, MOST).ln() - self.log;
-            // The shorter it was at work the less does the pass tell.
-            self.log += share / (self.seen + 1.0) * off;
-            self.seen = (self.seen + share).min(MEMORY);
-            self.compared(off.abs() < SURPRISE.ln());
+            let error = bounded_log(factor, tuning) - self.log;
+            // A pass weighs as much as the drafter was busy during it.
+            self.log += share / (self.weight + 1.0) * error;
+            self.weight = (self.weight + share).min(tuning.slowdown_memory);
+            self.restart_interval(error.abs() < tuning.slowdown_surprise.ln(), tuning);
         }
     }
 
-    fn compared(&mut self, as_expected: bool) {
-        self.since = 0;
-        self.patience = if as_expected {
-            (2 * self.patience).min(PATIENCE.1)
+    fn restart_interval(&mut self, as_expected: bool, tuning: &Tuning) {
+        self.passes_since_comparison = 0;
+        self.reprobe_interval = if as_expected {
+            (2 * self.reprobe_interval).min(tuning.max_reprobe_interval)
         } else {
-            PATIENCE.0
+            tuning.min_reprobe_interval
         };
     }
 
-    /// A pass takes so many times longer while the drafter is at work.
-    pub fn factor(self) -> f64 {
+    /// Factor of a pass during which the drafter is always busy; 1 where the difference is noise.
+    pub(super) fn factor(self, tuning: &Tuning) -> f64 {
         let factor = self.log.exp();
-        if factor < SHARED { 1.0 } else { factor }
+        if factor < tuning.min_slowdown { 1.0 } else { factor }
     }
 
-    /// As [`Self::factor`], of a pass during which it is at work for the share `beside`.
-    pub fn of(self, beside: f64) -> f64 {
-        1.0 + beside * (self.factor() - 1.0)
+    /// Factor of a pass during which the drafter is busy for a share.
+    pub(super) fn at_share(self, busy_share: f64, tuning: &Tuning) -> f64 {
+        1.0 + busy_share * (self.factor(tuning) - 1.0)
     }
 
-    /// As [`Self::of`], with the drafter at work as much as lately.
-    pub fn now(self) -> f64 {
-        self.of(self.beside)
+    /// Factor of a pass during which the drafter is as busy as lately.
+    pub(super) fn current(self, tuning: &Tuning) -> f64 {
+        self.at_share(self.busy_share, tuning)
     }
 
-    /// What the next pass should be like although that costs something, since it has been otherwise for long.
-    pub fn reprobe(self) -> Option<ReprobeKind> {
-        let tries = self.since.checked_sub(self.patience)?;
-        if self.factor() <= 1.0 && self.beside < BESIDE {
+    /// The kind of pass that should come next to measure the slowdown again, although it costs something; `None` while none
+    /// is due.
+    pub(super) fn reprobe(self, tuning: &Tuning) -> Option<ReprobeKind> {
+        let tries = self.passes_since_comparison.checked_sub(self.reprobe_interval)?;
+        if self.factor(tuning) <= 1.0 && self.busy_share < tuning.disturbed_share {
             return None;
         }
-        Some(if tries < TRIES / 2 {
+        Some(if tries < tuning.reprobe_steps / 2 {
             ReprobeKind::Alone
         } else {
             ReprobeKind::Concurrent
@@ -144,15 +128,19 @@ impl Slowdown {
     }
 }
 
+fn bounded_log(factor: f64, tuning: &Tuning) -> f64 {
+    factor.clamp(1.0 / tuning.max_slowdown, tuning.max_slowdown).ln()
+}
+
 impl PassSample {
-    /// The share of it during which that drafter was at work.
-    pub fn beside(&self, drafter: usize) -> f64 {
-        self.beside.get(drafter).copied().unwrap_or_default()
+    /// Share of the pass during which this drafter was busy.
+    pub(super) fn busy_share(&self, drafter: usize) -> f64 {
+        self.busy_shares.get(drafter).copied().unwrap_or_default()
     }
 
-    /// Whether no drafter was.
-    pub fn is_alone(&self) -> bool {
-        self.beside.iter().all(|share| *share < ALONE)
+    /// Whether no drafter was busy for long enough to count.
+    pub(super) fn is_undisturbed(&self, tuning: &Tuning) -> bool {
+        self.busy_shares.iter().all(|share| *share < tuning.min_busy_share)
     }
 }
 
@@ -160,82 +148,85 @@ impl PassSample {
 mod tests {
     use super::*;
 
-    fn pass(deviation: f64, beside: f64) -> PassSample {
+    const TUNING: &Tuning = &Tuning::DEFAULT;
+
+    fn pass(overrun: f64, busy_share: f64) -> PassSample {
         PassSample {
-            deviation,
-            beside: vec![beside],
+            overrun,
+            busy_shares: vec![busy_share],
         }
     }
 
     fn after(passes: impl IntoIterator<Item = PassSample>) -> Slowdown {
-        let mut slowdown = Slowdown::default();
+        let mut slowdown = Slowdown::new(TUNING);
         let mut before = None;
         for pass in passes {
-            slowdown.record(0, before.as_ref(), &pass);
+            slowdown.record(0, before.as_ref(), &pass, TUNING);
             before = Some(pass);
         }
         slowdown
     }
 
     #[test]
-    fn passes_in_a_row_tell_what_a_drafter_costs_whatever_else_slows_them_down() {
+    fn adjacent_passes_show_the_slowdown_whatever_else_slows_them_down() {
         // The machine gets three times slower meanwhile.
         let load = |i: u32| 1.0 + f64::from(i) / 100.0;
         let shared = after((0..200).map(|i| pass(load(i) * if i % 2 == 0 { 1.0 } else { 1.9 }, f64::from(i % 2))));
-        assert!((1.8..2.0).contains(&shared.factor()), "{shared:?}");
+        assert!((1.8..2.0).contains(&shared.factor(TUNING)), "{shared:?}");
         let own = after((0..200).map(|i| pass(load(i), f64::from(i % 2))));
-        assert!(own.factor() < 1.01, "{own:?}");
+        assert!(own.factor(TUNING) < 1.01, "{own:?}");
     }
 
     #[test]
-    fn half_a_pass_beside_a_drafter_tells_what_a_whole_one_would_cost() {
+    fn half_a_pass_beside_a_drafter_predicts_a_whole_one() {
         let slowdown = after((0..300).map(|i| if i % 2 == 0 { pass(1.0, 0.0) } else { pass(1.45, 0.5) }));
-        assert!((1.8..2.0).contains(&slowdown.factor()), "{slowdown:?}");
+        assert!((1.8..2.0).contains(&slowdown.factor(TUNING)), "{slowdown:?}");
     }
 
     #[test]
-    fn a_slowdown_that_is_no_more_is_forgotten() {
-        let mut slowdown = Slowdown::default();
-        slowdown.measured(3.0);
+    fn a_slowdown_that_ended_is_forgotten() {
+        let mut slowdown = Slowdown::new(TUNING);
+        slowdown.calibrate(3.0, TUNING);
         for i in 0..60 {
             slowdown.record(
                 0,
                 Some(&pass(1.0, f64::from(i % 2))),
                 &pass(1.0, f64::from((i + 1) % 2)),
+                TUNING,
             );
         }
-        assert!(slowdown.factor() < 1.01, "{slowdown:?}");
+        assert!(slowdown.factor(TUNING) < 1.01, "{slowdown:?}");
     }
 
     #[test]
-    fn what_another_drafter_costs_is_not_this_ones() {
-        let both = |deviation, beside: [f64; 2]| PassSample {
-            deviation,
-            beside: beside.to_vec(),
+    fn the_slowdown_by_another_drafter_is_not_counted() {
+        let both = |overrun, busy_shares: [f64; 2]| PassSample {
+            overrun,
+            busy_shares: busy_shares.to_vec(),
         };
-        let mut one = Slowdown::default();
+        let mut one = Slowdown::new(TUNING);
         for _ in 0..100 {
-            one.record(0, Some(&both(1.0, [0.0, 0.0])), &both(2.0, [1.0, 1.0]));
+            one.record(0, Some(&both(1.0, [0.0, 0.0])), &both(2.0, [1.0, 1.0]), TUNING);
         }
-        assert!(one.factor() < 1.01, "{one:?}");
+        assert!(one.factor(TUNING) < 1.01, "{one:?}");
     }
 
     #[test]
-    fn it_is_doubted_now_and_then_and_less_and_less_often() {
-        let mut slowdown = Slowdown::default();
-        slowdown.measured(2.0);
-        let mut doubts = Vec::new();
+    fn it_is_measured_again_at_growing_intervals() {
+        let mut slowdown = Slowdown::new(TUNING);
+        slowdown.calibrate(2.0, TUNING);
+        let mut reprobes = Vec::new();
         for i in 0..2000 {
-            slowdown.record(0, Some(&pass(1.0, 0.0)), &pass(1.0, 0.0));
-            doubts.extend(slowdown.reprobe().map(|doubt| (i, doubt)));
+            slowdown.record(0, Some(&pass(1.0, 0.0)), &pass(1.0, 0.0), TUNING);
+            reprobes.extend(slowdown.reprobe(TUNING).map(|kind| (i, kind)));
         }
-        let of = |it| doubts.iter().filter(|(_, doubt)| *doubt == it).count();
-        let (alone, beside) = (of(ReprobeKind::Alone), of(ReprobeKind::Concurrent));
-        assert!(alone >= beside && beside > 6, "{doubts:?}");
-        let doubts: Vec<i32> = doubts.iter().map(|(i, _)| *i).collect();
+        let of = |it| reprobes.iter().filter(|(_, doubt)| *doubt == it).count();
+        let (alone, concurrent) = (of(ReprobeKind::Alone), of(ReprobeKind::Concurrent));
+        assert!(alone >= concurrent && concurrent > 6, "{reprobes:?}");
+        let reprobes: Vec<i32> = reprobes.iter().map(|(i, _)| *i).collect();
         assert!(
-            doubts.len() < 30 && doubts[0] < 100 && doubts[doubts.len() - 1] > 800,
-            "{doubts:?}"
+            reprobes.len() < 30 && reprobes[0] < 100 && reprobes[reprobes.len() - 1] > 800,
+            "{reprobes:?}"
         );
     }
 }

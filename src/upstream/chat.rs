@@ -1,4 +1,6 @@
-//! A streamed chat completion, as a client of any OpenAI-compatible server sees it.
+//! A streamed chat completion, as a client of any OpenAI-compatible server sees it, with its times.
+//!
+//! A request is never sent twice: it makes the server generate. `bench`, `verify` and `chat` use it.
 
 use std::borrow::Cow;
 use std::io;
@@ -9,17 +11,18 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::connection::error_message;
 use super::sse::data;
 use crate::config::Secret;
 use crate::failure;
 use crate::http::client::{self, ReadError};
 
-/// How long a connection may take to come about.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// Timeout for connecting.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most bytes of an answer in one piece, of an event, and of an error.
 const LONGEST: (usize, usize, usize) = (16 << 20, 4 << 20, 64 << 10);
-/// How long a server may take to end the stream of an answer that is complete.
-const END_PATIENCE: Duration = Duration::from_secs(1);
+/// Timeout for the end of a stream whose answer is complete.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why there is no answer, or only a part of one.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +56,7 @@ pub enum ChatError {
         /// Why, in the server's words if it had any.
         message: String,
     },
-    /// An event that is none.
+    /// An event that is not JSON.
     #[error("{url} sent an event that is no JSON: {cause}")]
     Malformed {
         /// The server.
@@ -61,7 +64,7 @@ pub enum ChatError {
         /// What is wrong with it.
         cause: serde_json::Error,
     },
-    /// Whoever takes the pieces cannot take more.
+    /// The receiver of the pieces failed.
     #[error(transparent)]
     Reader(#[from] io::Error),
 }
@@ -102,7 +105,7 @@ pub struct ChatServer {
     model: Option<String>,
 }
 
-/// What of a request differs from the server's defaults.
+/// Options of a request; `None` leaves the server's default.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Wishes {
     /// Most tokens of the answer.
@@ -113,7 +116,7 @@ pub struct Wishes {
     pub seed: Option<u64>,
     /// Read the whole prompt, whatever the server remembers of it (a field of llama-server's).
     pub forget_prompt: bool,
-    /// Tell the ids of the answer's tokens, of a llama-server, which sends them with the log-probabilities.
+    /// Ask for the ids of the answer's tokens, which llama-server sends with the log-probabilities.
     pub token_ids: bool,
 }
 
@@ -137,11 +140,11 @@ pub struct Answer {
     pub tokens: u64,
     /// From the sending of the request to the first piece; `None` for an answer without any.
     pub first_token: Option<Duration>,
-    /// From its first piece to the event that ends it.
+    /// From the first piece to the event that ends the answer.
     pub duration: Duration,
-    /// What was counted of its drafting; `None` when nobody tells.
+    /// Counts of its drafting; `None` where the server reports none.
     pub drafting: Option<Drafting>,
-    /// The ids of its tokens, if they were wished for and the server tells.
+    /// The ids of its tokens, if they were asked for and the server reports them.
     pub token_ids: Vec<i64>,
 }
 
@@ -165,12 +168,12 @@ impl Answer {
     }
 }
 
-/// An HTTP client for servers that this user's own machines run: never through a proxy of the environment, and with a
-/// connection per request, because llama-server closes idle ones whenever it likes and a POST must not be sent twice.
+/// An HTTP client that opens a connection per request: llama-server may close an idle one at any time, and a POST must not
+/// be sent twice.
 pub fn client() -> Result<Client, ChatError> {
     client::builder()
         .pool_max_idle_per_host(0)
-        .connect_timeout(CONNECT_PATIENCE)
+        .connect_timeout(CONNECT_TIMEOUT)
         .build()
         .map_err(ChatError::NoClient)
 }
@@ -222,9 +225,9 @@ impl ChatServer {
             let line = line.map_err(|error| unread(&self.url, error))?;
             let Some(event) = data(&line) else { continue };
             if event == b"[DONE]" {
-                // Who leaves before the stream ends has cancelled, to the one that serves it.
+                // To the server, a client that leaves before the end of the stream has cancelled.
                 let end = async { while let Some(Ok(_)) = lines.next().await {} };
-                let _ = tokio::time::timeout(END_PATIENCE, end).await;
+                let _ = tokio::time::timeout(END_TIMEOUT, end).await;
                 return Ok(answer.finish());
             }
             for piece in answer.event(&self.url, event)? {
@@ -400,12 +403,7 @@ pub async fn refused(url: &str, response: Response) -> ChatError {
     let text = client::beginning(response, LONGEST.2).await;
     let message = serde_json::from_str::<Value>(&text)
         .ok()
-        .and_then(|body| {
-            body["error"]["message"]
-                .as_str()
-                .or_else(|| body["error"].as_str())
-                .map(str::to_owned)
-        })
+        .and_then(|body| error_message(body.get("error")?))
         .unwrap_or_else(|| {
             if text.trim_start().starts_with('<') {
                 "a web page; is this the right server?".to_owned()

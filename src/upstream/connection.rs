@@ -1,4 +1,7 @@
-//! Questions over HTTP to one server behind us, and its answers.
+//! Requests to one server behind this process, and every error that such a request can have.
+//!
+//! Nothing that is asked changes the server, so a request that broke off is sent once more, but for
+//! [`Connection::post_once`].
 
 use std::time::Duration;
 
@@ -13,26 +16,26 @@ use crate::failure;
 use crate::http::client::{self, ReadError};
 use crate::http::headers::X_DRAFT_AUTHORIZATION;
 
-/// What a server knows by itself it tells within this time, or not at all.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// Timeout for metadata requests.
+pub(super) const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most bytes of an answer that says something of the server, or a few tokens.
+/// Most bytes of an answer with metadata or a few tokens.
 pub(super) const SHORT: usize = 4 << 20;
 /// Most bytes of an answer that repeats a prompt as token ids.
 pub(super) const LONG: usize = 16 << 20;
 /// Most bytes of a line of a stream: a few tokens.
 const LINE: usize = 256 << 10;
-/// Most pieces of an answer that are read behind its last word.
+/// Most pieces of an answer that are read after its last event.
 const REST: usize = 16;
 /// Most bytes of an error that are read …
 const ERROR: usize = 64 << 10;
 /// … and most characters of it that are shown.
 const SHOWN: usize = 300;
 
-/// Why a server behind us gave no answer that can be used.
+/// Why a server gave no usable answer.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum UpstreamError {
-    /// No answer in time.
+    /// No answer within the timeout.
     #[error("{url} does not answer in time")]
     TimedOut {
         /// What was asked.
@@ -56,7 +59,7 @@ pub enum UpstreamError {
         /// The server's message.
         message: String,
     },
-    /// An answer that is not what such a server sends.
+    /// An answer that such a server does not send.
     #[error("{url} sent something else than it should: {cause}")]
     Malformed {
         /// What was asked.
@@ -84,8 +87,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// To the server at `base` (without a path), never through a proxy of the environment. Fails only when the system
-    /// cannot set up TLS.
+    /// A connection to the server at `base` (without a path). Fails only if the system cannot set up TLS.
     pub(super) fn new(base: &str, key: Option<Secret>) -> Result<Self, reqwest::Error> {
         let http = client::builder()
             .http1_only()
@@ -101,7 +103,7 @@ impl Connection {
         })
     }
 
-    /// The same, with the key that a pool's coordinator asks of those who draft.
+    /// Sends `draft_key` too, which a pool's coordinator asks of drafters.
     pub(super) fn with_draft_key(self, draft_key: Option<Secret>) -> Self {
         Self { draft_key, ..self }
     }
@@ -116,12 +118,12 @@ impl Connection {
         format!("{}{path}", self.base)
     }
 
-    /// A GET that is answered soon, in JSON.
+    /// A GET of JSON within [`METADATA_TIMEOUT`].
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, UpstreamError> {
-        self.get_within(path, PATIENCE).await
+        self.get_within(path, METADATA_TIMEOUT).await
     }
 
-    /// A GET that is answered within this time, in JSON.
+    /// A GET of JSON within `time`.
     pub(super) async fn get_within<T: DeserializeOwned>(&self, path: &str, time: Duration) -> Result<T, UpstreamError> {
         let request = self.http.get(self.url(path)).timeout(time);
         let response = self.send(path, request).await?;
@@ -146,7 +148,7 @@ impl Connection {
         Ok(own.map(|model| model.id).collect())
     }
 
-    /// A POST that is answered in JSON of at most `limit` bytes; without a timeout it may take as long as it likes.
+    /// A POST that is answered with JSON of at most `limit` bytes; without a timeout it may take any time.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -162,7 +164,7 @@ impl Connection {
         self.read(path, response, limit).await
     }
 
-    /// As [`Self::post`] without a timeout, and never sent twice.
+    /// As [`Self::post`] without a timeout, but never sent twice.
     pub(super) async fn post_once<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -179,7 +181,7 @@ impl Connection {
         self.http.post(self.url(path)).json(body)
     }
 
-    /// As [`Self::request`], of JSON that is written already.
+    /// As [`Self::request`], with a body that is JSON text.
     pub(super) fn request_written(&self, path: &str, json: String) -> reqwest::RequestBuilder {
         let request = self.http.post(self.url(path));
         request.header(CONTENT_TYPE, "application/json").body(json)
@@ -194,8 +196,7 @@ impl Connection {
         let request = self.with_key(request);
         let again = request.try_clone();
         let response = match (request.send().await, again) {
-            // llama-server closes a kept-alive connection when it likes, perhaps just now. Nothing that we ask changes
-            // anything, so it can be asked again.
+            // llama-server may close a kept-alive connection at any time, perhaps just now.
             (Err(error), Some(again)) if !error.is_connect() && !error.is_timeout() => again.send().await,
             (outcome, _) => outcome,
         };
@@ -264,11 +265,11 @@ impl Connection {
             .boxed()
     }
 
-    /// Reads the rest of an answer whose last word has come. One that is dropped before its end takes its connection with
-    /// it, and the next request waits for a new one.
+    /// Reads the rest of an answer whose last event has come. Dropping an answer before its end closes its connection, and
+    /// the next request would have to open a new one.
     pub(super) fn read_out(rest: impl Stream + Send + 'static) {
         tokio::spawn(tokio::time::timeout(
-            PATIENCE,
+            METADATA_TIMEOUT,
             rest.take(REST).for_each(|_| std::future::ready(())),
         ));
     }
@@ -281,7 +282,7 @@ impl Connection {
         }
     }
 
-    /// A stream from `path` without its end.
+    /// The error of a stream from `path` that ended too early.
     pub(super) fn broke_off(&self, path: &str) -> UpstreamError {
         UpstreamError::Unreachable {
             url: self.url(path),
@@ -290,13 +291,13 @@ impl Connection {
     }
 }
 
-/// The words of an `error`: OpenAI and llama-server send an object, Ollama a string.
+/// The message of an `error`: OpenAI and llama-server send an object, Ollama a string.
 pub(super) fn error_message(error: &serde_json::Value) -> Option<String> {
     let message = error.get("message").unwrap_or(error);
     message.as_str().map(str::to_owned)
 }
 
-/// The beginning of a message, which may be as long as its sender likes.
+/// The beginning of a message, which may have any length.
 fn excerpt(message: &str) -> String {
     let mut characters = message.trim().chars();
     let mut excerpt: String = characters.by_ref().take(SHOWN).collect();

@@ -1,4 +1,17 @@
-//! Clients of the servers behind us.
+//! Clients of the servers behind this process: llama-server, Ollama, vLLM, SGLang, and any server with OpenAI's API.
+//!
+//! No answer is trusted: each is read within bounds by [`crate::http::client`], and what it counts is capped where it is
+//! read.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `connection` | sends requests to one server, and every error of it |
+//! | `llama_server` | token ids, drafts, the draft protocol |
+//! | `text_server` | drafts as text |
+//! | `scoring`, `vllm`, `sglang` | servers that score a draft in the prompt |
+//! | `chat` | a chat completion as any client sees it |
+//! | `sse` | the lines of an event stream |
+//! | `written_tokens` | token ids as JSON, kept between requests |
 
 pub mod chat;
 mod connection;

@@ -1,4 +1,5 @@
-//! What vLLM and SGLang have in common: servers that score prompts.
+//! Servers that score the tokens of a prompt: the interface of vLLM and SGLang, by which a draft is verified without our
+//! patch.
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -13,15 +14,15 @@ use crate::speculation::Token;
 
 pub(super) const COMPLETIONS: &str = "/v1/completions";
 
-/// Most bytes of an answer that says something of each token of a prompt.
+/// Most bytes of an answer with a score for each token of a prompt.
 pub(super) const SCORES: usize = 64 << 20;
 
-/// What a server that scores prompts said of a text and a draft after it.
+/// Scores of a draft after a text, and the tokens generated after both.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scores {
-    /// For each draft token the one that the model finds likeliest in its place; `None` where the server does not tell.
+    /// For each draft token, the model's likeliest token in its place; `None` where the server does not report it.
     pub likeliest: Vec<Option<Token>>,
-    /// What it generated after the draft.
+    /// Tokens generated after the draft.
     pub generated: Generated,
 }
 
@@ -30,7 +31,7 @@ pub struct Scores {
 pub struct Tokenized {
     /// The tokens.
     pub tokens: Vec<Token>,
-    /// Tokens that a prompt and its answer may have together, where the server tells.
+    /// Context in tokens, where the server reports it.
     pub n_ctx: Option<usize>,
 }
 
@@ -51,7 +52,7 @@ pub trait ScoringServer: Debug + Send + Sync {
         draft: &[Token],
         n: usize,
     ) -> impl Future<Output = Result<Scores, UpstreamError>> + Send;
-    /// What the server itself answers to a prompt at temperature 0, with all its defaults.
+    /// The server's own completion of a prompt at temperature 0, with its other defaults.
     fn complete(&self, prompt: &[Token], n: usize) -> impl Future<Output = Result<String, UpstreamError>> + Send;
 }
 
@@ -59,7 +60,7 @@ pub trait ScoringServer: Debug + Send + Sync {
 #[derive(Debug, Clone)]
 pub(super) struct ModelConnection {
     pub(super) connection: Connection,
-    /// What requests call the model that name none.
+    /// Model name for requests that have none.
     model: Option<String>,
 }
 
@@ -81,14 +82,14 @@ impl ModelConnection {
     /// The text of a completion.
     pub(super) async fn complete(&self, body: Value) -> Result<String, UpstreamError> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Completion {
             choices: Vec<Choice>,
         }
         #[derive(Deserialize)]
         struct Choice {
             text: String,
         }
-        let answer: Answer = self
+        let answer: Completion = self
             .connection
             .post(COMPLETIONS, &self.named(body), None, SHORT)
             .await?;

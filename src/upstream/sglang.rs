@@ -1,4 +1,4 @@
-//! SGLang, as far as rounds need it.
+//! Client of SGLang that verifies drafts by the log-probabilities of a prompt.
 //!
 //! Wire formats, from SGLang's source as of mid-2026: `POST /generate` (`GenerateReqInput` in
 //! `python/sglang/srt/managers/io_struct.py`; `meta_info` in `tokenizer_manager.py`), `POST /tokenize` and `/detokenize`
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Generated;
-use super::connection::{LONG, PATIENCE, SHORT, UpstreamError};
+use super::connection::{LONG, METADATA_TIMEOUT, SHORT, UpstreamError};
 use super::scoring::{ModelConnection, SCORES, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
@@ -25,7 +25,7 @@ pub struct Sglang {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct Generation {
     #[serde(default)]
     output_ids: Option<Vec<Token>>,
     meta_info: MetaInfo,
@@ -73,14 +73,14 @@ impl ScoringServer for Sglang {
     /// thinks.
     async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Tokens {
             tokens: Vec<Token>,
         }
         let body = self.server.named(prompt);
-        let answer: Answer = self
+        let answer: Tokens = self
             .server
             .connection
-            .post("/tokenize", &body, Some(PATIENCE), LONG)
+            .post("/tokenize", &body, Some(METADATA_TIMEOUT), LONG)
             .await?;
         Ok(Tokenized {
             tokens: answer.tokens,
@@ -91,16 +91,16 @@ impl ScoringServer for Sglang {
     /// The text of `tokens` without the special ones.
     async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Text {
             text: String,
         }
         let body = self
             .server
             .named(json!({ "tokens": tokens, "skip_special_tokens": true }));
-        let answer: Answer = self
+        let answer: Text = self
             .server
             .connection
-            .post("/detokenize", &body, Some(PATIENCE), SHORT)
+            .post("/detokenize", &body, Some(METADATA_TIMEOUT), SHORT)
             .await?;
         Ok(answer.text)
     }
@@ -117,7 +117,7 @@ impl ScoringServer for Sglang {
             body["logprob_start_len"] = json!(context.len().saturating_sub(1));
             body["top_logprobs_num"] = json!(1);
         }
-        let answer: Answer = self.server.connection.post(GENERATE, &body, None, SCORES).await?;
+        let answer: Generation = self.server.connection.post(GENERATE, &body, None, SCORES).await?;
         let meta = answer.meta_info;
         let mut likeliest = rows(
             draft,

@@ -1,6 +1,6 @@
-//! The lines of an event stream.
+//! The lines of a server-sent event stream, as a client reads them.
 
-/// What a line says, if it is one with `data:`.
+/// The data of a line that begins with `data:`.
 #[must_use]
 pub fn data(line: &[u8]) -> Option<&[u8]> {
     line.strip_prefix(b"data:").map(<[u8]>::trim_ascii)

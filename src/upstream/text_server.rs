@@ -1,4 +1,4 @@
-//! Servers that continue a text, and tell text: Ollama, whatever has OpenAI's completion API, and llama-server.
+//! Drafts as text: Ollama, any server with OpenAI's completion API, and llama-server continue a text greedily.
 //!
 //! Wire formats: llama-server, `tools/server/README.md` of build b11434, `POST /completion`; Ollama, `docs/api.md` and
 //! `server/routes.go` (`GenerateHandler`), `POST /api/generate` with `raw`: one JSON object per line; OpenAI's API
@@ -16,15 +16,15 @@ use super::connection::{Connection, SHORT, UpstreamError, error_message};
 use super::sse;
 use crate::config::{Backend, Secret};
 
-/// How long Ollama may take to load a model. It gives up loading when the client that asked for it goes away.
-const LOADING_PATIENCE: Duration = Duration::from_secs(120);
-/// For how long Ollama keeps the model after each request; its own default is 5 minutes.
+/// Timeout for Ollama to load a model. Ollama stops loading when the client that asked for it leaves.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time for which Ollama keeps the model after each request; its own default is 5 minutes.
 const KEEP_ALIVE: &str = "15m";
 
 /// Most bytes of a token's text; the longest known are runs of some hundred blanks.
 const LONGEST_TOKEN: usize = 1024;
 
-/// Text from the server as it comes.
+/// Text as the server generates it.
 pub type TextStream = BoxStream<'static, Result<TextPiece, UpstreamError>>;
 
 /// A piece of a [`TextStream`].
@@ -36,20 +36,20 @@ pub enum TextPiece {
     End(StreamEnd),
 }
 
-/// One server that continues texts.
+/// A server that continues texts.
 #[derive(Debug, Clone)]
 pub struct TextServer {
     connection: Connection,
     backend: Backend,
     /// The configured model.
     configured: Option<String>,
-    /// Where none is, the server's only one, when it was looked at last.
+    /// The server's only model at the last check, where none is configured.
     only: Arc<Mutex<Option<String>>>,
 }
 
 impl TextServer {
-    /// A client of the server at `base` (without a path). Without a model the server's only one is used. Fails only when
-    /// the system cannot set up TLS.
+    /// A client of the server at `base` (without a path). Without `model`, the server's only one is used. Fails only if the
+    /// system cannot set up TLS.
     pub fn new(
         base: &str,
         key: Option<Secret>,
@@ -64,24 +64,23 @@ impl TextServer {
         })
     }
 
-    /// Whether it can continue texts now. Ollama is made to load the model, which may take a while.
+    /// Whether it can continue texts now. Makes Ollama load the model, which may take a while.
     pub async fn ready(&self) -> Result<(), UpstreamError> {
-        // It may have another one by now.
+        // The server may have another model by now.
         *self.known() = None;
         let model = self.model().await?;
         if self.backend == Backend::Ollama {
-            // Without a prompt it loads the model and says so.
+            // A request without a prompt loads the model.
             let body = json!({ "model": model, "stream": false, "keep_alive": KEEP_ALIVE });
             let _loaded: Value = self
                 .connection
-                .post("/api/generate", &body, Some(LOADING_PATIENCE), SHORT)
+                .post("/api/generate", &body, Some(LOAD_TIMEOUT), SHORT)
                 .await?;
         }
         Ok(())
     }
 
-    /// Continues `prompt` greedily by at most `n` of the server's tokens. `slot` is meant for llama-server, which keeps
-    /// the prompt there.
+    /// Continues `prompt` greedily by at most `n` of the server's tokens. llama-server keeps the prompt in `slot`.
     #[must_use]
     pub fn complete(&self, prompt: String, n: usize, slot: usize) -> TextStream {
         let server = self.clone();
@@ -105,9 +104,8 @@ impl TextServer {
                 ("/completion", body)
             }
             Backend::Ollama => {
-                // A text that is too long is refused rather than cut at its beginning, where all that was read before
-                // would be read again. What a model is told to penalise would change its choice. Thoughts are text like
-                // any other here.
+                // Refuse a text that is too long: cutting its beginning would make Ollama read all of it again. Penalties
+                // would change the model's choice. A draft continues the text, without separate thoughts.
                 let options = json!({
                     "num_predict": n, "temperature": 0, "repeat_penalty": 1, "presence_penalty": 0,
                     "frequency_penalty": 0,
@@ -138,7 +136,7 @@ impl TextServer {
         let until_the_end = stream::unfold(Some((pieces, broke_off, room)), |answer| async move {
             let (mut pieces, broke_off, room) = answer?;
             match pieces.next().await {
-                // A server that says more than it was asked for is not listened to any longer.
+                // Stop reading a server that sends more than it was asked for.
                 Some(Ok(TextPiece::Text(text))) if text.len() > room => {
                     Some((Ok(TextPiece::End(StreamEnd::Length)), None))
                 }
@@ -175,7 +173,7 @@ impl TextServer {
     }
 }
 
-/// What one line of an answer tells.
+/// The pieces in one line of an answer.
 fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, UpstreamError> {
     let data = if backend == Backend::Ollama {
         Some(line)
@@ -209,7 +207,7 @@ fn read(backend: Backend, url: &str, line: &[u8]) -> Result<Vec<TextPiece>, Upst
             (&choice["text"], end_of(&choice["finish_reason"], "stop"))
         }
     };
-    // Ollama before 0.1.35 says `done` and gives no reason.
+    // Ollama before 0.1.35 sends `done` without a reason.
     let end = end.or_else(|| (event["done"] == true).then_some(StreamEnd::Length));
     let text = text.as_str().unwrap_or_default();
     let text = (!text.is_empty()).then(|| TextPiece::Text(text.to_owned()));

@@ -1,4 +1,4 @@
-//! vLLM, as far as rounds need it.
+//! Client of vLLM that verifies drafts by the log-probabilities of a prompt.
 //!
 //! Wire formats, from vLLM's source as of mid-2026: `POST /inference/v1/generate`
 //! (`vllm/entrypoints/serve/disagg/protocol.py`: `GenerateRequest`, `GenerateResponse`), `POST /tokenize` and `/detokenize`
@@ -18,7 +18,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::Generated;
-use super::connection::{LONG, PATIENCE, SHORT, UpstreamError};
+use super::connection::{LONG, METADATA_TIMEOUT, SHORT, UpstreamError};
 use super::scoring::{COMPLETIONS, ModelConnection, SCORES, Scores, ScoringServer, Tokenized};
 use crate::config::Secret;
 use crate::speculation::Token;
@@ -34,7 +34,7 @@ pub struct Vllm {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct Completion {
     choices: Vec<Choice>,
     #[serde(default)]
     prompt_logprobs: Option<Rows>,
@@ -102,7 +102,7 @@ impl Vllm {
         self.read(COMPLETIONS, answer, draft)
     }
 
-    fn read(&self, path: &str, answer: Answer, draft: &[Token]) -> Result<Scores, UpstreamError> {
+    fn read(&self, path: &str, answer: Completion, draft: &[Token]) -> Result<Scores, UpstreamError> {
         let choice = answer.choices.into_iter().next();
         let (Some(generated), ended, rows) = choice.map_or((None, false, None), |choice| {
             let ended = choice.finish_reason.as_deref() == Some("stop");
@@ -137,15 +137,15 @@ impl ScoringServer for Vllm {
 
     async fn tokenize(&self, prompt: Value) -> Result<Tokenized, UpstreamError> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Tokens {
             tokens: Vec<Token>,
             max_model_len: usize,
         }
         let body = self.server.named(prompt);
-        let answer: Answer = self
+        let answer: Tokens = self
             .server
             .connection
-            .post("/tokenize", &body, Some(PATIENCE), LONG)
+            .post("/tokenize", &body, Some(METADATA_TIMEOUT), LONG)
             .await?;
         Ok(Tokenized {
             tokens: answer.tokens,
@@ -156,14 +156,14 @@ impl ScoringServer for Vllm {
     /// The text of `tokens`, special ones included.
     async fn detokenize(&self, tokens: &[Token]) -> Result<String, UpstreamError> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Text {
             prompt: String,
         }
         let body = self.server.named(json!({ "tokens": tokens }));
-        let answer: Answer = self
+        let answer: Text = self
             .server
             .connection
-            .post("/detokenize", &body, Some(PATIENCE), SHORT)
+            .post("/detokenize", &body, Some(METADATA_TIMEOUT), SHORT)
             .await?;
         Ok(answer.prompt)
     }

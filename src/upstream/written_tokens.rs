@@ -1,8 +1,8 @@
-//! Token ids as they stand in a request.
+//! Token ids as JSON, kept from one request to the next.
 
 use crate::speculation::Token;
 
-/// A prompt's token ids in JSON, kept from one request to the next: of a long prompt only the end changes.
+/// A prompt's token ids in JSON. Between requests only the end of a long prompt changes, so only the end is rewritten.
 #[derive(Debug, Clone, Default)]
 pub struct WrittenTokens {
     tokens: Vec<Token>,

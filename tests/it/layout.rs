@@ -270,7 +270,7 @@ fn every_folder_imports_only_what_its_row_allows() {
     }
     assert!(
         wrong.is_empty(),
-        "these imports break the table of tests/layout.rs:\n{wrong}"
+        "these imports break the table of tests/it/layout.rs:\n{wrong}"
     );
 }
 

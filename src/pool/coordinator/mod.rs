@@ -43,7 +43,7 @@ use crate::config::{Config, ConfigError, Coordinator, is_loopback, is_wildcard};
 use crate::http::Limits;
 use crate::http::auth::Auth;
 use crate::http::origin::Guard;
-use crate::http::serve::{self, Running};
+use crate::http::serve::{self, ServeOptions};
 
 /// Most waiting requests per slot.
 const WAITING_PER_SLOT: usize = 32;
@@ -108,14 +108,14 @@ pub async fn serve(
         auth: Auth::new(api_key, &front::OPEN),
         draft_key,
     };
-    let running = Running {
+    let options = ServeOptions {
         limits: Limits::default().for_bodies_of(front::MOST_BODY),
         drain,
         shutdown: stop.clone(),
         // Its streams are told by the pool.
         cut_off: CancellationToken::new(),
     };
-    let serving = serve::serve(listener, front::router(front, guard), running);
+    let serving = serve::serve(listener, front::router(front, guard), options);
     let served = async { tokio::join!(driver.run(stop), serving) };
     tokio::select! {
         biased;

@@ -52,7 +52,7 @@ struct PoolWorker {
 /// All workers of the pool.
 #[derive(Debug, Clone)]
 pub(super) struct Workers {
-    workers: Vec<PoolWorker>,
+    all: Vec<PoolWorker>,
     /// The name of this coordinator in leases.
     holder: String,
     /// The coordinator's own llama-server; all workers must run its build.
@@ -87,9 +87,9 @@ impl Workers {
                 endpoints: ports.keys().map(|port| format!("{}:{port}", worker.host)).collect(),
             })
         };
-        let workers = workers.iter().map(worker).collect::<Result<_, AgentError>>()?;
+        let all = workers.iter().map(worker).collect::<Result<_, AgentError>>()?;
         Ok(Self {
-            workers,
+            all,
             holder,
             llama_server,
             warned: Arc::new(Once::new()),
@@ -102,14 +102,14 @@ impl Workers {
             name: worker.name.clone(),
             ..WorkerReport::default()
         };
-        self.workers.iter().map(report).collect()
+        self.all.iter().map(report).collect()
     }
 
     /// Asks whether all workers could be leased: each is reachable, free or leased to us, and of our build. Starts nothing.
     /// Returns what the servers without an agent reported.
     pub(super) async fn ask(&self) -> Result<ProbedServers, NotReady> {
         let own = build::build(&self.llama_server).await;
-        let seen = join_all(self.workers.iter().map(|worker| self.probe(worker))).await;
+        let seen = join_all(self.all.iter().map(|worker| self.probe(worker))).await;
         let mut problems = Vec::new();
         let mut probes = Vec::new();
         for result in seen {
@@ -172,7 +172,7 @@ impl Workers {
         tell: &mpsc::UnboundedSender<Message>,
         cancel: &CancellationToken,
     ) -> Result<Leases, NotReady> {
-        let agents = self.workers.iter().filter_map(|worker| worker.agent.as_ref());
+        let agents = self.all.iter().filter_map(|worker| worker.agent.as_ref());
         let mut taking: FuturesUnordered<_> = agents.map(|agent| self.take(agent, epoch, tell)).collect();
         let mut leases = Leases { held: Vec::new() };
         let mut problems = Vec::new();
@@ -226,7 +226,7 @@ impl Workers {
     /// The workers that cannot be reached or do not work, each with its problem; `None` if no problem is known. A worker
     /// without an agent can be asked only while no server uses it (`used`).
     pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
-        let looks = self.workers.iter().map(|worker| async move {
+        let looks = self.all.iter().map(|worker| async move {
             let wrong = match &worker.agent {
                 Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
                     Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
@@ -252,7 +252,7 @@ impl Workers {
     /// Waits until a server loses its connection to our llama-server, and says which: it died and was started again,
     /// without our model. llama-server would notice that only with the next request, and lose it.
     pub(super) async fn until_disconnected(&self) -> String {
-        let workers = self.workers.iter().filter_map(|worker| {
+        let workers = self.all.iter().filter_map(|worker| {
             let agent = worker.agent.as_ref()?;
             Some(Box::pin(async move { (worker, until_one_is_free(agent).await) }))
         });
@@ -269,7 +269,7 @@ impl Workers {
 
     /// The name of the worker, if the pool has only one.
     pub(super) fn only(&self) -> Option<&str> {
-        match &self.workers[..] {
+        match &self.all[..] {
             [only] => Some(&only.name),
             _ => None,
         }
@@ -277,7 +277,7 @@ impl Workers {
 
     /// Polls all agents for ever; reports their state, and each worker that comes back.
     pub(super) async fn watch(self, tell: mpsc::UnboundedSender<Message>) {
-        let watches = self.workers.iter().enumerate().map(|(index, worker)| {
+        let watches = self.all.iter().enumerate().map(|(index, worker)| {
             let tell = tell.clone();
             async move {
                 let mut was_up = true;

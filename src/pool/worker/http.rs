@@ -22,7 +22,7 @@ use crate::http::auth::{self, Auth};
 use crate::http::body::is_json;
 use crate::http::excerpt::excerpt;
 use crate::http::origin::{self, Guard};
-use crate::http::serve::{self as server, Running};
+use crate::http::serve::{self as server, ServeOptions};
 use crate::pool::agent::{Holder, Lease, LeaseRequest, Refusal, Renewal, WorkerStatus};
 use crate::supervise::notify::Notifier;
 
@@ -126,13 +126,13 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
     let router = origin::guarded(router, guard_pages, |foreign, _| {
         refusal(StatusCode::FORBIDDEN, foreign.to_string())
     });
-    let running = Running {
+    let options = ServeOptions {
         limits: Limits::default(),
         drain: DRAIN,
         shutdown: stop.clone(),
         cut_off: CancellationToken::new(),
     };
-    let mut serving = tokio::spawn(server::serve(listener, router, running));
+    let mut serving = tokio::spawn(server::serve(listener, router, options));
     notifier.ready();
     tokio::select! {
         () = agent.expire(notifier) => {}

@@ -1,4 +1,7 @@
-//! What is counted of a request while it lives.
+//! Counts a request while it lives: metrics, the status page and the log.
+//!
+//! The guard lives as long as the answer. Whatever ends the answer drops the guard, which counts the request once and ends
+//! its drafting. `forward` makes one for each request.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -15,20 +18,19 @@ use crate::http::paths::Route;
 use crate::observe::Outcome;
 use crate::observe::metrics::Ended;
 
-/// Longest path that is kept for the status page.
+/// Most characters of a path that the status page keeps.
 const LONGEST_PATH: usize = 128;
 
-/// A request that is being answered. It lives as long as its answer does, and whatever ends that drops it: then it is
-/// counted, and its drafting ends. One that nobody has said an outcome of was cancelled.
+/// A request that is being answered, counted when it is dropped. Without another outcome it counts as cancelled.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(super) struct ActiveRequest {
     observed: Arc<Observed>,
     attachment: Option<Attachment>,
-    /// It is the target's to answer.
+    /// Marks the target as busy with this request.
     occupied: Option<RequestGuard>,
-    /// The client predicted the answer, and is told what came of it.
+    /// The client sent a prediction and gets its counts in the usage.
     predicted: bool,
-    /// What the drafter may be asked too.
+    /// The request, to compare the drafter's answer with the target's.
     question: Option<Question>,
     /// The counts of an answer in rounds.
     rounds: Option<channel::Receiver<Counts>>,
@@ -42,7 +44,7 @@ pub(super) struct Running {
     outcome: Outcome,
 }
 
-impl Running {
+impl ActiveRequest {
     pub(super) fn begin(observed: &Arc<Observed>, id: String, path: &str, route: Route) -> Self {
         observed.metrics.in_flight.inc();
         Self {
@@ -131,7 +133,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for ActiveRequest {
     fn drop(&mut self) {
         let duration = self.begun.elapsed();
         let metrics = &self.observed.metrics;
