@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tightwad::config::{Environment, load_in};
 use tightwad::gguf::ModelFile;
-use tightwad::pool::rpc_probe::{ProbeError, probe};
+use tightwad::pool::rpc_probe::{RpcProbeError, probe};
 use tightwad::upstream::chat::{Message, Wishes};
 use tightwad::upstream::{ChatServer, DraftCall, DraftPiece, LlamaServer, WrittenTokens};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -68,7 +68,7 @@ pub fn rpc_probe(input: &[u8]) {
         let address = address.trim_start_matches("http://").parse().expect("an address");
         match probe(address, LIMIT / 2).await {
             Ok(told) => assert!(told.devices.len() <= MOST_DEVICES),
-            Err(ProbeError::Silent { .. }) => panic!("it waits for a server that has hung up"),
+            Err(RpcProbeError::Silent { .. }) => panic!("it waits for a server that has hung up"),
             Err(_) => {}
         }
     });

@@ -661,7 +661,7 @@ async fn without_the_token_nothing_but_the_health_is_told() {
 #[tokio::test]
 async fn the_target_gets_its_own_key_and_never_the_clients_token() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let both = |proxy: &Proxy| {
+    let both = |proxy: &TunedProxy| {
         proxy
             .get("/v1/models")
             .bearer_auth("s3cret")
