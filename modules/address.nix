@@ -1,7 +1,7 @@
-# Text that is an IP address, or a host name. Pure: nothing is resolved.
+# Recognises IP addresses and host names in text. Resolves no name.
 { lib }:
 let
-  # The four octets, or null. A leading zero is no decimal: some programs read such an octet as octal.
+  # The four octets, or null. Refuses a leading zero, because some programs read such an octet as octal.
   parseIPv4 =
     text:
     let
@@ -11,7 +11,7 @@ let
     in
     if found != null && lib.all (octet: octet <= 255) octets then octets else null;
 
-  # The groups between colons, or null. The last one may be an IPv4 address, which stands for two.
+  # The groups between colons, or null. The last one may be an IPv4 address, which stands for two groups.
   parseGroups =
     text:
     let
@@ -32,7 +32,7 @@ let
     in
     if lib.elem null groups then null else groups;
 
-  # The eight groups, or null. A zone (`%eth0`) belongs to one machine and is no part of an address.
+  # The eight groups, or null. Refuses a zone (`%eth0`), which has a meaning on one machine only.
   parseIPv6 =
     text:
     let
@@ -42,7 +42,7 @@ let
       missing = 8 - lib.foldl' (sum: groups: sum + lib.length groups) 0 parsed;
       head = lib.head parsed;
       tail = lib.last parsed;
-      # An IPv4 address ends the whole.
+      # An IPv4 address is allowed at the end only.
       misplaced = lib.length halves == 2 && lib.hasInfix "." (lib.head halves);
     in
     if lib.elem null parsed || misplaced then
@@ -55,7 +55,7 @@ let
       null;
 in
 rec {
-  # Its numbers, which are equal for all spellings of one address; null: it is none.
+  # The numbers of an address, equal for all its spellings, or null.
   parse =
     text:
     let
@@ -67,7 +67,8 @@ rec {
   isIPv6 = text: parseIPv6 text != null;
   isIP = text: parse text != null;
 
-  # `::ffff:10.0.0.1`: packets of such a peer arrive by IPv4, so no rule for IPv6 ever sees them.
+  # Whether the address is IPv4-mapped, such as `::ffff:10.0.0.1`. Packets of such a peer arrive over IPv4, so no firewall rule
+  # for IPv6 matches them.
   isMapped =
     text:
     let
@@ -93,10 +94,10 @@ rec {
     || (octets != null && lib.head octets == 127)
     || parseIPv6 text == lib.replicate 7 0 ++ [ 1 ];
 
-  # All zeros, however it is spelt: 0.0.0.0, 0, ::, [::], ::0.
+  # Whether the address is all zeros, in any spelling: 0.0.0.0, 0, ::, [::], ::0.
   isWildcard = text: builtins.match "[][0.:]+" text != null;
 
-  # Labels, the last of which is no number: `192.168.1.300` is a mistake and not a name.
+  # Whether the text is a host name: labels, of which the last is no number. `192.168.1.300` is a mistyped address.
   isName =
     text:
     let

@@ -1,4 +1,4 @@
-# What evaluation can tell before a host is switched. Each message begins with the option to change.
+# Faults that evaluation can find before a host switches. Each message begins with the option to change.
 {
   config,
   lib,
@@ -13,7 +13,7 @@ let
   inherit (lib) optional;
   enabled = lib.filter (role: cfg.${role}.enable) topology.roles;
   listed = lib.concatStringsSep ", ";
-  # As the option is written, but for the places in lists, which the binary numbers in the same way:
+  # The option as a user writes it. Items of lists have numbers, as in the binary's messages:
   # services.tightwad.cluster.hosts."my.host".address, services.tightwad.cluster.workers.0.host
   option =
     path:
@@ -36,12 +36,12 @@ let
     + "or say here which of them this machine is"
   );
 
-  # Which programs run follows from the one, what the file says of them from the other.
+  # The programs follow from `services.tightwad.gpu` and the file from `cluster.hosts`, so the two must agree.
   gpu = refuse (topology.here != null && cfg.gpu != topology.here.gpu) [ "gpu" ] (
     "\"${cfg.gpu}\" is not what services.tightwad.cluster.hosts.${cfg.host}.gpu says (\"${topology.here.gpu}\"); set it there only"
   );
 
-  # Names are looked up when the units start. Evaluation checks the form only.
+  # Checks the form only. The units resolve names when they start.
   wellFormed =
     path: text:
     refuse (
@@ -78,7 +78,7 @@ let
         (refuse (
           other != null
         ) at "`${text}` is the address of `${toString other}` already; give each host its own")
-        # Without that option a system has IPv6.
+        # IPv6 is on by default.
         (refuse (address.isIPv6 text && !(config.networking.enableIPv6 or true)) at
           "`${text}` is an IPv6 address, and networking.enableIPv6 is off on this machine; turn that on, or give an IPv4 address"
         )
@@ -108,7 +108,7 @@ let
     )
   ) (lib.remove "worker" topology.roles);
 
-  # A section whose server no host starts.
+  # A section without a host that runs it.
   unused =
     map
       (
@@ -169,7 +169,7 @@ let
     ] (topology.serverBackend "coordinator") cluster.coordinator.gpus
   );
 
-  # Workers, by their place in the list.
+  # Workers, by their position in the list.
   workers = lib.concatLists (
     lib.imap0 (
       number: worker:
@@ -217,7 +217,7 @@ let
     ]
   );
 
-  # A listener for more than this machine needs a token.
+  # A listener that other machines can reach needs a token.
   tokens =
     lib.concatMap
       (
@@ -266,7 +266,7 @@ let
             ]
       );
 
-  # Secrets as values would be readable in the store.
+  # Every user could read a secret in the store.
   inline =
     path: section: key:
     refuse (section.${key} or null != null) (path ++ [ key ]) (
@@ -274,7 +274,7 @@ let
         option (path ++ [ "${key}_file" ])
       }"
     );
-  # The servers that the proxy asks and that are no sections of their own.
+  # The servers that the section `proxy` names by URL.
   upstreams =
     let
       draft = cluster.proxy.draft or null;
@@ -325,8 +325,8 @@ let
       number: worker: inline [ "cluster" "workers" (toString number) ] worker "agent_token"
     ) cluster.workers;
 
-  # Arguments of llama.cpp's programs must not hold a secret, and must not override what a key of the file says: the firewall
-  # and the other hosts go by the key.
+  # Arguments of llama.cpp's programs must hold no secret, and must not override a key of the file, because the firewall and the
+  # other hosts follow the key.
   programs =
     let
       program =
@@ -335,7 +335,7 @@ let
           given,
           # Arguments that override keys of the file, with the keys to change instead.
           keys,
-          # Where a secret belongs.
+          # The option for a secret.
           file,
         }:
         let
@@ -436,7 +436,7 @@ let
       }) cluster.workers
     );
 
-  # Each port of this machine with the option that sets it.
+  # The ports of this machine, each with the option that sets it.
   listeners =
     map (role: {
       path = [
@@ -474,7 +474,7 @@ let
       "${toString listener.port} is the port of ${option other.path} on this machine (${cfg.host}) already; give another port"
   ) listeners;
 
-  # Folders that the units do not see.
+  # Folders that are hidden from the units.
   hidden = [
     "/home/"
     "/root/"
@@ -550,7 +550,7 @@ let
         "`${host.address}` is a name, and services.tightwad.openFirewall makes rules of addresses; give its IP address, or open the ports yourself"
     ) cluster.hosts
   );
-  # ROCm needs the kernel's driver and nothing in /run/opengl-driver.
+  # ROCm needs only the kernel's driver, and nothing in /run/opengl-driver.
   needsDriver =
     lib.elem cfg.gpu [
       "cuda"

@@ -1,5 +1,5 @@
-# `services.tightwad.cluster`: the cluster file as Nix values, key by key, and `hosts`, from which the rest follows.
-# Sections take further keys than those below; the binary says at build time whether it knows them.
+# `services.tightwad.cluster`: the cluster file as Nix values, and `hosts`, from which addresses and roles follow.
+# A section also takes keys that are not listed here; the binary checks them at build time.
 {
   lib,
   pkgs,
@@ -27,7 +27,7 @@ let
       inherit options;
     };
 
-  # A key that is left out of the file when it is not given.
+  # An optional key. Without a value it is left out of the file.
   optional =
     type: example: description:
     mkOption {
@@ -40,13 +40,13 @@ let
     type: default: description:
     mkOption { inherit type default description; };
 
-  # Units get secrets from these paths at start; in the store everybody could read them.
+  # Units read secrets from these paths at start. Secrets in the store would be readable by every user.
   secretFile =
     description: example:
     optional types.externalPath example
-      "${description} Outside of the Nix store: a file that sops-nix, agenix or you put there. Default: none.";
+      "${description} A path outside of the Nix store, for example from sops-nix or agenix. Default: none.";
 
-  # No 0: where it takes a free port, nobody else knows that.
+  # 0 (any free port) is not allowed: the other hosts could not know the port.
   port = types.ints.between 1 65535;
 
   backend = enum [
@@ -61,37 +61,37 @@ let
     name = mkOption {
       type = str;
       example = "RTX 4070 Ti Super";
-      description = "What people call it.";
+      description = "Name for people.";
     };
     vram_gb = mkOption {
       type = types.numbers.positive;
       example = 16;
-      description = "Its memory in GiB.";
+      description = "Memory in GiB.";
     };
     device =
       optional str "CUDA0"
-        "What llama.cpp calls it. Left out: the host's GPUs in llama.cpp's order.";
+        "Name of the device in llama.cpp. Left out: the host's GPUs in llama.cpp's order.";
   };
   workerGpu = gpu // {
     rpc_port =
       key port 50052
-        "Port of the `ggml-rpc-server` that serves it; GPUs with the same port share one.";
+        "Port of the `ggml-rpc-server` that serves this GPU; GPUs with the same port share one server.";
   };
 
-  # What `target`, `draft` and `coordinator` have in common.
+  # Options that `target`, `draft` and `coordinator` share.
   server = {
     slots =
       key types.ints.positive 4
         "Requests served at once, each with the model's whole `ctx_size`.";
     threads = optional types.ints.positive 8 "CPU threads. Left out: llama-server's choice.";
-    api_key_file = secretFile "File that holds the key which clients of this server must send." "/run/secrets/tightwad-key";
+    api_key_file = secretFile "File with the key that clients of this server must send." "/run/secrets/tightwad-key";
     allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of llama-server; they win over those that Tightwad gives. Not `--host`, `--port`, `--model` and `--rpc`, which keys of this file set, and no secrets: everybody can read the store.";
+        "Further arguments of llama-server; they override those that Tightwad gives. `--host`, `--port`, `--model` and `--rpc` are refused, because keys of this file set them, and so are secrets, because every user can read the Nix store.";
     env =
       key (attrsOf str) { }
-        "More environment variables of llama-server; they win over those that Tightwad gives. No place for secrets: everybody can read the store.";
+        "Further environment variables of llama-server; they override those that Tightwad gives. Put no secrets here: every user can read the Nix store.";
   };
   llamaServer =
     role: example: defaultPort: defaultHost:
@@ -99,16 +99,16 @@ let
       server
       // {
         host = optional str "192.168.1.50" defaultHost;
-        port = key port defaultPort "Port to listen on. Roles of one machine need ports of their own.";
+        port = key port defaultPort "Port to listen on. Each role of a machine needs its own port.";
         backend =
           optional backend "cuda"
-            "What it computes on: it serves only when llama.cpp finds a GPU of this kind. Left out: follows from `gpu` of the host with this role.";
+            "Backend of llama.cpp that computes. The server starts only when llama.cpp finds a GPU of this kind. Left out: follows from `gpu` of the host with this role.";
         model =
           optional str example
-            "Which of `models` the ${role} runs. Left out: the one marked `default`, else the only one.";
+            "Name of the model in `models` that the ${role} runs. Left out: the one marked `default`, else the only one.";
       }
     );
-  besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role. Any but a loopback address needs a key.";
+  besideProxy = "Address to listen on. Left out: the loopback address when the proxy is on the same machine, else the address of the host that has this role. Every address except loopback needs a key.";
 
   upstreamKeys = {
     url = mkOption {
@@ -118,32 +118,32 @@ let
     };
     model_name =
       optional str "qwen3:8b"
-        "What the model is called there; needed where a server holds several. Left out: the server's only model.";
+        "Name of the model on that server; required if the server has several. Left out: the server's only model.";
     backend = key (enum [
       "llamacpp"
       "ollama"
       "vllm"
       "sglang"
       "openai"
-    ]) "llamacpp" "What answers there; `openai` is anything else with an OpenAI API.";
-    api_key_file = secretFile "File that holds the key which this server asks for." "/run/secrets/draft-key";
+    ]) "llamacpp" "Kind of server; `openai` is any other server with an OpenAI API.";
+    api_key_file = secretFile "File with the key that this server requires." "/run/secrets/draft-key";
   };
   upstream = freeform upstreamKeys;
   targetUpstream = freeform (
     upstreamKeys
     // {
-      draft_key_file = secretFile "File that holds the key which a pool's coordinator on another host asks of drafters." "/run/secrets/pool-draft-key";
+      draft_key_file = secretFile "File with the key for drafting on a pool's coordinator on another host." "/run/secrets/pool-draft-key";
     }
   );
 
   corsOrigins =
     optional (listOf str) [ "http://localhost:3000" ]
-      "Origins of the web pages that may use this endpoint from a browser; `*` alone allows all. Left out: none.";
+      "Origins of the web pages that may use this endpoint from a browser; `*` allows all. Left out: none.";
 
   proxy = freeform {
     host =
       optional str "192.168.1.10"
-        "Address to listen on; any but a loopback address needs a token. Left out: the address of the host with the role `proxy`, else 127.0.0.1.";
+        "Address to listen on; every address except loopback needs a token. Left out: the address of the host with the role `proxy`, else 127.0.0.1.";
     port = key port 8088 "Port to listen on.";
     draft = mkOption {
       type = nullOr (either (listOf upstream) upstream);
@@ -153,16 +153,16 @@ let
         backend = "ollama";
         model_name = "qwen3:0.6b";
       };
-      description = "The server that guesses tokens, or a list of several. Left out: the section `draft`, if there is one; else nothing is drafted.";
+      description = "The server that drafts tokens, or a list of servers. Left out: the section `draft`, else no drafting.";
     };
     target = mkOption {
       type = nullOr targetUpstream;
       default = null;
       example.url = "http://192.168.1.100:8080";
-      description = "The server whose answers these are. Left out: the section `target`, else `coordinator`.";
+      description = "The server that writes the answers. Left out: the section `target`, else `coordinator`.";
     };
     cors_origins = corsOrigins;
-    auth_token_file = secretFile "File that holds the token which clients send as `Authorization: Bearer …`." "/run/secrets/tightwad-token";
+    auth_token_file = secretFile "File with the token that clients send as `Authorization: Bearer …`." "/run/secrets/tightwad-token";
     allow_unauthenticated =
       key bool false
         "Whether to listen on a non-loopback address without a token.";
@@ -173,60 +173,59 @@ let
     // {
       host =
         optional str "192.168.1.10"
-          "${besideProxy} A pool beside a section `target` is no target of the proxy's.";
+          "${besideProxy} If there is a section `target` too, that is the proxy's target, and not the pool.";
       port = key port 8080 "Port to listen on.";
       backend =
         optional backend "hip"
-          "What drives its own GPUs. Left out: follows from `gpu` of its host.";
+          "Backend of llama.cpp for its own GPUs. Left out: follows from `gpu` of its host.";
       gpus = key (listOf (freeform gpu)) [ ] "Its own GPUs.";
       cors_origins = corsOrigins;
-      draft_key_file = secretFile "File that holds the key which proxies on other hosts must send to draft for the pool's answers. Without it only proxies on this host can draft." "/run/secrets/pool-draft-key";
+      draft_key_file = secretFile "File with the key that proxies on other hosts must send to draft for the pool's answers. Without it only proxies on this host can draft." "/run/secrets/pool-draft-key";
       swap_on_request =
         key bool false
-          "Whether to load the model that a request names, in place of the one that runs.";
+          "Whether a request that names another model replaces the running one.";
       drain_seconds =
         key types.ints.unsigned 30
-          "Seconds that running answers have to finish before a swap, or the end of the unit, ends them.";
+          "Seconds that running answers get to finish before a swap or the stop of the unit cancels them.";
     }
   );
 
   worker = freeform {
     name =
       optional (types.strMatching "[A-Za-z0-9._-]+") "gaming-pc"
-        "What people call it; a name of `hosts` gives it that host's address. Left out: its `host`.";
+        "Name for people. If it is a name of `hosts`, the worker has that host's address. Left out: its `host`.";
     host =
       optional str "192.168.1.100"
-        "IPv4 address, or name of one, that the coordinator reaches it by and that it listens on. Left out: the address of the host called `name`.";
+        "IPv4 address, or host name, on which the worker listens and the coordinator reaches it. Left out: the address of the host called `name`.";
     backend =
       optional backend "cuda"
-        "What its GPUs are driven by. Left out: follows from `gpu` of the host with its address.";
+        "Backend of llama.cpp for its GPUs. Left out: follows from `gpu` of the host with its address.";
     gpus = key (listOf (
       freeform workerGpu
-    )) [ ] "Its GPUs. Without any its server listens on port 50052.";
+    )) [ ] "Its GPUs. If the list is empty, its server listens on port 50052.";
     agent_port =
       key types.port 50051
-        "Port of its agent, by which the coordinator knows how it is; 0: it has none, and its `ggml-rpc-server` simply runs, as where somebody starts it by hand.";
-    agent_token_file = secretFile "File that holds the token which coordinators send to its agent. Needed on any but a loopback address." "/run/secrets/tightwad-worker-token";
+        "Port of its agent, which reports its state to the coordinator. 0: there is no agent, and its `ggml-rpc-server` runs all the time.";
+    agent_token_file = secretFile "File with the token that coordinators send to its agent. Required on every address except loopback." "/run/secrets/tightwad-worker-token";
     cache_dir =
       optional types.externalPath "/var/cache/tightwad-parts"
-        "Folder for the model parts that it keeps, below `/var/cache`. A disk for it is mounted below `/var/cache/private`, at `/var/cache/private/tightwad-parts` for example: systemd keeps the folders of units with users of their own there. Left out: `/var/cache/tightwad-worker`.";
+        "Folder below `/var/cache` for the model parts that it keeps. To use a disk of its own, mount it below `/var/cache/private`, for example at `/var/cache/private/tightwad-parts`: systemd keeps the cache folders of units with a dynamic user there. Left out: `/var/cache/tightwad-worker`.";
     extra_args =
       key (listOf str) [ ]
-        "More arguments of ggml-rpc-server; they win over those that Tightwad gives. Not where it listens (`host`, `gpus.*.rpc_port`).";
+        "Further arguments of ggml-rpc-server; they override those that Tightwad gives. The address and the port are refused, because `host` and `gpus.*.rpc_port` set them.";
     env =
       key (attrsOf str) { }
-        "More environment variables of ggml-rpc-server. No place for secrets: everybody can read the store.";
+        "Further environment variables of ggml-rpc-server. Put no secrets here: every user can read the Nix store.";
   };
 
   model = freeform {
     path = mkOption {
-      # A Nix path would be copied to the store, as large as it is.
-      # Systemd would take one with a space for two.
+      # A string, because a Nix path would copy the whole model to the store. Without spaces, because systemd splits at them.
       type = types.strMatching "/[^[:space:]]+";
       example = "/models/Qwen3-32B-Q4_K_M.gguf";
       description = ''
-        The GGUF file; of a split model the first part. A path without spaces. Only the hosts that run the model need it; their units wait for its
-        mount, and cannot see `/home`, `/root`, `/tmp` and `/var/tmp`.
+        The GGUF file, or the first part of a split model. The path has no spaces. Only the hosts that run the model need the
+        file. Their units wait for its mount, and cannot see `/home`, `/root`, `/tmp` and `/var/tmp`.
       '';
     };
     ctx_size = key types.ints.positive 8192 "Context of each slot in tokens.";
@@ -238,7 +237,7 @@ let
       address = mkOption {
         type = str;
         example = "192.168.1.10";
-        description = "Address by which the other hosts reach it: its own on the private network, or in the VPN. An IPv4 address where it is a worker; an IP address where `openFirewall` is to make rules of it.";
+        description = "Address at which the other hosts reach it, on the private network or in the VPN. A worker needs an IPv4 address, and `openFirewall` needs an IP address.";
       };
       roles = mkOption {
         type = listOf (enum [
@@ -253,7 +252,7 @@ let
           "coordinator"
           "proxy"
         ];
-        description = "What it runs. All but `worker` are of one host each.";
+        description = "Roles that it runs. Each role except `worker` belongs to one host.";
       };
       gpu = mkOption {
         type = enum [
@@ -264,7 +263,7 @@ let
         ];
         default = "none";
         example = "rocm";
-        description = "What drives its GPUs.";
+        description = "Driver stack of its GPUs.";
       };
       inherit (lib.mapAttrs (_: generation: mkOption (generation // { default = null; })) generations)
         cudaCapabilities
@@ -286,8 +285,8 @@ in
     default = { };
     example = lib.literalExpression "import ./cluster.nix";
     description = ''
-      The whole cluster; every host imports the same value. It is the cluster file key by key (see `configs/reference.yaml`),
-      and `hosts`, from which addresses and roles follow. The file is checked by `tightwad check-config` when it is built.
+      The whole cluster; every host imports the same value. It has the keys of the cluster file (see `configs/reference.yaml`)
+      and `hosts`, from which addresses and roles follow. The build checks the file with `tightwad check-config`.
     '';
     type = submodule {
       options = {
@@ -311,7 +310,7 @@ in
           };
           description = "The machines by their host names.";
         };
-        proxy = section proxy "The OpenAI endpoint in front of a target and a draft. Left out: there is none; `{ }` is one with nothing but defaults.";
+        proxy = section proxy "The OpenAI endpoint in front of a target and a draft. `{ }` is an endpoint with default values. Left out: no endpoint.";
         target = section (llamaServer "target" "qwen3-32b" 8080
           besideProxy
         ) "A llama-server that holds the big model alone.";
@@ -322,7 +321,7 @@ in
         workers =
           key (listOf worker) [ ]
             "The hosts that lend their GPUs to the coordinator. RPC has no password: keep it on a private network.";
-        models = key (attrsOf model) { } "What can be run, by name.";
+        models = key (attrsOf model) { } "The models by name.";
         binaries = mkOption {
           type = nullOr (freeform { });
           default = null;

@@ -1,5 +1,5 @@
-# The files that the binary reads: the whole cluster for people, and for each unit the part that its role reads. They are made
-# of `cluster` without `hosts`, with what follows from them, and with the paths where this machine has its secrets.
+# The files that the binary reads: one with the whole cluster, for people, and one for each unit with the part that its role
+# reads. They hold `cluster` with the values that follow from `hosts`, and this machine's paths of secrets.
 {
   config,
   lib,
@@ -13,7 +13,7 @@ let
   topology = import ./topology.nix { inherit lib cfg; };
   yaml = pkgs.formats.yaml { };
 
-  # A key without a value is left to the binary.
+  # Drops keys without a value, so that the binary's default applies.
   pruned =
     value:
     if lib.isAttrs value then
@@ -45,7 +45,7 @@ let
     // lib.optionalAttrs (topology.isOwnWorker worker) { agent_token_file = cfg.worker.agentTokenFile; }
   ) topology.workers;
 
-  # Drops the string context of `path`, so that a file which only names a model is no reason to download it.
+  # Drops the string context of `path`, so that a file which only names a model does not make Nix download it.
   named = model: model // { path = builtins.unsafeDiscardStringContext model.path; };
 
   # The sections that `tightwad run ROLE` reads. A change of anything else does not restart the unit.
@@ -67,7 +67,7 @@ let
               inherit max_draft_tokens;
             };
       };
-      # The keys that the proxy needs of a server behind it.
+      # The keys that the proxy reads of a server behind it.
       asked =
         role:
         lib.optionalAttrs (settings ? ${role}) {
@@ -138,7 +138,7 @@ let
       }
       ''
         if ! ${lib.getExe cfg.package} -c $unchecked check-config --portable; then
-          echo "services.tightwad.cluster: the keys named above are those of this option; correct them there" >&2
+          echo "services.tightwad.cluster: correct the keys named above in this option" >&2
           exit 1
         fi
         cp $unchecked $out
@@ -150,22 +150,22 @@ in
       inherit (yaml) type;
       readOnly = true;
       internal = true;
-      description = "What the cluster file says on this machine.";
+      description = "Content of the cluster file on this machine.";
     };
     configFile = mkOption {
       type = types.package;
       readOnly = true;
       description = ''
-        The cluster file, checked. It is the same on every host but for the paths of secrets, and names the models without
-        making the host download them. The units read parts of it, one for each role, so that an edit of the cluster restarts
-        only the units whose part changes.
+        The checked cluster file. Only the paths of secrets differ between hosts. A host does not download the models that the
+        file names. Each unit reads the part for its role, so that an edit of the cluster restarts only the units whose part
+        changes.
       '';
     };
     roleFiles = mkOption {
       type = types.attrsOf types.package;
       readOnly = true;
       internal = true;
-      description = "The files that this machine's units read, by role, checked.";
+      description = "The checked files that this machine's units read, by role.";
     };
   };
 
@@ -185,7 +185,7 @@ in
         role: checked "tightwad-${role}.yaml" (pruned parts.${role})
       );
     };
-    # Where the command `tightwad` looks for it.
+    # The command `tightwad` looks for the file here.
     environment.etc = lib.mkIf cfg.enable { "tightwad/cluster.yaml".source = cfg.configFile; };
   };
 }

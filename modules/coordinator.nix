@@ -10,7 +10,7 @@ let
   cfg = config.services.tightwad;
   topology = import ./topology.nix { inherit lib cfg; };
   unitOf = import ./role.nix { inherit config lib utils; };
-  # As this machine's file says; a worker may be beside the coordinator.
+  # The worker's token as a credential. The path is that of this machine's file.
   tokenOf =
     worker:
     lib.nameValuePair "workers.${worker.name or worker.host}.agent_token_file" (
@@ -23,7 +23,7 @@ in
       type = types.bool;
       default = topology.isHere "coordinator";
       defaultText = literalMD "whether this host has the role `coordinator` in `cluster.hosts`";
-      description = "Whether this machine runs the pool's llama-server (`cluster.coordinator`).";
+      description = "Whether this machine runs the coordinator of the pool (`cluster.coordinator`).";
     };
     apiKeyFile = mkOption {
       type = types.nullOr types.externalPath;
@@ -31,8 +31,8 @@ in
       defaultText = literalMD "`cluster.coordinator.api_key_file`";
       example = "/run/secrets/tightwad-pool-key";
       description = ''
-        Where this machine has the key of the pool: the coordinator asks clients for it, and a proxy in front of it sends it.
-        Outside of the Nix store.
+        Path of the pool's key on this machine, outside of the Nix store. The coordinator requires the key from clients, and a
+        proxy in front of it sends the key.
       '';
     };
     draftKeyFile = mkOption {
@@ -41,8 +41,8 @@ in
       defaultText = literalMD "`cluster.coordinator.draft_key_file`";
       example = "/run/secrets/tightwad-pool-draft-key";
       description = ''
-        Where this machine has the key of the pool's drafters: the coordinator asks proxies on other hosts for it, and a proxy
-        in front of it sends it. Outside of the Nix store.
+        Path of the key for drafting on this machine, outside of the Nix store. The coordinator requires the key from proxies on
+        other hosts, and a proxy in front of it sends the key.
       '';
     };
   };
@@ -58,7 +58,7 @@ in
       // lib.listToAttrs (map tokenOf cfg.settings.workers);
       serviceConfig = {
         LimitNOFILE = 65536;
-        # Running answers may finish, and the workers' memory is given back.
+        # Time to finish running answers and to return the workers.
         TimeoutStopSec = 60 + cfg.cluster.coordinator.drain_seconds or 30;
       };
     };

@@ -1,4 +1,4 @@
-# `services.tightwad`: this machine's part of a cluster. A function of the flake, whose packages are the defaults.
+# `services.tightwad`: this machine's part of a cluster. The argument is the flake, whose packages are the defaults.
 { self }:
 {
   config,
@@ -20,7 +20,7 @@ let
   build =
     self.packages.${system}.${llamaCpp}
       or (throw "services.tightwad.gpu: this flake has no ${llamaCpp} for ${system}; choose another gpu, or set services.tightwad.llamaCpp.package");
-  # What differs from the build that the flake has by itself.
+  # Arguments of the build that differ from the flake's default build.
   generations = lib.filterAttrs (_: list: list != null) (
     {
       cuda = { inherit (cfg) cudaCapabilities; };
@@ -51,7 +51,7 @@ in
       defaultText = literalMD "whether `cluster.hosts` names a host or a role is enabled";
       example = false;
       description = ''
-        Whether this machine is part of the cluster. It then has the cluster file, the command `tightwad`, and a unit
+        Whether this machine is part of the cluster. If so, it gets the cluster file, the command `tightwad`, and a unit
         `tightwad-<role>.service` for each of its roles.
       '';
     };
@@ -61,7 +61,7 @@ in
       default = config.networking.hostName;
       defaultText = literalExpression "config.networking.hostName";
       example = "gaming-pc";
-      description = "Which entry of `services.tightwad.cluster.hosts` this machine is.";
+      description = "Name of this machine's entry in `services.tightwad.cluster.hosts`.";
     };
 
     gpu = mkOption {
@@ -75,9 +75,9 @@ in
       defaultText = literalMD "`gpu` of this machine's entry of `cluster.hosts`";
       example = "cuda";
       description = ''
-        What drives this machine's GPUs: `cuda` (NVIDIA), `rocm` (AMD), `vulkan` (any) or `none` (the CPU computes).
-        It chooses the build of llama.cpp and the devices that the units may open. To be set only on a machine that
-        `cluster.hosts` does not name.
+        Driver stack of this machine's GPUs: `cuda` (NVIDIA), `rocm` (AMD), `vulkan` (any) or `none` (the CPU computes).
+        It chooses the build of llama.cpp and the devices that the units may open. Set it only on a machine that is not in
+        `cluster.hosts`.
       '';
     };
 
@@ -101,7 +101,7 @@ in
       default = self.packages.${system}.tightwad;
       defaultText = literalMD "`tightwad` of this flake";
       example = literalExpression "inputs.tightwad.packages.x86_64-linux.tightwad";
-      description = "The package that has the command `tightwad`.";
+      description = "Package with the command `tightwad`.";
     };
 
     llamaCpp.package = mkOption {
@@ -110,8 +110,8 @@ in
       defaultText = literalMD "`llama-cpp-cpu`, `-cuda`, `-rocm` or `-vulkan` of this flake, by `gpu`, for `cudaCapabilities` or `rocmGpuTargets`";
       example = literalExpression "inputs.tightwad.packages.x86_64-linux.llama-cpp-vulkan";
       description = ''
-        The llama.cpp whose `llama-server` and `ggml-rpc-server` this machine runs. A pool works with one build of
-        llama.cpp only: take it on every host from the same revision of the flake.
+        Package with the `llama-server` and `ggml-rpc-server` that this machine runs. All hosts of a pool need the same build
+        of llama.cpp, so use the same revision of the flake on every host.
       '';
     };
 
@@ -120,19 +120,19 @@ in
       default = null;
       example = "models";
       description = ''
-        Group that may read the model files. The units of coordinator, target and draft run as users of their own, who are
-        in no other group. Left out: everybody has to be able to read the files, and to enter their folders.
+        Group that can read the model files. The units `coordinator`, `target` and `draft` run as dynamic users, which are in
+        no other group. Left out: the files must be readable, and their folders accessible, for every user.
       '';
     };
 
     interface = mkOption {
-      # Linux allows more characters; the rules of the firewall contain the name as it stands here.
+      # Linux allows more characters, but the firewall rules contain the name unquoted.
       type = types.nullOr (types.strMatching "[A-Za-z0-9_.-]{1,15}");
       default = null;
       example = "wg0";
       description = ''
-        Network interface by which the hosts and the clients reach this machine; `openFirewall` opens its ports there. Left
-        out: on every interface.
+        Network interface on which the other hosts and the clients reach this machine. `openFirewall` opens ports on it. Left
+        out: every interface.
       '';
     };
 
@@ -140,11 +140,10 @@ in
       type = types.bool;
       default = false;
       description = ''
-        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait until the units of this machine serve
-        (`Type=notify` in place of `exec`). A target or a draft serves when its model is loaded, which takes minutes from a slow
-        disk; a role on a GPU serves when llama.cpp finds that GPU. If false, a unit is active as soon as its process runs,
-        `systemctl status` shows what it waits for, and a model that does not load fails no switch. The proxy serves at once in
-        either case.
+        Whether `nixos-rebuild switch`, `systemctl start` and the boot wait until this machine's units are ready (`Type=notify`
+        instead of `exec`). A target or a draft is ready when its model is loaded, which takes minutes from a slow disk. A role
+        on a GPU waits until llama.cpp finds that GPU. If false, a unit is active as soon as its process runs, `systemctl status`
+        shows the state, and a model that does not load fails no switch. The proxy is ready at once in both cases.
       '';
     };
 
@@ -152,9 +151,9 @@ in
       type = types.bool;
       default = false;
       description = ''
-        Whether to open the ports of this machine's roles: a worker's RPC and agent ports to the coordinator's address
-        only, a draft's and a target's port to the proxy's address only, the proxy's and the coordinator's port to
-        everybody on `interface`. A port on the loopback address stays closed.
+        Whether to open the ports of this machine's roles: a worker's RPC and agent ports for the coordinator's address only, a
+        draft's and a target's port for the proxy's address only, and the proxy's and the coordinator's port for every client
+        on `interface`. A port on the loopback address stays closed.
       '';
     };
   };

@@ -1,1 +1,1 @@
-import ./llama-server.nix "draft" "that guesses tokens"
+import ./llama-server.nix "draft" "that drafts tokens"

@@ -1,4 +1,4 @@
-# Opens the ports of this machine's roles, and no further than their clients need it.
+# Opens the ports of this machine's roles, each only for the machines that use it.
 { config, lib, ... }:
 let
   cfg = config.services.tightwad;
@@ -9,12 +9,12 @@ let
   enabled = role: cfg.${role}.enable && settings ? ${role};
   reachable = role: enabled role && !topology.isLoopback (settings.${role}.host or "127.0.0.1");
   own = lib.head topology.ownWorkers;
-  # An older NixOS has no such option.
+  # Older versions of NixOS lack the option `backend`.
   backend =
     config.networking.firewall.backend
       or (if config.networking.nftables.enable then "nftables" else "iptables");
 
-  # Ports for everybody on the interface: clients may be anywhere there.
+  # Ports that are open for every client on the interface.
   open = map (role: settings.${role}.port) (
     lib.filter reachable [
       "proxy"
@@ -22,7 +22,7 @@ let
     ]
   );
 
-  # Ports for the machines that have a role.
+  # Ports that are open only for the machines with a certain role.
   restricted =
     lib.optional (cfg.worker.enable && topology.ownWorkers != [ ]) {
       role = "worker";

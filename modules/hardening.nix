@@ -1,4 +1,4 @@
-# What a unit may do. `computes`: it starts llama.cpp's programs; `gpu` is what they compute on.
+# Directives that restrict a unit. `computes`: whether the unit starts llama.cpp's programs. `gpu`: the driver stack that they use.
 {
   lib,
   computes,
@@ -9,12 +9,12 @@ let
   nvidia = [
     "char-nvidia"
     "char-nvidia-caps"
-    # The name that older drivers give /dev/nvidia0.
+    # Older drivers use this name for /dev/nvidia0.
     "char-nvidia-frontend"
     "char-nvidia-uvm"
     "char-nvidiactl"
   ];
-  # The GPU under WSL, of every vendor.
+  # The GPU of any vendor under WSL.
   wsl = "/dev/dxg";
   devices = {
     none = [ ];
@@ -24,19 +24,19 @@ let
       "char-kfd"
       wsl
     ];
-    # NVIDIA's Vulkan driver goes by its own devices as well.
+    # NVIDIA's Vulkan driver opens NVIDIA's own devices too.
     vulkan = [ "char-drm" ] ++ nvidia ++ [ wsl ];
   };
 in
 {
-  # A user of its own for each unit, made at its start.
+  # Each unit runs as its own dynamic user.
   DynamicUser = true;
   UMask = "0077";
 
   AmbientCapabilities = "";
   CapabilityBoundingSet = "";
   LockPersonality = true;
-  # The drivers compile kernels for the GPU, not code for the CPU.
+  # The drivers compile kernels for the GPU, not code for the CPU, so this breaks nothing.
   MemoryDenyWriteExecute = true;
   NoNewPrivileges = true;
   PrivateMounts = true;
@@ -50,7 +50,7 @@ in
   ProtectKernelModules = true;
   ProtectKernelTunables = true;
   ProtectProc = "invisible";
-  # /run/opengl-driver, which CUDA, ROCm and Vulkan load their drivers from, stays readable.
+  # CUDA, ROCm and Vulkan load their drivers from /run/opengl-driver, which stays readable.
   ProtectSystem = "strict";
   RemoveIPC = true;
   RestrictNamespaces = true;
@@ -62,7 +62,7 @@ in
     "@system-service"
     "~@privileged"
   ];
-  # IP is what it serves; AF_UNIX is the socket on which it tells systemd that it is ready, and the way to nscd.
+  # The unit serves over IP. It needs AF_UNIX for the notify socket of systemd and for nscd.
   RestrictAddressFamilies = [
     "AF_INET"
     "AF_INET6"
@@ -70,14 +70,14 @@ in
   ];
 
   DevicePolicy = "closed";
-  # The private /dev has no GPU in it; the list says which devices may be opened then.
+  # A private /dev has no GPU. A unit with a GPU gets the list of allowed devices instead.
   PrivateDevices = !usesGpu;
 }
 // lib.optionalAttrs usesGpu {
   DeviceAllow = map (device: "${device} rw") devices.${gpu};
 }
 // lib.optionalAttrs (usesGpu && gpu != "cuda") {
-  # /dev/kfd and /dev/dri/* belong to these groups; NVIDIA's devices are open to everybody.
+  # These groups own /dev/kfd and /dev/dri/*. Every user can open NVIDIA's devices.
   SupplementaryGroups = [
     "render"
     "video"

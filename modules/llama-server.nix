@@ -1,4 +1,4 @@
-# The roles `target` and `draft`: a llama-server of this machine's own.
+# The roles `target` and `draft`: a llama-server that uses only this machine.
 role: purpose:
 {
   config,
@@ -26,8 +26,8 @@ in
       defaultText = literalMD "`cluster.${role}.api_key_file`";
       example = "/run/secrets/tightwad-${role}-key";
       description = ''
-        Where this machine has the key of the ${role}: the ${role} asks clients for it, and a proxy in front of it sends it.
-        Outside of the Nix store.
+        Path of the ${role}'s key on this machine, outside of the Nix store. The ${role} requires the key from clients, and a
+        proxy in front of it sends the key.
       '';
     };
   };
@@ -41,7 +41,7 @@ in
         local_key = topology.localKeyFile;
       };
       serviceConfig = {
-        # It is ready when the model answers. That takes minutes from a slow disk; the binary knows when to give up.
+        # The unit is ready when the model is loaded, which takes minutes from a slow disk. The binary decides when to give up.
         TimeoutStartSec = "infinity";
       };
     };

@@ -1,5 +1,5 @@
-# The key of a target or a draft that listens on a loopback address without a key of its own. It keeps out other programs of the
-# machine, for example a web page in a browser. Root makes it, because each unit has a user of its own.
+# Makes the key for a target or a draft that listens on a loopback address and has no configured key. The key keeps out other
+# programs of the machine, for example a web page in a browser. Root makes it, because each unit runs as its own user.
 {
   config,
   lib,
@@ -13,7 +13,7 @@ in
 {
   config = lib.mkIf (cfg.enable && topology.localKeyFile != null) {
     systemd.services.tightwad-local-key = {
-      description = "Tightwad: the key of the servers that only this machine reaches";
+      description = "Tightwad: key of the servers on the loopback address";
       path = [ pkgs.coreutils ];
       enableDefaultPath = false;
       script = ''
@@ -27,7 +27,7 @@ in
         RemainAfterExit = true;
         RuntimeDirectory = baseNameOf (dirOf topology.localKeyFile);
         RuntimeDirectoryMode = "0700";
-        # A new key would lock out the units that hold the old one.
+        # Keep the key when this unit restarts: the running units hold the old one.
         RuntimeDirectoryPreserve = true;
         WorkingDirectory = dirOf topology.localKeyFile;
         UMask = "0077";

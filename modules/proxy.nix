@@ -50,7 +50,7 @@ in
       default = cluster.proxy.auth_token_file or null;
       defaultText = literalMD "`cluster.proxy.auth_token_file`";
       example = "/run/secrets/tightwad-token";
-      description = "Where this machine has the token that clients send as `Authorization: Bearer …`. Outside of the Nix store.";
+      description = "Path on this machine, outside of the Nix store, of the token that clients send as `Authorization: Bearer …`.";
     };
   };
 
@@ -65,7 +65,7 @@ in
       }
       // drafts
       // target;
-      # Each request holds a connection to the client, to the target and to each draft.
+      # Each request uses a connection to the client, to the target and to each draft.
       serviceConfig.LimitNOFILE = 65536;
     };
   };

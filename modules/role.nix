@@ -1,4 +1,4 @@
-# Makes the unit of a role out of what the role needs.
+# Makes the systemd unit of a role.
 {
   config,
   lib,
@@ -9,19 +9,19 @@ let
 in
 role:
 {
-  # What it does, in the journal and in `systemctl status`.
+  # Description in the journal and in `systemctl status`.
   description,
-  # What stands behind `tightwad run <role>`.
+  # Further arguments of `tightwad run <role>`.
   arguments ? [ ],
-  # Whether it starts llama.cpp's programs.
+  # Whether the role starts llama.cpp's programs.
   computes ? true,
-  # The model files that it reads.
+  # The model files that the role reads.
   models ? [ ],
-  # Paths of secrets by the names under which the binary asks for them; null: there is none.
+  # Paths of secrets, by credential name. A null path is left out.
   credentials ? { },
-  # Whether it serves as soon as it runs. The other roles wait for a model or a GPU.
+  # Whether the role is ready as soon as it runs. The other roles wait for a model or a GPU.
   servesAtOnce ? false,
-  # Directives of this role alone.
+  # Further directives of this role.
   serviceConfig ? { },
 }:
 let
@@ -32,7 +32,7 @@ let
     inherit lib computes;
     inherit (cfg) gpu;
   };
-  # Wants, not requires: the unit itself retries what is missing.
+  # `wants` and not `requires`, because the unit itself retries what is missing.
   awaited = [
     "network-online.target"
   ]
@@ -44,12 +44,12 @@ in
 {
   inherit description;
   wantedBy = [ "multi-user.target" ];
-  # It listens on an address of this machine, which has to be there.
+  # The role listens on an address of this machine, which must exist first.
   wants = awaited;
   after = awaited;
   # RequiresMountsFor would fail the start job when a mount fails, and `Restart` retries processes, not jobs.
   unitConfig = lib.optionalAttrs (models != [ ]) { WantsMountsFor = map escaped models; };
-  # What is missing may come back: a mount, a driver, a secret. It is tried again for ever, more and more seldom.
+  # Retry for ever, with growing pauses: a missing mount, driver or secret may come back.
   startLimitIntervalSec = 0;
 
   path = lib.optional computes cfg.llamaCpp.package;
@@ -80,8 +80,8 @@ in
         ]
         ++ arguments
       );
-      # The process reports its state in either case, and `systemctl status` shows it. With `notify`, whoever starts the unit
-      # waits until the process is ready.
+      # `systemctl status` shows the state of the process in both cases. With `notify`, `systemctl start` also waits until the
+      # process is ready.
       Type = if servesAtOnce || cfg.waitUntilReady then "notify" else "exec";
       NotifyAccess = "main";
       WatchdogSec = 60;
@@ -90,12 +90,12 @@ in
       RestartSec = 2;
       RestartSteps = 6;
       RestartMaxDelaySec = 60;
-      # A wrong command line stays wrong until the next switch. A wrong file (3) was refused when it was built: what is left
-      # of that is an address that the machine does not have yet, of a VPN for example.
+      # Do not retry a wrong command line (2). Retry a config error (3): the build has checked the file, so the cause is an
+      # address that the machine does not have yet, for example of a VPN.
       RestartPreventExitStatus = 2;
-      # Its first process ends the others in the right order.
+      # The main process stops its children in the right order.
       KillMode = "mixed";
-      # It starts a server anew that was killed for memory, and says so.
+      # The main process restarts a server that the kernel killed for lack of memory.
       OOMPolicy = "continue";
 
       StateDirectory = name;
@@ -110,7 +110,7 @@ in
     }
     // lib.optionalAttrs (groups != [ ]) { SupplementaryGroups = groups; }
     // lib.optionalAttrs computes {
-      # For `--mlock` among a section's extra_args.
+      # For `--mlock` in `extra_args`.
       LimitMEMLOCK = "infinity";
     }
     // serviceConfig;

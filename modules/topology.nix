@@ -1,4 +1,4 @@
-# What follows from `cluster.hosts`: where each role runs, by which address it is reached, and which worker this machine is.
+# Values that follow from `cluster.hosts`: the host of each role, its address, and the worker entry of this machine.
 { lib, cfg }:
 let
   inherit (cfg) cluster;
@@ -14,20 +14,20 @@ rec {
     "proxy"
   ];
 
-  # This machine's entry; null where the cluster has none.
+  # This machine's entry, or null.
   here = cluster.hosts.${cfg.host} or null;
   isHere = role: here != null && lib.elem role here.roles;
 
   # The names and the addresses of the hosts that have a role.
   hostsOf = role: lib.attrNames (having role);
   addressesOf = role: lib.mapAttrsToList (_: entry: entry.address) (having role);
-  # Their addresses, as another machine sees them: this one reaches itself without its firewall.
+  # The addresses of the other hosts with the role. This machine needs no firewall rule for itself.
   peersOf = role: lib.unique (lib.remove (here.address or null) (addressesOf role));
 
   inherit (address) isLoopback isWildcard;
 
-  # Where a role listens: on loopback when only a proxy asks it and that is on the same machine. Null where no host has it.
-  # A pool beside a target is not what the proxy asks, and so an endpoint of its own.
+  # The address on which a role listens: loopback if only a proxy on the same machine uses it. Null if no host has the role.
+  # If there is a target too, the proxy uses the target, and the pool is an endpoint for clients.
   listenAddress =
     role:
     let
@@ -59,7 +59,7 @@ rec {
     in
     if asksForIt "target" || asksForIt "draft" then "/run/tightwad-local-key/key" else null;
 
-  # llama.cpp's name of what drives a host's GPUs.
+  # llama.cpp's name of the backend for a host's GPUs.
   backendOf =
     host:
     {
@@ -70,8 +70,8 @@ rec {
     }
     .${host.gpu};
 
-  # The backend of a role's section: the given one, else that of its host, else null. A target or a draft on a host without a GPU
-  # has none, and llama.cpp computes on the CPU.
+  # The backend of a role's section: the given one, else that of its host. Null for a target or a draft on a host without a GPU;
+  # llama.cpp then computes on the CPU.
   serverBackend =
     role:
     let
@@ -130,7 +130,7 @@ rec {
       default = lib.filterAttrs (_: model: model.default) cluster.models;
     in
     if role == "coordinator" then
-      # Not the one that only drafts.
+      # Leaves out the model that only drafts.
       lib.filterAttrs (
         name: model:
         name != (cluster.draft.model or null)

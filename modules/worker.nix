@@ -27,14 +27,14 @@ in
       type = types.nullOr types.str;
       default = null;
       example = "gaming-pc";
-      description = "Which entry of `cluster.workers` this machine is. Left out: the one with this host's name, else the one with its address.";
+      description = "Name of this machine's entry in `cluster.workers`. Left out: the one with this host's name, else the one with its address.";
     };
     agentTokenFile = mkOption {
       type = types.nullOr types.externalPath;
       default = if topology.ownWorkers == [ ] then null else own.agent_token_file;
       defaultText = literalMD "`agent_token_file` of its entry of `cluster.workers`";
       example = "/run/secrets/tightwad-worker-token";
-      description = "Where this machine has the token that coordinators send to its agent. Outside of the Nix store.";
+      description = "Path on this machine, outside of the Nix store, of the token that coordinators send to its agent.";
     };
   };
 

@@ -9,8 +9,8 @@ let
     meta = { inherit description; };
   };
 
-  # The package knows no llama.cpp, so that a host with a GPU does not get one for the CPU too. Here there is one, after the
-  # user's own.
+  # The package contains no llama.cpp, because a host with a GPU needs another build. This app adds the build for the CPU at the
+  # end of PATH.
   tightwadWithLlamaCpp = pkgs.writeShellApplication {
     name = "tightwad";
     text = ''
@@ -49,5 +49,5 @@ in
 rec {
   default = tightwad;
   tightwad = app "The command tightwad, with a llama.cpp for the CPU" tightwadWithLlamaCpp;
-  demo = app "What drafting gains on this machine; needs no GPU, no model and no configuration" tightwadDemo;
+  demo = app "Show what drafting gains on this machine; needs no GPU, no model and no configuration" tightwadDemo;
 }

@@ -1,4 +1,4 @@
-# What a laptop can run. The builds for GPUs and the tests of virtual machines are packages: nix build .#vm-test-pool
+# The checks that a laptop can run. Builds for GPUs and tests with virtual machines are packages: nix build .#vm-test-pool
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -7,7 +7,7 @@ let
 
   named = prefix: lib.mapAttrs' (name: lib.nameValuePair "${prefix}-${name}");
 
-  # A cargo command over the whole repository, with the crates of the package.
+  # Runs a cargo command in the whole repository, with the crates of the package.
   cargo =
     name: inputs: command:
     packages.tightwad.overrideAttrs (old: {
@@ -31,7 +31,7 @@ let
       touch $out
     '';
 
-  # Every file of tests/ is a check of its name.
+  # Each file in tests/ is a check with the same name.
   testFiles = lib.filterAttrs (file: _: lib.hasSuffix ".nix" file) (builtins.readDir ./tests);
   tests = lib.mapAttrs' (
     file: _:
@@ -40,7 +40,7 @@ let
     )
   ) testFiles;
 
-  # Evaluates the whole system of every host of the template, and builds no more of it than the cluster file.
+  # Evaluates the whole system of each host of the template, and builds only its cluster file.
   template = (import ./template/flake.nix).outputs {
     inherit (self.inputs) nixpkgs;
     tightwad = self;
@@ -79,8 +79,8 @@ tests
       "RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items";
   format-nix = overNixFiles "format-nix" pkgs.nixfmt "nixfmt --check";
   format-rust = cargo "format-rust" [ pkgs.rustfmt ] "cargo fmt --check";
-  # All tests, with the real llama.cpp and the tiny models; the package runs those that need neither. The network tests need
-  # iproute2 and util-linux. The tests of the scripts download packages, which a build cannot.
+  # All tests, with the real llama.cpp and the tiny models; the package runs the tests that need neither. The network tests need
+  # iproute2 and util-linux. The tests of the scripts are left out, because they download packages.
   tests =
     cargo "tests"
       [

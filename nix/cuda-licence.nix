@@ -1,4 +1,4 @@
-# Whether a package is unfree for being a part of CUDA, and for nothing else. The flake's own CUDA build allows these.
+# Whether a package is unfree only because it is a part of CUDA. The flake's own CUDA build allows these packages.
 { lib }:
 package:
 let
@@ -6,7 +6,7 @@ let
   isFreeOrCuda = licence: licence.free or true || licence.shortName or "" == "CUDA EULA";
 in
 lib.all isFreeOrCuda licences
-# Some parts say no more than `unfree`.
+# Some parts of CUDA have only the licence `unfree`.
 || lib.any (part: lib.hasPrefix part (lib.getName package)) [
   "cuda"
   "libcublas"

@@ -1,4 +1,4 @@
-# Shells in which everything of scripts/ runs. TIGHTWAD_LLAMA_CPP is the llama.cpp of the shell, so scripts and tests build none.
+# Shells for all scripts in scripts/. TIGHTWAD_LLAMA_CPP names the llama.cpp of the shell, so scripts and tests build none.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -7,7 +7,7 @@ let
   shell =
     llama-cpp: more:
     pkgs.mkShell {
-      # cmake, ninja and the compiler of llama.cpp too, for work on the patch.
+      # Adds cmake, ninja and the compiler of llama.cpp, for work on the patch.
       inputsFrom = [
         packages.tightwad
         llama-cpp

@@ -1,5 +1,5 @@
-# The module on one machine, beside nothing of NixOS but the options that it reads and sets: tests that look at a machine each
-# for dozens of faults take seconds so, and minutes with whole systems. Those are evaluated by the checks `template-*`.
+# Evaluates the module on one machine, with only those NixOS options that the module reads and sets. Dozens of tests take
+# seconds this way, and minutes with whole systems. The checks `template-*` evaluate whole systems.
 { self, pkgs }:
 modules:
 let

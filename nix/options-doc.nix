@@ -7,7 +7,7 @@ let
     lib.optionAttrSetToDocList options.services.tightwad
   );
 
-  # A value as Nix code; what is more than a line stands in a block of its own.
+  # A value as Nix code. A value of several lines becomes a code block.
   value =
     title: shown:
     if shown._type == "literalMD" then
@@ -24,7 +24,7 @@ let
         "${lib.trim option.description}\n"
         "Type: ${option.type}\n"
       ]
-      # Null is what an option is that is left out; its description says what happens then.
+      # A default of null is not shown: the description says what it means.
       ++ lib.optional (option ? default && option.default.text != "null") (value "Default" option.default)
       ++ lib.optional (option ? example) (value "Example" option.example)
     );

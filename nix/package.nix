@@ -1,11 +1,11 @@
-# The program `tightwad`. It starts llama.cpp's programs, which it looks for on PATH or where the config says.
+# The program `tightwad`. It finds llama.cpp's programs on PATH, or at the paths in the config.
 { lib, rustPlatform }:
 let
   inherit (lib) fileset;
   manifest = lib.importTOML ../Cargo.toml;
 
-  # Modules of tests/it that need neither llama.cpp nor files of the repository that the program is not built from. The check
-  # `tests` runs all.
+  # Modules of tests/it that need neither llama.cpp nor files of the repository outside of the package's source. The check `tests`
+  # runs all modules.
   modules = [
     "cli"
     "config"

@@ -3,8 +3,8 @@ let
   inherit (pkgs) lib;
   inherit (pkgs.stdenv.hostPlatform) isx86_64 system;
   llama-cpp = from: from.callPackage ./llama-cpp/package.nix;
-  # CUDA is unfree. It is allowed here, for one package, so that nobody has to allow it to evaluate this flake. nixpkgs has to
-  # know other `cudaCapabilities` too: Jetson has a CUDA of its own.
+  # CUDA is unfree. This allows it for one package, so that the flake evaluates without `allowUnfree`. `cudaCapabilities` go to
+  # nixpkgs too, because nixpkgs chooses another CUDA for Jetson.
   withCuda =
     capabilities:
     llama-cpp (import pkgs.path {
@@ -14,7 +14,7 @@ let
       };
     }) (capabilities // { cudaSupport = true; });
   tightwad = pkgs.callPackage ./package.nix { };
-  # Every file of tests/vm is a test with virtual machines.
+  # Each file in tests/vm is a test with virtual machines.
   vmTests = lib.mapAttrs' (
     file: _:
     lib.nameValuePair "vm-test-${lib.removeSuffix ".nix" file}" (

@@ -1,5 +1,5 @@
-# A test of a cluster in virtual machines, one for each host of it and a stranger who belongs to none. The test's network numbers
-# the machines in the order of their names. The files of tests/vm give what differs.
+# Tests a cluster in virtual machines: one for each host, and a stranger that belongs to none. The test driver numbers the
+# machines in the order of their names. The files of tests/vm give what differs.
 { self, pkgs }:
 {
   name,
@@ -80,7 +80,7 @@ pkgs.testers.runNixOSTest {
                     "/etc/systemd/system/tightwad-*.service",
                 ]:
                     status, found = machine.execute(f"{search} {places}")
-                    # 0: it is there; 2: a place is missing, or cannot be read.
+                    # Exit code of grep: 0 means found, 2 means that a file is missing or unreadable.
                     assert status == 1, f"{machine.name}: {name} in {places}: grep ends with {status}: {found}"
   '';
 }

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::io::{self, ErrorKind};
+use std::net::IpAddr;
 
 /// Beginning of the clause for a refused connection.
 const REFUSED: &str = "connection refused";
@@ -68,11 +69,26 @@ pub fn is_refused(explained: &str) -> bool {
 #[must_use]
 pub fn refused(url: &str, status: u16, message: &str) -> String {
     match status {
-        401 | 403 => format!(
-            "{url} is up and refuses our key ({status}: {message}); set the key that it takes as `api_key_file` of its section"
-        ),
+        401 | 403 => {
+            let hint = if is_on_this_host(url) {
+                ", or start it as the user who runs this one: each user's servers take the key of that user's file `local_key`"
+            } else {
+                ""
+            };
+            format!(
+                "{url} is up and refuses our key ({status}: {message}); set the key that it takes as `api_key_file` of its \
+                 section{hint}"
+            )
+        }
         _ => format!("{url} answered {status}: {message}"),
     }
+}
+
+/// Whether the URL has a loopback address.
+fn is_on_this_host(url: &str) -> bool {
+    let is_loopback =
+        |host: &str| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    reqwest::Url::parse(url).is_ok_and(|url| url.host_str().is_some_and(is_loopback))
 }
 
 /// The `HOST:PORT` that was asked.
@@ -166,6 +182,9 @@ mod tests {
     fn a_wrong_key_reads_otherwise_than_a_server_that_is_not_there() {
         let words = refused("http://h:1/health", 401, "Invalid API Key");
         assert!(words.contains("is up and refuses our key"), "{words}");
+        assert!(!words.contains("local_key"), "{words}");
+        let words = refused("http://127.0.0.1:1/health", 401, "Invalid API Key");
+        assert!(words.ends_with("the key of that user's file `local_key`"), "{words}");
         assert_eq!(refused("http://h:1", 500, "no"), "http://h:1 answered 500: no");
     }
 }

@@ -1,26 +1,26 @@
-# nixpkgs' llama-cpp with the source and the patch that Tightwad needs, and with RPC. All variants are of one source, because
-# the two ends of an RPC connection have to be of one version.
+# The llama-cpp of nixpkgs with Tightwad's source and patch, and with RPC. All variants have one source, because both ends of an
+# RPC connection need the same version.
 {
   lib,
   config,
   fetchFromGitHub,
   llama-cpp,
-  # The Vulkan drivers to go with the build, which have to be of its C library; null: those of the system it runs on.
+  # Vulkan drivers with the same C library as the build. Null: the drivers of the system.
   mesa ? null,
   spirv-headers,
   stdenv,
   cudaSupport ? config.cudaSupport,
   rocmSupport ? config.rocmSupport,
   vulkanSupport ? false,
-  # NVIDIA's generations to compile for: by default those of RTX 20, 30, 40 and 50 (and of a DGX Spark, which runs the code of
-  # the last one). Each adds minutes to the build.
+  # Generations of NVIDIA GPUs to compile for: by default RTX 20, 30, 40 and 50. A DGX Spark runs the code for RTX 50. Each
+  # generation adds minutes to the build.
   cudaCapabilities ? [
     "7.5"
     "8.6"
     "8.9"
     "12.0"
   ],
-  # AMD's, as `rocminfo` names them: by default those of RX 7900.
+  # AMD GPUs to compile for, as `rocminfo` names them: by default the RX 7900.
   rocmGpuTargets ? [ "gfx1100" ],
 }:
 let
@@ -40,8 +40,8 @@ in
     vulkanSupport
     ;
   rpcSupport = true;
-  # BLAS takes over from a certain number of tokens on and rounds otherwise: a draft's tokens would get other logits when
-  # they are verified together.
+  # Without BLAS. It takes over from a certain number of tokens on and rounds differently, so that draft tokens that are verified
+  # together would get other logits.
   blasSupport = false;
 }).overrideAttrs
   (old: {
@@ -50,7 +50,7 @@ in
       owner = "ggml-org";
       repo = "llama.cpp";
       tag = "b${source.version}";
-      # The source package of scripts/llama-cpp lacks this file, and both are to have one hash.
+      # The source package of scripts/llama-cpp lacks this file, and both sources must have the same hash.
       postFetch = "rm $out/build-xcframework.sh";
       hash = source.narHash;
     };
@@ -62,7 +62,7 @@ in
     npmRoot = null;
     preConfigure = "";
 
-    # Of two flags of one name the last counts. Without LLAMA_USE_PREBUILT_UI=OFF the web page would be downloaded.
+    # The last of two flags with one name counts. Without LLAMA_USE_PREBUILT_UI=OFF the build would download the web page.
     cmakeFlags =
       old.cmakeFlags
       ++ [
@@ -77,9 +77,9 @@ in
         )
       );
 
-    # What nixpkgs does here is for programs that this build names otherwise.
+    # Replaces the phase of nixpkgs, which expects other names of the programs.
     postInstall = "";
-    # Backends are loaded from the folder of the program, so the programs that Tightwad starts have to lie beside them.
+    # A program loads backends from its own folder, so the programs that Tightwad starts must lie beside them.
     doInstallCheck = true;
     installCheckPhase = ''
       runHook preInstallCheck
@@ -92,7 +92,7 @@ in
     passthru =
       (old.passthru or { })
       // lib.optionalAttrs (vulkanSupport && mesa != null) {
-        # For VK_DRIVER_FILES. NVIDIA's driver has to be that of the system's kernel.
+        # For VK_DRIVER_FILES. Leaves out NVIDIA's driver, which must match the system's kernel.
         vulkanDriverFiles = lib.concatStringsSep ":" [
           "${mesa}/share/vulkan/icd.d"
           "/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${stdenv.hostPlatform.parsed.cpu.name}.json"

@@ -1,5 +1,5 @@
-# The whole cluster, the same on every host. There are two endpoints: http://workstation:8088 answers fast from one GPU with the
-# help of a draft, and http://server:8080 answers with a model that is too big for any one of these machines.
+# The whole cluster, the same on every host. It has two endpoints: http://workstation:8088 answers fast from one GPU with the help
+# of a draft, and http://server:8080 runs a model that is too big for any one of these machines.
 {
   hosts = {
     server = {
@@ -27,9 +27,9 @@
     };
   };
 
-  # The files of keys are read at the start of the units; each machine needs those of its roles, made by `openssl rand -hex 32`.
-  # These are the paths that sops-nix gives them. agenix gives /run/agenix/NAME. By hand, put them into a folder that outlives a
-  # reboot, which /run does not: /var/lib/secrets, for example, with `umask 077`.
+  # Units read the files of keys when they start. Each machine needs the keys of its roles; make one with `openssl rand -hex 32`.
+  # These are the paths of sops-nix. agenix uses /run/agenix/NAME. If you write the files by hand, use a folder that survives a
+  # reboot, for example /var/lib/secrets, with `umask 077`.
   proxy.auth_token_file = "/run/secrets/tightwad-proxy";
   target.model = "qwen3-32b";
   draft = {
@@ -66,7 +66,7 @@
     }
   ];
 
-  # Only the hosts that run a model need its file; a worker needs none.
+  # Only the hosts that run a model need its file. A worker needs no model files.
   models = {
     "llama-3.3-70b" = {
       path = "/models/Llama-3.3-70B-Instruct-Q4_K_M.gguf";

@@ -1,13 +1,13 @@
-# In a git checkout, Nix sees no file that git does not know: `git add` these first.
+# In a git checkout, Nix sees only files that git tracks: `git add` these first.
 {
   description = "A Tightwad cluster of four NixOS hosts";
 
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
-    # With its own nixpkgs every host has the llama.cpp that was tested. For an NVIDIA GPU with `gpu = "vulkan"` let it follow
-    # yours, because NVIDIA's driver and llama.cpp then have to be of one C library:
+    # With the flake's own nixpkgs, every host has the tested llama.cpp. For an NVIDIA GPU with `gpu = "vulkan"`, follow your own
+    # nixpkgs, because NVIDIA's driver and llama.cpp then need the same C library:
     # tightwad.inputs.nixpkgs.follows = "nixpkgs";
-    # Replace OWNER by the account whose repository this is.
+    # Replace OWNER by the account that owns the repository.
     tightwad.url = "github:OWNER/tightwad";
   };
 

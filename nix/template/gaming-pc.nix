@@ -1,4 +1,4 @@
-# An RTX 4070 Ti Super: lends it to the coordinator.
+# An RTX 4070 Ti Super: lends its GPU to the coordinator.
 {
   networking.hostName = "gaming-pc";
 
@@ -7,13 +7,13 @@
     openFirewall = true;
   };
 
-  # The driver. It is unfree, and so is CUDA.
+  # NVIDIA's driver and CUDA are unfree.
   nixpkgs.config.allowUnfree = true;
   hardware.graphics.enable = true;
   hardware.nvidia.open = true;
   services.xserver.videoDrivers = [ "nvidia" ];
 
-  # In place of the rest: the hardware-configuration.nix of this machine, and your own settings.
+  # Replace the rest by the hardware-configuration.nix of this machine and your own settings.
   nixpkgs.hostPlatform = "x86_64-linux";
   boot.loader.systemd-boot.enable = true;
   fileSystems."/" = {

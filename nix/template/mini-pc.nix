@@ -1,4 +1,4 @@
-# No GPU: guesses with the small model.
+# No GPU: drafts with the small model.
 {
   networking.hostName = "mini-pc";
 
@@ -7,7 +7,7 @@
     openFirewall = true;
   };
 
-  # In place of the rest: the hardware-configuration.nix of this machine, and your own settings.
+  # Replace the rest by the hardware-configuration.nix of this machine and your own settings.
   nixpkgs.hostPlatform = "x86_64-linux";
   boot.loader.systemd-boot.enable = true;
   fileSystems."/" = {

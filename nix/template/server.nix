@@ -1,4 +1,4 @@
-# Two RX 7900 XTX: loads the big model onto its own GPUs and those of the workers.
+# Two RX 7900 XTX: spreads the big model over its own GPUs and those of the workers.
 {
   networking.hostName = "server";
 
@@ -9,7 +9,7 @@
 
   hardware.graphics.enable = true;
 
-  # In place of the rest: the hardware-configuration.nix of this machine, and your own settings.
+  # Replace the rest by the hardware-configuration.nix of this machine and your own settings.
   nixpkgs.hostPlatform = "x86_64-linux";
   boot.loader.systemd-boot.enable = true;
   fileSystems."/" = {

@@ -1,4 +1,4 @@
-# modules/address.nix: what is an address, and what only looks like one.
+# modules/address.nix: texts that are addresses, and texts that only look like one.
 { pkgs, ... }:
 let
   inherit (pkgs) lib;

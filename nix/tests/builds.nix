@@ -1,4 +1,4 @@
-# Which llama.cpp a machine gets: by its GPU, its generations of GPUs and its system; and how the module is imported.
+# The build of llama.cpp for a machine, by its driver stack, GPU generations and system; and the import of the module.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -27,7 +27,7 @@ let
     }
     // more;
   };
-  # What a build compiles for.
+  # The GPU generations of a build.
   architectures =
     package: lib.filter (flag: lib.hasInfix "_ARCHITECTURES" flag) (lib.reverseList package.cmakeFlags);
   inherit (self.packages.x86_64-linux) llama-cpp-cuda llama-cpp-rocm;

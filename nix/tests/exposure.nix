@@ -1,4 +1,4 @@
-# How much of the system a unit could reach, as systemd reckons: below 3.0 for every role, on every kind of GPU.
+# Exposure of each unit by `systemd-analyze security`: below 3.0 for each role and driver stack.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -20,7 +20,7 @@ let
           networking.hostName = "one";
           users.groups.models = { };
           services.tightwad = {
-            # Which one it is does not matter here, and not every system has all of them.
+            # Any build will do here, and some systems lack some builds.
             llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
             modelGroup = "models";
             cluster = {
@@ -80,11 +80,11 @@ pkgs.runCommand "exposure"
     passthru = { inherit units; };
   }
   ''
-    # It wants a /run/systemd, which the root of a build does not have and does not let be made: here is a root that has one.
+    # systemd-analyze needs /run/systemd. A build cannot make it in its own root, so this uses another root.
     mkdir -p root/nix root/proc root/tmp root/run/systemd
     cd root
     for file in $files; do
-      # The name of a unit, without the store's hash.
+      # Name of the unit without the hash of the store path.
       unit=''${file##*/}
       cp "$file" "''${unit#*-}"
     done

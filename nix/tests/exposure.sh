@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# exposure.nix where nothing can be built: the units as Nix makes them, rated by this machine's systemd-analyze.
+# exposure.nix without builds: rates the units that Nix evaluates with this machine's systemd-analyze.
 # usage: exposure.sh NIX FLAKE [arguments of nix]
 set -euo pipefail
 
@@ -24,7 +24,7 @@ for name, text in json.load(open("units.json")).items():
 PY
 failed=0
 for unit in *.service; do
-  # Directives that an older systemd does not know are no matter of exposure.
+  # Ignore warnings about directives that an older systemd does not know.
   if ! rated=$(systemd-analyze security --offline=true --threshold=30 --no-pager "./$unit" 2>/dev/null); then
     printf 'exposure: %s is exposed to 3.0 or more:\n%s\n' "$unit" "$rated" >&2
     failed=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rules of the firewall, carried out in a network of their own: a rule that fails must not leave the machine open.
+# Runs the firewall rules in a separate network namespace. A rule that fails must not leave the machine open.
 # usage: firewall.sh NIX FLAKE [arguments of nix]
 set -euo pipefail
 
@@ -21,7 +21,7 @@ for text in start stop nftables; do
   }
 done
 
-# As NixOS writes the script: it ends at the first failure, and what closes the machine comes last.
+# Like the script of NixOS, this one ends at the first failure and closes the machine last.
 script() {
   cat <<SCRIPT
 set -e
@@ -38,7 +38,7 @@ fail() {
   printf 'firewall: %s\n' "$*" >&2
   failed=1
 }
-# carry_out VARIANT RULES: what INPUT and nixos-fw hold afterwards, and what the script said.
+# carry_out VARIANT RULES: runs the rules, then prints INPUT and nixos-fw and the output of the script.
 carry_out() {
   script "$2" >"$work/script"
   unshare --map-root-user --net sh -c '
@@ -67,7 +67,7 @@ for variant in iptables-nft iptables-legacy; do
     fail "$variant: the rest is not dropped: $state"
   [ "$(grep -c '^-A nixos-fw .* -j nixos-fw-accept' <<<"$state")" = 2 ] ||
     fail "$variant: the rules after one that fails are not there: $state"
-  grep -q 'services.tightwad.openFirewall.*192.168.1.300' "$work/said" || fail "$variant: the failure is not told"
+  grep -q 'services.tightwad.openFirewall.*192.168.1.300' "$work/said" || fail "$variant: the script does not report the failure"
   [ "$failed" = 1 ] || echo "firewall: $variant: a rule that fails leaves its port closed and the machine too"
 done
 

@@ -1,11 +1,11 @@
-# Planted faults: evaluation refuses each, and a message names the option to change. `nix flake check` sees that every one is
-# refused, and reads the messages of assertions. Those that Nix itself throws it cannot read: refusals.sh does.
+# Planted faults. Evaluation refuses each one with a message that names the option to change. `nix flake check` checks that each is
+# refused, and reads the messages of assertions. It cannot read the messages that Nix itself throws; refusals.sh does.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
   machine = import ../host.nix { inherit self pkgs; };
 
-  # What this machine would be switched to, or the reason why not.
+  # The system that this machine would switch to, or the error.
   evaluate =
     fault:
     let
@@ -24,7 +24,7 @@ let
     in
     {
       messages = map (entry: entry.message) failed;
-      # Everything that the module makes.
+      # Forces every value that the module sets.
       made = builtins.deepSeq [
         failed
         services.tightwad.settings
@@ -36,7 +36,7 @@ let
       ] services.tightwad.configFile;
     };
 
-  # A cluster without fault, of which this machine runs all.
+  # A cluster without faults. This machine has all roles.
   sound = {
     hosts.one = {
       address = "10.0.0.1";
@@ -82,7 +82,7 @@ let
     }
     // more;
   };
-  # A machine for CUDA that allows these unfree packages.
+  # A machine with CUDA that allows these unfree packages.
   allowing = allowUnfreePackages: {
     _module.args.pkgs = pkgs // {
       config = pkgs.config // {
@@ -92,14 +92,14 @@ let
     services.tightwad.cluster.hosts.one.gpu = "cuda";
   };
 
-  # As nixpkgs does: the variable, which an impure evaluation sees, allows what the configuration does not.
+  # Like nixpkgs: in an impure evaluation the environment variable also allows unfree packages.
   cudaWithoutUnfree = {
     "CUDA without unfree" = cluster { hosts.one.gpu = "cuda"; };
     "CUDA with another unfree package" = allowing [ "steam" ];
   };
   unfreeByVariable = builtins.getEnv "NIXPKGS_ALLOW_UNFREE" == "1";
 
-  # Near to a fault, and none.
+  # Configurations that resemble a fault and are correct.
   accepted = lib.optionalAttrs unfreeByVariable cudaWithoutUnfree // {
     "a draft that everybody may use" = draftWithoutKey { allow_unauthenticated = true; };
     "CUDA with NVIDIA's driver allowed" = allowing [ "nvidia-x11" ];
@@ -161,7 +161,7 @@ let
       proxy.target.url = "http://10.0.0.9:8080/@me";
     };
   };
-  # The faults with what their messages have to begin with, or, of those that Nix throws, to hold.
+  # The faults. A message must begin with the given text; a message that Nix throws must contain it.
   faults = {
     host-not-in-the-cluster = {
       fault = {
@@ -622,7 +622,7 @@ let
     };
   };
 
-  # Only the binary knows every key: it refuses these when the file is built.
+  # Keys that only the binary can refuse, when the file is built.
   unknownKey =
     (evaluate (cluster {
       proxy.max_draft_tokenz = 8;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The planted faults of refusals.nix whose messages Nix throws: each names its option.
+# Checks the faults of refusals.nix that Nix itself reports: each message names its option.
 # usage: refusals.sh NIX FLAKE [arguments of nix]
-# With TIGHTWAD=path of the binary also the key that only it refuses, with a stand-in for nixpkgs whose YAML is plain text.
+# With TIGHTWAD=path of the binary also checks the key that only the binary refuses. That needs a stand-in for nixpkgs whose YAML
+# is plain text.
 set -euo pipefail
 
 nix=$1 checks=$2#checks.x86_64-linux.refusals
@@ -22,7 +23,7 @@ while IFS=$'\t' read -r fault option; do
   fi
 done < <(python3 -c 'import json, sys; [print(*pair, sep="\t") for pair in json.load(sys.stdin).items()]' <<<"$options")
 
-# What it refuses and what it takes are other things with this variable.
+# This variable would change what the binary accepts.
 if ! log=$(NIXPKGS_ALLOW_UNFREE=1 "$nix" eval --impure "$checks.name" "$@" 2>&1); then
   printf 'refusals: with NIXPKGS_ALLOW_UNFREE=1: %s\n' "$log" >&2
   failed=1

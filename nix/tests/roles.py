@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Runs every role of the template's four hosts on this machine, for where no VM can run: each from the file and the ExecStart
-of its unit, with the credentials that its unit loads and no other secret. Each says READY, and both endpoints
-answer. Addresses become loopback ones, GPUs the CPU, and the models those of tests/models; the rest is as it is rendered.
+"""Runs every role of the template's four hosts on this machine, where no VM can run. Each role uses the file and the ExecStart
+of its unit, with the credentials of its unit and no other secret. Each must report READY, and both endpoints must answer.
+Addresses become loopback addresses, GPUs become the CPU, and models become those of tests/models; the rest stays as rendered.
 
 usage: roles.py NIX NIXPKGS TIGHTWAD LLAMA_CPP   (NIXPKGS: a stand-in whose YAML is plain JSON text)
 """
@@ -19,9 +19,9 @@ import time
 import urllib.error
 import urllib.request
 
-PATIENCE = 120  # seconds
+TIMEOUT = 120  # seconds
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# For a test of the same where there is no Nix.
+# The rendered files, for a test that needs no Nix.
 RENDERED = REPOSITORY / "tests/rendered"
 HOSTS = """builtins.mapAttrs (_: host: {
   file = host.config.services.tightwad.configFile.unchecked.text;
@@ -98,10 +98,10 @@ class Unit:
         )
 
     def ready(self):
-        self.socket.settimeout(PATIENCE)
-        told = []
-        while "READY=1" not in told:
-            told = self.socket.recv(4096).decode().splitlines()
+        self.socket.settimeout(TIMEOUT)
+        messages = []
+        while "READY=1" not in messages:
+            messages = self.socket.recv(4096).decode().splitlines()
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -115,11 +115,11 @@ class Unit:
 def ask(url, key):
     body = json.dumps({"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}).encode()
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    give_up = time.monotonic() + PATIENCE
+    give_up = time.monotonic() + TIMEOUT
     while True:
         try:
             request = urllib.request.Request(f"{url}/v1/completions", body, headers)
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 return json.load(answer)["choices"][0]["text"]
         except (urllib.error.URLError, ConnectionError):
             if time.monotonic() > give_up:

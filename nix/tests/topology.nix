@@ -1,5 +1,5 @@
-# What follows from `cluster.hosts` on each machine: its units and their secrets, the addresses and backends of the cluster
-# file, the rules of the firewall.
+# Values that follow from `cluster.hosts` on each machine: units and their secrets, addresses and backends in the cluster file,
+# firewall rules.
 { self, pkgs }:
 let
   inherit (pkgs) lib;
@@ -46,7 +46,7 @@ let
           }
         ];
       }
-      # Not one of the hosts: Windows, for example.
+      # A worker that is not in `hosts`, for example with Windows.
       {
         name = "guest";
         host = "10.0.0.9";
@@ -71,7 +71,7 @@ let
             networking = { inherit hostName; };
             services.tightwad = {
               inherit cluster;
-              # No system lacks it.
+              # Every system has this build.
               llamaCpp.package = self.packages.${pkgs.stdenv.hostPlatform.system}.llama-cpp-cpu;
             };
           }
@@ -89,7 +89,7 @@ let
       secrets = lib.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) roles;
       after = lib.mapAttrs (_: unit: unit.after) roles;
       reads = lib.mapAttrs (_: unit: unit.unitConfig.WantsMountsFor or [ ]) roles;
-      # What keeps a unit from starting for good is not tried again.
+      # A unit with a permanent fault is not restarted.
       requires = lib.mapAttrs (
         _: unit: unit.unitConfig.RequiresMountsFor or [ ] ++ unit.requires or [ ]
       ) roles;
@@ -125,7 +125,7 @@ let
   withTarget = machine "server" {
     services.tightwad.cluster.target.port = 8082;
   };
-  # Three machines after an edit of the cluster: which units are others.
+  # The units of three machines that an edit of the cluster changes.
   restarted =
     edit:
     lib.concatMap (
@@ -183,7 +183,7 @@ let
       draft_key_file = "/run/secrets/their-draft-key";
     };
   };
-  # With drivers of its own nixpkgs.
+  # With Vulkan drivers from its own nixpkgs.
   mesa = pkgs.writeText "mesa" "";
   withDrivers = machine "gaming-pc" {
     services.tightwad.llamaCpp.package = lib.mkForce (
@@ -323,7 +323,7 @@ let
         ];
       }
     ];
-    "and so has a proxy before a pool that it is told of" = [
+    "and so has a proxy in front of a pool that it names" = [
       (lib.filter (lib.hasPrefix "proxy.target.") withPool.secrets.tightwad-proxy)
       [
         "proxy.target.api_key_file:/run/secrets/their-key"
@@ -476,7 +476,7 @@ let
       withDrivers.environment.tightwad-worker.VK_DRIVER_FILES
       "${mesa}/share/vulkan/icd.d:/run/opengl-driver/share/vulkan/icd.d/nvidia_icd.${pkgs.stdenv.hostPlatform.parsed.cpu.name}.json"
     ];
-    "and nobody else has any" = [
+    "and no other machine has one" = [
       (lib.filter (unit: server.environment.${unit} ? VK_DRIVER_FILES) server.units)
       [ ]
     ];

@@ -1,16 +1,16 @@
-//! Who is asked.
+//! A server to measure, and its counts of drafting before and after.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::Value;
 
+use crate::proxy::status::Status;
 use crate::upstream::ChatServer;
 use crate::upstream::chat::Drafting;
 
-/// How long a server may take to tell its counts.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time limit for the counts of a server.
+const COUNTS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A way to get the target's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -21,17 +21,18 @@ pub enum Mode {
     /// The proxy, which attaches its drafter to the target's completion.
     Attached,
     /// A llama-server that holds the target and the draft and drafts in its own process.
-    OwnDraft,
+    #[serde(rename = "own-draft")]
+    NativeDraft,
 }
 
 impl Mode {
-    /// Its name in tables.
+    /// Name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::Attached => "attached",
-            Self::OwnDraft => "own-draft",
+            Self::NativeDraft => "own-draft",
         }
     }
 }
@@ -41,13 +42,13 @@ impl Mode {
 pub struct Contender {
     /// The mode.
     pub mode: Mode,
-    /// Who is asked.
+    /// The server to ask.
     pub server: ChatServer,
     /// The llama-server that verifies the drafts and counts them; `None` where nothing is drafted.
     pub verifier: Option<ChatServer>,
 }
 
-/// What a llama-server has counted of its drafting since it was started (`/metrics`).
+/// Counts of drafting in a llama-server since its start (`/metrics`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DraftCounts {
     /// Steps that verified a draft.
@@ -57,48 +58,48 @@ pub struct DraftCounts {
 }
 
 impl Contender {
-    /// The counts up to now; `None` when the server does not tell.
+    /// The counts up to now; `None` if the server has no metrics.
     pub(super) async fn draft_counts(&self) -> Option<DraftCounts> {
-        let text = self.verifier.as_ref()?.get("/metrics", PATIENCE).await.ok()?;
+        let text = self.verifier.as_ref()?.get("/metrics", COUNTS_TIMEOUT).await.ok()?;
         DraftCounts::parse(&text)
     }
 
-    /// What a proxy of ours tells of its drafting; `None` of any other server.
+    /// The counts of a Tightwad proxy; `None` for any other server.
     pub(super) async fn proxy_status(&self) -> Option<ProxyStatus> {
         if self.mode != Mode::Attached {
             return None;
         }
-        let status = self.server.get("/v1/tightwad/status", PATIENCE).await.ok()?;
-        ProxyStatus::parse(&serde_json::from_str(&status).ok()?)
+        let status = self.server.get("/v1/tightwad/status", COUNTS_TIMEOUT).await.ok()?;
+        let status = serde_json::from_str(&status).ok()?;
+        Some(ProxyStatus::of(&status))
     }
 }
 
 /// The drafting of a proxy: its `/v1/tightwad/status`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct ProxyStatus {
-    /// Counted since it was started.
+    /// Counts since it was started.
     counts: Drafting,
-    /// The most that it expects of its drafters now by its formula: speed over that of plain steps.
+    /// The largest speed-up that its cost model predicts for a drafter now.
     pub(super) expected_speed_up: Option<f64>,
 }
 
 impl ProxyStatus {
-    fn parse(status: &Value) -> Option<Self> {
-        let count = |name: &str| status["counts"][name].as_u64();
-        let drafts = status["drafts"].as_array()?.iter();
-        Some(Self {
+    fn of(status: &Status) -> Self {
+        let outlooks = status.drafts.iter().filter_map(|draft| draft.outlook);
+        Self {
             counts: Drafting {
-                generated: count("generated")?,
-                drafted: count("drafted")?,
-                accepted: count("accepted")?,
+                generated: status.counts.generated,
+                drafted: status.counts.drafted,
+                accepted: status.counts.accepted,
             },
-            expected_speed_up: drafts
-                .filter_map(|draft| draft["outlook"]["expected_speed_up"].as_f64())
+            expected_speed_up: outlooks
+                .filter_map(|outlook| outlook.expected_speed_up)
                 .max_by(f64::total_cmp),
-        })
+        }
     }
 
-    /// What was counted since `earlier`.
+    /// The counts since `earlier`.
     pub(super) fn since(&self, earlier: &Self) -> Drafting {
         let (now, then) = (self.counts, earlier.counts);
         Drafting {
@@ -132,7 +133,7 @@ impl DraftCounts {
         drafts.map(|drafts| Self { drafts, accepted })
     }
 
-    /// What was counted since `earlier`.
+    /// The counts since `earlier`.
     pub(super) fn since(&self, earlier: &Self) -> Self {
         let accepted = self.accepted.iter().map(|(position, count)| {
             let before = earlier.accepted.get(position).copied().unwrap_or_default();
@@ -153,7 +154,7 @@ impl DraftCounts {
     }
 }
 
-/// Large counts come in scientific notation with six digits.
+/// Reads a count. llama-server writes large counts in scientific notation with six digits.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn count(text: &str) -> Option<u64> {
     text.parse::<u64>().ok().or_else(|| {

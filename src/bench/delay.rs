@@ -1,4 +1,4 @@
-//! A longer way to a server: a TCP relay that holds back every byte.
+//! A TCP relay that adds latency on the way to a server. Bytes keep their order, and the bandwidth stays the same.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,10 +11,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc as channel;
 use tokio::task::{AbortHandle, JoinSet};
 
-/// Bytes that are read at once.
+/// Largest number of bytes in one read.
 const CHUNK: usize = 64 * 1024;
 
-/// A listener on this machine whose connections go on to a server, later. Dropping it closes them.
+/// A listener on this machine that relays connections to a server with a delay. Dropping it closes them.
 #[derive(Debug)]
 pub struct Relay {
     url: String,
@@ -24,8 +24,8 @@ pub struct Relay {
 /// Why there is no [`Relay`].
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
-    /// The way to the server is not a bare TCP connection.
-    #[error("the way to {0} cannot be lengthened: only that to a server with an http:// URL can")]
+    /// The URL is not a plain http:// URL.
+    #[error("cannot delay connections to {0}: only servers with an http:// URL can be delayed")]
     Url(String),
     /// The system refuses.
     #[error("cannot relay connections to {url}: {source}")]
@@ -37,7 +37,7 @@ pub enum RelayError {
     },
 }
 
-/// Bytes on their way; none are the end of the stream.
+/// Bytes on their way. Empty bytes mark the end of the stream.
 struct Parcel {
     due: Instant,
     bytes: Vec<u8>,
@@ -45,8 +45,8 @@ struct Parcel {
 }
 
 impl Relay {
-    /// A relay to `url` that adds `delay` to each round trip, half of it on the way there and half on the way back. It
-    /// does not lessen the bandwidth, and connections come about as fast as without it.
+    /// Starts a relay to `url` that adds `delay` to each round trip, half of it in each direction. Connections are made without a
+    /// delay.
     pub async fn start(url: &str, delay: Duration) -> Result<Self, RelayError> {
         let parsed = reqwest::Url::parse(url).ok().filter(|url| url.scheme() == "http");
         let (host, port) = parsed
@@ -60,7 +60,7 @@ impl Relay {
         let server: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await.map_err(io)?.collect();
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(io)?;
         let address = listener.local_addr().map_err(io)?;
-        let parcels = post_office().map_err(io)?;
+        let parcels = delivery_thread().map_err(io)?;
         let accepting = tokio::spawn(accept(listener, server, parcels, delay / 2)).abort_handle();
         let path = parsed.as_ref().map_or("", |url| url.path().trim_end_matches('/'));
         Ok(Self {
@@ -69,7 +69,7 @@ impl Relay {
         })
     }
 
-    /// The base URL by which the server is reached the long way.
+    /// Base URL of the relay.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
@@ -82,14 +82,14 @@ impl Drop for Relay {
     }
 }
 
-/// A thread that delivers parcels when they are due. All wait equally long, so they leave in the order in which they
-/// come. It is a thread because the runtime's timer counts in whole milliseconds, as long as what is to be timed.
-fn post_office() -> io::Result<mpsc::Sender<Parcel>> {
+/// Starts a thread that delivers parcels when they are due. All parcels wait for the same time, so they keep their order. A thread,
+/// because the runtime's timer has a resolution of only one millisecond.
+fn delivery_thread() -> io::Result<mpsc::Sender<Parcel>> {
     let (sender, parcels) = mpsc::channel::<Parcel>();
     std::thread::Builder::new().name("delay".into()).spawn(move || {
         for parcel in parcels {
             std::thread::sleep(parcel.due.saturating_duration_since(Instant::now()));
-            // A connection that is gone takes no more.
+            // The connection may be closed already.
             let _ = parcel.to.send(parcel.bytes);
         }
     })?;
@@ -114,7 +114,7 @@ async fn accept(listener: TcpListener, server: Vec<SocketAddr>, parcels: mpsc::S
     }
 }
 
-/// Carries both directions until both have ended, or one has failed.
+/// Relays both directions until both have ended, or one has failed.
 async fn connection(
     client: TcpStream,
     server: &[SocketAddr],

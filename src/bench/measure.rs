@@ -1,4 +1,4 @@
-//! Asks, in turns.
+//! Asks all contenders the same questions, in turns.
 
 use std::iter;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,53 +11,53 @@ use super::prompts::Prompt;
 use crate::upstream::ChatError;
 use crate::upstream::chat::{Answer, Wishes};
 
-/// Requests per client of a block: enough that the clients work side by side for most of it.
-const BLOCK: usize = 4;
+/// Requests per client in a block: enough that the clients work in parallel for most of the time.
+const REQUESTS_PER_CLIENT: usize = 4;
 
-/// How to ask.
+/// Settings of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// How often each prompt is asked in each mode.
+    /// Number of times that each prompt is asked in each mode.
     pub rounds: usize,
     /// Requests at once.
     pub clients: usize,
-    /// What every request says.
+    /// Parameters of every request.
     pub wishes: Wishes,
 }
 
 /// One answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
-    /// How it was got.
+    /// Mode that gave the answer.
     pub mode: Mode,
     /// Index of its prompt.
     pub prompt: usize,
-    /// Same for the answers, one per mode, that are to be equal.
+    /// Number of the question. The answers of all modes to one question should be equal.
     pub question: usize,
-    /// Which of the clients asked.
+    /// Number of the client.
     pub client: usize,
     /// The answer.
     pub answer: Answer,
-    /// From sending the request to its end.
+    /// Time from sending the request to the end of the answer.
     pub took: Duration,
 }
 
-/// The requests that one mode had at once or one after the other until it was the next mode's turn.
+/// The requests in one turn of one mode.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Block {
     /// The mode.
     pub mode: Mode,
-    /// The prompts' kind, if it is one.
+    /// Kind of the prompts, if they all have the same.
     pub kind: Option<String>,
     /// Time from the first request to the end of the last.
     pub wall: Duration,
-    /// What the server counted of its drafting in this time.
+    /// The server's counts of drafting in this time.
     pub(super) counts: Option<DraftCounts>,
-    /// The speed-up that a proxy expected at its end.
+    /// The speed-up that the proxy predicted at its end.
     pub(super) expected_speed_up: Option<f64>,
 }
 
-/// All that was measured.
+/// All measurements.
 #[derive(Debug, Clone, Default)]
 pub struct Measurements {
     /// Every answer.
@@ -67,7 +67,7 @@ pub struct Measurements {
 }
 
 impl Measurements {
-    /// The speed-up that the proxy expected, on average over the blocks.
+    /// Mean over the blocks of the speed-up that the proxy predicted.
     #[must_use]
     pub fn expected_speed_up(&self) -> Option<f64> {
         let expected: Vec<f64> = self.blocks.iter().filter_map(|block| block.expected_speed_up).collect();
@@ -76,27 +76,29 @@ impl Measurements {
     }
 }
 
-/// How far it is.
+/// Progress of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub enum Progress<'a> {
     /// Requests are about to be sent, or one of them was answered.
     Asking {
         /// The mode.
         mode: Mode,
-        /// Whether their answers do not count yet.
+        /// Whether these are warm-up requests, which do not count.
         warming_up: bool,
-        /// Requests that were answered already.
+        /// Requests that have been answered.
         done: usize,
-        /// All that will be sent.
+        /// Total number of requests.
         all: usize,
     },
     /// All modes have answered the same questions.
     Answered(&'a [Sample]),
 }
 
-/// Asks every contender everything, and adds to `measured` what all of them have answered, so that it is there too when
-/// this is dropped before its end. They take turns after every prompt (with several clients: after some prompts for
-/// each), and whoever was first is last the next time, so that a machine that slows down slows all of them down.
+/// Asks every contender every prompt. Adds a block to `measured` when all contenders have answered it, so that the results survive if
+/// the future is dropped.
+///
+/// The contenders take turns after every prompt, or after some prompts per client, and the order rotates. So a machine that slows down
+/// slows all of them.
 pub async fn measure(
     plan: &Plan,
     prompts: &[Prompt],
@@ -109,7 +111,7 @@ pub async fn measure(
     let per_round: usize = blocks.iter().map(Vec::len).sum();
     let all = (warm_up.len() + per_round * plan.rounds) * contenders.len();
     let mut done = 0;
-    // The first answers pay for memory that is touched for the first time, and the proxy learns from them.
+    // The first answers are slower because memory is touched for the first time, and the proxy learns from them.
     for prompt in &warm_up {
         for contender in contenders {
             on_progress(Progress::Asking {
@@ -159,7 +161,8 @@ impl Contender {
     }
 }
 
-/// `questions`: index of the prompt, and number of the question. `on_answer` is told how many are answered, at first none.
+/// Asks one contender the questions, each an index of a prompt and a number. Calls `on_answer` with the number of answers so far,
+/// starting at 0.
 async fn run_block(
     plan: &Plan,
     prompts: &[Prompt],
@@ -195,7 +198,7 @@ async fn run_block(
     }
     let wall = began.elapsed();
     let (after, proxy) = (contender.draft_counts().await, contender.proxy_status().await);
-    // An answer in rounds is the proxy's own, and comes without the target's timings.
+    // The proxy writes an answer in rounds itself, without the target's timings.
     if let [sample] = &mut samples[..]
         && let Some((before, after)) = proxy_before.zip(proxy)
     {
@@ -216,13 +219,12 @@ async fn run_block(
     Ok((block, samples))
 }
 
-/// The prompts of one round (indices), in blocks of about equal size. Several clients repeat a set that is too small to
-/// keep them busy.
+/// Indices of the prompts of one round, in blocks of about equal size. With several clients, a set that is too small is repeated.
 fn blocks(prompts: usize, clients: usize) -> Vec<Vec<usize>> {
     if prompts == 0 {
         return Vec::new();
     }
-    let size = if clients > 1 { clients * BLOCK } else { 1 };
+    let size = if clients > 1 { clients * REQUESTS_PER_CLIENT } else { 1 };
     let all: Vec<usize> = (0..prompts).cycle().take(prompts.max(size)).collect();
     let count = (all.len() / size).max(1);
     let mut rest = all.as_slice();

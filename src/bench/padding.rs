@@ -1,13 +1,13 @@
-//! Longer prompts.
+//! Lengthens prompts with unrelated text, for measurements with a longer context.
 
 use std::fmt::Write;
 
 use super::Prompt;
 use crate::upstream::LlamaServer;
 
-/// Characters per token of a tokenizer that cannot be asked.
+/// Characters per token, if the target cannot count tokens.
 const CHARACTERS_PER_TOKEN: usize = 4;
-/// Characters of the text that a tokenizer is asked to count.
+/// Characters of the sample whose tokens the target counts.
 const SAMPLE: usize = 8000;
 
 const NAMES: [&str; 7] = ["Clara", "Hugo", "Mia", "Otto", "Ruth", "Leo", "Nora"];
@@ -26,8 +26,8 @@ const PLACES: [&str; 11] = [
     "library", "harbour", "workshop", "station", "market", "school", "museum", "farm", "theatre", "bakery", "tower",
 ];
 
-/// Lengthens the prompts to about `tokens` tokens each, with notes ahead of the question that have nothing to do with
-/// it. `target` counts the tokens; where it cannot, a token is taken for four characters.
+/// Lengthens each prompt to about `tokens` tokens, with unrelated notes before the question. `target` counts the tokens; if it cannot,
+/// a token is taken as four characters.
 pub async fn pad(prompts: &mut [Prompt], tokens: usize, target: &LlamaServer) {
     let sample = notes(0, SAMPLE);
     let wanted = match target.tokenize(&sample).await {
@@ -44,7 +44,7 @@ pub async fn pad(prompts: &mut [Prompt], tokens: usize, target: &LlamaServer) {
             continue;
         };
         if let Some(missing) = wanted.checked_sub(own).filter(|missing| *missing > 0) {
-            // Each begins with a note of its own, so that none is a beginning of another.
+            // Each prompt begins with another note, so that no prompt is a prefix of another.
             last.content = format!(
                 "Here are some notes, which you do not need.\n\n{}\n\n{}",
                 notes(index * 1000, missing),
@@ -54,7 +54,7 @@ pub async fn pad(prompts: &mut [Prompt], tokens: usize, target: &LlamaServer) {
     }
 }
 
-/// Sentences that are all different, from number `first` on.
+/// Different sentences, numbered from `first`.
 fn notes(first: usize, characters: usize) -> String {
     let mut text = String::new();
     for number in first.. {
@@ -95,10 +95,10 @@ mod tests {
 
     #[tokio::test]
     async fn the_question_stays_last_and_a_long_prompt_as_it_is() {
-        let nobody = LlamaServer::new("http://127.0.0.1:9", None).unwrap();
+        let unreachable = LlamaServer::new("http://127.0.0.1:9", None).unwrap();
         let mut prompts = Prompt::shipped().unwrap();
         let before = prompts.clone();
-        pad(&mut prompts, 100, &nobody).await;
+        pad(&mut prompts, 100, &unreachable).await;
         for (padded, prompt) in prompts.iter().zip(&before) {
             assert!(padded.question().ends_with(prompt.question()));
             if prompt.question().len() >= 400 {

@@ -1,4 +1,4 @@
-//! What is asked.
+//! The prompts of a measurement: the set that ships with the program, or a file of the user.
 
 use std::path::{Path, PathBuf};
 
@@ -6,24 +6,24 @@ use serde::Deserialize;
 
 use crate::upstream::chat::Message;
 
-/// One JSON object per line, as in a file of the user's own.
+/// The shipped prompts, in the format of a user's file: one JSON object per line.
 const SHIPPED: &str = include_str!("prompts.jsonl");
 
-/// A conversation that waits for its next answer.
+/// A conversation without its next answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// What sort of answer it asks for: `code`, `chat`, …
+    /// Kind of the answer: `code`, `chat`, …
     pub kind: String,
     /// The conversation; never empty.
     pub messages: Vec<Message>,
-    /// What the answer is likely to repeat, such as the text to edit: `prediction` of the request.
+    /// Text that the answer is likely to repeat, such as the text to edit: `prediction` of the request.
     pub prediction: Option<String>,
 }
 
 /// Why there are no prompts.
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {
-    /// No file, or none that can be read.
+    /// The file is missing or cannot be read.
     #[error("cannot read the prompts in {}: {source}", .path.display())]
     Unreadable {
         /// The file.
@@ -31,17 +31,17 @@ pub enum PromptError {
         /// Why.
         source: std::io::Error,
     },
-    /// A line that is no prompt.
+    /// A line is not a prompt.
     #[error(
         "line {line} of the prompts is no prompt ({problem}); write e.g. {{\"kind\": \"chat\", \"prompt\": \"Hello\"}}"
     )]
     Line {
         /// Counted from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
-    /// There is none.
+    /// The file has no prompts.
     #[error("there are no prompts in the file")]
     Empty,
     /// No prompt is of that kind.
@@ -94,7 +94,7 @@ impl Prompt {
         parse(&text)
     }
 
-    /// Those of these kinds, in the order of `prompts`; all when no kind is named.
+    /// The prompts of these kinds, in the order of `prompts`; all prompts if `kinds` is empty.
     pub fn of_kinds(prompts: Vec<Self>, kinds: &[String]) -> Result<Vec<Self>, PromptError> {
         if kinds.is_empty() {
             return Ok(prompts);
@@ -114,7 +114,7 @@ impl Prompt {
             .collect())
     }
 
-    /// The first `n` of each kind, in the order of `prompts`.
+    /// The first `n` prompts of each kind, in the order of `prompts`.
     #[must_use]
     pub fn first_of_each_kind(prompts: &[Self], n: usize) -> Vec<Self> {
         let of_kind_before = |index: usize| {
@@ -141,7 +141,7 @@ impl Prompt {
         kinds
     }
 
-    /// What is asked last.
+    /// The last message.
     #[must_use]
     pub fn question(&self) -> &str {
         self.messages.last().map_or("", |message| &message.content)
@@ -184,7 +184,7 @@ mod tests {
             assert!(of_kind.len() >= 5, "{kind}");
             // With an answer of the usual length a context of 2048 tokens holds each of them.
             assert!(of_kind.iter().all(|prompt| prompt.question().len() < 2000), "{kind}");
-            // What is to be edited stands in the question, and is predicted.
+            // The question of the kind `edit` contains its prediction.
             let predicted = |prompt: &&Prompt| {
                 prompt
                     .prediction

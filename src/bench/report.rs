@@ -1,4 +1,4 @@
-//! What the measurements come to.
+//! The figures of each mode, by kind of prompt and in total. A figure that cannot be computed is `null`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -13,11 +13,11 @@ use super::statistics::{median, percentile, ratio};
 /// All modes side by side.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// By kind of prompt, of those that were asked.
+    /// By kind of the prompts that were asked.
     pub kinds: Vec<Group>,
     /// Over all prompts.
     pub total: Group,
-    /// As [`Group::equal`], in total.
+    /// [`Group::equal`] over all prompts.
     pub equal: bool,
 }
 
@@ -30,57 +30,57 @@ pub struct Group {
     pub modes: Vec<Figures>,
 }
 
-/// One mode over some prompts. What cannot be told is `null`.
+/// The figures of one mode over some prompts.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
     /// The mode.
     pub mode: Mode,
-    /// Answers.
+    /// Number of answers.
     pub requests: usize,
     /// Tokens of all answers.
     pub tokens: u64,
-    /// All tokens over all time, each answer from its first token to its last.
+    /// All tokens over the total time, where an answer counts from its first token to its last.
     pub tokens_per_second: Option<f64>,
-    /// Median of the answers' own tokens per second.
+    /// Median over the answers.
     pub tokens_per_second_median: Option<f64>,
-    /// What 95 % of the answers do not exceed.
+    /// 95th percentile over the answers.
     pub tokens_per_second_p95: Option<f64>,
-    /// What 95 % of the answers exceed.
+    /// 5th percentile over the answers.
     pub tokens_per_second_p5: Option<f64>,
     /// Median time from sending a request to its first token, in milliseconds.
     pub ttft_ms_median: Option<f64>,
-    /// Passes of the target in which it generated.
+    /// Steps of the target.
     pub steps: Option<u64>,
-    /// Tokens that one of them yielded.
+    /// Generated tokens per step.
     pub tokens_per_step: Option<f64>,
-    /// How the drafts fared.
+    /// Acceptance of the drafts.
     pub acceptance: Option<Acceptance>,
-    /// Tokens per second over the plain mode's.
+    /// Ratio of tokens per second to the plain mode.
     pub speed_up: Option<f64>,
-    /// Answers whose text is not the plain one; `None` for the plain mode.
+    /// Number of answers whose text differs from the plain one; `None` for the plain mode.
     pub differing: Option<usize>,
-    /// All tokens of all clients over the time that passed, which includes prompts.
+    /// All tokens of all clients over the elapsed time, prefill included.
     pub throughput_tokens_per_second: Option<f64>,
-    /// Throughput over the plain mode's.
+    /// Ratio of the throughput to the plain mode.
     pub throughput_gain: Option<f64>,
-    /// Tokens of the slowest client over the time that it waited for them, which includes prompts.
+    /// Tokens of the slowest client over its waiting time, prefill included.
     pub slowest_client_tokens_per_second: Option<f64>,
 }
 
-/// How drafts fared at the target.
+/// Acceptance of drafts by the target.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Acceptance {
     /// Draft tokens that the target verified.
     pub drafted: u64,
-    /// Those that it kept.
+    /// Draft tokens that the target kept.
     pub accepted: u64,
-    /// Those that it threw away.
+    /// Draft tokens that the target dropped.
     pub wasted: u64,
     /// Accepted over drafted.
     pub ratio: Option<f64>,
-    /// Drafts, each verified in one step; `None` when the server has no metrics.
+    /// Number of drafts, each verified in one step; `None` if the server has no metrics.
     pub drafts: Option<u64>,
-    /// For each position in a draft the share of all drafts whose token there was kept; shorter drafts have none there.
+    /// For each position, the share of all drafts whose token at that position was kept.
     pub by_position: Vec<f64>,
 }
 
@@ -93,7 +93,7 @@ impl Comparison {
             .map(|kind| {
                 let of_kind = |sample: &&Sample| prompts[sample.prompt].kind == kind;
                 let samples: Vec<&Sample> = measured.samples.iter().filter(of_kind).collect();
-                // Blocks of several kinds belong to none.
+                // A block of several kinds belongs to no kind.
                 let apart = measured.blocks.iter().all(|block| block.kind.is_some());
                 let is_of_kind = |block: &&Block| apart && block.kind.as_deref() == Some(kind);
                 let blocks: Vec<&Block> = measured.blocks.iter().filter(is_of_kind).collect();
@@ -144,7 +144,7 @@ impl Group {
         }
     }
 
-    /// Whether every text of the proxy's equals the plain one. What llama-server's own drafting changes it cannot help.
+    /// Whether every answer of the proxy equals the plain one. Ignores llama-server's own drafting.
     #[must_use]
     pub fn equal(&self) -> bool {
         let attached = self.mode(Mode::Attached);
@@ -158,7 +158,7 @@ impl Group {
     }
 }
 
-/// How many answers of `mode` differ from the plain answer to the same question.
+/// Number of answers of `mode` that differ from the plain answer to the same question.
 fn differing(mode: Mode, samples: &[&Sample]) -> usize {
     let plain: BTreeMap<usize, &Sample> = samples
         .iter()
@@ -177,7 +177,7 @@ fn differing(mode: Mode, samples: &[&Sample]) -> usize {
 }
 
 impl Figures {
-    /// Whether the target is known to have verified no draft token at all, so that the speed-up is none of drafting.
+    /// Whether the target verified no draft token, so that the speed-up is not due to drafting.
     #[must_use]
     pub fn is_undrafted(&self) -> bool {
         self.acceptance
@@ -187,7 +187,7 @@ impl Figures {
 
     fn of(mode: Mode, samples: &[&Sample], blocks: &[&Block]) -> Self {
         let tokens: u64 = samples.iter().map(|sample| sample.answer.tokens).sum();
-        // The clock of an answer starts with its first token, if one was seen.
+        // The time of an answer starts at its first token, so that token does not count.
         let timed: u64 = samples
             .iter()
             .filter(|sample| sample.answer.first_token.is_some())
@@ -204,7 +204,7 @@ impl Figures {
             .map(|time| time.as_secs_f64() * 1000.0)
             .collect();
         let drafting: Option<Vec<_>> = samples.iter().map(|sample| sample.answer.drafting).collect();
-        // A step yields what it accepts of the draft and one token more.
+        // A step yields the accepted draft tokens and one more.
         let steps: Option<u64> = drafting.as_ref().map(|drafting| {
             let of_one = |generated: u64, accepted: u64| generated.saturating_sub(accepted);
             drafting.iter().map(|one| of_one(one.generated, one.accepted)).sum()

@@ -1,4 +1,4 @@
-//! Medians and ratios.
+//! Medians, percentiles and ratios. Pure.
 
 /// The value that half of the values do not exceed; `None` for no values.
 #[must_use]
@@ -6,8 +6,7 @@ pub fn median(values: &[f64]) -> Option<f64> {
     percentile(values, 50.0)
 }
 
-/// The value that `percent` of the values (0 to 100) do not exceed, between two of them in proportion; `None` for no
-/// values.
+/// The value that `percent` (0 to 100) of the values do not exceed, interpolated between its neighbours; `None` for no values.
 #[must_use]
 pub fn percentile(values: &[f64], percent: f64) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -18,13 +17,13 @@ pub fn percentile(values: &[f64], percent: f64) -> Option<f64> {
     Some(below + (above - below) * place.fract())
 }
 
-/// `part` over `whole`; `None` when there is nothing to divide by.
+/// `part` over `whole`; `None` if `whole` is not positive.
 #[must_use]
 pub fn ratio(part: f64, whole: f64) -> Option<f64> {
     (whole > 0.0).then(|| part / whole)
 }
 
-/// A place that is known to be whole and within the values, as an index.
+/// Converts a whole number from 0 to `last` to an index.
 fn index(place: f64, last: usize) -> usize {
     (0..=last).rev().find(|index| *index as f64 <= place).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! Whether two answers are the same, and where they part.
+//! Compares drafted answers with plain ones: by token ids if the server sends them, otherwise by text.
 
 use serde::Serialize;
 
@@ -8,31 +8,31 @@ use super::prompts::Prompt;
 use super::statistics::ratio;
 use crate::upstream::chat::Answer;
 
-/// Characters that are shown of a text from where it differs.
+/// Number of characters to show from the first difference on.
 const SHOWN: usize = 40;
 
-/// The drafted answers against the plain ones, at one temperature.
+/// Comparison of the drafted answers with the plain ones at one temperature.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Verified {
     /// The temperature.
     pub temperature: f64,
-    /// Prompts that were asked both ways.
+    /// Prompts with an answer in both modes.
     pub prompts: usize,
-    /// Those with equal answers, in text and in tokens.
+    /// Prompts with equal answers, in text and in tokens.
     pub equal: usize,
     /// Tokens of the plain answers.
     pub tokens: u64,
-    /// Those before the first one that differs; none of a differing answer whose token ids the server does not tell.
+    /// Tokens before the first difference. A differing answer without token ids counts none.
     pub equal_tokens: u64,
     /// Equal tokens over tokens.
     pub token_equal_rate: Option<f64>,
-    /// Whether token ids were compared; else the server does not tell them, and the texts were.
+    /// Whether token ids were compared. `false`: the server sends none, and the texts were compared.
     pub by_token: bool,
     /// Draft tokens that the target verified.
     pub drafted: u64,
-    /// Those that it kept.
+    /// Draft tokens that the target kept.
     pub accepted: u64,
-    /// Where answers differ.
+    /// Differences between answers.
     pub divergences: Vec<Divergence>,
 }
 
@@ -43,13 +43,13 @@ pub struct Divergence {
     pub kind: String,
     /// The prompt.
     pub prompt: String,
-    /// The first token that differs, counted from 0; `None` when the server tells no token ids.
+    /// The first token that differs, counted from 0; `None` if the server sends no token ids.
     pub token: Option<usize>,
     /// The first character that differs, counted from 0.
     pub character: usize,
-    /// How the plain answer goes on there.
+    /// The plain answer from there on.
     pub plain: String,
-    /// How the drafted answer goes on there.
+    /// The drafted answer from there on.
     pub drafted: String,
 }
 
@@ -87,28 +87,28 @@ impl Verified {
         self.prompts += 1;
         self.tokens += plain.answer.tokens;
         self.by_token &= knows_tokens(&plain.answer) && knows_tokens(&drafted.answer);
-        match part(&plain.answer, &drafted.answer) {
+        match difference(&plain.answer, &drafted.answer) {
             None => {
                 self.equal += 1;
                 self.equal_tokens += plain.answer.tokens;
             }
-            Some(parted) => {
-                self.equal_tokens += parted.equal_tokens;
+            Some(difference) => {
+                self.equal_tokens += difference.equal_tokens;
                 self.divergences.push(Divergence {
                     kind: prompt.kind.clone(),
                     prompt: prompt.question().to_owned(),
-                    token: parted.token,
-                    character: parted.character,
-                    plain: parted.plain,
-                    drafted: parted.drafted,
+                    token: difference.token,
+                    character: difference.character,
+                    plain: difference.plain,
+                    drafted: difference.drafted,
                 });
             }
         }
     }
 }
 
-/// Where two answers part.
-struct Parted {
+/// The first difference of two answers.
+struct Difference {
     equal_tokens: u64,
     token: Option<usize>,
     character: usize,
@@ -116,7 +116,7 @@ struct Parted {
     drafted: String,
 }
 
-fn part(plain: &Answer, drafted: &Answer) -> Option<Parted> {
+fn difference(plain: &Answer, drafted: &Answer) -> Option<Difference> {
     let whole = |answer: &Answer| format!("{}{}", answer.reasoning, answer.text);
     let texts = (whole(plain), whole(drafted));
     let same_text = (&plain.text, &plain.reasoning) == (&drafted.text, &drafted.reasoning);
@@ -127,7 +127,7 @@ fn part(plain: &Answer, drafted: &Answer) -> Option<Parted> {
     let known = knows_tokens(plain) && knows_tokens(drafted);
     let token = known.then(|| equal_items(plain.token_ids.iter(), drafted.token_ids.iter()));
     let rest = |text: &str| text.chars().skip(character).take(SHOWN).collect();
-    Some(Parted {
+    Some(Difference {
         equal_tokens: token.map_or(0, |token| token as u64).min(plain.tokens),
         token,
         character,
@@ -136,12 +136,12 @@ fn part(plain: &Answer, drafted: &Answer) -> Option<Parted> {
     })
 }
 
-/// Whether the ids of an answer's tokens are known, if it has any.
+/// Whether the server has sent the ids of the answer's tokens.
 fn knows_tokens(answer: &Answer) -> bool {
     answer.tokens == 0 || !answer.token_ids.is_empty()
 }
 
-/// How many items are equal before the first that is not.
+/// Number of equal items before the first difference.
 fn equal_items<T: PartialEq>(one: impl Iterator<Item = T>, other: impl Iterator<Item = T>) -> usize {
     one.zip(other).take_while(|(one, other)| one == other).count()
 }
@@ -228,8 +228,8 @@ mod tests {
         );
         plain.token_ids.clear();
         drafted.token_ids.clear();
-        assert!(part(&plain, &plain).is_none());
-        let parted = part(&plain, &drafted).unwrap();
-        assert_eq!((parted.token, parted.character, parted.equal_tokens), (None, 2, 0));
+        assert!(difference(&plain, &plain).is_none());
+        let found = difference(&plain, &drafted).unwrap();
+        assert_eq!((found.token, found.character, found.equal_tokens), (None, 2, 0));
     }
 }

@@ -1,56 +1,60 @@
-//! `tightwad benchmark`: how fast the coordinator that runs is.
+//! `tightwad benchmark`: measures the speed of the running coordinator.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::coordinator::{self, Client, Step};
+use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::Steps;
 use crate::bench::pool::{BenchmarkError, Report, Settings, benchmark as measure};
 use crate::config::Config;
 use crate::count::count;
+use crate::pool::swap::State;
 
 pub const EXAMPLES: &str = "\
 Example: tightwad benchmark --prompt-sizes 512,4096 --batch 1,4 --json
-The server's own clock measures. Prompts are cold: none of them is in a cache. Others who use the pool meanwhile slow it
-down.";
+The times are those of the server. No prompt is in a cache. Other requests at the same time make the pool slower.";
 
-/// It answers that from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time limit for the status, which the coordinator answers from memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What `tightwad benchmark` is asked.
+/// Options of `tightwad benchmark`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Lengths of the prompts in tokens.
+    /// Lengths of the prompts in tokens
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "64,512,2048")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     prompt_sizes: Vec<u32>,
-    /// How many requests are answered at once.
+    /// Numbers of parallel requests
     #[arg(long, value_name = "REQUESTS", value_delimiter = ',', default_value = "1,2,4,8")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     batch: Vec<u16>,
-    /// Tokens of each answer.
+    /// Tokens per answer
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
-    /// All of it as JSON.
+    /// Print everything as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Measures and shows.
+/// Measures and prints the figures.
 pub async fn benchmark(config: &Config, options: &Options) -> Result<(), Failure> {
     let section = coordinator::section(config)?;
     let client = Client::new(section)?;
-    let status = client.status(PATIENCE).await?;
-    if status["state"] != "ready" {
-        let message = format!("not ready: {}; see `tightwad status`", Step::of(&status).doing);
+    let status = client.status(STATUS_TIMEOUT).await?;
+    if status.now.state != State::Ready {
+        let doing = Description::of_status(&status).doing;
+        let message = format!("not ready: {doing}; see `tightwad status`");
         return Err(Failure::new(Exit::Unreachable, message));
     }
-    let model = status["model"].as_str().unwrap_or_default();
-    let placed = status["devices"].as_array().into_iter().flatten();
-    let placed: Vec<&str> = placed.filter_map(|device| device.as_str()).collect();
-    let has_layers = |name: &str| placed.iter().any(|device| device.starts_with(&format!("{name} ")));
+    let model = &*status.now.model;
+    let has_layers = |name: &str| {
+        status
+            .devices
+            .iter()
+            .any(|device| device.starts_with(&format!("{name} ")))
+    };
     let settings = Settings {
         model: model.to_owned(),
         context: config.models.get(model).map(|model| model.ctx_size),

@@ -1,7 +1,7 @@
-//! `tightwad chat`.
+//! `tightwad chat`: asks prompts from the terminal or a pipe. Answers go to stdout, everything else to stderr.
 
 use std::io::{self, BufRead, IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use tokio::sync::mpsc;
@@ -12,10 +12,13 @@ use crate::config::{self, Config, Secret};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{Answer, Message, Piece, Wishes};
 
+/// Time limit for the list of models.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Options of `chat`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Talk to the target itself, past the proxy.
+    /// Talk to the target directly, without the proxy
     #[arg(long)]
     direct: bool,
 }
@@ -23,8 +26,10 @@ pub struct Options {
 /// One conversation.
 struct Chat {
     server: ChatServer,
-    /// Where to ask how drafting went; not when talking past the proxy.
+    /// URL and token of the proxy, for the counts of drafting; `None` with `--direct`.
     proxy: Option<(String, Option<Secret>)>,
+    /// Whether the server gets the shared key of this host.
+    sends_local_key: bool,
     messages: Vec<Message>,
     interactive: bool,
 }
@@ -34,6 +39,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
     let mut chat = Chat::new(config, options)?;
     let mut prompts = read_lines();
     let mut last = Ok(());
+    let mut asked = false;
     loop {
         chat.ask_for_prompt();
         let prompt = tokio::select! {
@@ -42,7 +48,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
                 if chat.interactive {
                     eprintln!();
                 }
-                // Nothing was under way, so there is nothing to say.
+                // No answer was running, so there is no message.
                 return Err(Failure::silent(Exit::Interrupted));
             }
         };
@@ -50,6 +56,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         if prompt.trim().is_empty() {
             continue;
         }
+        asked = true;
         last = chat.turn(prompt).await;
         match &last {
             Err(failure) if chat.interactive => eprintln!("error: {failure}"),
@@ -59,8 +66,12 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
     }
     if chat.interactive {
         eprintln!();
-        // Each failure was told when it happened.
+        // Each failure has been printed already.
         return Ok(());
+    }
+    if !asked {
+        // Without a question, a server that is down must still be a failure.
+        chat.server.get("/v1/models", MODELS_TIMEOUT).await?;
     }
     last
 }
@@ -70,6 +81,7 @@ impl Chat {
         let (_, target) = config.proxy_upstreams();
         let model = target.as_ref().and_then(|target| target.model_name.clone());
         let interactive = io::stdin().is_terminal();
+        let sends_local_key = options.direct && target.as_ref().is_some_and(|target| target.asks_local_key);
         let (server, proxy) = if options.direct {
             let target = target.ok_or_else(|| {
                 Failure::new(
@@ -96,6 +108,7 @@ impl Chat {
         Ok(Self {
             server,
             proxy,
+            sends_local_key,
             messages: Vec::new(),
             interactive,
         })
@@ -107,7 +120,7 @@ impl Chat {
         }
     }
 
-    /// One prompt and its answer, of which a cancelled one keeps what came.
+    /// Asks one prompt. A cancelled answer keeps its text so far.
     async fn turn(&mut self, prompt: String) -> Result<(), Failure> {
         let before = self.counts().await;
         self.messages.push(Message::user(prompt));
@@ -137,18 +150,18 @@ impl Chat {
             }
             Err(failure) => {
                 self.messages.pop();
-                Err(failure.into())
+                Err(Failure::from(failure).with_local_key(self.sends_local_key))
             }
         }
     }
 
-    /// The proxy's counts; an answer is not worth less when they cannot be had.
+    /// The proxy's counts. A failure is no error, because the counts are only for information.
     async fn counts(&self) -> Option<Counts> {
         let (url, token) = self.proxy.as_ref()?;
         status::fetch(url, token.as_ref())
             .await
             .ok()
-            .map(|status| Counts::of(&status))
+            .map(|status| Counts::of(&status.counts))
     }
 }
 
@@ -159,7 +172,7 @@ fn summary(answer: &Answer, seconds: f64, counts: Option<Counts>) -> String {
     format!("[{}]", words.join(", "))
 }
 
-/// Prints an answer as it comes: the text to stdout, thoughts to a terminal only.
+/// Prints an answer as it arrives: the text to stdout, reasoning to stderr if that is a terminal.
 #[derive(Default)]
 struct Printer {
     text: String,
@@ -198,8 +211,8 @@ impl Printer {
     }
 }
 
-/// The lines of stdin. A thread of its own reads them: a read from a terminal cannot be cancelled, and nobody should
-/// have to press Enter for the program to end.
+/// The lines of stdin. A separate thread reads them, because a read from a terminal cannot be cancelled, and the program must end without
+/// a press of Enter.
 fn read_lines() -> mpsc::Receiver<io::Result<String>> {
     let (lines, queue) = mpsc::channel(1);
     std::thread::spawn(move || {

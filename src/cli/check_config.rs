@@ -1,4 +1,4 @@
-//! `tightwad check-config`.
+//! `tightwad check-config`: prints the problems and warnings of the config. Starts nothing.
 
 use std::path::Path;
 
@@ -12,19 +12,19 @@ use crate::config::{Scope, check_config};
 /// Options of `check-config`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Print the result as JSON.
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
-    /// Check the file alone, so that the result is the same on every host: say nothing about the models, keys and programs
-    /// of this one, and ignore `TIGHTWAD_*` variables that give keys.
+    /// Check the file alone, so that the result is the same on every host: ignore this host's models, keys and programs, and
+    /// `TIGHTWAD_*` variables that set keys
     #[arg(long)]
     portable: bool,
-    /// Also print the config as it is after all layers and defaults; secrets are not shown.
+    /// Also print the effective config with defaults and without secrets
     #[arg(long)]
     show: bool,
 }
 
-/// Checks it. The config goes to stdout, what is said about it to stderr.
+/// Checks the config. The config goes to stdout, problems and warnings to stderr.
 pub fn check(file: Option<&Path>, options: &Options) -> Result<(), Failure> {
     let scope = if options.portable { Scope::File } else { Scope::ThisHost };
     let report = check_config(file, scope);

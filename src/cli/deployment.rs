@@ -1,59 +1,60 @@
-//! The servers that `bench` and `verify` ask.
+//! The servers of `bench` and `verify`: the target, and a proxy that runs already or is embedded in this process.
 
 use std::time::Duration;
 
 use clap::Args;
+use reqwest::StatusCode;
 use tokio::net::TcpListener;
 
+use super::embedded_proxy::{EmbeddedProxy, why_undrafted};
 use super::exit::{Exit, Failure};
-use super::own_proxy::{OwnProxy, why_undrafted};
 use crate::bench::{Contender, Mode, Relay};
 use crate::config::{self, Config, Secret, Upstream, local_key};
 use crate::http::auth::unguessable;
 use crate::upstream::{ChatError, ChatServer, LlamaServer};
 
-/// How long a proxy that runs may take to find out what its servers can.
-const RUNNING_PATIENCE: Duration = Duration::from_secs(3);
-/// The same for one that has just been started.
-const STARTING_PATIENCE: Duration = Duration::from_secs(15);
+/// Time limit for a running proxy to probe its servers.
+const RUNNING_PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The same for an embedded proxy.
+const EMBEDDED_PROBE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Where the servers are, if not where the config says.
+/// Servers that replace those of the config.
 #[derive(Debug, Args)]
 pub struct Servers {
-    /// The target, which is asked directly for the plain answers. With this no config is read, unless -c names one; the
-    /// only key that is sent to servers that are named here is this host's own, to those on a loopback address.
+    /// URL of the target for the plain answers. No config is read with this option, unless -c names one. Servers named here
+    /// get no key, except this host's shared key on a loopback address
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
-    /// The proxy, which is asked for the drafted answers. With --target or --draft and without this, one is run in this
-    /// process.
+    /// URL of the proxy for the drafted answers. With --target or --draft and without this option, bench runs a proxy in its
+    /// own process
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
-    /// The draft of a proxy that is run in this process, instead of the config's; may be given several times.
+    /// URL of a draft for the proxy in this process, instead of the config's; may be given several times
     #[arg(long, value_name = "URL", conflicts_with = "proxy")]
     pub draft: Vec<String>,
 }
 
-/// Both ways to the target.
+/// The target and the proxy in front of it.
 #[derive(Debug)]
 pub struct Deployment {
     /// The target.
     pub plain: Contender,
     /// The proxy.
     pub attached: Contender,
-    /// The target as a llama-server, which it may not be.
+    /// Client of the target as a llama-server.
     pub target: LlamaServer,
-    /// Whether it is one.
+    /// Whether the target is a llama-server.
     pub is_llama_server: bool,
-    /// Why answers will not be drafted; `None` when they will be.
+    /// Why answers will not be drafted; `None` if they will be.
     pub undrafted: Option<String>,
-    own_proxy: Option<OwnProxy>,
-    // they relay as long as they live
+    embedded_proxy: Option<EmbeddedProxy>,
+    // Relays that add latency; dropping them closes the connections.
     _relays: Vec<Relay>,
 }
 
 impl Deployment {
-    /// Finds the servers. With `delay` a proxy is run in this process, and that much is added to each round trip to the
-    /// target and the draft.
+    /// Finds the servers. With `delay`, runs a proxy in this process and adds that much to each round trip to the target and the
+    /// draft.
     pub async fn find(servers: &Servers, config: Option<&Config>, delay: Option<Duration>) -> Result<Self, Failure> {
         let (drafts, target) = config.map(Config::proxy_upstreams).unwrap_or_default();
         let target = servers.target.as_deref().map(named).or(target).ok_or_else(|| {
@@ -85,13 +86,20 @@ impl Deployment {
         let plain = asked(&target)?;
         let llama_server = LlamaServer::new(&target.url, target.api_key.clone())
             .map_err(|error| Failure::other("make an HTTP client", error))?;
-        // Fails with the target's name, before a proxy is started that would wait for it.
-        plain.get("/v1/models", STARTING_PATIENCE).await?;
+        // Fails here with the target's name, before a proxy would wait for the target.
+        plain.get("/v1/models", EMBEDDED_PROBE_TIMEOUT).await?;
         let is_llama_server = llama_server.props().await.is_ok();
+        // A llama-server lists its models without the key, and its slots only with it.
+        if target.asks_local_key
+            && let Err(error @ ChatError::Refused { status, .. }) = plain.get("/slots", EMBEDDED_PROBE_TIMEOUT).await
+            && status == StatusCode::UNAUTHORIZED
+        {
+            return Err(Failure::from(error).with_local_key(true));
+        }
 
         let section = config.and_then(|config| config.proxy.clone()).unwrap_or_default();
         let model = target.model_name.clone();
-        let (proxy, own_proxy) = if let Some(url) = &servers.proxy {
+        let (proxy, embedded_proxy) = if let Some(url) = &servers.proxy {
             (ChatServer::new(url.trim_end_matches('/'), None, model)?, None)
         } else if delay.is_some() || servers.target.is_some() || !servers.draft.is_empty() {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
@@ -104,16 +112,16 @@ impl Deployment {
                 auth_token_file: None,
                 ..section
             };
-            let own = OwnProxy::start(listener, section)?;
+            let own = EmbeddedProxy::start(listener, section)?;
             (ChatServer::new(url, Some(token), model)?, Some(own))
         } else {
             let url = config::local_url(&section.host, section.port);
             (ChatServer::new(url, section.token()?, model)?, None)
         };
-        let patience = if own_proxy.is_some() {
-            STARTING_PATIENCE
+        let patience = if embedded_proxy.is_some() {
+            EMBEDDED_PROBE_TIMEOUT
         } else {
-            RUNNING_PATIENCE
+            RUNNING_PROBE_TIMEOUT
         };
         let undrafted = match why_undrafted(&proxy, patience).await {
             Err(ChatError::Unreachable { url, .. }) => {
@@ -139,21 +147,21 @@ impl Deployment {
             target: llama_server,
             is_llama_server,
             undrafted,
-            own_proxy,
+            embedded_proxy,
             _relays: relays,
         })
     }
 
-    /// Ends what runs in this process.
+    /// Ends the embedded proxy, if there is one.
     pub async fn close(self) -> Result<(), Failure> {
-        match self.own_proxy {
+        match self.embedded_proxy {
             Some(proxy) => proxy.close().await,
             None => Ok(()),
         }
     }
 }
 
-/// A server by its URL alone.
+/// A server that is known only by its URL.
 fn named(url: &str) -> Upstream {
     let is_local = reqwest::Url::parse(url).is_ok_and(|url| url.host_str().is_some_and(config::is_loopback));
     Upstream {

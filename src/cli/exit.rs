@@ -1,12 +1,12 @@
-//! How the program ends: one sentence and one number.
+//! Exit codes, and the failures that lead to them. Every error of the other modules becomes a [`Failure`] here: one sentence and one code.
 
 use std::io;
 use std::process::ExitCode;
 
 use reqwest::StatusCode;
 
-use crate::bench::{OwnDraftError, PromptError, RelayError};
-use crate::config::ConfigError;
+use crate::bench::{NativeDraftError, PromptError, RelayError};
+use crate::config::{ConfigError, local_key};
 use crate::gguf::ModelFileError;
 use crate::plan::PlanError;
 use crate::pool::coordinator::CoordinatorError;
@@ -19,9 +19,9 @@ use crate::upstream::ChatError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// It did what it was asked.
+    /// Success.
     Ok = 0,
-    /// Anything that has no number of its own.
+    /// Any other failure.
     Other = 1,
     /// The command line is wrong (clap's own code).
     Usage = 2,
@@ -33,26 +33,26 @@ pub enum Exit {
     PortInUse = 5,
     /// A server does not answer, or answers with an error.
     Unreachable = 6,
-    /// There is nothing to stop or to ask: it does not run.
+    /// The program to stop or to query is not running.
     NotRunning = 7,
-    /// A child process died too often, or of something that a restart does not cure.
+    /// A child process was given up: it died too often, or a restart does not help.
     ChildGaveUp = 8,
     /// The model does not fit into the pool.
     DoesNotFit = 9,
     /// A worker runs another build of llama.cpp.
     OtherBuild = 10,
-    /// A model file is there, and broken or of a kind that nobody knows.
+    /// A model file is broken or of an unknown kind.
     BrokenModel = 11,
     /// Nothing was drafted, so nothing was compared.
     NothingDrafted = 12,
-    /// A drafter is down: answers come, without its drafts.
+    /// A drafter is down; answers come without its drafts.
     DraftDown = 13,
     /// A server is up and refuses the token or the key.
     Refused = 14,
-    /// Ctrl-C before the work was done.
+    /// Ctrl-C before the end.
     Interrupted = 130,
-    /// Who read the output has gone: what a shell says of a program that SIGPIPE has ended.
-    Unheard = 141,
+    /// The reader of the output has closed it. Shells use this number for a program that SIGPIPE has ended.
+    OutputClosed = 141,
 }
 
 impl From<Exit> for ExitCode {
@@ -61,7 +61,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why the program ends early: what happened and what to do next, in one sentence; no sentence where nobody needs one.
+/// Why the program ends early. The message says what happened and what to do next; it is empty if no message is needed.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -80,30 +80,47 @@ impl Failure {
         }
     }
 
-    /// An end that needs no words.
+    /// A failure without a message.
     #[must_use]
     pub fn silent(exit: Exit) -> Self {
         Self::new(exit, "")
     }
 
-    /// An error that has no exit code of its own, with what was being done.
+    /// Names the file of the refused key, if the server got the shared key of this host.
+    #[must_use]
+    pub fn with_local_key(mut self, is_local_key: bool) -> Self {
+        if is_local_key
+            && self.exit == Exit::Refused
+            && let Ok(path) = local_key::path()
+        {
+            self.message = format!(
+                "{}; the key sent is that of {}: a server that another user has started takes the key of that user's file, so \
+                 start both as one user or set `api_key_file`",
+                self.message,
+                path.display()
+            );
+        }
+        self
+    }
+
+    /// A failure without its own exit code. `doing` completes "cannot …".
     pub fn other(doing: &str, error: impl std::fmt::Display) -> Self {
         Self::new(Exit::Other, format!("cannot {doing}: {error}"))
     }
 }
 
 impl From<PreflightError> for Failure {
-    fn from(unfit: PreflightError) -> Self {
-        let exit = match unfit {
+    fn from(error: PreflightError) -> Self {
+        let exit = match error {
             PreflightError::NoProgram(_) | PreflightError::NoFile { .. } | PreflightError::Unreadable { .. } => {
                 Exit::File
             }
             PreflightError::NotGguf(_) => Exit::BrokenModel,
             PreflightError::PortInUse { .. } => Exit::PortInUse,
             PreflightError::CannotListen { .. } => Exit::Config,
-            PreflightError::Mute(_) => Exit::Other,
+            PreflightError::HelpTimedOut(_) => Exit::Other,
         };
-        Self::new(exit, unfit.to_string())
+        Self::new(exit, error.to_string())
     }
 }
 
@@ -127,7 +144,7 @@ impl From<WorkerError> for Failure {
     fn from(error: WorkerError) -> Self {
         match error {
             WorkerError::Token(error) => error.into(),
-            WorkerError::PreflightError(error) | WorkerError::NoServer(NoServer::PreflightError(error)) => error.into(),
+            WorkerError::Preflight(error) | WorkerError::NoServer(NoServer::Preflight(error)) => error.into(),
             WorkerError::GaveUp(error) => error.into(),
             WorkerError::NotFound(_) | WorkerError::Launch(_) => Self::new(Exit::Config, error.to_string()),
             WorkerError::NoServer(_) => Self::new(Exit::ChildGaveUp, error.to_string()),
@@ -179,13 +196,13 @@ impl From<RelayError> for Failure {
     }
 }
 
-impl From<OwnDraftError> for Failure {
-    fn from(error: OwnDraftError) -> Self {
+impl From<NativeDraftError> for Failure {
+    fn from(error: NativeDraftError) -> Self {
         match error {
-            OwnDraftError::PreflightError(error) => error.into(),
-            OwnDraftError::GaveUp(error) => error.into(),
-            OwnDraftError::Chat(error) => error.into(),
-            OwnDraftError::Port(error) => error.into(),
+            NativeDraftError::Preflight(error) => error.into(),
+            NativeDraftError::GaveUp(error) => error.into(),
+            NativeDraftError::Chat(error) => error.into(),
+            NativeDraftError::Port(error) => error.into(),
         }
     }
 }
@@ -212,7 +229,7 @@ impl From<PlanError> for Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::BrokenPipe => Self::silent(Exit::Unheard),
+            io::ErrorKind::BrokenPipe => Self::silent(Exit::OutputClosed),
             _ => Self::new(Exit::Other, error.to_string()),
         }
     }

@@ -1,4 +1,6 @@
-//! The command line.
+//! The command line: parses arguments, calls the other modules and prints. Each command ends with one exit code of [`exit::Exit`].
+//!
+//! `main` reads the arguments and the config and dispatches to one file per command.
 
 mod bench;
 mod benchmark;
@@ -7,15 +9,16 @@ mod check_config;
 mod coordinator;
 mod demo;
 mod deployment;
+mod embedded_proxy;
 pub mod exit;
 mod output;
-mod own_proxy;
 mod pid_file;
 mod plan;
 mod pool_status;
 mod progress;
 mod proxy;
 mod question_set;
+mod received;
 mod run;
 mod server_status;
 mod signals;
@@ -43,26 +46,26 @@ const LOG_FILTER: &str = "TIGHTWAD_LOG";
 
 const EXAMPLES: &str = "\
 Examples:
-  tightwad demo --target-model big.gguf --draft-model small.gguf   see what drafting gains
-  tightwad check-config                                            is the config right?
+  tightwad demo --target-model big.gguf --draft-model small.gguf   show what drafting gains
+  tightwad check-config                                            check the config
   tightwad run target                                              on the host with the big model
-  tightwad run draft                                               on the host with the small one
-  tightwad proxy start                                             the endpoint in front of both
-  tightwad chat                                                    talk to it
-  tightwad bench                                                   what does drafting gain there?
+  tightwad run draft                                               on the host with the small model
+  tightwad proxy start                                             start the endpoint in front of both
+  tightwad chat                                                    chat with the proxy
+  tightwad bench                                                   measure what drafting gains
 
   tightwad run worker                                              lend this host's GPUs to the pool
-  tightwad plan                                                    does a model fit into the pool?
-  tightwad start                                                   one endpoint over the pool
-  tightwad status --watch                                          how are all of them?
-  tightwad swap qwen3-72b                                          another model over the same GPUs
-  tightwad benchmark                                               how fast is the pool?
-  tightwad stop
+  tightwad plan                                                    check whether a model fits into the pool
+  tightwad start                                                   start one endpoint over the pool
+  tightwad status --watch                                          watch the state of all parts
+  tightwad swap qwen3-72b                                          load another model over the same GPUs
+  tightwad benchmark                                               measure the speed of the pool
+  tightwad stop                                                    stop the pool
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
 6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit,
 10 a worker has another build of llama.cpp, 11 broken model file, 12 nothing was drafted,
-13 a draft is down, 14 a token or key was refused, 130 interrupted, 141 nobody reads the output any more.
+13 a draft is down, 14 a token or key was refused, 130 interrupted, 141 the reader of the output has closed it.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
 const PROXY_EXAMPLES: &str = "\
@@ -76,10 +79,10 @@ Examples:
 #[command(name = "tightwad", version, after_help = EXAMPLES)]
 struct Cli {
     /// The config. Default: `TIGHTWAD_CONFIG`, ./tightwad.yaml, ./configs/cluster.yaml,
-    /// ~/.config/tightwad/config.yaml, /etc/tightwad/cluster.yaml.
+    /// ~/.config/tightwad/config.yaml, /etc/tightwad/cluster.yaml
     #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// How log lines (on stderr) look.
+    /// Format of log lines (on stderr)
     #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
     log_format: Format,
     #[command(subcommand)]
@@ -88,74 +91,74 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The OpenAI-compatible endpoint: start, stop, status.
+    /// Start, stop or query the OpenAI-compatible endpoint
     #[command(subcommand, after_help = PROXY_EXAMPLES)]
     Proxy(ProxyCommand),
-    /// Run this host's part in the foreground, as systemd does.
+    /// Run a part of the cluster on this host in the foreground
     #[command(
         arg_required_else_help = true,
         after_help = "Example: tightwad -c cluster.yaml run target"
     )]
     Run {
-        /// What to run.
+        /// Part to run
         part: run::Part,
         /// With `worker`: its name or host in the config. Default: the entry with this host's address.
-        /// With `coordinator`: the model to begin with. Default: the one marked `default`.
+        /// With `coordinator`: the first model. Default: the one marked `default`.
         name: Option<String>,
-        /// Leave the terminal.
+        /// Detach from the terminal
         #[arg(long, hide = true)]
         detached: bool,
     },
-    /// Check the config and say what is wrong with it.
+    /// Check the config and report what is wrong with it
     #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
     CheckConfig(check_config::Options),
-    /// Chat with the proxy on the terminal; also takes prompts from a pipe, one per line.
+    /// Chat with the proxy on the terminal, or answer prompts from a pipe, one per line
     #[command(after_help = "Example: echo 'Write a haiku about frugality.' | tightwad chat")]
     Chat(chat::Options),
-    /// Start a target, a draft and the proxy on this machine and show what drafting gains.
+    /// Start a target, a draft and the proxy on this machine, and show what drafting gains
     #[command(after_help = "Example: tightwad demo --target-model big.gguf --draft-model small.gguf --once")]
     Demo(demo::Options),
-    /// Measure what drafting gains on servers that run: the same prompts with and without it.
+    /// Measure what drafting gains on running servers: the same prompts with and without it
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::Options),
-    /// Check that drafted answers equal the plain ones, token by token, at temperature 0 and 0.8.
+    /// Check that drafted answers equal plain ones, token by token, at temperature 0 and 0.8
     #[command(after_help = "Example: tightwad verify --count 10 --kinds code")]
     Verify(verify::Options),
-    /// Which layers of a model go to which GPU of the pool, and whether it fits.
+    /// Show which layers of a model go to which GPU of the pool, and whether it fits
     #[command(after_help = "Example: tightwad plan qwen3-72b --json | jq .fits")]
     Plan(plan::Options),
-    /// Start the coordinator in the background and follow it until its model answers.
+    /// Start the coordinator in the background, and wait until its model answers
     #[command(after_help = start::EXAMPLES)]
     Start(start::Options),
-    /// Stop the coordinator of this host and wait until running answers are finished and the workers are free.
+    /// Stop the coordinator of this host, after its running answers, and free the workers
     #[command(after_help = "Example: tightwad stop")]
     Stop,
-    /// Show everything that the config declares, whatever is down.
+    /// Show the state of everything in the config
     #[command(after_help = pool_status::EXAMPLES)]
     Status(pool_status::Options),
-    /// Make the coordinator run another model over the same workers.
+    /// Make the coordinator run another model over the same workers
     #[command(after_help = swap::EXAMPLES)]
     Swap(swap::Options),
-    /// Measure the coordinator that runs: prompt and generated tokens per second, alone and at once.
+    /// Measure the running coordinator: prefill and decode speed, with one and with several requests
     #[command(after_help = benchmark::EXAMPLES)]
     Benchmark(benchmark::Options),
-    /// Become a program that does not outlive its parent.
+    /// Become a program that does not outlive its parent
     #[command(name = parent_bound::SUBCOMMAND, hide = true)]
     ExecChild(ExecChild),
 }
 
 #[derive(Debug, Subcommand)]
 enum ProxyCommand {
-    /// Start it in the foreground; Ctrl-C or `tightwad proxy stop` ends it.
+    /// Start the proxy in the foreground; Ctrl-C or `tightwad proxy stop` ends it
     #[command(after_help = "Example: tightwad -c cluster.yaml proxy start")]
     Start,
-    /// Stop it and wait until running answers are finished, for ten seconds at most.
+    /// Stop the proxy, after running answers or ten seconds
     #[command(after_help = "Example: tightwad proxy stop")]
     Stop,
-    /// Show its servers and how well drafting goes.
+    /// Show the servers of the proxy and the state of drafting
     #[command(after_help = proxy::STATUS_EXAMPLES)]
     Status {
-        /// The whole answer as JSON.
+        /// Print the whole answer as JSON
         #[arg(long)]
         json: bool,
     },
@@ -169,11 +172,11 @@ struct ExecChild {
     command: Vec<OsString>,
 }
 
-/// Parses the command line, does what it says, and returns the exit code.
+/// Parses the command line, runs the command, and returns the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Before any thread is started: this process is about to become another program.
+    // Before any thread starts, because this process becomes another program.
     if let Command::ExecChild(child) = &cli.command {
         return exec_child(child);
     }
@@ -199,7 +202,7 @@ pub fn main() -> ExitCode {
         Err(error) => return report(&Failure::other("start the runtime", error)),
     };
     let done = runtime.block_on(dispatch(&cli));
-    // A look-up of a name may still block one of its threads; nobody waits for that.
+    // Does not wait for threads that a name look-up still blocks.
     runtime.shutdown_background();
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -240,7 +243,7 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
     }
 }
 
-/// The config; what is odd but not wrong goes to the log.
+/// Loads the config, and logs its warnings.
 fn load(file: Option<&Path>) -> Result<Loaded, Failure> {
     let loaded = crate::config::load::load(file)?;
     for warning in &loaded.warnings {

@@ -1,4 +1,4 @@
-//! What a command has to say, on stdout.
+//! Output of commands on stdout.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -7,19 +7,19 @@ use serde::Serialize;
 
 use super::exit::Failure;
 
-/// Writes `text` as it stands, at once. Where the reader has seen enough (`| head`) the work ends without a word.
+/// Writes `text` and flushes. If the reader has closed the pipe (`| head`), the command ends without a message.
 pub fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_ref())?;
     Ok(out.flush()?)
 }
 
-/// As [`print()`], with the end of the line.
+/// Like [`print()`], with a line break.
 pub fn print_line(line: impl Display) -> Result<(), Failure> {
     print(format!("{line}\n"))
 }
 
-/// Prints a report, as JSON or as `text`.
+/// Prints a report as JSON or as `text`.
 pub fn print_report<R: Serialize>(report: &R, json: bool, text: impl FnOnce(&R) -> String) -> Result<(), Failure> {
     if json {
         let json = serde_json::to_string_pretty(report).map_err(|error| Failure::other("write JSON", error))?;

@@ -1,7 +1,7 @@
-//! The file that tells `stop` and `proxy stop` whom to stop.
+//! Pid files, by which `stop` and `proxy stop` find the process to stop, and `status` finds a running role.
 //!
-//! Its lock says whether somebody runs: the kernel drops the lock with the process. Its content says who: the process id and
-//! the time at which that process started, so that another process which got the same number later is never meant.
+//! A held lock means that the process runs: the kernel releases the lock with the process. The file contains the process id and the start
+//! time of the process, so that a later process with the same id is never signalled.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
@@ -13,51 +13,53 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::exit::{Exit, Failure};
-use crate::config::local_key::own_folder;
+use crate::config::local_key::state_folder;
 
-/// Pause between two looks at whether it has ended.
-const POLL: Duration = Duration::from_millis(50);
-/// A look holds the lock for less than this.
-const A_LOOK: Duration = Duration::from_millis(500);
-/// Nobody else reads the file or takes its lock.
+/// Interval between checks whether the process has ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Another process that checks the lock holds it for less than this.
+const LOCK_CHECK_TIME: Duration = Duration::from_millis(500);
+/// File mode: only the owner can read the file or take its lock.
 const PRIVATE: u32 = 0o600;
-/// More bytes than two numbers have.
-const LONGEST: u64 = 64;
+/// Largest size of the file, more than two numbers need.
+const MAX_SIZE: u64 = 64;
 
-/// A running instance's claim; the lock is held until this is dropped.
+/// Guard of a claimed name. Holds the lock until it is dropped.
 #[derive(Debug)]
 pub struct PidFile {
     _locked: File,
 }
 
-/// What became of an attempt to stop somebody.
+/// Result of a stop.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Stopped {
-    /// It has ended.
+    /// The process has ended.
     Yes(i32),
-    /// Nobody runs.
+    /// No process runs.
     NotRunning,
-    /// It was asked to end and has not yet.
+    /// The process got SIGTERM and has not ended yet.
     StillRunning(i32),
 }
 
 impl PidFile {
-    /// Claims the name for this process; `Err(Some(pid))` when another one has it.
-    pub fn claim(name: &str) -> Result<Self, Claimed> {
+    /// Claims the name for this process. Fails with [`ClaimError::By`] if another process holds it.
+    pub fn claim(name: &str) -> Result<Self, ClaimError> {
         let path = path(name)?;
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
         let mut file = open(&path)?;
-        // It may be one of an older version, or was copied.
+        // An older version may have made the file with another mode.
         file.set_permissions(Permissions::from_mode(PRIVATE))?;
         let began = Instant::now();
         loop {
             match file.try_lock() {
                 Ok(()) => break,
-                // Somebody may just be looking.
-                Err(TryLockError::WouldBlock) if began.elapsed() < A_LOOK => std::thread::sleep(POLL / 5),
-                Err(TryLockError::WouldBlock) => return Err(Claimed::By(Process::read(&mut file)?.pid)),
+                // Another process may be checking the lock.
+                Err(TryLockError::WouldBlock) if began.elapsed() < LOCK_CHECK_TIME => {
+                    std::thread::sleep(POLL_INTERVAL / 5);
+                }
+                Err(TryLockError::WouldBlock) => return Err(ClaimError::By(Process::read(&mut file)?.pid)),
                 Err(TryLockError::Error(error)) => return Err(error.into()),
             }
         }
@@ -67,10 +69,10 @@ impl PidFile {
     }
 }
 
-/// Why a name could not be claimed.
+/// Why a name cannot be claimed.
 #[derive(Debug, thiserror::Error)]
-pub enum Claimed {
-    /// This process has it.
+pub enum ClaimError {
+    /// Another process holds it.
     #[error("process {0} has it")]
     By(i32),
     /// The file cannot be written.
@@ -78,24 +80,24 @@ pub enum Claimed {
     Io(#[from] io::Error),
 }
 
-/// Claims the name for `what`, which `stop` ends: a name that another process has is a failure, one that cannot be claimed
-/// is not.
+/// Claims the name for `what`, which the command `stop` ends. Fails if another process holds the name. A file that cannot be written is only
+/// a warning.
 pub fn claim(name: &str, what: &str, stop: &str) -> Result<Option<PidFile>, Failure> {
     match PidFile::claim(name) {
         Ok(claim) => Ok(Some(claim)),
-        Err(Claimed::By(pid)) => Err(Failure::new(
+        Err(ClaimError::By(pid)) => Err(Failure::new(
             Exit::PortInUse,
             format!("the {what} already runs (process {pid}); stop it with `{stop}`"),
         )),
-        // A system service without a home has its own way to be stopped.
-        Err(Claimed::Io(error)) => {
+        // A system service without a home folder is stopped with systemctl.
+        Err(ClaimError::Io(error)) => {
             tracing::warn!("`{stop}` will not find this {what}: cannot write its pid file: {error}");
             Ok(None)
         }
     }
 }
 
-/// Asks whoever holds the name to end and waits, but not longer than `patience`.
+/// Sends SIGTERM to the process that holds the name, and waits until it ends, for at most `patience`.
 pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
     let mut file = match open(&path(name)?) {
         Ok(file) => file,
@@ -113,8 +115,8 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
         Err(rustix::io::Errno::SRCH) => return Ok(Stopped::NotRunning),
         Err(error) => return Err(error.into()),
     };
-    // From here on the handle cannot come to mean another process. That it means the one that wrote the file shows when that
-    // one started at the same time, and still holds the lock.
+    // The handle now refers to one process for good. It is the process that wrote the file if the start times agree and the lock is still
+    // held.
     if start_time(number) != Some(known.started) || !is_locked(&file)? {
         return Ok(Stopped::NotRunning);
     }
@@ -124,9 +126,18 @@ pub fn stop(name: &str, patience: Duration) -> io::Result<Stopped> {
         if began.elapsed() >= patience {
             return Ok(Stopped::StillRunning(number));
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(POLL_INTERVAL);
     }
     Ok(Stopped::Yes(number))
+}
+
+/// The process that holds the name; `None` if no process does, or the file cannot be read.
+pub fn holder(name: &str) -> Option<i32> {
+    let mut file = File::open(path(name).ok()?).ok()?;
+    let held = is_locked(&file).ok()?;
+    held.then(|| Process::read(&mut file).ok())
+        .flatten()
+        .map(|process| process.pid)
 }
 
 fn open(path: &PathBuf) -> io::Result<File> {
@@ -143,7 +154,7 @@ fn open(path: &PathBuf) -> io::Result<File> {
         .open(path)
 }
 
-/// Whether somebody runs. The lock of a look is shared, so that looks are no hindrance to each other.
+/// Whether a process holds the lock. Checks with a shared lock, so that several checks can run at once.
 fn is_locked(file: &File) -> io::Result<bool> {
     match file.try_lock_shared() {
         Ok(()) => file.unlock().map(|()| false),
@@ -152,11 +163,11 @@ fn is_locked(file: &File) -> io::Result<bool> {
     }
 }
 
-/// A process, as the file names it: `1234 567890`.
+/// A process in the format of the file: `1234 567890`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Process {
     pid: i32,
-    /// In ticks of the kernel's clock since the machine started.
+    /// Start time in ticks of the kernel's clock since boot.
     started: u64,
 }
 
@@ -170,7 +181,7 @@ impl Process {
 
     fn read(file: &mut File) -> io::Result<Self> {
         let mut text = String::new();
-        file.take(LONGEST).read_to_string(&mut text)?;
+        file.take(MAX_SIZE).read_to_string(&mut text)?;
         let (pid, started) = text.split_once(' ').ok_or_else(no_process)?;
         Ok(Self {
             pid: pid.parse().map_err(|_| no_process())?,
@@ -189,21 +200,20 @@ fn no_process() -> io::Error {
     io::Error::other("the pid file names no process; delete it once you have ended what it was for")
 }
 
-/// When a process started; `None` of one that does not exist (proc(5), `/proc/PID/stat`).
+/// Start time of a process, from `/proc/PID/stat` (see proc(5)); `None` if it does not exist.
 fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may have spaces and parentheses of its own; the state follows, which is field 3.
+    // The name in parentheses may itself contain spaces and parentheses. The state, field 3, follows it.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_whitespace().nth(22 - 3)?.parse().ok()
 }
 
 /// `$XDG_RUNTIME_DIR/tightwad/`, else `$XDG_STATE_HOME/tightwad/`, else `~/.local/state/tightwad/`.
 fn path(name: &str) -> io::Result<PathBuf> {
-    own_folder(&["XDG_RUNTIME_DIR", "XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.pid")))
+    state_folder(&["XDG_RUNTIME_DIR", "XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.pid")))
 }
 
-/// Where something that runs in the background writes its log: `$XDG_STATE_HOME/tightwad/`, else
-/// `~/.local/state/tightwad/`.
+/// Log file of a background process: in `$XDG_STATE_HOME/tightwad/`, else in `~/.local/state/tightwad/`.
 pub fn log_path(name: &str) -> io::Result<PathBuf> {
-    own_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.log")))
+    state_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(format!("{name}.log")))
 }

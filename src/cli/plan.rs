@@ -1,4 +1,4 @@
-//! `tightwad plan`: which layers go where, and whether that fits.
+//! `tightwad plan`: shows which layers of a model go to which device, and whether they fit. Starts nothing.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -20,17 +20,17 @@ use crate::pool::launch;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::preflight;
 
-/// What `tightwad plan` is asked.
+/// Options of `tightwad plan`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Which of `models`. Default: the one marked `default`, else the only one.
+    /// Name of the model in `models`. Default: the one marked `default`, else the only one
     model: Option<String>,
-    /// All of it as JSON.
+    /// Print everything as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// The whole answer.
+/// The whole report.
 #[derive(Debug, Serialize)]
 struct Answer<'a> {
     model: &'a str,
@@ -41,7 +41,7 @@ struct Answer<'a> {
     environment: Vec<(String, String)>,
 }
 
-/// What fits where, and what is not known of it.
+/// The plan, and what could not be found out for it.
 struct Planned {
     plan: Plan,
     notes: Vec<String>,
@@ -49,8 +49,7 @@ struct Planned {
     others: Vec<String>,
 }
 
-/// Refuses a model whose file is broken, or that cannot fit into the pool, and workers of another build, as far as that can
-/// be told before anything runs.
+/// Refuses a model whose file is broken or that cannot fit into the pool, and workers with another build, before anything is started.
 pub async fn check(config: &Config, coordinator: &Coordinator, named: (&str, &Model)) -> Result<(), Failure> {
     let Planned { plan, others, .. } = planned(config, coordinator, named.1).await?;
     if !others.is_empty() {
@@ -61,7 +60,7 @@ pub async fn check(config: &Config, coordinator: &Coordinator, named: (&str, &Mo
 
 async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> Result<Planned, Failure> {
     let file = ModelFile::read(&model.path)?;
-    // A server that is run by hand is not asked: a coordinator may have it, and it serves one client at a time.
+    // Does not ask a worker without an agent: its server has one client at a time, which may be a coordinator.
     let found = devices::find(config, coordinator, &ProbedServers::new())
         .await
         .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
@@ -94,7 +93,7 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
     let placing = plan::placing_options(model, coordinator);
     if !placing.is_empty() {
         notes.push(format!(
-            "`extra_args` place layers by themselves ({}) and win, so the model may lie otherwise than planned here",
+            "`extra_args` set the placement of layers ({}) and win, so the real placement may differ from this plan",
             placing.join(", ")
         ));
     }
@@ -104,7 +103,7 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
     {
         notes.push(format!(
             "the model was trained with {trained} tokens: llama-server takes memory for {} per slot and serves {trained}; a \
-             smaller ctx_size wastes none",
+             smaller ctx_size saves memory",
             settings.context
         ));
     }
@@ -112,7 +111,7 @@ async fn planned(config: &Config, coordinator: &Coordinator, model: &Model) -> R
     Ok(Planned { plan, notes, others })
 }
 
-/// Plans a model over the pool and shows it.
+/// Plans a model over the pool and prints the plan.
 pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     let coordinator = coordinator::section(config)?;
     let (name, model) = config.model_for(options.model.as_deref())?;
@@ -139,8 +138,7 @@ pub async fn plan(config: &Config, options: &Options) -> Result<(), Failure> {
     if plan.fits { Ok(()) } else { Err(misfit(name, &plan)) }
 }
 
-/// Refuses a model that the pool could not hold if all of its memory were free. While agents do not answer nobody
-/// can say so.
+/// Refuses a model that is larger than all memory of the pool. Accepts it while an agent does not answer.
 pub async fn could_ever_fit(
     config: &Config,
     coordinator: &Coordinator,
@@ -219,7 +217,7 @@ fn table(name: &str, plan: &Plan, notes: &[String], launch: &Launch) -> String {
         .iter()
         .any(|placement| placement.device.known_from == KnownFrom::Config)
     {
-        text.push_str("*: `vram_gb` of the config; nobody has looked what of it is free\n");
+        text.push_str("*: `vram_gb` of the config; the free memory is unknown\n");
     }
     for note in notes {
         let _ = writeln!(text, "note: {note}");
@@ -264,7 +262,7 @@ fn row(placement: &Placement, plan: &Plan) -> [String; 7] {
     ]
 }
 
-/// The value of a variable, unless it is a key.
+/// The value of a variable; hidden if it is a secret.
 fn shown<'a>(name: &str, value: &'a str) -> &'a str {
     if config::is_secret(name) { "***" } else { value }
 }
@@ -276,7 +274,7 @@ fn words(launch: &Launch) -> impl Iterator<Item = String> {
     std::iter::once(word(&launch.program)).chain(config::shown_arguments(&arguments))
 }
 
-/// As a shell takes it for one word.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! `tightwad status`: coordinator, workers and proxy on one screen.
+//! `tightwad status`: shows the coordinator, workers, servers and proxy of the config. Asks all at once, each with a time limit.
 
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -8,64 +8,68 @@ use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::coordinator::{Client, Step};
+use super::coordinator::{Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::{print, print_report};
+use super::received::Received;
 use super::server_status::{self, SeenServer};
-use super::status::duration;
+use super::status::{ProxyReport, duration};
 use super::wrap::fitted;
 use super::{signals, status};
 use crate::config::{self, Config, Coordinator, Proxy, Worker};
 use crate::count::count;
+use crate::engine::ServerStatus;
 use crate::plan::amount;
 use crate::pool::agent::{Endpoint, EndpointState, WorkerStatus};
 use crate::pool::agent_client::AgentClient;
+use crate::pool::coordinator::status::{Status, Step};
+use crate::pool::swap::{FailedSwap, State};
 
 pub const EXAMPLES: &str = "\
 Examples:
   tightwad status --watch
   tightwad status --json | jq '.workers[] | {name, up}'
-The exit code tells the worst of what the config declares: 0 all is well, 6 a server or a worker cannot be reached or is not
-ready yet, 7 the coordinator, the target or the proxy does not run, 13 only a draft is down, 14 a token is refused.";
+The exit code is that of the worst problem: 0 no problem, 6 a server or a worker cannot be reached or is not ready yet, 7 the
+coordinator, the target or the proxy is not running, 13 only a draft is down, 14 a token is refused.";
 
-/// Whoever has not answered after this is not waited for.
-const BOUND: Duration = Duration::from_millis(150);
-/// Pause between two looks with `--watch`.
-const WATCH: Duration = Duration::from_secs(1);
+/// Time limit for each answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(150);
+/// Interval with `--watch`.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What `tightwad status` is asked.
+/// Options of `tightwad status`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// All of it as JSON; with --watch a line for each look.
+    /// Print everything as JSON; with --watch one line per interval
     #[arg(long)]
     json: bool,
-    /// Look again each second, until Ctrl-C.
+    /// Repeat every second until Ctrl-C
     #[arg(long)]
     watch: bool,
 }
 
-/// All that could be seen.
+/// The state of everything in the config.
 #[derive(Debug, Default, Serialize)]
 struct Overview {
-    /// `None`: the config has none.
-    coordinator: Option<Seen<Value>>,
+    /// `None` if the config has no such section.
+    coordinator: Option<Seen<Received<Status>>>,
     /// The sections `target` and `draft`.
     servers: Vec<SeenServer>,
     workers: Vec<SeenWorker>,
-    /// `None`: the config has none.
-    proxy: Option<Seen<Value>>,
-    /// What to do.
+    /// `None` if the config has no such section.
+    proxy: Option<Seen<ProxyReport>>,
+    /// The next things to do.
     hints: Vec<String>,
 }
 
-/// A server, and what it says.
+/// A server and its answer.
 #[derive(Debug, Serialize)]
 struct Seen<T> {
     url: String,
     up: bool,
-    /// Why nothing is known.
+    /// Why there is no answer.
     problem: Option<String>,
-    /// The exit code of that.
+    /// Exit code of the problem.
     #[serde(skip)]
     exit: Exit,
     status: Option<T>,
@@ -74,11 +78,11 @@ struct Seen<T> {
 #[derive(Debug, Serialize)]
 struct SeenWorker {
     name: String,
-    /// `None`: it has no agent, so that nobody can ask.
+    /// `None` for a worker without an agent.
     agent: Option<Seen<WorkerStatus>>,
 }
 
-/// Shows how all are.
+/// Prints the state of everything.
 pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
     if !options.watch {
         let seen = look(config).await;
@@ -91,13 +95,13 @@ pub async fn status(config: &Config, options: &Options) -> Result<(), Failure> {
         let seen = look(config).await;
         let text = match (options.json, terminal) {
             (true, _) => format!("{}\n", json(&seen)?),
-            // From the top of the screen, of which the rest is cleared.
+            // Moves to the top and clears the screen.
             (false, true) => format!("\x1b[H\x1b[2J{}", fitted(&table(&seen), status::INDENT)),
             (false, false) => format!("{}\n", table(&seen)),
         };
         print(text)?;
         tokio::select! {
-            () = sleep(WATCH) => {}
+            () = sleep(WATCH_INTERVAL) => {}
             () = stop.cancelled() => {}
         }
     }
@@ -108,10 +112,10 @@ fn json(seen: &Overview) -> Result<Value, Failure> {
     serde_json::to_value(seen).map_err(|error| Failure::other("write JSON", error))
 }
 
-/// Asks all at once, and waits for nobody longer than the bound.
+/// Asks all servers at once, each with the time limit.
 async fn look(config: &Config) -> Overview {
-    let give_up = Instant::now() + BOUND;
-    // Each in a task of its own: what one of them does at its start must not hold up the others.
+    let give_up = Instant::now() + ANSWER_TIMEOUT;
+    // Each in its own task, so that blocking work of one does not delay the others.
     let coordinator = config
         .coordinator
         .clone()
@@ -122,7 +126,7 @@ async fn look(config: &Config) -> Overview {
         .map(|section| tokio::spawn(see_proxy(section, give_up)));
     let servers: Vec<_> = server_status::declared(config)
         .into_iter()
-        .map(|asked| tokio::spawn(asked.look(BOUND)))
+        .map(|asked| tokio::spawn(asked.look(ANSWER_TIMEOUT)))
         .collect();
     let see = |worker: &Worker| tokio::spawn(see_worker(worker.clone(), give_up));
     let asked: Vec<_> = config.workers.iter().map(see).collect();
@@ -148,13 +152,13 @@ async fn seen<T>(asked: Option<JoinHandle<Seen<T>>>) -> Option<Seen<T>> {
     asked?.await.ok()
 }
 
-async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Value> {
+async fn see_coordinator(section: Coordinator, give_up: Instant) -> Seen<Received<Status>> {
     let url = config::local_url(&section.host, section.port);
-    let asking = async { Client::new(&section)?.status(BOUND).await };
+    let asking = async { Client::new(&section)?.status(ANSWER_TIMEOUT).await };
     Seen::of(url, timeout_at(give_up, asking).await.ok())
 }
 
-async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
+async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<ProxyReport> {
     let url = config::local_url(&section.host, section.port);
     let token = match section.token() {
         Ok(token) => token,
@@ -162,9 +166,9 @@ async fn see_proxy(section: Proxy, give_up: Instant) -> Seen<Value> {
     };
     let asking = timeout_at(give_up, status::fetch(&url, token.as_ref()));
     let answer = match asking.await.ok() {
-        // A proxy that answers is asked once more for the speed of what runs.
-        Some(Ok(answer)) if status::running(&answer) > 0 => Some(status::fetch_with_speed(&url, token.as_ref()).await),
-        answer => answer,
+        // Asks a second time for the speed of running requests.
+        Some(Ok(status)) if status.in_flight > 0 => Some(status::fetch_with_speed(&url, token.as_ref()).await),
+        answer => answer.map(|answer| answer.map(ProxyReport::from)),
     };
     Seen::of(url, answer)
 }
@@ -182,7 +186,7 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
         let (url, name) = (worker.agent_url(), worker.name());
         let message = format!(
             "no answer from {url} within {} ms; see whether its host is up and runs `tightwad run worker {name}`",
-            BOUND.as_millis()
+            ANSWER_TIMEOUT.as_millis()
         );
         Err(Failure::new(Exit::Unreachable, message))
     });
@@ -190,13 +194,13 @@ async fn see_worker(worker: Worker, give_up: Instant) -> Option<Seen<WorkerStatu
 }
 
 impl<T> Seen<T> {
-    /// `None`: no answer in time.
+    /// `answer` is `None` if the time limit has passed.
     fn of(url: String, answer: Option<Result<T, Failure>>) -> Self {
         let (problem, exit, status) = match answer {
             Some(Ok(status)) => (None, Exit::Ok, Some(status)),
             Some(Err(failure)) => (Some(failure.message), failure.exit, None),
             None => {
-                let problem = format!("no answer from {url} within {} ms", BOUND.as_millis());
+                let problem = format!("no answer from {url} within {} ms", ANSWER_TIMEOUT.as_millis());
                 (Some(problem), Exit::Unreachable, None)
             }
         };
@@ -209,20 +213,20 @@ impl<T> Seen<T> {
         }
     }
 
-    /// Whether it is asked at a loopback address.
+    /// Whether its URL is a loopback address.
     fn is_on_this_host(&self) -> bool {
         let url = reqwest::Url::parse(&self.url);
         url.is_ok_and(|url| url.host_str().is_some_and(config::is_loopback))
     }
 
-    /// Whether nothing runs there at all.
+    /// Whether no server is running there.
     fn absent(&self) -> bool {
         self.exit == Exit::NotRunning
     }
 }
 
 impl SeenWorker {
-    /// What is wrong with it, as far as can be told.
+    /// The problem of the worker, if one is known.
     fn problem(&self) -> Option<String> {
         let agent = self.agent.as_ref()?;
         let failed = || Endpoint::problem(&agent.status.as_ref()?.endpoints);
@@ -230,8 +234,8 @@ impl SeenWorker {
     }
 }
 
-/// What the exit code says: the first of these is the worst. Without a coordinator or a target nothing is answered, without
-/// a worker nothing that needs the pool, without a draft everything, only slower.
+/// The exit code is that of the worst problem, in this order: coordinator, target, worker, proxy, draft. Without a draft, answers are
+/// only slower.
 fn verdict(seen: &Overview) -> Result<(), Failure> {
     let proxy = seen.proxy.as_ref();
     let has_pool = seen.coordinator.is_some() || !seen.workers.is_empty();
@@ -242,9 +246,9 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
         .filter_map(coordinator_problem)
         .chain(servers("target").filter_map(|server| server_problem(server, proxy)))
         .chain(worker_problem(&seen.workers))
-        .chain(proxy.and_then(|proxy| proxy_problem(proxy, has_pool)))
+        .chain(proxy.and_then(|proxy| proxy_problem(proxy, &seen.servers, has_pool)))
         .chain(servers("draft").filter_map(|server| server_problem(server, proxy)));
-    // A draft that is down is the least of it, also where the proxy says so.
+    // A draft that is down comes last, even if the proxy reports it.
     let (drafts, mut worst): (Vec<_>, Vec<_>) = problems.partition(|failure| failure.exit == Exit::DraftDown);
     worst.extend(drafts);
     worst.dedup_by(|a, b| a.message == b.message);
@@ -255,22 +259,22 @@ fn verdict(seen: &Overview) -> Result<(), Failure> {
     Err(Failure::new(exit, messages.join("; ")))
 }
 
-fn coordinator_problem(coordinator: &Seen<Value>) -> Option<Failure> {
+fn coordinator_problem(coordinator: &Seen<Received<Status>>) -> Option<Failure> {
     match (&coordinator.problem, &coordinator.status) {
         (Some(problem), _) => Some(Failure::new(coordinator.exit, problem)),
-        (None, Some(status)) if status["state"] != "ready" && status["state"] != "draining" => Some(Failure::new(
+        (None, Some(status)) if !matches!(status.now.state, State::Ready | State::Draining) => Some(Failure::new(
             Exit::Unreachable,
-            format!("not ready: {}", Step::of(status).doing),
+            format!("not ready: {}", Description::of_status(status).doing),
         )),
         _ => None,
     }
 }
 
-fn server_problem(server: &SeenServer, proxy: Option<&Seen<Value>>) -> Option<Failure> {
-    // A proxy on this host reaches what this host does, and notices later when a server dies.
+fn server_problem(server: &SeenServer, proxy: Option<&Seen<ProxyReport>>) -> Option<Failure> {
+    // Trusts only a proxy on another host: a proxy on this host reaches no more, and notices a dead server later.
     let reached = proxy.filter(|proxy| !proxy.is_on_this_host());
     let reached = reached.and_then(|proxy| proxy.status.as_ref());
-    if reached.is_some_and(|proxy| server.is_healthy_for(proxy)) {
+    if reached.is_some_and(|proxy| server.is_healthy_for(&proxy.status)) {
         return None;
     }
     let exit = if server.role == "draft" {
@@ -290,12 +294,26 @@ fn worker_problem(workers: &[SeenWorker]) -> Option<Failure> {
     (!down.is_empty()).then(|| Failure::new(Exit::Unreachable, format!("down: {}", down.join(", "))))
 }
 
-fn proxy_problem(proxy: &Seen<Value>, has_pool: bool) -> Option<Failure> {
+fn proxy_problem(proxy: &Seen<ProxyReport>, servers: &[SeenServer], has_pool: bool) -> Option<Failure> {
     match (&proxy.problem, &proxy.status) {
-        // A host of the pool need not have the proxy's token.
+        // A host of the pool may lack the proxy's token.
         (Some(_), _) if has_pool && proxy.exit == Exit::File => None,
         (Some(problem), _) => Some(Failure::new(proxy.exit, problem)),
-        (None, Some(status)) => status::verdict(status).err(),
+        (None, Some(ProxyReport { status, .. })) => {
+            let failed: Vec<&str> = servers
+                .iter()
+                .filter(|server| server.problem.is_some())
+                .map(|server| server.url.as_str())
+                .collect();
+            // Names a server that is down once, by its own section if it has one.
+            let is_named = |failure: &Failure| {
+                failure.exit == Exit::DraftDown
+                    && status::drafts_down(status)
+                        .iter()
+                        .all(|url| failed.contains(&url.trim_end_matches('/')))
+            };
+            status::verdict(status).err().filter(|failure| !is_named(failure))
+        }
         (None, None) => None,
     }
 }
@@ -309,9 +327,9 @@ fn hints(seen: &Overview) -> Vec<String> {
     if seen.proxy.as_ref().is_some_and(Seen::absent) {
         hints.push("start the proxy with `tightwad proxy start`".to_owned());
     }
-    let told = coordinator.and_then(|coordinator| coordinator.status.as_ref());
-    if let Some(told) = told.filter(|told| told["state"] == "gave-up") {
-        let model = told["model"].as_str().unwrap_or_default();
+    let status = coordinator.and_then(|coordinator| coordinator.status.as_ref());
+    if let Some(status) = status.filter(|status| status.now.state == State::GaveUp) {
+        let model = &status.now.model;
         hints.push(format!("once the cause is gone, `tightwad swap {model}` tries again"));
     }
     let mut builds: Vec<&str> = seen
@@ -341,7 +359,7 @@ fn table(seen: &Overview) -> String {
     if let Some(coordinator) = &seen.coordinator {
         line("coordinator", &coordinator.url);
         match &coordinator.status {
-            Some(told) => of_coordinator(told, &seen.workers, &mut line),
+            Some(status) => of_coordinator(status, &seen.workers, &mut line),
             None if coordinator.absent() => line("", "not running"),
             None => line("", coordinator.problem.as_deref().unwrap_or("no answer")),
         }
@@ -349,7 +367,7 @@ fn table(seen: &Overview) -> String {
     for worker in &seen.workers {
         line("worker", &worker.name);
         match (&worker.agent, known(worker)) {
-            (_, Some(told)) => of_worker(told, &mut line),
+            (_, Some(status)) => of_worker(status, &mut line),
             (Some(agent), None) => line(
                 "",
                 &format!("down: {}", agent.problem.as_deref().unwrap_or("no answer")),
@@ -362,7 +380,7 @@ fn table(seen: &Overview) -> String {
     }
     if let Some(proxy) = &seen.proxy {
         match &proxy.status {
-            Some(told) => of_proxy(&proxy.url, told, &mut line),
+            Some(report) => of_proxy(&proxy.url, report, &mut line),
             None if proxy.absent() => line("proxy", &format!("{}: not running", proxy.url)),
             None => line("proxy", proxy.problem.as_deref().unwrap_or("no answer")),
         }
@@ -373,59 +391,62 @@ fn table(seen: &Overview) -> String {
     text
 }
 
-fn of_proxy(url: &str, told: &Value, line: &mut impl FnMut(&str, &str)) {
-    line("proxy", &format!("{url}{}", status::activity(told)));
-    let well = |server: &Value| if server["healthy"] == true { "healthy" } else { "down" };
-    let drafts = told["drafts"].as_array().into_iter().flatten();
-    let mut servers = vec![format!("target {}", well(&told["target"]))];
+fn of_proxy(url: &str, report: &ProxyReport, line: &mut impl FnMut(&str, &str)) {
+    let status = &report.status;
+    let activity = status::activity(status, report.tokens_per_second);
+    line("proxy", &format!("{url}{activity}"));
+    let well = |server: &ServerStatus| if server.healthy { "healthy" } else { "down" };
+    let drafts = status.drafts.iter().map(|draft| &draft.server);
+    let mut servers = vec![format!("target {}", well(&status.target))];
     servers.extend(drafts.map(|draft| format!("draft {}", well(draft))));
-    servers.push(format!("verification {}", status::verification(told)));
+    servers.push(format!("verification {}", status::verification(status)));
     line("", &servers.join(", "));
-    if let Some(counts) = status::Counts::of(told).describe() {
+    if let Some(counts) = status::Counts::of(&status.counts).describe() {
         line("", &counts);
     }
 }
 
-fn of_coordinator(told: &Value, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
-    let mut told = told.clone();
-    let problem = told["problem"].as_str().unwrap_or_default();
+fn of_coordinator(status: &Status, workers: &[SeenWorker], line: &mut impl FnMut(&str, &str)) {
+    let mut step = Step::of(&status.now, status.load);
+    let problem = step.problem.as_deref().unwrap_or_default();
     let mut down = workers.iter().filter(|worker| worker.problem().is_some());
-    // What is wrong with a worker stands below, with the worker.
+    // The worker's own line below shows the problem.
     if down.any(|worker| problem.contains(&format!("worker {} ", worker.name))) {
-        told["problem"] = "a worker is down".into();
+        step.problem = Some("a worker is down".to_owned());
     }
-    let step = Step::of(&told);
-    let progress = told["progress"].as_f64().filter(|_| step.progress.is_some());
+    let Description {
+        doing,
+        progress,
+        detail,
+    } = Description::of(&step);
     let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
-    let since = told["state_seconds"]
-        .as_f64()
+    let since = status
+        .state_seconds
         .map(|seconds| format!(", for {}", duration(seconds)));
     let (percent, since) = (percent.unwrap_or_default(), since.unwrap_or_default());
-    line("", &format!("{}{percent}{}{since}", step.doing, step.detail));
-    let number = |name: &str| told[name].as_u64().unwrap_or_default();
-    let running = count(number("running"), "answer runs", "answers run");
-    let waiting = count(number("waiting"), "request waits", "requests wait");
+    line("", &format!("{doing}{percent}{detail}{since}"));
+    let running = count(status.now.running as u64, "answer runs", "answers run");
+    let waiting = count(status.now.waiting as u64, "request waits", "requests wait");
     line("", &format!("{running}, {waiting}"));
-    for device in told["devices"].as_array().into_iter().flatten() {
-        line("", device.as_str().unwrap_or_default());
+    for device in &status.devices {
+        line("", device);
     }
-    let failed = &told["last_failure"];
-    if let (Some(model), Some(why)) = (failed["model"].as_str(), failed["why"].as_str()) {
+    if let Some(FailedSwap { model, why }) = &status.now.last_failure {
         line("", &format!("the last swap failed: `{model}`: {why}"));
     }
 }
 
-fn of_worker(told: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
-    let lease = match &told.lease {
+fn of_worker(status: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
+    let lease = match &status.lease {
         Some(holder) => format!("leased by {}", holder.holder),
         None => "free".to_owned(),
     };
-    let cache = match told.cache_quota_bytes {
+    let cache = match status.cache_quota_bytes {
         0 => "no cache".to_owned(),
-        quota => format!("cache {} of {}", amount(told.cache_bytes), amount(quota)),
+        quota => format!("cache {} of {}", amount(status.cache_bytes), amount(quota)),
     };
-    line("", &format!("{lease}, llama.cpp {}, {cache}", told.build));
-    for endpoint in &told.endpoints {
+    line("", &format!("{lease}, llama.cpp {}, {cache}", status.build));
+    for endpoint in &status.endpoints {
         let state = match endpoint.state {
             EndpointState::Idle => "idle",
             EndpointState::Starting => "starting",
@@ -436,7 +457,7 @@ fn of_worker(told: &WorkerStatus, line: &mut impl FnMut(&str, &str)) {
         line("", &format!("port {}: {state}", endpoint.port));
         for device in &endpoint.devices {
             let (free, total) = (amount(device.free_bytes), amount(device.total_bytes));
-            // A server that is in use tells nobody what is left.
+            // A server that is in use does not report its free memory.
             let when = match endpoint.state {
                 EndpointState::Connected => " before the pool took it",
                 _ => "",

@@ -1,4 +1,4 @@
-//! What a person sees while servers start.
+//! Progress on stderr: one line that is rewritten on a terminal, and a few separate lines elsewhere.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use crate::supervise::command::Role;
 use crate::supervise::service::{GaveUp, Service, State};
 
-/// How often the line on a terminal is renewed.
-const TICK: Duration = Duration::from_millis(200);
-/// How soon a line that cannot tell yet how long it will take is followed by one that can, where there is no terminal.
-const SOON: Duration = Duration::from_secs(10);
-/// How soon any other line of a count is followed by the next one there.
-const LATER: Duration = Duration::from_secs(30);
+/// Interval between updates on a terminal.
+const UPDATE_INTERVAL: Duration = Duration::from_millis(200);
+/// Without a terminal: time from the first line, without an estimate, to the next one.
+const FIRST_LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// Without a terminal: interval between later lines.
+const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Waits until the server serves and shows how that goes.
+/// Waits until the server is ready, and shows the progress.
 pub async fn until_ready(role: Role, service: &mut Service) -> Result<(), GaveUp> {
     let began = Instant::now();
     let line = Line::new();
@@ -25,7 +25,7 @@ pub async fn until_ready(role: Role, service: &mut Service) -> Result<(), GaveUp
         loop {
             tokio::select! {
                 ready = &mut ready => break ready,
-                () = tokio::time::sleep(TICK) => {
+                () = tokio::time::sleep(UPDATE_INTERVAL) => {
                     let doing = doing(&state.borrow());
                     line.renew(&format!("{role}: {doing} ({:.0} s)", began.elapsed().as_secs_f32()));
                 }
@@ -50,20 +50,20 @@ fn doing(state: &State) -> String {
     }
 }
 
-/// A line on stderr that is renewed on a terminal.
+/// A line on stderr that is rewritten on a terminal.
 pub struct Line {
     terminal: bool,
 }
 
 impl Line {
-    /// A line that says nothing yet.
+    /// An empty line.
     pub fn new() -> Self {
         Self {
             terminal: io::stderr().is_terminal(),
         }
     }
 
-    /// Says this instead, and on a line of its own where there is no terminal.
+    /// Replaces the line; prints a new line without a terminal.
     pub fn tell(&self, text: &str) {
         if self.terminal {
             self.renew(text);
@@ -72,17 +72,17 @@ impl Line {
         }
     }
 
-    /// Says this instead, on a terminal.
+    /// Replaces the line on a terminal.
     pub fn renew(&self, text: &str) {
         if self.terminal {
             let mut stderr = io::stderr().lock();
-            // A terminal that is gone has no one to tell.
+            // Ignores an error of a closed terminal.
             let _ = write!(stderr, "\r\x1b[K{text}");
             let _ = stderr.flush();
         }
     }
 
-    /// Leaves an empty line for what is printed next, on a terminal.
+    /// Clears the line on a terminal, for the next output.
     pub fn clear(&self) {
         self.renew("");
     }
@@ -97,16 +97,16 @@ impl Line {
     }
 }
 
-/// Answers that are waited for: a line that is renewed on a terminal, and one now and then elsewhere.
+/// Progress over a number of answers.
 pub struct Countdown {
     line: Line,
     began: Instant,
-    /// When the next line is due where there is no terminal.
+    /// Time of the next line without a terminal.
     due: Instant,
 }
 
 impl Countdown {
-    /// Begins now.
+    /// Starts the clock.
     pub fn new() -> Self {
         let now = Instant::now();
         Self {
@@ -116,24 +116,24 @@ impl Countdown {
         }
     }
 
-    /// Says what is done now, how many of all answers have come, and about how long the others will still take.
+    /// Shows the current work, the number of finished answers, and the estimated time for the others.
     pub fn show(&mut self, doing: &str, done: usize, all: usize) {
         let text = format!("{doing}: {}", counted(self.began.elapsed(), done, all));
         if self.line.terminal {
             self.line.renew(&text);
         } else if Instant::now() >= self.due {
             eprintln!("{text}");
-            self.due = Instant::now() + if done == 0 { SOON } else { LATER };
+            self.due = Instant::now() + if done == 0 { FIRST_LINE_INTERVAL } else { LINE_INTERVAL };
         }
     }
 
-    /// Leaves an empty line for what is printed next, on a terminal.
+    /// Clears the line on a terminal, for the next output.
     pub fn clear(&self) {
         self.line.clear();
     }
 }
 
-/// How many answers came in this time, and how long the others will take if they are as quick.
+/// The number of finished answers, and the time for the others at the same speed.
 fn counted(elapsed: Duration, done: usize, all: usize) -> String {
     if done == 0 {
         return format!("0 of {all} answers");
@@ -147,15 +147,15 @@ fn counted(elapsed: Duration, done: usize, all: usize) -> String {
     format!("{done} of {all} answers, about {left:.0} {unit} to go")
 }
 
-/// Steps, one after the other: each a line that is renewed on a terminal, and two or three lines elsewhere.
+/// Progress in steps: each one is a line on a terminal, and two or three lines elsewhere.
 pub struct Steps {
     line: Line,
-    /// The step, and how many tenths of it are done.
+    /// The current step, and its progress in tenths.
     last: Option<(String, Option<u64>)>,
 }
 
 impl Steps {
-    /// Nothing is done so far.
+    /// No step yet.
     pub fn new() -> Self {
         Self {
             line: Line::new(),
@@ -163,7 +163,7 @@ impl Steps {
         }
     }
 
-    /// Says what is done now and how far it is, from 0 to 1; `detail` changes too often for more than a terminal.
+    /// Shows the current step and its progress from 0 to 1. `detail` changes often, and is shown only on a terminal.
     pub fn show(&mut self, doing: &str, progress: Option<f64>, detail: &str) {
         let percent = progress.map(|progress| format!(" {:.0} %", progress * 100.0));
         let text = format!("{doing}{}{detail}", percent.as_deref().unwrap_or_default());
@@ -181,7 +181,7 @@ impl Steps {
         self.last = Some((doing.to_owned(), tenths));
     }
 
-    /// Leaves the last step as it is, for what is printed next.
+    /// Keeps the last step on the terminal, for the next output.
     pub fn end(&mut self) {
         if self.last.take().is_some() && self.line.terminal {
             eprintln!();

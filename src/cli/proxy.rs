@@ -1,4 +1,4 @@
-//! `tightwad proxy …`: start, stop, status.
+//! `tightwad proxy start`, `stop` and `status`, and the parts of a proxy that other commands embed.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,10 +24,10 @@ Example: tightwad proxy status --json | jq .counts
 Exit codes: 0 the target and all drafts answer, 6 the target does not (or the proxy itself does not), 7 no proxy runs,
 13 a draft does not answer, 14 the proxy refuses the token.";
 
-/// How long `proxy stop` waits: longer than the proxy lets running answers go on.
-const STOP_PATIENCE: Duration = Duration::from_secs(20);
-/// Pause between two looks at what systemd is told.
-const LOOK: Duration = Duration::from_secs(1);
+/// Time limit of `proxy stop`, longer than the proxy's limit for running answers.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// Interval between updates of the status for systemd.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// `tightwad run proxy`, `tightwad proxy start`.
 pub async fn run(loaded: &Loaded, notifier: &Notifier, stop: CancellationToken) -> Result<(), Failure> {
@@ -45,20 +45,20 @@ pub async fn run(loaded: &Loaded, notifier: &Notifier, stop: CancellationToken) 
     tokio::select! {
         biased;
         served = serve_on(listener, &proxy, Arc::clone(&engine), stop) => served,
-        never = tell(notifier, &engine) => match never {},
+        never = report(notifier, &engine) => match never {},
     }
 }
 
-/// Tells that it serves, which it does whatever is behind it, and what it waits for.
-async fn tell(notifier: &Notifier, engine: &Engine) -> Infallible {
+/// Reports to systemd that the proxy is ready, whatever the state of its servers, and the server that it waits for.
+async fn report(notifier: &Notifier, engine: &Engine) -> Infallible {
     loop {
         notifier.status(&sentence(&engine.status()));
         notifier.ready();
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(REPORT_INTERVAL).await;
     }
 }
 
-/// How a proxy is, in a line.
+/// The state of a proxy in one line.
 fn sentence(status: &engine::Status) -> String {
     let waits = |what: &str, server: &engine::ServerStatus| {
         let problem = server.problem.as_ref().map(|problem| format!(": {problem}"));
@@ -77,7 +77,7 @@ fn sentence(status: &engine::Status) -> String {
     }
 }
 
-/// Begins to watch the proxy's servers.
+/// Starts the engine, which watches the proxy's servers.
 pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
     let with_key = |upstream: &Upstream| (upstream.clone(), upstream.api_key.clone());
     let no_client = |error| Failure::other("make an HTTP client", error);
@@ -96,7 +96,7 @@ pub fn start_engine(proxy: &config::Proxy) -> Result<Arc<Engine>, Failure> {
     Engine::start(settings).map_err(no_client)
 }
 
-/// Serves until `stop`, and then until running answers are finished, within a bound.
+/// Serves until `stop`, then finishes running answers within a time limit.
 pub async fn serve_on(
     listener: TcpListener,
     proxy: &config::Proxy,
@@ -114,12 +114,12 @@ pub async fn listen(proxy: &config::Proxy) -> Result<TcpListener, Failure> {
     listen_at(&proxy.host, proxy.port).await
 }
 
-/// Listens.
+/// Listens on an address.
 pub async fn listen_at(host: &str, port: u16) -> Result<TcpListener, Failure> {
     Ok(preflight::listen(host, port).await?)
 }
 
-/// The section `proxy` with the servers that other sections imply, and with all secrets read.
+/// The section `proxy` with the servers of the other sections and with all secrets.
 fn resolved(config: &Config) -> Result<config::Proxy, Failure> {
     let mut proxy = config.proxy.clone().unwrap_or_default();
     let (drafts, target) = config.proxy_upstreams();
@@ -135,7 +135,7 @@ fn with_key(mut upstream: Upstream) -> Result<Upstream, Failure> {
     Ok(upstream)
 }
 
-/// A host may run several proxies, but only one per port.
+/// Name of the pid file. A host may run several proxies, but only one per port.
 fn name(proxy: &config::Proxy) -> String {
     format!("proxy-{}", proxy.port)
 }
@@ -143,7 +143,7 @@ fn name(proxy: &config::Proxy) -> String {
 /// `tightwad proxy stop`.
 pub fn stop(config: &Config) -> Result<(), Failure> {
     let proxy = config.proxy.clone().unwrap_or_default();
-    match pid_file::stop(&name(&proxy), STOP_PATIENCE).map_err(|error| Failure::other("stop the proxy", error))? {
+    match pid_file::stop(&name(&proxy), STOP_TIMEOUT).map_err(|error| Failure::other("stop the proxy", error))? {
         Stopped::Yes(pid) => print_line(format_args!("stopped the proxy (process {pid})")),
         Stopped::NotRunning => Err(Failure::new(
             Exit::NotRunning,
@@ -156,7 +156,7 @@ pub fn stop(config: &Config) -> Result<(), Failure> {
             Exit::Other,
             format!(
                 "process {pid} was asked to end and has not after {} s",
-                STOP_PATIENCE.as_secs()
+                STOP_TIMEOUT.as_secs()
             ),
         )),
     }
@@ -170,7 +170,7 @@ pub async fn status(config: &Config, json: bool) -> Result<(), Failure> {
     print_report(&answer, json, |answer| {
         fitted(&status::table(&url, answer), status::INDENT)
     })?;
-    status::verdict(&answer)
+    status::verdict(&answer.status)
 }
 
 #[cfg(test)]

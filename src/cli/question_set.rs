@@ -1,4 +1,4 @@
-//! What `bench` and `verify` ask.
+//! The prompts and request parameters of `bench` and `verify`.
 
 use std::path::PathBuf;
 
@@ -9,24 +9,24 @@ use super::exit::{Exit, Failure};
 use crate::bench::Prompt;
 use crate::upstream::chat::Wishes;
 
-/// Which prompts.
+/// Options for the prompts.
 #[derive(Debug, Args)]
 pub struct QuestionSet {
-    /// Prompts to ask instead of the usual ones: lines such as {"kind": "chat", "prompt": "Hello"}; instead of `prompt`
-    /// also `messages`, a list of objects with `role` and `content`; and perhaps `prediction`, for --prediction.
+    /// File of prompts instead of the built-in ones, with lines such as {"kind": "chat", "prompt": "Hello"}. A line may have
+    /// `messages`, a list of objects with `role` and `content`, instead of `prompt`, and `prediction` for --prediction
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// Only prompts of these kinds; the usual ones are of: code, chat, list, reasoning, creative, edit, summary.
+    /// Only prompts of these kinds. The built-in kinds are code, chat, list, reasoning, creative, edit and summary
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     kinds: Vec<String>,
-    /// Longest answer in tokens.
+    /// Longest answer in tokens
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
-    /// Seed of the sampler, the same for every request.
+    /// Seed of the sampler for every request
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u32,
-    /// Send what the prompts predict of their answers (of the usual ones those of the kind edit do), as OpenAI's
-    /// `prediction`. The proxy drafts from it; stock servers ignore it.
+    /// Send the predictions of the prompts (built-in prompts of the kind edit have one) as OpenAI's `prediction`. The proxy
+    /// drafts from it; stock servers ignore it
     #[arg(long)]
     pub prediction: bool,
 }
@@ -50,13 +50,13 @@ impl QuestionSet {
         Ok(prompts)
     }
 
-    /// What all requests say.
+    /// Parameters of all requests.
     pub fn wishes(&self, temperature: f64, deployment: &Deployment) -> Wishes {
         Wishes {
             max_tokens: Some(self.max_tokens),
             temperature: Some(temperature),
             seed: Some(self.seed.into()),
-            // Else whoever asks second finds the prompt read already.
+            // Otherwise the second mode would find the prompt in the cache.
             forget_prompt: deployment.is_llama_server,
             token_ids: false,
         }

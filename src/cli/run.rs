@@ -1,36 +1,38 @@
-//! `tightwad run …`: this host's part, in the foreground.
+//! `tightwad run …`: runs a part of the cluster in the foreground until Ctrl-C or SIGTERM, and reports its state to systemd.
 
 use tokio_util::sync::CancellationToken;
 
-use super::coordinator::Step;
+use super::coordinator::Description;
 use super::exit::{Exit, Failure};
-use super::{coordinator, pid_file, plan, proxy, signals};
+use super::pid_file::PidFile;
+use super::{coordinator, pid_file, plan, proxy, server_status, signals};
 use crate::config::{self, Config, Loaded, Server, local_key};
 use crate::gguf::ModelFile;
 use crate::pool;
+use crate::pool::coordinator::status::Status;
 use crate::pool::worker::{WorkerError, local_worker};
 use crate::supervise::command::Role;
-use crate::supervise::notify::{Notifier, Words};
+use crate::supervise::notify::{Notifier, StatusLines};
 use crate::supervise::preflight;
 use crate::supervise::service::Service;
 
-/// What a host can run.
+/// A part of the cluster that a host can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Part {
-    /// The llama-server with the big model.
+    /// The llama-server with the big model
     Target,
-    /// The llama-server with the small model.
+    /// The llama-server with the small model
     Draft,
-    /// The OpenAI-compatible endpoint.
+    /// The OpenAI-compatible endpoint
     Proxy,
-    /// The endpoint over the workers' GPUs.
+    /// The endpoint over the workers' GPUs
     Coordinator,
-    /// The GPUs that this host lends to a coordinator.
+    /// The GPUs that this host lends to a coordinator
     Worker,
 }
 
-/// Runs it until Ctrl-C or SIGTERM, and tells systemd how it goes.
-/// `name` says which worker, or the coordinator's first model.
+/// Runs the part until Ctrl-C or SIGTERM, and reports its state to systemd. `name` is that of the worker, or of the coordinator's first
+/// model.
 pub async fn run(loaded: &Loaded, part: Part, name: Option<&str>) -> Result<(), Failure> {
     let config = &loaded.config;
     if let (Some(name), Part::Target | Part::Draft | Part::Proxy) = (name, part) {
@@ -73,7 +75,7 @@ async fn coordinator(
     let _claim = pid_file::claim(&coordinator::pid_name(section), &what, "tightwad stop")?;
     let listener = proxy::listen_at(&section.host, section.port).await?;
     notifier.status(&format!("checking `{}`", first.0));
-    // It may ask a GPU that wakes up.
+    // This may take long, because a GPU driver may have to wake up.
     match stop
         .run_until_cancelled(plan::could_ever_fit(config, section, first))
         .await
@@ -88,9 +90,9 @@ async fn coordinator(
     );
     let tell = {
         let notifier = notifier.clone();
-        move |status: &serde_json::Value| {
-            notifier.status(&Step::of(status).to_string());
-            // Whoever comes before its model is loaded waits, or is told how far that is.
+        move |status: &Status| {
+            notifier.status(&Description::of_status(status).to_string());
+            // Ready before the model is loaded: requests wait, or get the progress of the load.
             notifier.ready();
         }
     };
@@ -103,7 +105,7 @@ async fn worker(
     notifier: &Notifier,
     stop: CancellationToken,
 ) -> Result<(), Failure> {
-    // Whose addresses are names may have to wait for them.
+    // Host names in the config may take time to resolve.
     let Some(own) = stop.run_until_cancelled(local_worker(config, name)).await else {
         return Ok(());
     };
@@ -132,20 +134,22 @@ async fn server(
         .as_ref()
         .map(|proxy| proxy.max_draft_tokens)
         .unwrap_or_default();
-    let words = Words {
+    let words = StatusLines {
         starting: format!("loading {}", model.0),
         serving: format!("{} serves", model.0),
     };
     notifier.status(&words.starting);
     let server = &with_local_key(role, server)?;
     let prepared = preflight::llama_server(role, &config.binaries, server, model, drafts);
-    // It may ask a GPU that wakes up.
+    // This may take long, because a GPU driver may have to wake up.
     let Some(launch) = stop.run_until_cancelled(prepared).await else {
         return Ok(());
     };
     let launch = launch?;
     ModelFile::check_complete(&model.1.path)?;
     warn_of_context(model);
+    // Without it `tightwad status` cannot know that the server is being restarted; nothing else depends on it.
+    let _supervised = PidFile::claim(&server_status::pid_name(role.as_str(), server.port)).ok();
     let mut service = Service::start(role, launch, stop);
     let state = service.state();
     let ended = tokio::select! {
@@ -156,7 +160,7 @@ async fn server(
     Ok(ended?)
 }
 
-/// llama-server gives each slot no more than that, and says so in its own words only.
+/// Warns of a context that is longer than the model was trained for. llama-server cuts it without a clear message.
 fn warn_of_context((name, model): (&str, &config::Model)) {
     let trained = ModelFile::read(&model.path)
         .ok()
@@ -170,21 +174,13 @@ fn warn_of_context((name, model): (&str, &config::Model)) {
     }
 }
 
-/// The section with the key that this host's roles share, if it has none and listens on a loopback address.
+/// The section, with the shared key of this host if it has no key and listens on a loopback address.
 fn with_local_key(role: Role, server: &Server) -> Result<Server, Failure> {
     if !server.asks_local_key() {
         return Ok(server.clone());
     }
     let local = local_key::obtain()?;
-    tracing::info!(
-        "the {role} on {}:{} asks for the key in {}: this host's proxy, chat, bench and verify send it, and so does \
-         `curl -H \"Authorization: Bearer $(cat {})\"`; `{role}.api_key_file` sets another, and \
-         `{role}.allow_unauthenticated: true` none",
-        server.host,
-        server.port,
-        local.path.display(),
-        local.path.display()
-    );
+    tracing::info!("the {role} asks its clients for the key in {}", local.path.display());
     Ok(Server {
         api_key: Some(local.key),
         ..server.clone()

@@ -1,84 +1,102 @@
-//! The llama-servers of the sections `target` and `draft`, as `tightwad status` sees them.
+//! The state of the llama-servers of the sections `target` and `draft`, for `tightwad status`.
 
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use super::exit::{Exit, Failure};
-use super::status::MOST_BYTES;
+use super::pid_file;
+use super::status::MAX_BYTES;
 use crate::config::{self, Config, Secret, Server};
 use crate::http;
+use crate::proxy::status::Status;
 use crate::upstream::chat::{client, unreachable};
 
 /// A llama-server to ask.
 #[derive(Debug)]
-pub struct Asked {
+pub struct ServerQuery {
     role: &'static str,
     url: String,
+    port: u16,
     model: Option<String>,
     key: Option<Secret>,
     elsewhere: bool,
 }
 
-/// A llama-server, and how it is.
+/// The state of a llama-server.
 #[derive(Debug, Serialize)]
 pub struct SeenServer {
     /// `target` or `draft`.
     pub role: &'static str,
-    /// Where it should listen.
+    /// Its URL by the config.
     pub url: String,
-    /// The model that the config gives it.
+    /// Name of its model in the config.
     pub model: Option<String>,
-    /// Whether it was asked: the loopback address of another host cannot be reached from here.
+    /// Whether it was asked. A server on the loopback address of another host is not.
     pub asked: bool,
     /// Whether its model answers.
     pub up: bool,
-    /// Why it does not.
+    /// Why the model does not answer.
     pub problem: Option<String>,
-    /// The exit code of that.
+    /// Exit code of the problem.
     #[serde(skip)]
     pub exit: Exit,
-    /// Its slots, and how many of them are answering a request; `None` where it did not say in time.
+    /// Its slots; `None` if it did not list them in time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slots: Option<Slots>,
+}
+
+/// A slot, as llama-server lists it.
+#[derive(Debug, Deserialize)]
+struct Slot {
+    #[serde(default)]
+    is_processing: bool,
 }
 
 /// The slots of a llama-server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Slots {
-    /// All of them.
+    /// Number of slots.
     pub all: usize,
-    /// Those that are answering a request.
+    /// Number of slots that answer a request.
     pub busy: usize,
+}
+
+/// Name of the pid file of a `tightwad run target` or `run draft`. A host may run several, but only one per port.
+#[must_use]
+pub fn pid_name(role: &str, port: u16) -> String {
+    format!("{role}-{port}")
 }
 
 /// The llama-servers that the config declares, the target first.
 #[must_use]
-pub fn declared(config: &Config) -> Vec<Asked> {
+pub fn declared(config: &Config) -> Vec<ServerQuery> {
     let sections = [("target", &config.target), ("draft", &config.draft)];
     let declared = sections
         .into_iter()
         .filter_map(|(role, server)| Some((role, server.as_ref()?)));
-    declared.map(|(role, server)| Asked::of(config, role, server)).collect()
+    declared
+        .map(|(role, server)| ServerQuery::of(config, role, server))
+        .collect()
 }
 
-impl Asked {
+impl ServerQuery {
     fn of(config: &Config, role: &'static str, server: &Server) -> Self {
         let model = config.model_for(server.model.as_deref()).ok();
         Self {
             role,
             url: config::local_url(&server.host, server.port),
+            port: server.port,
             model: model.map(|(name, _)| name.to_owned()),
-            // A host that lacks the key sees less; whether the server is up it sees without one.
+            // Without the key, only the health can be asked.
             key: server.api_key().ok().flatten(),
             elsewhere: is_elsewhere(config, server),
         }
     }
 
-    /// Asks it, for at most this long.
+    /// Asks the server, for at most `bound`.
     pub async fn look(self, bound: Duration) -> SeenServer {
         let began = tokio::time::Instant::now();
         if self.elsewhere {
@@ -132,6 +150,13 @@ impl Asked {
         let (role, url) = (self.role, &self.url);
         let answer = client()?.get(format!("{url}/health")).send().await.map_err(|error| {
             if error.is_connect() && !error.is_timeout() {
+                if let Some(pid) = pid_file::holder(&pid_name(role, self.port)) {
+                    let message = format!(
+                        "the {role} at {url} is being started or restarted by `tightwad run {role}` (process {pid}), whose log \
+                         says why"
+                    );
+                    return Failure::new(Exit::Unreachable, message);
+                }
                 let message = format!("no {role} runs at {url}; start it with `tightwad run {role}`");
                 return Failure::new(Exit::NotRunning, message);
             }
@@ -158,28 +183,27 @@ impl Asked {
         if let Some(key) = &self.key {
             request = request.bearer_auth(key.expose());
         }
-        let slots: Value = http::client::json(request.send().await.ok()?, MOST_BYTES).await.ok()?;
-        let slots = slots.as_array()?;
+        let slots: Vec<Slot> = http::client::json(request.send().await.ok()?, MAX_BYTES).await.ok()?;
         Some(Slots {
             all: slots.len(),
-            busy: slots.iter().filter(|slot| slot["is_processing"] == true).count(),
+            busy: slots.iter().filter(|slot| slot.is_processing).count(),
         })
     }
 }
 
-/// Whether a server listens on the loopback address of another host: that of the proxy, which it is there for.
+/// Whether a server listens on the loopback address of another host, which runs the proxy.
 fn is_elsewhere(config: &Config, server: &Server) -> bool {
     let proxy = config
         .proxy
         .as_ref()
         .and_then(|proxy| proxy.host.parse::<IpAddr>().ok());
-    // An address that nothing can be bound to is not one of this host.
+    // This host cannot bind to an address of another host.
     let is_foreign = |address: IpAddr| !address.is_unspecified() && UdpSocket::bind((address, 0)).is_err();
     config::is_loopback(&server.host) && proxy.is_some_and(is_foreign)
 }
 
 impl SeenServer {
-    /// How it is, in a line.
+    /// The state in one line.
     #[must_use]
     pub fn describe(&self) -> String {
         let model = self
@@ -196,12 +220,11 @@ impl SeenServer {
         format!("{}{model}: {state}", self.url)
     }
 
-    /// Whether a proxy reaches it that this host does not: the proxy may run where the server listens on loopback.
+    /// Whether the proxy reports the server as healthy. A proxy on another host may reach a server that this host cannot reach.
     #[must_use]
-    pub fn is_healthy_for(&self, proxy: &Value) -> bool {
-        let is_this = |server: &&Value| server["url"].as_str().map(|url| url.trim_end_matches('/')) == Some(&*self.url);
-        let drafts = proxy["drafts"].as_array().into_iter().flatten();
-        let mut known = drafts.chain([&proxy["target"]]).filter(is_this);
-        known.any(|server| server["healthy"] == true)
+    pub fn is_healthy_for(&self, proxy: &Status) -> bool {
+        let drafts = proxy.drafts.iter().map(|draft| &draft.server);
+        let mut known = drafts.chain([&proxy.target]);
+        known.any(|server| server.healthy && server.url.trim_end_matches('/') == self.url)
     }
 }

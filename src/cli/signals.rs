@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and SIGHUP, and what they end.
+//! Ctrl-C, SIGTERM and SIGHUP as cancellation. The second signal ends the process at once.
 
 use std::io::{self, IsTerminal};
 
@@ -12,13 +12,13 @@ pub fn stop_token() -> io::Result<CancellationToken> {
     stop_token_after(|| {})
 }
 
-/// As [`stop_token`]; does `this` before it is cancelled.
+/// Like [`stop_token`]; calls `this` before the token is cancelled.
 pub fn stop_token_after(this: impl FnOnce() + Send + 'static) -> io::Result<CancellationToken> {
     let stop = CancellationToken::new();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
-    // A program whose terminal is closed ends; elsewhere the signal asks for a new reading of the config.
+    // SIGHUP from a closed terminal ends the program. In a service it would mean a reload of the config, so it is ignored there.
     let has_terminal = io::stdin().is_terminal() || io::stderr().is_terminal();
     let token = stop.clone();
     tokio::spawn(async move {
@@ -43,7 +43,7 @@ pub fn stop_token_after(this: impl FnOnce() + Send + 'static) -> io::Result<Canc
     Ok(stop)
 }
 
-/// What comes of `work`, unless `stop` is cancelled before.
+/// Runs `work` until it ends or `stop` is cancelled.
 pub async fn unless_stopped<T>(
     stop: &CancellationToken,
     work: impl Future<Output = Result<T, Failure>>,

@@ -1,4 +1,4 @@
-//! `tightwad start`: the coordinator in the background, followed until its model answers.
+//! `tightwad start`: starts the coordinator in the background and waits until its model answers. Ctrl-C stops only what it has started.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -9,64 +9,66 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::coordinator::{self, Client, Step};
+use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
 use super::output::print_line;
 use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
 use crate::config::{Config, Coordinator, Loaded};
 use crate::observe::log::Format;
+use crate::pool::coordinator::status::Status;
+use crate::pool::swap::State;
 use crate::supervise::{notify, preflight};
 
 pub const EXAMPLES: &str = "\
 Examples:
-  tightwad start                 the model marked `default`
-  tightwad start -m qwen3-72b    another one
-Exit codes: 0 it serves, 3 config, 4 file missing, 5 port in use or another model runs, 6 a worker is not to be
-had (after `wait_seconds`), 8 the server died too often, 9 the model does not fit, 10 a worker has another build of llama.cpp,
-11 the model file is broken, 130 Ctrl-C, which stops what it started.";
+  tightwad start                 start with the model marked `default`
+  tightwad start -m qwen3-72b    start with another model
+Exit codes: 0 the model answers, 3 config, 4 file missing, 5 port in use or another model is running, 6 a worker was not
+available within `wait_seconds`, 8 the server died too often, 9 the model does not fit, 10 a worker has another build of
+llama.cpp, 11 the model file is broken, 130 Ctrl-C, which stops the started coordinator.";
 
-/// Pause between two looks at the coordinator.
-const LOOK: Duration = Duration::from_millis(100);
-/// It answers that from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a coordinator that is asked to end may take while nothing is answered.
-const STOP_PATIENCE: Duration = Duration::from_secs(40);
-/// Lines of the log that are shown.
-const LINES: usize = 10;
+/// Interval between status requests.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Time limit for the status, which the coordinator answers from memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time limit for the coordinator to end after SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(40);
+/// Number of log lines to show.
+const LOG_LINES: usize = 10;
 
-/// What `tightwad start` is asked.
+/// Options of `tightwad start`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Which of `models`. Default: the one marked `default`, else the only one.
+    /// Name of the model in `models`. Default: the one marked `default`, else the only one
     #[arg(short, long, value_name = "MODEL")]
     model: Option<String>,
-    /// What came of it as JSON.
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// It serves.
+/// The result: a coordinator that serves.
 #[derive(Debug, Serialize)]
 struct Served {
     state: &'static str,
     model: String,
     url: String,
-    /// Whether it ran before.
+    /// Whether the coordinator was running before.
     already: bool,
-    /// The coordinator's process, if this command started it.
+    /// Process id of the coordinator, if this command has started it.
     pid: Option<u32>,
-    /// Its log.
+    /// Log file of the coordinator.
     log: Option<PathBuf>,
     seconds: f64,
 }
 
-/// It does not.
+/// The result: a failure, with the end of the log.
 struct Unserved {
     failure: Failure,
     last_lines: Vec<String>,
@@ -83,7 +85,7 @@ impl From<Failure> for Unserved {
     }
 }
 
-/// Starts it, unless it runs, and waits until it serves or has failed. `file` is the config as the command line names it.
+/// Starts the coordinator, unless it is running, and waits until it serves or fails. `file` is the config as named on the command line.
 pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options: &Options) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let mut steps = Steps::new();
@@ -124,11 +126,11 @@ pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options
             log,
         }) => {
             if options.json {
-                let told = json!({
+                let report = json!({
                     "state": "failed", "error": failure.message, "exit": failure.exit as u8, "log": log,
                     "last_lines": last_lines,
                 });
-                print_line(format_args!("{told:#}"))?;
+                print_line(format_args!("{report:#}"))?;
             } else {
                 for line in &last_lines {
                     eprintln!("  {line}");
@@ -156,7 +158,7 @@ async fn bring_up(
     let named = config.model_for(wanted).map_err(Failure::from)?;
     let client = Client::new(section)?;
     let patience = Duration::from_secs(section.wait_seconds);
-    match client.status(PATIENCE).await {
+    match client.status(STATUS_TIMEOUT).await {
         Ok(status) => {
             let model = runs_already(&status, wanted)?;
             follow(&client, None, patience, steps, stop).await?;
@@ -171,7 +173,7 @@ async fn bring_up(
             });
         }
         Err(failure) if failure.exit == Exit::NotRunning => {}
-        // Something else answers there, or nothing that does is ours: the port says which.
+        // Another program may use the port, which gives a better message.
         Err(failure) => {
             listen(section).await?;
             return Err(failure.into());
@@ -209,15 +211,14 @@ async fn bring_up(
     }
 }
 
-/// Whether the port is free.
+/// Checks that the port is free.
 async fn listen(section: &Coordinator) -> Result<(), Failure> {
     proxy::listen_at(&section.host, section.port).await.map(drop)
 }
 
-/// The model of a coordinator that runs, if it is the wanted one.
-fn runs_already(status: &Value, wanted: Option<&str>) -> Result<String, Failure> {
-    let coming = status["next"].as_str().or_else(|| status["model"].as_str());
-    let model = coming.unwrap_or_default();
+/// The model of the running coordinator; a failure if it is not the wanted one.
+fn runs_already(status: &Status, wanted: Option<&str>) -> Result<String, Failure> {
+    let model = &**status.now.next.as_ref().unwrap_or(&status.now.model);
     match wanted.filter(|wanted| *wanted != model) {
         None => Ok(model.to_owned()),
         Some(wanted) => Err(Failure::new(
@@ -227,8 +228,7 @@ fn runs_already(status: &Value, wanted: Option<&str>) -> Result<String, Failure>
     }
 }
 
-/// Shows how it goes until the model answers. A coordinator that cannot begin for `patience`, because of its workers, has
-/// failed.
+/// Shows the steps until the model answers. Fails if the coordinator cannot start for `patience` because of its workers.
 async fn follow(
     client: &Client,
     mut background: Option<&mut Background>,
@@ -241,43 +241,40 @@ async fn follow(
         if let Some(status) = background.as_mut().and_then(|it| it.child.try_wait().ok().flatten()) {
             return Err(ended(status).into());
         }
-        match client.status(PATIENCE).await {
-            Ok(told) => {
-                let state = told["state"].as_str().unwrap_or_default();
-                let Step {
+        match client.status(STATUS_TIMEOUT).await {
+            Ok(status) => {
+                let Description {
                     doing,
                     progress,
                     detail,
-                } = Step::of(&told);
-                match state {
-                    "ready" => return Ok(()),
-                    "gave-up" => {
-                        let lines = told["last_lines"].as_array().into_iter().flatten();
-                        let lines: Vec<String> = lines.filter_map(|line| line.as_str().map(str::to_owned)).collect();
+                } = Description::of_status(&status);
+                match (status.now.state, &status.now.problem) {
+                    (State::Ready, _) => return Ok(()),
+                    (State::GaveUp, _) => {
+                        let lines = &status.last_lines;
                         return Err(Unserved {
                             failure: Failure::new(Exit::ChildGaveUp, doing),
-                            last_lines: lines[lines.len().saturating_sub(LINES)..].to_vec(),
+                            last_lines: lines[lines.len().saturating_sub(LOG_LINES)..].to_vec(),
                             log: None,
                         });
                     }
-                    "loading" | "draining" => blocked = None,
-                    _ if told["problem"].is_string() => {
+                    (State::Loading | State::Draining, _) => blocked = None,
+                    (_, Some(problem)) => {
                         let since = *blocked.get_or_insert_with(Instant::now);
                         if since.elapsed() >= patience {
-                            let problem = told["problem"].as_str().unwrap_or_default();
-                            return Err(Failure::new(Exit::Unreachable, problem).into());
+                            return Err(Failure::new(Exit::Unreachable, problem.as_str()).into());
                         }
                     }
-                    _ => {}
+                    (_, None) => {}
                 }
                 steps.show(&doing, progress, &detail);
             }
-            // Ours is about to listen, or has a lot to do. If it has ended, the next look says so.
+            // The started coordinator does not listen yet, or is busy. If it has ended, the next iteration notices.
             Err(_) if background.is_some() => steps.show("starting the coordinator", None, ""),
             Err(failure) => return Err(failure.into()),
         }
         tokio::select! {
-            () = sleep(LOOK) => {}
+            () = sleep(POLL_INTERVAL) => {}
             () = stop.cancelled() => {
                 let message = match background {
                     Some(_) => "interrupted; what was started is stopped again",
@@ -289,7 +286,7 @@ async fn follow(
     }
 }
 
-/// Why a coordinator ended by itself; it has said so in its log.
+/// The failure for a coordinator that has ended, by its exit code. Its log has the reason.
 fn ended(status: ExitStatus) -> Failure {
     let exit = match status.code() {
         Some(3) => Exit::Config,
@@ -302,7 +299,7 @@ fn ended(status: ExitStatus) -> Failure {
     Failure::new(exit, format!("the coordinator ended at once ({status})"))
 }
 
-/// A coordinator that goes on when this process ends.
+/// A coordinator that keeps running when this process ends.
 struct Background {
     child: Child,
     log: PathBuf,
@@ -328,7 +325,7 @@ impl Background {
             .stdout(written.try_clone()?)
             .stderr(written)
             .kill_on_drop(false);
-        // Whoever is told of this command is not to be told of what it leaves behind.
+        // systemd must not take messages of the coordinator for messages of this command.
         notify::hide_from(&mut command);
         let child = command
             .spawn()
@@ -336,20 +333,20 @@ impl Background {
         Ok(Self { child, log })
     }
 
-    /// Ends it, with all that it runs.
+    /// Ends it and its children.
     async fn stop(&mut self) {
         let pid = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
-        // One that has ended and is not waited for yet still has its number, so that nobody else can be meant.
+        // A process that was not waited for keeps its pid, so the pid cannot belong to another process.
         if let Some(pid) = pid {
             let _ = kill_process(pid, Signal::TERM);
         }
-        if timeout(STOP_PATIENCE, self.child.wait()).await.is_err() {
+        if timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
             let _ = self.child.kill().await;
         }
     }
 }
 
-/// A new log; the one before it is kept.
+/// Opens a new log file, and keeps the previous one.
 fn open_log(path: &Path) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
@@ -358,7 +355,7 @@ fn open_log(path: &Path) -> io::Result<File> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // What a server says may hold parts of prompts.
+    // Only the owner can read the log, because it may contain parts of prompts.
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
@@ -366,6 +363,6 @@ fn last_lines(log: &Path) -> Vec<String> {
     let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
-    let last = &lines[lines.len().saturating_sub(LINES)..];
+    let last = &lines[lines.len().saturating_sub(LOG_LINES)..];
     last.iter().map(|line| (*line).to_owned()).collect()
 }

@@ -1,56 +1,77 @@
-//! The proxy's status, fetched and shown.
+//! Fetches the proxy's status and shows it to people. `tightwad status`, `proxy status` and `chat` use it.
 
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use super::exit::{Exit, Failure};
+use super::received::Received;
 use crate::config::Secret;
+use crate::engine::ServerStatus;
 use crate::http;
+use crate::proxy::status::{Measured, Status, Sums};
+use crate::speculation::DrafterOutlook;
 use crate::upstream::chat::{client, refused, unreachable};
 
-/// Columns of the name that a line of a status begins with.
+/// Width of the first column of a status.
 pub const INDENT: usize = 14;
-/// How long the answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Longest status of a server; a proxy's holds its last 50 requests.
-pub const MOST_BYTES: usize = 4 << 20;
+/// Time limit for the status.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest status in bytes. That of a proxy holds its last 50 requests.
+pub const MAX_BYTES: usize = 4 << 20;
 
-/// Time between the two statuses that the speed of running requests follows from.
+/// Interval between the two statuses that give the speed of running requests.
 const SPEED_INTERVAL: Duration = Duration::from_millis(300);
 
-/// Asks a proxy for its status. While requests run, it asks twice and adds `tokens_per_second`: the tokens of all drafted
-/// answers since the first status.
-pub async fn fetch_with_speed(url: &str, token: Option<&Secret>) -> Result<Value, Failure> {
+/// A proxy's status, and the speed that two of them show.
+#[derive(Debug, Serialize)]
+pub struct ProxyReport {
+    /// The last status.
+    #[serde(flatten)]
+    pub status: Received<Status>,
+    /// Tokens per second of all drafted answers; `None` while nothing runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<f64>,
+}
+
+/// Asks a proxy for its status. While requests run, it asks twice and adds the speed of all drafted answers since the first
+/// status.
+pub async fn fetch_with_speed(url: &str, token: Option<&Secret>) -> Result<ProxyReport, Failure> {
     let before = fetch(url, token).await?;
-    if running(&before) == 0 {
-        return Ok(before);
+    if before.in_flight == 0 {
+        return Ok(before.into());
     }
     tokio::time::sleep(SPEED_INTERVAL).await;
-    let mut after = fetch(url, token).await?;
-    if let Some(speed) = speed(&before, &after) {
-        after["tokens_per_second"] = json!(speed);
+    let after = fetch(url, token).await?;
+    Ok(ProxyReport {
+        tokens_per_second: speed(&before, &after),
+        status: after,
+    })
+}
+
+impl From<Received<Status>> for ProxyReport {
+    fn from(status: Received<Status>) -> Self {
+        Self {
+            status,
+            tokens_per_second: None,
+        }
     }
-    Ok(after)
 }
 
 /// Tokens per second between two statuses of one proxy.
-fn speed(before: &Value, after: &Value) -> Option<f64> {
-    let uptime = |status: &Value| status["uptime_seconds"].as_f64();
-    let seconds = uptime(after)? - uptime(before)?;
-    let generated = Counts::of(after).since(Counts::of(before)).generated;
+fn speed(before: &Status, after: &Status) -> Option<f64> {
+    let seconds = after.uptime_seconds? - before.uptime_seconds?;
+    let generated = Counts::of(&after.counts).since(Counts::of(&before.counts)).generated;
     (seconds > 0.0 && generated > 0).then(|| generated as f64 / seconds)
 }
 
-/// Requests that are being answered.
-pub fn running(status: &Value) -> u64 {
-    status["in_flight"].as_u64().unwrap_or_default()
-}
-
 /// Asks a proxy for its status.
-pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> {
-    let mut request = client()?.get(format!("{url}/v1/tightwad/status")).timeout(PATIENCE);
+pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Received<Status>, Failure> {
+    let mut request = client()?
+        .get(format!("{url}/v1/tightwad/status"))
+        .timeout(STATUS_TIMEOUT);
     if let Some(token) = token {
         request = request.bearer_auth(token.expose());
     }
@@ -65,19 +86,19 @@ pub async fn fetch(url: &str, token: Option<&Secret>) -> Result<Value, Failure> 
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         return Err(refused(url, response).await.into());
     }
-    let told: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
-    told.filter(|told| status.is_success() && told["verification"].is_string())
-        .ok_or_else(|| {
-            let message = format!(
-                "{url} answers ({}), but is no proxy of Tightwad's; check `host` and `port` of the section `proxy`, and what \
-                 else listens there",
-                status.as_u16()
-            );
-            Failure::new(Exit::Unreachable, message)
-        })
+    let answer: Option<Value> = http::client::json(response, MAX_BYTES).await.ok();
+    let report = answer.filter(|_| status.is_success()).and_then(Received::read);
+    report.ok_or_else(|| {
+        let message = format!(
+            "{url} answers ({}), but is no proxy of Tightwad's; check `host` and `port` of the section `proxy`, and what \
+             else listens there",
+            status.as_u16()
+        );
+        Failure::new(Exit::Unreachable, message)
+    })
 }
 
-/// The counts of drafting so far.
+/// Counts of drafting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     steps: u64,
@@ -89,17 +110,16 @@ pub struct Counts {
 impl Counts {
     /// The counts in a status.
     #[must_use]
-    pub fn of(status: &Value) -> Self {
-        let count = |name: &str| status["counts"][name].as_u64().unwrap_or_default();
+    pub fn of(sums: &Sums) -> Self {
         Self {
-            steps: count("rounds"),
-            drafted: count("drafted"),
-            accepted: count("accepted"),
-            generated: count("generated"),
+            steps: sums.rounds,
+            drafted: sums.drafted,
+            accepted: sums.accepted,
+            generated: sums.generated,
         }
     }
 
-    /// What was counted since an earlier look.
+    /// The counts since an earlier status.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
         Self {
@@ -110,7 +130,7 @@ impl Counts {
         }
     }
 
-    /// In words; `None` when nothing was drafted.
+    /// The counts in words; `None` if nothing was drafted.
     #[must_use]
     pub fn describe(self) -> Option<String> {
         (self.steps > 0 && self.drafted > 0).then(|| {
@@ -124,18 +144,14 @@ impl Counts {
     }
 }
 
-/// Whether the proxy can answer, and with all of its drafters. The target comes first: without it nothing is answered.
-pub fn verdict(status: &Value) -> Result<(), Failure> {
-    if status["target"]["healthy"] != true {
+/// Fails if the target is down, else if a drafter is down.
+pub fn verdict(status: &Status) -> Result<(), Failure> {
+    if !status.target.healthy {
         let message =
             "the proxy has no target that answers, so it cannot answer either; start the target, or check where it is";
         return Err(Failure::new(Exit::Unreachable, message));
     }
-    let down: Vec<&str> = drafts(status)
-        .iter()
-        .filter(|draft| draft["healthy"] != true)
-        .map(|draft| draft["url"].as_str().unwrap_or("?"))
-        .collect();
+    let down = drafts_down(status);
     if down.is_empty() {
         return Ok(());
     }
@@ -146,79 +162,85 @@ pub fn verdict(status: &Value) -> Result<(), Failure> {
     Err(Failure::new(Exit::DraftDown, message))
 }
 
-fn drafts(status: &Value) -> &[Value] {
-    status["drafts"].as_array().map_or(&[], Vec::as_slice)
+/// The URLs of the drafts that do not answer.
+pub fn drafts_down(status: &Status) -> Vec<&str> {
+    let drafts = status.drafts.iter().map(|draft| &draft.server);
+    drafts
+        .filter(|draft| !draft.healthy)
+        .map(|draft| draft.url.as_str())
+        .collect()
 }
 
-/// A line of a status: the name of a server, and what there is to say of it. Without a name the line continues the one before.
+/// A line of a status: the name of a server and a value. A line without a name continues the line before.
 #[must_use]
 pub fn line(name: &str, value: &str) -> String {
     format!("{name:<INDENT$}{value}\n")
 }
 
-/// The status for people.
+/// The status as a table.
 #[must_use]
-pub fn table(url: &str, status: &Value) -> String {
-    let mut text = line("proxy", &format!("{url}{}", activity(status)));
+pub fn table(url: &str, report: &ProxyReport) -> String {
+    let status = &report.status;
+    let mut text = line("proxy", &format!("{url}{}", activity(status, report.tokens_per_second)));
     let mut add = |name: &str, value: &str| text.push_str(&line(name, value));
-    add("target", &server(&status["target"]));
-    let drafts = drafts(status);
-    for draft in drafts {
-        add("draft", &server(draft));
-        if draft["healthy"] == true
-            && let Some(outlook) = outlook(&draft["outlook"])
+    add("target", &server(&status.target));
+    for draft in &status.drafts {
+        add("draft", &server(&draft.server));
+        if let Some(outlook) = draft.outlook.as_ref().filter(|_| draft.server.healthy)
+            && let Some(outlook) = worth(outlook)
         {
             add("", &outlook);
         }
     }
-    if drafts.is_empty() {
+    if status.drafts.is_empty() {
         add("draft", "none");
     }
     add("verification", &verification(status));
     add("drafting", &drafting(status));
-    if let Some(agreement) = agreement(&status["agreement"]) {
-        add("agreement", &agreement);
+    if let Some(agreement) = &status.agreement {
+        add("agreement", &agreed(agreement));
     }
     text
 }
 
-/// `attached`, or `none` with the reason.
+/// The kind of verification, with the reason if there is one.
 #[must_use]
-pub fn verification(status: &Value) -> String {
-    let how = status["verification"].as_str().unwrap_or("unknown");
-    match status["reason"].as_str() {
+pub fn verification(status: &Status) -> String {
+    let how = status.verification.name();
+    match &status.reason {
         Some(reason) => format!("{how} ({reason})"),
         None => how.to_owned(),
     }
 }
 
-fn drafting(status: &Value) -> String {
-    let nothing = if status["measuring"] == true {
+fn drafting(status: &Status) -> String {
+    let nothing = if status.measuring {
         "nothing drafted yet; the proxy still measures how fast its servers are"
     } else {
         "nothing drafted yet"
     };
-    Counts::of(status).describe().unwrap_or_else(|| nothing.to_owned())
+    Counts::of(&status.counts)
+        .describe()
+        .unwrap_or_else(|| nothing.to_owned())
 }
 
-/// How long the proxy has been up, how many requests it answers now, and how fast: `: up 3 min, 2 requests running, 61 tok/s`.
+/// Uptime, running requests and speed of the proxy: `: up 3 min, 2 requests running, 61 tok/s`.
 #[must_use]
-pub fn activity(status: &Value) -> String {
-    let Some(uptime) = status["uptime_seconds"].as_f64() else {
+pub fn activity(status: &Status, tokens_per_second: Option<f64>) -> String {
+    let Some(uptime) = status.uptime_seconds else {
         return String::new();
     };
     let mut words = vec![format!("up {}", duration(uptime))];
-    words.extend(match running(status) {
+    words.extend(match status.in_flight {
         0 => None,
         1 => Some("1 request running".to_owned()),
         n => Some(format!("{n} requests running")),
     });
-    let speed = status["tokens_per_second"].as_f64();
-    words.extend(speed.map(|speed| format!("{speed:.1} tok/s")));
+    words.extend(tokens_per_second.map(|speed| format!("{speed:.1} tok/s")));
     format!(": {}", words.join(", "))
 }
 
-/// Seconds as people say them.
+/// A duration in seconds, minutes or hours.
 #[must_use]
 pub fn duration(seconds: f64) -> String {
     match seconds {
@@ -228,60 +250,78 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// What a drafter is worth, in words; `None` before anything is known.
-fn outlook(known: &Value) -> Option<String> {
-    let milliseconds = |name: &str| known[name].as_f64().map_or("?".to_owned(), |ms| format!("{ms:.1}"));
-    let pays = if known["pays"].as_bool()? {
+/// The worth of a drafter in words; `None` before it is measured.
+fn worth(outlook: &DrafterOutlook) -> Option<String> {
+    let milliseconds = |ms: Option<f64>| ms.map_or("?".to_owned(), |ms| format!("{ms:.1}"));
+    let pays = if outlook.pays {
         ""
     } else {
-        "; it does not make the target faster now, so it is only tried now and then"
+        "; it does not make the target faster now, so it is tried only sometimes"
     };
-    let turns = if known["drafter_rests"] == true {
+    let turns = if outlook.drafter_rests {
         ", in turns with the target, whose device it shares"
     } else {
         ""
     };
     Some(format!(
         "{:.0}% of its tokens are the target's, {} ms to the first and {} ms per token: {:.2}x expected{turns}{pays}",
-        100.0 * known["agreement"].as_f64()?,
-        milliseconds("first_token_ms"),
-        milliseconds("token_ms"),
-        known["expected_speed_up"].as_f64()?
+        100.0 * outlook.agreement?,
+        milliseconds(outlook.first_token_ms),
+        milliseconds(outlook.token_ms),
+        outlook.expected_speed_up?
     ))
 }
 
-/// In words; `None` when it is not measured.
-fn agreement(measured: &Value) -> Option<String> {
-    let meaning = measured["meaning"].as_str()?;
-    Some(match measured["share"].as_f64() {
+/// The measured agreement in words.
+fn agreed(measured: &Measured) -> String {
+    match measured.share {
         Some(share) => format!(
-            "{:.0}% of {} characters in {} answers ({meaning})",
+            "{:.0}% of {} characters in {} answers ({})",
             100.0 * share,
-            measured["characters"],
-            measured["answers"]
+            measured.characters,
+            measured.answers,
+            measured.meaning
         ),
         None => "nothing measured yet".to_owned(),
-    })
+    }
 }
 
-fn server(server: &Value) -> String {
-    let text = |name: &str| server[name].as_str();
-    let mut words = text("url").unwrap_or("?").to_owned();
-    if let Some(model) = text("model") {
+fn server(server: &ServerStatus) -> String {
+    let mut words = server.url.clone();
+    if let Some(model) = &server.model {
         words = format!("{words}, {model}");
     }
-    let health = match (server["healthy"].as_bool(), text("problem")) {
-        (Some(true), None) => "healthy".to_owned(),
-        (Some(true), Some(problem)) => format!("healthy, but {problem}"),
-        (_, Some(problem)) => format!("down: {problem}"),
-        (_, None) => "down".to_owned(),
+    let health = match (server.healthy, &server.problem) {
+        (true, None) => "healthy".to_owned(),
+        (true, Some(problem)) => format!("healthy, but {problem}"),
+        (false, Some(problem)) => format!("down: {problem}"),
+        (false, None) => "down".to_owned(),
     };
     format!("{words}: {health}")
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::engine::Verification;
+
+    /// The report of a proxy with these fields.
+    fn report(mut status: Value) -> ProxyReport {
+        if status["verification"].is_null() {
+            status["verification"] = "attached".into();
+        }
+        Received::<Status>::read(status).unwrap().into()
+    }
+
+    #[test]
+    fn fields_of_another_version_are_kept_and_missing_ones_do_no_harm() {
+        let newer = report(json!({ "verification": "by-magic", "colour": "red" }));
+        assert_eq!(newer.status.verification, Verification::Unknown);
+        assert_eq!(json!(newer), json!({ "verification": "by-magic", "colour": "red" }));
+        assert!(Received::<Status>::read(json!({ "colour": "red" })).is_none());
+    }
 
     #[test]
     fn the_table_shows_what_the_proxy_tells() {
@@ -293,7 +333,7 @@ mod tests {
             "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },
             "agreement": { "answers": 2, "characters": 90, "share": 0.6, "meaning": "they agree" },
         });
-        let table = table("http://p:2", &status);
+        let table = table("http://p:2", &report(status));
         for part in [
             "http://t:1, big: healthy",
             "none (there is no drafter)",
@@ -307,12 +347,18 @@ mod tests {
 
     #[test]
     fn the_table_shows_how_long_the_proxy_is_up_and_what_runs() {
-        let at = |seconds: f64, generated: u64, running: u64| json!({ "uptime_seconds": seconds, "in_flight": running, "counts": { "generated": generated } });
-        assert_eq!(activity(&at(90.0, 0, 0)), ": up 90 s");
-        assert_eq!(activity(&at(600.0, 0, 1)), ": up 10 min, 1 request running");
-        let mut status = at(10_000.5, 130, 2);
-        status["tokens_per_second"] = json!(speed(&at(10_000.0, 100, 2), &status));
-        assert_eq!(activity(&status), ": up 2.8 h, 2 requests running, 60.0 tok/s");
+        let at = |seconds: f64, generated: u64, running: u64| {
+            let counts = json!({ "generated": generated });
+            report(json!({ "uptime_seconds": seconds, "in_flight": running, "counts": counts })).status
+        };
+        assert_eq!(activity(&at(90.0, 0, 0), None), ": up 90 s");
+        assert_eq!(activity(&at(600.0, 0, 1), None), ": up 10 min, 1 request running");
+        let status = at(10_000.5, 130, 2);
+        let speed_now = speed(&at(10_000.0, 100, 2), &status);
+        assert_eq!(
+            activity(&status, speed_now),
+            ": up 2.8 h, 2 requests running, 60.0 tok/s"
+        );
         assert_eq!(speed(&at(5.0, 9, 1), &at(5.0, 9, 1)), None);
     }
 
@@ -320,8 +366,8 @@ mod tests {
     fn a_proxy_without_a_drafter_is_well_and_one_with_a_drafter_that_is_down_is_not() {
         let exit = |target: bool, drafts: &[bool]| {
             let drafts: Vec<Value> = drafts.iter().map(|healthy| json!({ "healthy": healthy })).collect();
-            let status = json!({ "target": { "healthy": target }, "drafts": drafts });
-            verdict(&status).err().map(|failure| failure.exit)
+            let report = report(json!({ "target": { "healthy": target }, "drafts": drafts }));
+            verdict(&report.status).err().map(|failure| failure.exit)
         };
         assert_eq!(exit(true, &[]), None);
         assert_eq!(exit(true, &[true, true]), None);
@@ -336,7 +382,7 @@ mod tests {
                 "agreement": 0.9, "first_token_ms": 2.0, "token_ms": 1.0, "expected_speed_up": 1.7, "pays": true,
             });
             let draft = serde_json::json!({ "url": "http://d:1", "healthy": healthy, "outlook": outlook });
-            table("http://p:2", &serde_json::json!({ "drafts": [draft] })).contains("1.70x expected")
+            table("http://p:2", &report(json!({ "drafts": [draft] }))).contains("1.70x expected")
         };
         assert!(shown(true) && !shown(false));
     }

@@ -1,4 +1,4 @@
-//! `tightwad stop`: ends the coordinator of this host.
+//! `tightwad stop`: ends the coordinator of this host, after its running answers.
 
 use std::time::{Duration, Instant};
 
@@ -11,21 +11,21 @@ use super::pid_file::{self, Stopped};
 use super::progress::Steps;
 use crate::config::Config;
 
-/// Pause between two lines on a terminal.
-const LOOK: Duration = Duration::from_millis(200);
-/// It answers that from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// What ending its server and returning its leases may take, beside `drain_seconds`.
-const END_PATIENCE: Duration = Duration::from_secs(40);
+/// Interval between updates on a terminal.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// Time limit for the status, which the coordinator answers from memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time limit for ending the server and returning the leases, in addition to `drain_seconds`.
+const END_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// Asks it to end, and waits until running answers are finished and the workers are free.
+/// Sends SIGTERM, and waits until running answers are finished and the workers are free.
 pub async fn stop(config: &Config) -> Result<(), Failure> {
     let section = coordinator::section(config)?;
     let name = coordinator::pid_name(section);
     let client = Client::new(section)?;
-    // A coordinator that is ending takes no more questions, so this is the last chance.
-    let before = client.status(PATIENCE).await;
-    let running = before.as_ref().ok().and_then(|told| told["running"].as_u64());
+    // Asked before SIGTERM, because a coordinator that is ending answers no requests.
+    let before = client.status(STATUS_TIMEOUT).await;
+    let running = before.as_ref().ok().map(|status| status.now.running);
     let waiting = running.filter(|running| *running > 0).map_or_else(
         || "stopping the coordinator".to_owned(),
         |running| {
@@ -35,13 +35,13 @@ pub async fn stop(config: &Config) -> Result<(), Failure> {
             )
         },
     );
-    let patience = Duration::from_secs(section.drain_seconds) + END_PATIENCE;
+    let patience = Duration::from_secs(section.drain_seconds) + END_TIMEOUT;
     let mut stopping = tokio::task::spawn_blocking(move || pid_file::stop(&name, patience));
     let (began, mut steps) = (Instant::now(), Steps::new());
     let stopped = loop {
         tokio::select! {
             stopped = &mut stopping => break stopped,
-            () = sleep(LOOK) => steps.show(&waiting, None, &format!(" ({:.0} s)", began.elapsed().as_secs_f32())),
+            () = sleep(POLL_INTERVAL) => steps.show(&waiting, None, &format!(" ({:.0} s)", began.elapsed().as_secs_f32())),
         }
     };
     steps.end();

@@ -1,4 +1,4 @@
-//! `tightwad verify`: whether drafted answers are the plain ones.
+//! `tightwad verify`: checks that drafted answers equal plain ones. Fails if an answer differs, and if nothing was drafted.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::bench::show;
 use super::deployment::{Deployment, Servers};
+use super::embedded_proxy::{answers_in_rounds, why_undrafted};
 use super::exit::{Exit, Failure};
 use super::output::print_report;
-use super::own_proxy::{answers_in_rounds, why_undrafted};
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};
@@ -20,7 +20,7 @@ use crate::bench::{Measurements, Plan, Progress, Verified, measure, verify as co
 use crate::config::Config;
 use crate::upstream::chat::Wishes;
 
-/// At 0 the likeliest token is taken; well above it the sampler's random numbers decide.
+/// 0 takes the likeliest token; a higher value depends on the sampler's random numbers.
 const TEMPERATURES: [f64; 2] = [0.0, 0.8];
 
 /// Options of `verify`.
@@ -30,17 +30,17 @@ pub struct Options {
     pub(super) servers: Servers,
     #[command(flatten)]
     questions: QuestionSet,
-    /// How many prompts to ask. Default: all.
+    /// Number of prompts to ask. Default: all
     #[arg(long, value_name = "N")]
     count: Option<usize>,
-    /// Print everything as JSON.
+    /// Print everything as JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
+    /// Whether all prompts were asked. `false` after Ctrl-C or a failure: the report covers the answers before.
     complete: bool,
     equal: bool,
     drafted: u64,
@@ -51,7 +51,7 @@ struct Report {
     temperatures: Vec<Verified>,
 }
 
-/// Asks everything with and without drafting, compares and prints.
+/// Asks all prompts with and without drafting, compares the answers and prints the result.
 pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let (report, asked) = run(options, config, &stop).await?;
@@ -74,7 +74,7 @@ pub async fn verify(options: &Options, config: Option<&Config>) -> Result<(), Fa
     Ok(())
 }
 
-/// What was found, and how the asking ended.
+/// Asks the prompts. Returns the report, and how the measurement ended.
 async fn run(
     options: &Options,
     config: Option<&Config>,
@@ -121,7 +121,7 @@ async fn run(
     let drafted = sum(|verified| verified.drafted);
     let mut undrafted = deployment.undrafted.clone();
     if complete && drafted == 0 && undrafted.is_none() {
-        // The answers may have told the proxy more.
+        // Asks again, because the proxy may have learned the reason from the answers.
         undrafted = why_undrafted(&deployment.attached.server, Duration::ZERO).await?;
     }
     let asked = asked.and(deployment.close().await);

@@ -1,23 +1,22 @@
-//! Lines that are broken between words, where the screen is narrower than they are.
+//! Breaks lines between words on a narrow terminal. Output to a file or a pipe stays as it is.
 
 use std::io::{self, IsTerminal};
 
-/// A narrower screen is none that anybody reads on.
-const LEAST: usize = 40;
+/// Smallest usable width.
+const MIN_WIDTH: usize = 40;
 
-/// Columns of the screen: `COLUMNS`, else those of the terminal that stdout is. `None`: a file or a pipe, whose lines stay
-/// whole.
+/// Columns of the terminal: `COLUMNS`, else those of stdout. `None` for a file or a pipe, whose lines are not broken.
 pub fn width() -> Option<usize> {
-    let told = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    let columns = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
     let seen = || {
         let stdout = io::stdout();
         let size = stdout.is_terminal().then(|| rustix::termios::tcgetwinsize(&stdout))?;
         size.ok().map(|size| usize::from(size.ws_col))
     };
-    told.or_else(seen).filter(|width| *width >= LEAST)
+    columns.or_else(seen).filter(|width| *width >= MIN_WIDTH)
 }
 
-/// The text for the screen that there is; what continues a line is indented by so many columns.
+/// The text for the terminal. A continued line is indented by `indent` columns.
 pub fn fitted(text: &str, indent: usize) -> String {
     width().map_or_else(|| text.to_owned(), |width| wrapped(text, width, indent))
 }
@@ -37,8 +36,7 @@ fn wrapped(text: &str, width: usize, indent: usize) -> String {
     out
 }
 
-/// The last blank that leaves no more than `width` columns before it, else the first one after them; none within what
-/// indents the line.
+/// The last blank within `width` columns, else the first one after them. Ignores the indentation.
 fn break_at(line: &str, width: usize, indent: usize) -> Option<usize> {
     if line.chars().count() <= width {
         return None;
@@ -62,7 +60,7 @@ fn break_at(line: &str, width: usize, indent: usize) -> Option<usize> {
     found
 }
 
-/// A command line for a shell, continued with backslashes; `words` are quoted already.
+/// A command line for a shell, continued with backslashes. `words` are already quoted.
 pub fn command(words: &[String], width: Option<usize>) -> String {
     let Some(width) = width else { return words.join(" ") };
     let mut lines: Vec<String> = Vec::new();

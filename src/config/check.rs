@@ -1,4 +1,4 @@
-//! `tightwad check-config`: everything that is wrong or odd with the configuration, without starting anything.
+//! `tightwad check-config`: finds all problems and warnings of the configuration at once. Starts nothing.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,26 +9,25 @@ use super::environment::Environment;
 use super::load::{Reading, read};
 use super::{Config, ConfigError, Problem, host_files, validate};
 
-/// What a check looks at.
+/// Scope of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// The cluster file alone: the result is the same on every host.
     File,
-    /// The cluster file, the `TIGHTWAD_<SECTION>__<KEY>` variables, and what this host has of the files and programs that
-    /// the configuration names.
+    /// The cluster file, the `TIGHTWAD_<SECTION>__<KEY>` variables, and the named files and programs on this host.
     ThisHost,
 }
 
-/// What `check-config` found. Serialises to `{ok, file, problems, warnings}`.
+/// Result of `check-config`. Serialises to `{ok, file, problems, warnings}`.
 #[derive(Debug, Clone, Serialize)]
 pub struct CheckReport {
     /// Whether every part could be started.
     pub ok: bool,
     /// The cluster file, when there is one.
     pub file: Option<PathBuf>,
-    /// What must be changed.
+    /// Problems that must be corrected.
     pub problems: Vec<Problem>,
-    /// What is allowed and yet likely unwanted; one sentence each.
+    /// Settings that are allowed but probably unwanted; one sentence each.
     pub warnings: Vec<String>,
     /// The effective configuration, when it could be read; see [`Config::to_yaml`].
     #[serde(skip)]
@@ -55,14 +54,14 @@ impl fmt::Display for CheckReport {
 }
 
 impl CheckReport {
-    /// Whether there is no source of a configuration to sum up, which the only problem then says.
+    /// Whether no configuration was found. Its only problem says so.
     fn nothing_was_read(&self) -> bool {
         let of_no_source = |problem: &Problem| problem.key.is_empty() && problem.variable.is_none();
         self.file.is_none() && self.problems.iter().any(of_no_source)
     }
 }
 
-/// Checks the configuration that [`load`](super::load()) would take.
+/// Checks the configuration that [`load`](super::load()) would read.
 #[must_use]
 pub fn check_config(explicit: Option<&Path>, scope: Scope) -> CheckReport {
     check_config_in(explicit, &Environment::of_this_process(), scope)
@@ -118,7 +117,7 @@ pub fn check_config_in(explicit: Option<&Path>, environment: &Environment, scope
 }
 
 impl Config {
-    /// The configuration with the proxy's servers written out, those that it takes from other sections too.
+    /// The configuration with all servers of the proxy, including those that follow from other sections.
     fn with_upstreams(mut self) -> Self {
         let (drafts, target) = self.proxy_upstreams();
         if let Some(proxy) = &mut self.proxy {
@@ -128,7 +127,7 @@ impl Config {
         self
     }
 
-    /// The configuration as YAML, every key written out, secrets as `***`, those in variables and arguments of a server too.
+    /// The configuration as YAML with every key. Secrets are `***`, also in variables and arguments of a server.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_yaml::to_string(self).map_err(|error| {
             ConfigError::Invalid(vec![Problem {

@@ -1,18 +1,17 @@
 //! Secrets that systemd hands to a unit (`LoadCredential=proxy.auth_token_file:/run/secrets/token`).
 //!
-//! The credential is named after the key of the cluster file whose file it takes the place of: `proxy.auth_token_file`,
+//! A credential replaces the file of the key with the same name: `proxy.auth_token_file`,
 //! `proxy.target.api_key_file`, `proxy.target.draft_key_file`, `proxy.draft.api_key_file` (of several drafts
 //! `proxy.draft.0.api_key_file`, …), `target.api_key_file`, `draft.api_key_file`, `coordinator.api_key_file`,
-//! `coordinator.draft_key_file`, `workers.NAME.agent_token_file`. So only root
-//! need be able to read the file itself, whoever the unit runs as. A credential whose key the cluster file does not have
-//! does nothing: which parts ask for a token stands in one place.
+//! `coordinator.draft_key_file`, `workers.NAME.agent_token_file`. So the file itself can be readable for root only, whatever the unit's user.
+//! A credential whose key is not in the cluster file has no effect.
 
 use std::path::{Path, PathBuf};
 
 use super::Config;
 use super::environment::Environment;
 
-/// Lets each key that names a secret's file name the credential instead, where there is one.
+/// Replaces the path of each secret's file by that of the credential, if there is one.
 pub(super) fn take(config: &mut Config, environment: &Environment) {
     let Some(folder) = environment.get("CREDENTIALS_DIRECTORY").map(Path::new) else {
         return;
@@ -48,12 +47,12 @@ pub(super) fn take(config: &mut Config, environment: &Environment) {
 }
 
 fn replace(folder: &Path, name: &str, file: &mut Option<PathBuf>) {
-    // People may call a worker what no file can be called.
+    // A worker's name may be no valid file name.
     let Some(file) = file.as_mut().filter(|_| !name.contains('/')) else {
         return;
     };
     let credential = folder.join(name);
-    // One that is there and cannot be looked at is an error for its reader to tell.
+    // A credential that cannot be accessed is used too, so that reading it reports the error.
     if credential.try_exists().unwrap_or(true) {
         *file = credential;
     }

@@ -1,4 +1,4 @@
-//! The tree of values into a [`Config`], reporting everything that does not fit and not only the first.
+//! Converts the tree of values into a [`Config`], and reports all values that do not fit, not only the first.
 
 use std::collections::BTreeSet;
 
@@ -11,11 +11,11 @@ use super::error::{closest, list};
 use super::origin::{Finding, KeyPath, Origin, Origins};
 use super::{Config, DEFAULT_DRAFT_PORT, yaml};
 
-/// More than anybody mends at once. Each takes another try with the whole file.
+/// Limit on reported problems. Each needs another attempt with the whole file.
 const MOST_FINDINGS: usize = 50;
 
-/// Serde stops at the first thing it cannot take. So that is noted and removed, and the rest is tried again. There is a
-/// configuration where nothing but keys is unknown: what was meant by a value of another type nobody knows.
+/// Serde stops at the first error. So each error is noted, its value removed, and the rest tried again. Returns a configuration only if
+/// all errors are unknown keys: the meaning of a value of another type is unknown.
 pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, Vec<Finding>) {
     let mut findings: Vec<Finding> = Vec::new();
     let mut settled: BTreeSet<KeyPath> = BTreeSet::new();
@@ -46,7 +46,7 @@ pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, 
         }
         settled.insert(at);
         if let Kind::UnknownField(word, known) = &error.kind {
-            // The rest is to be checked as it was meant.
+            // Checks the rest with the likely key.
             if let Some(meant) = closest(word, known.iter().copied())
                 && let Some((_, parent)) = error.path.split_last()
                 && let renamed = [parent, &[meant.to_owned()]].concat()
@@ -67,7 +67,7 @@ pub(super) fn decode(mut root: Dict, origins: &mut Origins) -> (Option<Config>, 
     }
 }
 
-/// What the types cannot say, since `target` and `draft` are of one type.
+/// Sets the default port of `draft`, which has the same type as `target`.
 fn give_draft_its_port(root: &mut Dict) {
     if let Some(Value::Dict(_, draft)) = root.get_mut("draft") {
         let port = || Value::from(DEFAULT_DRAFT_PORT);
@@ -75,8 +75,8 @@ fn give_draft_its_port(root: &mut Dict) {
     }
 }
 
-/// Another value for the place of the error, when it can be understood so: a key without a value is a key that is not
-/// there, and a variable may hold a list or a section in YAML.
+/// Another reading of the value with the error, if there is one: a key without a value counts as absent, and a variable may hold a list
+/// or a section in YAML.
 fn second_reading(error: &Error, origins: &Origins) -> Option<Value> {
     let Kind::InvalidType(found, expected) = &error.kind else {
         return None;
@@ -173,7 +173,7 @@ fn find<'a>(root: &'a mut Dict, path: &[String]) -> Option<&'a mut Value> {
     })
 }
 
-/// Gives the key at the end of `path` another name, unless that is there already. Tells whether it did.
+/// Renames the key at the end of `path`, unless the new name exists. Returns whether it did.
 fn rename(root: &mut Dict, path: &[String], name: &str) -> bool {
     if let Some((last, parent)) = path.split_last()
         && let Some(dict) = dict_at(root, parent)
@@ -186,8 +186,8 @@ fn rename(root: &mut Dict, path: &[String], name: &str) -> bool {
     false
 }
 
-/// Takes away what is at `path`, or the list around it: the numbers of the elements behind must not change. Tells what
-/// went.
+/// Removes the value at `path`, or the whole list around it, because the numbers of later elements must not change. Returns the removed
+/// path.
 fn remove(root: &mut Dict, path: &[String]) -> Option<KeyPath> {
     let (last, parent) = path.split_last()?;
     match dict_at(root, parent) {

@@ -1,4 +1,4 @@
-//! What the process was started with, and the layer of `TIGHTWAD_<SECTION>__<KEY>` variables.
+//! The environment of the process, and its layer of `TIGHTWAD_<SECTION>__<KEY>` variables over the file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,20 +7,20 @@ use figment::value::{Dict, Value};
 
 use super::origin::{KeyPath, Origin, Origins};
 
-/// Variables with our prefix that are no keys of the file.
+/// Variables with the prefix that are not keys of the file.
 const NOT_KEYS: [&str; 3] = ["TIGHTWAD_CONFIG", "TIGHTWAD_LOG", "TIGHTWAD_LLAMA_CPP"];
 
-/// The environment that the configuration depends on. Tests make their own; the program takes its process's.
+/// The environment that the configuration depends on. Tests make their own.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
     /// The environment variables.
     pub variables: BTreeMap<String, String>,
-    /// Where relative names of the search begin; empty for the working directory.
+    /// Base of relative paths in the search; empty for the working directory.
     pub directory: PathBuf,
 }
 
 impl Environment {
-    /// That of this process. Variables that are not UTF-8 are left out.
+    /// The environment of this process, without variables that are not UTF-8.
     #[must_use]
     pub fn of_this_process() -> Self {
         let variables = std::env::vars_os()
@@ -32,7 +32,7 @@ impl Environment {
         }
     }
 
-    /// The same without the variables that give keys of the file.
+    /// The same without the variables that set keys of the file.
     pub(super) fn without_keys(&self) -> Self {
         let is_key = |name: &str| name.starts_with("TIGHTWAD_") && !NOT_KEYS.contains(&name);
         let mut environment = self.clone();
@@ -48,7 +48,7 @@ impl Environment {
             .filter(|value| !value.is_empty())
     }
 
-    /// Lays the variables that name keys over the file's values.
+    /// Applies the variables that name keys over the values of the file.
     pub(super) fn overlay(&self, root: &mut Dict, origins: &mut Origins) {
         for (name, value) in &self.variables {
             let Some(keys) = name.strip_prefix("TIGHTWAD_") else {
@@ -93,7 +93,7 @@ fn insert(dict: &mut Dict, keys: &[&str], text: &str, path: &mut KeyPath) {
     }
 }
 
-/// The key that is there already and that a variable can only spell in capitals and underscores: `Qwen3-72B`.
+/// The existing key, such as `Qwen3-72B`, that a variable spells with capitals and underscores.
 fn existing(dict: &Dict, spelled: &str) -> Option<String> {
     let plain = |c: char| {
         if c.is_ascii_alphanumeric() {

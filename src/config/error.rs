@@ -1,4 +1,4 @@
-//! What can be wrong with the cluster file, in sentences that name file, line and key.
+//! Errors of the cluster file. Each message names file, line and key.
 
 use std::fmt;
 use std::io;
@@ -11,7 +11,7 @@ use crate::failure::explain;
 /// Why there is no usable configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// There is no cluster file and the environment gives no `proxy` either.
+    /// There is no cluster file, and the environment sets no `proxy`.
     #[error(
         "no cluster file found; looked for {}\nwrite one (configs/reference.yaml lists every key), or name one with \
          `-c FILE` or TIGHTWAD_CONFIG",
@@ -31,17 +31,17 @@ pub enum ConfigError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The content is wrong: all that was found, one line each.
+    /// The content is wrong. Holds all problems, one line each.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Invalid(Vec<Problem>),
-    /// A file that should hold a token or a key does not give one.
+    /// The file of a token or a key cannot be used.
     #[error("{key}: {}: {reason}", path.display())]
     Secret {
         /// The key that names the file.
         key: String,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
 }
@@ -55,7 +55,7 @@ impl ConfigError {
         }
     }
 
-    /// What is wrong, one by one.
+    /// The problems, one by one.
     #[must_use]
     pub fn problems(&self) -> Vec<Problem> {
         match self {
@@ -68,7 +68,7 @@ impl ConfigError {
     }
 }
 
-/// One thing that is wrong, and where.
+/// One problem and its place.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The cluster file, when it is the source.
@@ -81,7 +81,7 @@ pub struct Problem {
     pub variable: Option<String>,
     /// The dotted key, `proxy.draft.url`; empty for the whole file.
     pub key: String,
-    /// What is wrong and what to do.
+    /// The problem, and what to do.
     pub message: String,
 }
 
@@ -112,10 +112,10 @@ pub(super) fn list(items: impl IntoIterator<Item = impl fmt::Display>) -> String
         .join(", ")
 }
 
-/// A longer word is no slip of the pen, and its comparison would take long.
+/// Longer words are not compared, because that would take long.
 const LONGEST_WORD: usize = 128;
 
-/// The known word that `wanted` was most likely meant to be.
+/// The known word that is most similar to `wanted`.
 pub(super) fn closest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if wanted.len() > LONGEST_WORD {
         return None;

@@ -1,4 +1,4 @@
-//! `${VAR}` in the strings of the cluster file.
+//! Replaces `${VAR}` in the strings of the cluster file. Pure.
 
 /// Replaces each `${VAR}` by `lookup(VAR)` and each `$${` by a literal `${`. Any other `$` stays.
 pub(super) fn expand(text: &str, lookup: impl Fn(&str) -> Option<String>) -> Result<String, String> {

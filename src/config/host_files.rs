@@ -1,6 +1,6 @@
-//! What this host has of the files and programs that the configuration names.
+//! Checks the files and programs that the configuration names on this host.
 //!
-//! Every finding is a warning: a cluster file names the files of all hosts, and another host may have what this one lacks.
+//! Every finding is a warning, because a cluster file names the files of all hosts, and another host may have a file that this one lacks.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,10 @@ use super::origin::{Finding, KeyPath, key_path};
 use super::{Config, Model, resolve};
 use crate::gguf::{ModelFile, ModelFileError};
 
-/// Options of llama-server that stretch the context of a model beyond what it was trained for.
+/// Options of llama-server that extend the context beyond the trained length.
 const CONTEXT_STRETCHERS: [&str; 4] = ["--rope-scal", "--rope-freq", "--yarn-", "--override-kv"];
 
-/// Everything on this host that would keep a section from starting here, or surprise.
+/// All findings on this host that would stop a section from starting, or that are probably unwanted.
 pub(super) fn warnings(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (key, file) in token_files(config) {
@@ -63,7 +63,7 @@ fn token_files(config: &Config) -> Vec<(KeyPath, &Path)> {
     all.filter_map(|(key, file)| Some((key, file.as_deref()?))).collect()
 }
 
-/// The models that a section of this file runs: all of them where there is a coordinator.
+/// The models that a section of this file runs. A coordinator can run all of them.
 fn models(config: &Config) -> Vec<(&str, &Model)> {
     if config.coordinator.is_some() {
         let models = config.models.iter();
@@ -103,7 +103,7 @@ fn program_problem(program: &Path) -> Option<String> {
     })
 }
 
-/// Where this user may not look there is nothing to say: a service has other rights.
+/// Reports nothing about a file that this user cannot access, because a service has other rights.
 fn token_file_problem(file: &Path) -> Option<String> {
     let shown = file.display();
     let metadata = match fs::metadata(file) {
@@ -138,7 +138,7 @@ fn model_problem(name: &str, model: &Model) -> Option<Finding> {
             let message = beyond_training(model, trained)?;
             at("ctx_size", message)
         }
-        // llama.cpp may know what the planner does not, and a service may read what this user may not.
+        // llama.cpp may support more than the planner, and a service may read more than this user.
         Err(
             ModelFileError::MissingKey { .. } | ModelFileError::UnknownType { .. } | ModelFileError::Unreadable { .. },
         ) => None,
@@ -146,7 +146,7 @@ fn model_problem(name: &str, model: &Model) -> Option<Finding> {
     }
 }
 
-/// What is wrong with a context that the model was not trained for, unless the file stretches it.
+/// Reports a context that is longer than the model was trained for, unless the file extends it.
 fn beyond_training(model: &Model, trained: u64) -> Option<String> {
     let stretches = |argument: &String| CONTEXT_STRETCHERS.iter().any(|option| argument.starts_with(option));
     let beyond = u64::from(model.ctx_size) > trained && !model.extra_args.iter().any(stretches);

@@ -1,4 +1,4 @@
-//! Finding, layering and checking the cluster file.
+//! Finds the cluster file, applies the layers over the defaults, and checks the result.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
@@ -13,14 +13,14 @@ use super::origin::{Finding, KeyPath, Origin, Origins};
 use super::validate::{self, SECTIONS};
 use super::{Config, credentials, decode, yaml};
 
-/// A configuration, where it came from, and what is odd about it.
+/// A configuration, its source and its warnings.
 #[derive(Debug, Clone)]
 pub struct Loaded {
-    /// The configuration; its values are checked.
+    /// The checked configuration.
     pub config: Config,
-    /// The file. None: the environment alone gave it.
+    /// The file. None: the environment alone set it.
     pub path: Option<PathBuf>,
-    /// What is allowed and yet likely unwanted; one sentence each.
+    /// Settings that are allowed but probably unwanted; one sentence each.
     pub warnings: Vec<String>,
     pub(super) origins: Origins,
 }
@@ -42,8 +42,8 @@ impl Loaded {
     }
 }
 
-/// Loads the configuration: the defaults, over them the cluster file (`explicit`, else the first that the search finds),
-/// over that the `TIGHTWAD_<SECTION>__<KEY>` variables of this process.
+/// Loads the configuration from three layers: the defaults, the cluster file (`explicit`, else the first that the search finds), and the
+/// `TIGHTWAD_<SECTION>__<KEY>` variables of this process. A later layer wins.
 pub fn load(explicit: Option<&Path>) -> Result<Loaded, ConfigError> {
     load_in(explicit, &Environment::of_this_process())
 }
@@ -68,11 +68,11 @@ pub fn load_in(explicit: Option<&Path>, environment: &Environment) -> Result<Loa
     })
 }
 
-/// What the sources hold, right or wrong.
+/// Content of the sources, correct or not.
 pub(super) struct Reading {
-    /// `None`: not all values could be understood.
+    /// `None` if a value could not be decoded.
     pub config: Option<Config>,
-    /// What is wrong.
+    /// The problems.
     pub findings: Vec<Finding>,
     pub origins: Origins,
 }
@@ -151,10 +151,10 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Result<Found
     Ok(Found::Nothing { looked })
 }
 
-/// Largest cluster file in bytes. One of a hundred hosts takes a tenth of it.
+/// Largest cluster file in bytes. A file for a hundred hosts needs a tenth of it.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// The text of a file, or of a pipe (`-c <(generate)`): the cluster file, or a secret. A device may never end.
+/// Reads the cluster file or a secret from a file or a pipe (`-c <(generate)`). Refuses a device, which may never end.
 pub(super) fn read_text(path: &Path) -> io::Result<String> {
     let refuse = |what: String| Err(io::Error::other(what));
     let kind = fs::metadata(path)?.file_type();
@@ -174,7 +174,7 @@ pub(super) fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(bytes).or_else(|_| refuse("it is not text in UTF-8; name another file".to_owned()))
 }
 
-/// The values of the file; their lines go to `origins`.
+/// Reads the values of the file. Their lines go to `origins`.
 fn read_file(path: &Path, text: &str, environment: &Environment, origins: &mut Origins) -> Result<Dict, ConfigError> {
     let problem = |line: Option<usize>, message: String| {
         ConfigError::Invalid(vec![Problem {

@@ -1,9 +1,9 @@
 //! The key that the servers of one host share.
 //!
-//! A llama-server on a loopback address without a key answers every program of the machine, and every web page that a browser on
-//! it shows. So a `target` or `draft` without a key asks for a random one. The roles of a host find it in the same place: the
-//! credential `local_key` of a systemd unit, else the file of the NixOS module for those who may read it, else a file in the
-//! user's state folder, which the first role that looks for it makes.
+//! A llama-server on a loopback address without a key would answer every program of the machine, and every web page in its browsers. So a
+//! `target` or `draft` without a key requires a random one. The roles of a host find the key in the first of these places: the credential
+//! `local_key` of a systemd unit, the file of the NixOS module if it is readable, and a file in the user's state folder. The first role
+//! that needs the file makes it. The roles of one user always share one key.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -14,19 +14,19 @@ use super::{ConfigError, Secret, secret};
 
 /// Name of the file and of the credential.
 const NAME: &str = "local_key";
-/// Where the NixOS module keeps the key that its units get as a credential (modules/local-key.nix). Root may read it.
+/// Key of the NixOS module (modules/local-key.nix). Its units get it as a credential; otherwise only root can read it.
 const OF_THE_MODULE: &str = "/run/tightwad-local-key/key";
 
-/// The key, and where it stands.
+/// The key and its file.
 #[derive(Debug, Clone)]
 pub struct LocalKey {
-    /// What servers ask for.
+    /// The key that servers require.
     pub key: Secret,
     /// The file that holds it.
     pub path: PathBuf,
 }
 
-/// The key of this host; made now if this user has none yet.
+/// The key of this host. Makes it if this user has none.
 pub fn obtain() -> Result<LocalKey, ConfigError> {
     let path = path().map_err(|error| refusal(Path::new(NAME), &error.to_string()))?;
     if !path.exists() {
@@ -61,16 +61,17 @@ fn refusal(path: &Path, reason: &str) -> ConfigError {
     }
 }
 
-fn path() -> io::Result<PathBuf> {
+/// Path of the key of this host, which may not exist yet.
+pub fn path() -> io::Result<PathBuf> {
     let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| Path::new(&folder).join(NAME));
     let of_module = File::open(OF_THE_MODULE).is_ok().then(|| OF_THE_MODULE.into());
     match credential.filter(|credential| credential.exists()).or(of_module) {
         Some(file) => Ok(file),
-        None => own_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(NAME)),
+        None => state_folder(&["XDG_STATE_HOME"]).map(|folder| folder.join(NAME)),
     }
 }
 
-/// Makes the file, unless another process does so at the same moment.
+/// Makes the file, unless another process makes it at the same time.
 fn make(path: &Path) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
@@ -89,8 +90,8 @@ fn make(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The folder `tightwad` in that of the first of the variables that is set, else in `~/.local/state`.
-pub fn own_folder(variables: &[&str]) -> io::Result<PathBuf> {
+/// The folder `tightwad` in the folder of the first set variable, else in `~/.local/state`.
+pub fn state_folder(variables: &[&str]) -> io::Result<PathBuf> {
     let absolute = |variable: &str| {
         std::env::var_os(variable)
             .map(PathBuf::from)
@@ -99,7 +100,7 @@ pub fn own_folder(variables: &[&str]) -> io::Result<PathBuf> {
     variables
         .iter()
         .find_map(|variable| absolute(variable))
-        // That of a system user may be `/`.
+        // The home of a system user may be `/`.
         .or_else(|| {
             absolute("HOME")
                 .filter(|home| home.parent().is_some())
@@ -129,7 +130,7 @@ mod tests {
         assert_eq!(read(path.clone()).unwrap().key, key);
         assert!(key.expose().len() >= 64);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        // No draft of it is left behind.
+        // No temporary file is left.
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 }

@@ -1,7 +1,7 @@
-//! The cluster file: one YAML file that every host reads.
+//! The cluster file: one YAML file that every host reads. A loaded [`Config`] is valid: its values were checked.
 //!
-//! The types here are the reference of its keys. [`load()`] finds the file, lays the environment over it and answers
-//! each mistake with a sentence that names file, line and key; [`check_config`] only reports.
+//! The types here are the reference of its keys. [`load()`] finds the file, applies the environment over it, and reports each mistake with
+//! file, line and key. [`check_config`] only reports. Every command begins with one of them.
 //!
 //! | file | what it does |
 //! | --- | --- |
@@ -9,12 +9,12 @@
 //! | `yaml`, `expand` | text into values with their lines; `${VAR}` |
 //! | `environment` | the `TIGHTWAD_<SECTION>__<KEY>` variables |
 //! | `decode` | values into the types below |
-//! | `validate` | what the types cannot say |
-//! | `resolve`, `secret` | what the sections mean together; tokens from files |
+//! | `validate` | checks that the types cannot express |
+//! | `resolve`, `secret` | values that follow from several sections; tokens from files |
 //! | `local_key` | the key that the servers of one host share |
-//! | `credentials` | the files that systemd hands over in place of those |
-//! | `check`, `host_files` | `check-config`: all problems at once; what the file names and this host has |
-//! | `error`, `origin` | the sentences, and where they point |
+//! | `credentials` | credentials of a systemd unit in place of these files |
+//! | `check`, `host_files` | `check-config`: all problems at once; files and programs that this host lacks |
+//! | `error`, `origin` | error messages, and the file, line and key of each value |
 
 mod check;
 mod credentials;
@@ -44,22 +44,22 @@ pub use load::{Loaded, load, load_in};
 pub use resolve::local_url;
 pub use secret::{Secret, is_secret, shown_arguments};
 
-/// The port of the section `draft`: a draft may share a machine with a target, whose port is another.
+/// Default port of the section `draft`. It differs from that of `target`, because both may run on one machine.
 pub const DEFAULT_DRAFT_PORT: u16 = 8081;
-/// The port that `ggml-rpc-server` takes by itself.
+/// Default port of `ggml-rpc-server`.
 pub const DEFAULT_RPC_PORT: u16 = 50052;
-/// Most GiB of model parts that a worker keeps on disk.
+/// Default of `cache_gb`: GiB of model parts that a worker keeps on disk.
 pub const DEFAULT_CACHE_GB: f64 = 32.0;
-/// Seconds in which a llama-server that answers something makes a token.
+/// Default of `stall_seconds`.
 pub const DEFAULT_STALL_SECONDS: u64 = 30;
-/// The port of a worker's agent.
+/// Default port of a worker's agent.
 pub const DEFAULT_AGENT_PORT: u16 = 50051;
 
 /// The whole file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The OpenAI endpoint in front, with the draft and target servers that it talks to.
+    /// The OpenAI endpoint, with its draft and target servers.
     pub proxy: Option<Proxy>,
     /// The llama-server that `tightwad run target` keeps running.
     pub target: Option<Server>,
@@ -95,7 +95,7 @@ pub struct Proxy {
     pub verification: VerificationMode,
     /// Answer without the drafter while that is down (true), or refuse requests until it is back (false).
     pub fallback_on_draft_failure: bool,
-    /// Ask the drafter now and then what a target that cannot verify drafts has answered, and show how far both agree.
+    /// Sometimes ask the drafter for an answer that a target without verification has given, and show how far both agree.
     pub measure_agreement: bool,
     /// Token that clients send as `Authorization: Bearer …` (or `x-api-key`). Prefer `auth_token_file`.
     pub auth_token: Option<Secret>,
@@ -138,7 +138,7 @@ impl Default for Proxy {
 /// `proxy.max_draft_tokens`: a cap, or `auto` (what the target can verify at once).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MaxDraftTokens {
-    /// As many as pay and as the target takes.
+    /// As many as pay, up to the limit of the target.
     #[default]
     Auto,
     /// At most this many; 0 turns drafting off.
@@ -149,7 +149,7 @@ pub enum MaxDraftTokens {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VerificationMode {
-    /// As well as it can: attached where our patch is, scored by vLLM and SGLang, else not at all.
+    /// The best kind for the target: attached with Tightwad's patch, scored for vLLM and SGLang, otherwise none.
     #[default]
     Auto,
     /// Drafts attach to the running completion.
@@ -171,19 +171,19 @@ pub struct Upstream {
     /// The model's name there; shown in the status, and needed by servers that hold several.
     #[serde(default)]
     pub model_name: Option<String>,
-    /// What answers there.
+    /// Kind of the server.
     #[serde(default)]
     pub backend: Backend,
-    /// API key that this server wants. Prefer `api_key_file`.
+    /// API key that this server requires. Prefer `api_key_file`.
     #[serde(default)]
     pub api_key: Option<Secret>,
     /// File that holds the API key.
     #[serde(default)]
     pub api_key_file: Option<PathBuf>,
-    /// Whether it asks for the [`local_key`] of this host.
+    /// Whether it requires the [`local_key`] of this host.
     #[serde(skip)]
     pub asks_local_key: bool,
-    /// Of a target that is a pool's coordinator: what it asks of those who draft. Prefer `draft_key_file`.
+    /// Key for drafting on a target that is a pool's coordinator. Prefer `draft_key_file`.
     #[serde(default)]
     pub draft_key: Option<Secret>,
     /// File that holds that key.
@@ -191,7 +191,7 @@ pub struct Upstream {
     pub draft_key_file: Option<PathBuf>,
 }
 
-/// What kind of server an [`Upstream`] is.
+/// Kind of an [`Upstream`] server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
@@ -222,23 +222,22 @@ pub struct Server {
     pub slots: u16,
     /// CPU threads. None: llama-server's choice.
     pub threads: Option<u16>,
-    /// What it computes on. With a kind of GPU it waits for one and never computes on the CPU instead. None: what llama.cpp
+    /// Backend that computes. With a GPU backend the server waits for such a GPU and never computes on the CPU instead. None: what llama.cpp
     /// finds.
     pub backend: Option<GpuBackend>,
-    /// Seconds without a new token, while something is being answered, after which llama-server is started anew; 0:
-    /// never.
+    /// Seconds without a new token in a running answer after which llama-server is restarted; 0: never.
     pub stall_seconds: u64,
     /// Key that clients of this server send. Prefer `api_key_file`. On a loopback address the roles of this host share a
     /// random one if none is set: see [`local_key`].
     pub api_key: Option<Secret>,
     /// File that holds the key.
     pub api_key_file: Option<PathBuf>,
-    /// Ask nobody for a key, whatever the address.
+    /// Require no key, on any address.
     pub allow_unauthenticated: bool,
-    /// More arguments of llama-server; they win over ours.
+    /// Further arguments of llama-server; they override those that Tightwad gives.
     #[serde(serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
-    /// More environment variables.
+    /// Further environment variables.
     #[serde(serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
@@ -270,7 +269,7 @@ pub struct Coordinator {
     pub host: String,
     /// Port to listen on.
     pub port: u16,
-    /// What its own GPUs are driven by.
+    /// Backend for its own GPUs.
     pub backend: GpuBackend,
     /// Its own GPUs.
     pub gpus: Vec<Gpu>,
@@ -278,14 +277,13 @@ pub struct Coordinator {
     pub slots: u16,
     /// CPU threads. None: llama-server's choice.
     pub threads: Option<u16>,
-    /// Load the model that a request names, in place of the one that runs.
+    /// Replace the running model by the one that a request names.
     pub swap_on_request: bool,
-    /// Seconds that running answers have to finish before a swap ends them.
+    /// Seconds that running answers get to finish before a swap cancels them.
     pub drain_seconds: u64,
-    /// Seconds that a request waits for its model before it is told to come again.
+    /// Seconds that a request waits for its model before the coordinator answers 503.
     pub wait_seconds: u64,
-    /// Seconds without a new token, while something is being answered, after which llama-server is started anew; 0:
-    /// never.
+    /// Seconds without a new token in a running answer after which llama-server is restarted; 0: never.
     pub stall_seconds: u64,
     /// Key that clients of this server send. Prefer `api_key_file`.
     pub api_key: Option<Secret>,
@@ -300,10 +298,10 @@ pub struct Coordinator {
     pub allow_unauthenticated: bool,
     /// Origins of the web pages that may use this endpoint: `http://localhost:3000`, or `*` for all.
     pub cors_origins: Vec<String>,
-    /// More arguments of llama-server; they win over ours.
+    /// Further arguments of llama-server; they override those that Tightwad gives.
     #[serde(serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
-    /// More environment variables; they win over ours.
+    /// Further environment variables; they override those that Tightwad gives.
     #[serde(serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
@@ -333,7 +331,7 @@ impl Default for Coordinator {
     }
 }
 
-/// What drives a host's GPUs.
+/// Backend of llama.cpp for a host's GPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GpuBackend {
@@ -354,19 +352,18 @@ pub enum GpuBackend {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Worker {
-    /// What people call it. None: its `host`.
+    /// Name for people. None: its `host`.
     #[serde(default)]
     pub name: Option<String>,
-    /// IPv4 address or name that the coordinator reaches it by.
+    /// IPv4 address or host name at which the coordinator reaches it.
     pub host: String,
-    /// What its GPUs are driven by. With a kind of GPU it waits for one and never lends its CPU instead. None: what llama.cpp
-    /// finds.
+    /// Backend for its GPUs. With a GPU backend the worker waits for such a GPU and never lends its CPU instead. None: what llama.cpp finds.
     #[serde(default)]
     pub backend: Option<GpuBackend>,
     /// Its GPUs.
     #[serde(default)]
     pub gpus: Vec<Gpu>,
-    /// Port of its agent, `tightwad run worker`; 0: it has none, and `ggml-rpc-server` is run by hand.
+    /// Port of its agent, `tightwad run worker`. 0: there is no agent, and the user runs `ggml-rpc-server`.
     #[serde(default = "default_agent_port")]
     pub agent_port: u16,
     /// Token that coordinators send to the agent. Prefer `agent_token_file`. Without a token only a worker on a loopback
@@ -379,13 +376,13 @@ pub struct Worker {
     /// Most GiB of model parts that it keeps on disk, so that a load need not send them again; 0 keeps none.
     #[serde(default = "default_cache_gb")]
     pub cache_gb: f64,
-    /// Where it keeps them. None: the user's cache folder.
+    /// Folder for the model parts. None: the user's cache folder.
     #[serde(default)]
     pub cache_dir: Option<PathBuf>,
-    /// More arguments of ggml-rpc-server; they win over ours.
+    /// Further arguments of ggml-rpc-server; they override those that Tightwad gives.
     #[serde(default, serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
-    /// More environment variables; they win over ours.
+    /// Further environment variables; they override those that Tightwad gives.
     #[serde(default, serialize_with = "secret::hide_values")]
     pub env: BTreeMap<String, String>,
 }
@@ -402,14 +399,14 @@ fn default_cache_gb() -> f64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gpu {
-    /// What people call it.
+    /// Name for people.
     pub name: String,
     /// Its memory in GiB.
     pub vram_gb: f64,
     /// On a worker: port of the `ggml-rpc-server` that serves it.
     #[serde(default)]
     pub rpc_port: Option<u16>,
-    /// What llama.cpp calls it: `CUDA0`, `ROCm1`, `CPU`. None: the host's GPUs in llama.cpp's order.
+    /// Name of the device in llama.cpp: `CUDA0`, `ROCm1`, `CPU`. None: the host's GPUs in llama.cpp's order.
     #[serde(default)]
     pub device: Option<String>,
 }
@@ -435,10 +432,10 @@ pub struct Model {
     /// Type of the KV cache's values; a quantised one needs flash attention. None: llama-server's choice.
     #[serde(default)]
     pub cache_type_v: Option<String>,
-    /// The model that a server takes when its section names none.
+    /// Whether sections that name no model use this one.
     #[serde(default)]
     pub default: bool,
-    /// More arguments of llama-server for this model.
+    /// Further arguments of llama-server for this model.
     #[serde(default, serialize_with = "secret::hide_keys")]
     pub extra_args: Vec<String>,
 }
@@ -472,7 +469,7 @@ pub fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Whether a listener on `host` takes every address of its machine.
+/// Whether a listener on `host` listens on every address of its machine.
 #[must_use]
 pub fn is_wildcard(host: &str) -> bool {
     host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())

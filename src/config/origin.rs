@@ -1,4 +1,4 @@
-//! Where each value came from, so that what is wrong with it can be shown there.
+//! The source of each value, so that a problem can name its line or variable.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ pub(super) fn key_path<'a>(keys: impl IntoIterator<Item = &'a str>) -> KeyPath {
     keys.into_iter().map(str::to_owned).collect()
 }
 
-/// Something wrong at a key.
+/// A problem at a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Finding {
     pub path: KeyPath,
@@ -28,7 +28,7 @@ impl Finding {
         }
     }
 
-    /// The same without a place.
+    /// The problem without a source.
     pub fn into_problem(self) -> Problem {
         Problem {
             key: self.path.join("."),
@@ -55,19 +55,19 @@ pub(super) struct Origins {
 }
 
 impl Origins {
-    /// The origin of the value, else that of the innermost section around it which has one.
+    /// The origin of the value, else of the innermost enclosing section with one.
     pub fn of(&self, path: &[String]) -> Option<&Origin> {
         (0..=path.len()).rev().find_map(|end| self.keys.get(&path[..end]))
     }
 
-    /// What is said to be at `path` is so at `renamed`.
+    /// Moves the origin of `path` to `renamed`.
     pub fn rename(&mut self, path: &[String], renamed: &[String]) {
         let inside = self.keys.iter().filter(|(key, _)| key.starts_with(path));
         let moved = inside.map(|(key, origin)| ([renamed, &key[path.len()..]].concat(), origin.clone()));
         self.keys.extend(moved.collect::<Vec<_>>());
     }
 
-    /// All of them, in the order of the file.
+    /// All origins, in the order of the file.
     pub fn locate_all(&self, findings: Vec<Finding>) -> Vec<Problem> {
         let mut problems: Vec<Problem> = findings.into_iter().map(|finding| self.locate(finding)).collect();
         problems.sort_by_key(|problem| problem.line);

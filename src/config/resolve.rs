@@ -1,4 +1,4 @@
-//! What the sections mean together: which model, which servers.
+//! Values that follow from several sections: the model of a server, and the servers of the proxy.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,7 @@ use super::{
     is_wildcard,
 };
 
-/// [`Config::model_for`] with a bare sentence as the error.
+/// [`Config::model_for`] with the message as the error.
 pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a str, &'a Model), String> {
     let names = || config.models.keys().map(String::as_str);
     let mut models = config.models.iter().map(|(name, model)| (name.as_str(), model));
@@ -36,14 +36,13 @@ pub(super) fn model<'a>(config: &'a Config, wanted: Option<&str>) -> Result<(&'a
 }
 
 impl Config {
-    /// The model of that name; without a name the one marked `default`, else the only one.
+    /// The model with this name. Without a name: the one marked `default`, else the only one.
     pub fn model_for(&self, wanted: Option<&str>) -> Result<(&str, &Model), ConfigError> {
         model(self, wanted)
             .map_err(|message| ConfigError::Invalid(vec![Finding::new(key_path(["models"]), message).into_problem()]))
     }
 
-    /// The proxy's drafters and target: as the section `proxy` gives them, else those that this file's sections `draft`
-    /// and `target` (else `coordinator`) run.
+    /// The proxy's drafters and target: those of the section `proxy`, else those of the sections `draft` and `target` (else `coordinator`).
     #[must_use]
     pub fn proxy_upstreams(&self) -> (Vec<Upstream>, Option<Upstream>) {
         let of_server = |server: &Server| Upstream {
@@ -53,7 +52,7 @@ impl Config {
             asks_local_key: server.asks_local_key(),
             ..Upstream::at(local_url(&server.host, server.port))
         };
-        // A URL may name a server of this file as well.
+        // A URL may also refer to a server of this file.
         let given = |upstream: &Upstream| Upstream {
             asks_local_key: self.servers().any(|(_, server)| upstream.is_keyless_at(server)),
             ..upstream.clone()
@@ -66,7 +65,7 @@ impl Config {
         let given = self.proxy.as_ref().and_then(|proxy| proxy.target.as_ref().map(given));
         let target = given.or_else(|| self.target.as_ref().map(of_server)).or_else(|| {
             self.coordinator.as_ref().map(|coordinator| Upstream {
-                // Whichever runs: to name one is to ask for a swap.
+                // No name, because a name would request a swap.
                 model_name: None,
                 api_key: coordinator.api_key.clone(),
                 api_key_file: coordinator.api_key_file.clone(),
@@ -99,7 +98,7 @@ impl Upstream {
         }
     }
 
-    /// Whether this is the loopback address of a server that asks for the host's local key, given without a key.
+    /// Whether this URL without a key is the loopback address of a server that requires the local key of this host.
     fn is_keyless_at(&self, server: &Server) -> bool {
         let keyless = self.api_key.is_none() && self.api_key_file.is_none();
         let there = reqwest::Url::parse(&self.url).is_ok_and(|url| {
@@ -110,8 +109,8 @@ impl Upstream {
 }
 
 impl Server {
-    /// Whether it listens where only this machine reaches it, and no key is set: then it asks for the host's
-    /// [`local_key`](super::local_key), so that no web page and no other user can use it.
+    /// Whether it requires the host's [`local_key`](super::local_key): it listens on a loopback address and has no key. The key keeps out web
+    /// pages and other users.
     #[must_use]
     pub fn asks_local_key(&self) -> bool {
         let has_key = self.api_key.is_some() || self.api_key_file.is_some();
@@ -120,7 +119,7 @@ impl Server {
 }
 
 impl Worker {
-    /// A host of whose GPUs nothing is said.
+    /// A host without any setting for its GPUs.
     #[must_use]
     pub fn at(host: impl Into<String>) -> Self {
         Self {
@@ -138,21 +137,20 @@ impl Worker {
         }
     }
 
-    /// What people call it.
+    /// Its name, else its host.
     #[must_use]
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.host)
     }
 
-    /// Whether `tightwad run worker` answers coordinators there: only with a token, or where nobody else gets at it.
+    /// Whether it has an agent: it has a port for it, and a token unless it listens on a loopback address.
     #[must_use]
     pub fn has_agent(&self) -> bool {
         let token = self.agent_token.is_some() || self.agent_token_file.is_some();
         self.agent_port != 0 && (token || is_loopback(&self.host))
     }
 
-    /// llama.cpp's name of one of its `gpus`: as given, else by its place in the list; `None` where its backend is not
-    /// given either.
+    /// llama.cpp's name of one of its `gpus`: the given one, else by the position in the list; `None` if its backend is not given either.
     #[must_use]
     pub fn device_name(&self, gpu: &Gpu) -> Option<String> {
         if gpu.device.is_some() {
@@ -168,7 +166,7 @@ impl Worker {
         format!("http://{}:{}", self.host, self.agent_port)
     }
 
-    /// Its `ggml-rpc-server`s by port, each with the GPUs that it serves; one on the default port where no GPU is named.
+    /// Its `ggml-rpc-server`s by port, each with its GPUs. Without GPUs, one server on the default port.
     #[must_use]
     pub fn rpc_endpoints(&self) -> BTreeMap<u16, Vec<&Gpu>> {
         let mut endpoints: BTreeMap<u16, Vec<&Gpu>> = BTreeMap::new();
@@ -186,7 +184,7 @@ impl Worker {
 }
 
 impl GpuBackend {
-    /// What llama.cpp calls a host's device with this number.
+    /// llama.cpp's name of the device with this number.
     #[must_use]
     pub fn device_name(self, number: usize) -> String {
         match self {
@@ -195,21 +193,21 @@ impl GpuBackend {
         }
     }
 
-    /// Whether llama.cpp calls a device of this kind so.
+    /// Whether llama.cpp uses this name for a device of this kind.
     #[must_use]
     pub fn is_named(self, device: &str) -> bool {
         let number = device.strip_prefix(&self.to_string());
         number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
     }
 
-    /// The kind if it is one of GPUs.
+    /// This kind, unless it is the CPU.
     #[must_use]
     pub fn gpu(self) -> Option<Self> {
         (self != Self::Cpu).then_some(self)
     }
 }
 
-/// As llama.cpp's device names begin.
+/// Prefix of llama.cpp's device names.
 impl fmt::Display for GpuBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,4 +1,4 @@
-//! Tokens and keys: never shown, and best kept in files of their own.
+//! Tokens and keys. A [`Secret`] never appears in logs, in `Debug` or in serialised output.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,10 +39,10 @@ impl Serialize for Secret {
     }
 }
 
-/// What stands in the place of a secret.
+/// Shown in place of a secret.
 const HIDDEN: &str = "***";
 
-/// Whether a variable of this name holds something that is not to be shown.
+/// Whether a variable with this name holds a secret.
 #[must_use]
 pub fn is_secret(variable: &str) -> bool {
     let upper = variable.to_uppercase();
@@ -50,7 +50,7 @@ pub fn is_secret(variable: &str) -> bool {
     words.iter().any(|word| upper.contains(word))
 }
 
-/// Whether the argument after this one holds something that is not to be shown: `--api-key`, `--hf-token`, `-hft`.
+/// Whether the next argument is a secret: `--api-key`, `--hf-token`, `-hft`.
 fn is_secret_option(option: &str) -> bool {
     let Some(name) = option.strip_prefix('-') else {
         return false;
@@ -60,13 +60,13 @@ fn is_secret_option(option: &str) -> bool {
     name == "hft" || (is_secret && !name.ends_with("-file"))
 }
 
-/// Whether a URL holds a user's password.
+/// Whether a URL contains a password.
 fn has_password(value: &str) -> bool {
     let rest = value.split_once("://").map(|(_, rest)| rest);
     rest.is_some_and(|rest| rest.split('/').next().is_some_and(|authority| authority.contains('@')))
 }
 
-/// Arguments as they may be shown: without the values of `--api-key` and its like.
+/// Arguments without the values of secret options such as `--api-key`.
 #[must_use]
 pub fn shown_arguments(arguments: &[String]) -> Vec<String> {
     let mut value_is_secret = false;
@@ -85,12 +85,12 @@ pub fn shown_arguments(arguments: &[String]) -> Vec<String> {
     shown.collect()
 }
 
-/// Serialises arguments as they may be shown.
+/// Serialises arguments without secrets.
 pub(super) fn hide_keys<S: Serializer>(arguments: &[String], serializer: S) -> Result<S::Ok, S::Error> {
     shown_arguments(arguments).serialize(serializer)
 }
 
-/// Serialises variables without the values of those that hold secrets.
+/// Serialises variables without the values of secret ones.
 pub(super) fn hide_values<S: Serializer>(
     variables: &BTreeMap<String, String>,
     serializer: S,
@@ -113,8 +113,8 @@ impl Proxy {
 }
 
 impl Upstream {
-    /// The key to send to this server, from `api_key` or read now from `api_key_file`, else the host's local key if it asks
-    /// for that. None: no key is set.
+    /// The key to send to this server, from `api_key` or read now from `api_key_file`, else the host's local key if it requires
+    /// that. None: no key is set.
     pub fn api_key(&self) -> Result<Option<Secret>, ConfigError> {
         if self.asks_local_key {
             return Ok(Some(local_key::obtain()?.key));
@@ -133,8 +133,8 @@ impl Upstream {
 }
 
 impl Server {
-    /// The key that clients must send, from `api_key` or read now from `api_key_file`, else the host's local key if it asks
-    /// for that. None: it asks for none.
+    /// The key that clients must send, from `api_key` or read now from `api_key_file`, else the host's local key if it requires
+    /// that. None: no key is required.
     pub fn api_key(&self) -> Result<Option<Secret>, ConfigError> {
         if self.asks_local_key() {
             return Ok(Some(local_key::obtain()?.key));
@@ -185,7 +185,7 @@ fn resolve(inline: Option<&Secret>, file: Option<&Path>, key: &str) -> Result<Op
     read(path).map(Some).map_err(fail)
 }
 
-/// The secret that a file holds; why not, if it holds none.
+/// Reads the secret in a file, or says why it cannot be read.
 pub(super) fn read(path: &Path) -> Result<Secret, String> {
     let text = super::load::read_text(path).map_err(|error| format!("cannot be read: {}", explain(&error)))?;
     match text.trim() {

@@ -1,4 +1,4 @@
-//! What the types cannot say: values and combinations that would fail later, or surprise.
+//! Checks that the types cannot express: values and combinations that would fail later, or that are probably unwanted.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -7,13 +7,13 @@ use std::path::Path;
 use super::origin::{Finding, KeyPath, key_path};
 use super::{Config, ConfigError, MaxDraftTokens, Proxy, Secret, Server, Upstream, is_loopback, is_wildcard};
 
-/// More than any target verifies at once with profit.
+/// Upper limit of `max_draft_tokens`; more never pays.
 const MAX_DRAFT_TOKENS: u16 = 256;
 
-/// What a file without any section lacks.
+/// Names of the sections, for a file without any.
 pub(super) const SECTIONS: &str = "give at least one of the sections proxy, target, draft, coordinator, workers";
 
-/// Everything that is wrong.
+/// All problems.
 pub(super) fn problems(config: &Config) -> Vec<Finding> {
     let mut check = Check::default();
     check.sections(config);
@@ -50,7 +50,7 @@ pub(super) fn problems(config: &Config) -> Vec<Finding> {
     check.findings
 }
 
-/// What is allowed and yet likely unwanted.
+/// Settings that are allowed but probably unwanted.
 pub(super) fn warnings(config: &Config) -> Vec<Finding> {
     let mut check = Check::default();
     if rpc_endpoints(config).len() > 2 {
@@ -63,7 +63,7 @@ pub(super) fn warnings(config: &Config) -> Vec<Finding> {
     check.findings
 }
 
-/// The refusals to listen for everybody without a token, with the section that they are about.
+/// Refusals to listen on a non-loopback address without a token, each with its section.
 pub(super) fn open_listeners(config: &Config) -> impl Iterator<Item = (&'static str, Finding)> {
     let proxy = config.proxy.iter().map(|proxy| {
         let has_token = proxy.auth_token.is_some() || proxy.auth_token_file.is_some();
@@ -97,8 +97,8 @@ pub(super) fn open_listeners(config: &Config) -> impl Iterator<Item = (&'static 
 }
 
 impl Config {
-    /// Refuses a part that would listen on a non-loopback address without a token. Parsing does not: only
-    /// who is about to listen has to be refused.
+    /// Refuses a part that would listen on a non-loopback address without a token. Not a part of parsing, because only a part that listens must
+    /// be refused.
     pub fn check_listeners(&self) -> Result<(), ConfigError> {
         let findings = open_listeners(self).map(|(_, finding)| finding.into_problem());
         ConfigError::unless_none(findings.collect())
@@ -308,7 +308,7 @@ impl Check {
         }
     }
 
-    /// What a worker's agent is known by; `earlier` are the workers before it in the list.
+    /// Checks a worker's name, token and ports. `earlier` are the workers before it in the list.
     fn agent(&mut self, path: &[&str], worker: &super::Worker, earlier: &[super::Worker]) {
         let at = |key| [path, &[key]].concat();
         self.secret(

@@ -1,7 +1,7 @@
-//! YAML text into a tree of values, with the line of every key.
+//! Converts YAML text into a tree of values with the line of every key.
 //!
-//! One walk over the parser's events does what a YAML library's own tree cannot: remember lines, refuse a key that is
-//! given twice, and replace `${VAR}` where the line is still known.
+//! Reads the parser's events itself, because the tree of a YAML library does not keep lines, accepts duplicate keys, and leaves no place to
+//! replace `${VAR}` while the line is known.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, StrInput};
 use super::expand::expand;
 use super::origin::{Finding, KeyPath};
 
-/// Deeper nesting than any key needs.
+/// Limit of the nesting, deeper than any key needs.
 const MAX_DEPTH: usize = 32;
 
-/// What a text holds.
+/// Content of a text.
 #[derive(Debug)]
 pub(super) struct Tree {
     pub value: Value,
@@ -22,7 +22,7 @@ pub(super) struct Tree {
     pub findings: Vec<Finding>,
 }
 
-/// A text that is not YAML.
+/// The error for a text that is not YAML.
 #[derive(Debug)]
 pub(super) struct SyntaxError {
     pub line: usize,
@@ -44,13 +44,13 @@ impl From<ScanError> for SyntaxError {
     }
 }
 
-/// Reads one document; `lookup` gives the value of an environment variable. An empty text is an empty value.
+/// Reads one document. `lookup` returns the value of an environment variable. An empty text is an empty value.
 pub(super) fn read(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Tree, SyntaxError> {
     document(text, lookup).map_err(|error| tab_in_indentation(text, error.line).unwrap_or(error))
 }
 
-/// The likely cause of a syntax error in `line`: a tab in the indentation of that line or of the one before it. The
-/// parser reports some of them one line late, and never names the tab.
+/// The likely cause of a syntax error in `line`: a tab in the indentation of that line or of the line before. The parser reports some tabs
+/// one line late, and never names them.
 fn tab_in_indentation(text: &str, line: usize) -> Option<SyntaxError> {
     let indented_with_tab = |line: &&str| {
         let content = line.trim_start();
@@ -100,7 +100,7 @@ struct Reader<'a> {
     parser: Parser<'a, StrInput<'a>>,
     lookup: &'a dyn Fn(&str) -> Option<String>,
     anchors: BTreeMap<usize, Value>,
-    /// How many values with an anchor are being read, one inside of the other.
+    /// Depth of nested values with an anchor.
     inside_anchors: usize,
     tree: Tree,
 }
@@ -134,7 +134,7 @@ impl<'a> Reader<'a> {
             }
             Event::SequenceStart(..) => self.sequence(path)?,
             Event::MappingStart(..) => self.mapping(path)?,
-            // Aliases of aliases would let a few lines grow without end.
+            // Nested aliases would make a few lines grow without limit.
             Event::Alias(_) if self.inside_anchors > 0 => {
                 return Err(SyntaxError::new(
                     line,

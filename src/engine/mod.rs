@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use futures_util::future::OptionFuture;
 use rand::Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
@@ -386,7 +386,7 @@ impl Counts {
 }
 
 /// How the target verifies drafts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verification {
     /// Drafts attach to the running completion: our patch of llama-server.
@@ -398,6 +398,9 @@ pub enum Verification {
     /// The target cannot verify drafts, or there is no drafter; it is passed through.
     #[default]
     None,
+    /// A kind that only another version of the proxy knows. This one reads it and never sets it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl Verification {
@@ -409,12 +412,14 @@ impl Verification {
             Self::FanOut => "fan-out",
             Self::Scored => "scored",
             Self::None => "none",
+            Self::Unknown => "unknown",
         }
     }
 }
 
 /// Health of one server as last seen.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ServerStatus {
     /// Its base URL.
     pub url: String,
@@ -427,7 +432,7 @@ pub struct ServerStatus {
 }
 
 /// A drafter as last seen, and what it is worth.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DraftStatus {
     /// Its health.
     #[serde(flatten)]

@@ -1,5 +1,5 @@
-//! Log lines for systemd's journal: it knows the time by itself, and the level from a prefix (`<4>`, see sd-daemon(3)), so
-//! that `journalctl -p err` finds them.
+//! Log lines for systemd's journal. Each has a priority as prefix (`<4>`, see sd-daemon(3)), so that `journalctl -p err` finds it, and no
+//! time, which the journal adds.
 
 use std::fmt::{self, Write as _};
 
@@ -8,7 +8,7 @@ use tracing_subscriber::fmt::format::{Format, Full, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Whether standard error goes to the journal and nowhere else: `JOURNAL_STREAM` tells which file that is (systemd.exec(5)).
+/// Whether standard error is the journal. `JOURNAL_STREAM` names the journal's file (systemd.exec(5)).
 #[must_use]
 pub fn is_stderr() -> bool {
     let Some(journal) = std::env::var("JOURNAL_STREAM").ok() else {
@@ -17,7 +17,7 @@ pub fn is_stderr() -> bool {
     rustix::fs::fstat(std::io::stderr()).is_ok_and(|stat| journal == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// A line, or several, of this level.
+/// One or several lines with the prefix of this level.
 #[must_use]
 pub fn lines(level: Level, text: &str) -> String {
     let priority = match level {
@@ -33,7 +33,7 @@ pub fn lines(level: Level, text: &str) -> String {
     prefixed
 }
 
-/// Writes each event so.
+/// Formats events for the journal.
 #[derive(Debug)]
 pub(super) struct JournalFormat(Format<Full, ()>);
 

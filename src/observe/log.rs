@@ -1,4 +1,4 @@
-//! The log: standard error, as text for people or as JSON lines for machines.
+//! The log on standard error: text for people, or JSON lines for programs.
 
 use std::io::IsTerminal;
 
@@ -9,7 +9,7 @@ use super::journal::{self, JournalFormat};
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
-    /// One readable line per event, in colours on a terminal; in systemd's journal without time, with a priority.
+    /// One readable line per event, with colours on a terminal; in systemd's journal with a priority and without the time.
     #[default]
     Text,
     /// One JSON object per line.
@@ -19,22 +19,22 @@ pub enum Format {
 /// Why the log could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The filter is not one.
+    /// The filter cannot be parsed.
     #[error(
         "`{filter}` is not a log filter: {source}; write a level (`info`) or `target=level` pairs (`info,tightwad=debug`)"
     )]
     Filter {
         /// As given.
         filter: String,
-        /// What is wrong with it.
+        /// The problem.
         source: tracing_subscriber::filter::ParseError,
     },
-    /// Something else in this process has set up a log already.
+    /// This process has a log already.
     #[error("the log is already set up: {0}")]
     Twice(Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Sends the events of this process to standard error, as far as `filter` lets them through.
+/// Sends the events of this process that pass `filter` to standard error.
 pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
     let filter = EnvFilter::try_new(filter).map_err(|source| LogError::Filter {
         filter: filter.to_owned(),
@@ -51,7 +51,7 @@ pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
     .map_err(LogError::Twice)
 }
 
-/// Colours are for people at a terminal who have not asked for none (<https://no-color.org>).
+/// Whether to use colours: on a terminal, unless `NO_COLOR` is set (<https://no-color.org>).
 fn is_coloured() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

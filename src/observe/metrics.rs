@@ -1,7 +1,7 @@
-//! The metrics, in the `OpenMetrics` text format that Prometheus reads.
+//! The metrics, in the `OpenMetrics` text format of Prometheus.
 //!
-//! Names are vLLM's where vLLM counts the same thing, so that dashboards made for it work; the rest begins with
-//! `tightwad_`. Labels take their values from fixed lists, whatever clients send.
+//! A metric that vLLM has too uses vLLM's name, so that dashboards for vLLM work. All other names begin with `tightwad_`. Values of labels
+//! come from fixed lists and never from clients.
 
 use std::fmt;
 
@@ -19,12 +19,12 @@ use super::Outcome;
 /// The content type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Upper bounds of the histograms' buckets in seconds: from a warm prompt cache to a long answer of a big pool.
+/// Upper bounds of the histograms' buckets in seconds, from a warm prompt cache to a long answer of a big pool.
 const SECONDS: [f64; 16] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 1200.0,
 ];
 
-/// Labels of the requests that ended.
+/// Labels of a request that ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Ended {
     /// A known path, or `other`.
@@ -49,7 +49,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero. Each scrape also reads `collector`.
+    /// Starts with all values at zero. Each scrape also reads `collector`.
     #[must_use]
     pub fn new(collector: Box<dyn Collector>) -> Self {
         let mut registry = Registry::default();

@@ -1,4 +1,6 @@
-//! What can be seen from outside: the log, the metrics, the problems that were logged.
+//! Makes the program visible from outside: the log, the metrics, and the problems that were logged.
+//!
+//! Nothing here changes an answer, and nothing here knows the modules that it observes.
 
 pub mod journal;
 pub mod log;
@@ -16,14 +18,14 @@ use serde::Serialize;
 pub enum Outcome {
     /// The whole answer went out.
     Finished,
-    /// The client went away, or we were told to stop, before the answer was complete.
+    /// The client left, or the proxy was stopped, before the answer was complete.
     Cancelled,
     /// It was refused, the target refused it, or the answer broke off.
     Failed,
 }
 
 impl Outcome {
-    /// As it is written in the log, the metrics and the status.
+    /// Name in the log, the metrics and the status.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

@@ -1,30 +1,30 @@
-//! Problems that were logged, so that a problem that many requests meet is one warning.
+//! Remembers logged problems, so that a problem of many requests is logged as one warning.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-/// Most problems that are remembered.
-const MOST: usize = 16;
+/// Largest number of remembered problems.
+const CAPACITY: usize = 16;
 
-/// The problems since all was well.
+/// The problems since the last success.
 #[derive(Debug, Default)]
 pub struct Problems(Mutex<VecDeque<String>>);
 
 impl Problems {
-    /// Whether this problem was not met since all was well; from now on it was.
+    /// Whether this problem is new since the last success. Remembers it.
     pub fn is_new(&self, problem: &str) -> bool {
         let mut met = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if met.iter().any(|it| it == problem) {
             return false;
         }
-        if met.len() == MOST {
+        if met.len() == CAPACITY {
             met.pop_front();
         }
         met.push_back(problem.to_owned());
         true
     }
 
-    /// All is well.
+    /// Forgets all problems after a success.
     pub fn clear(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -41,9 +41,9 @@ mod tests {
         assert!(!problems.is_new("a") && !problems.is_new("b"));
         problems.clear();
         assert!(problems.is_new("a"));
-        for number in 0..MOST {
+        for number in 0..CAPACITY {
             assert!(problems.is_new(&number.to_string()));
         }
-        assert!(problems.is_new("a"), "as many as are remembered came since");
+        assert!(problems.is_new("a"), "it was forgotten after as many others");
     }
 }

@@ -11,13 +11,13 @@ use crate::failure;
 use crate::http::client::{self, ReadError};
 
 /// A host that is up answers the first packet in milliseconds.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for requests that an agent answers at once.
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 /// Timeout for a lease, which is answered once fresh servers listen. A GPU driver that wakes up takes seconds per server.
-const LEASE_PATIENCE: Duration = Duration::from_secs(120);
+const LEASE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Timeout for returning a lease: a server is killed after a second, and its GPU takes a while to be free.
-const RETURN_PATIENCE: Duration = Duration::from_secs(20);
+const RETURN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Longest answer in bytes. A status with the last log lines of several servers has some ten thousand.
 const MOST_BODY: usize = 1 << 20;
@@ -121,7 +121,7 @@ impl AgentClient {
         let worker = worker.into();
         // The agent may close an idle connection just as the next request is sent on it, so none is kept.
         let http = client::builder()
-            .connect_timeout(CONNECT_PATIENCE)
+            .connect_timeout(CONNECT_TIMEOUT)
             .pool_max_idle_per_host(0)
             .build();
         Ok(Self {
@@ -143,27 +143,27 @@ impl AgentClient {
 
     /// The status of the worker. Answered at once, whoever holds the lease.
     pub async fn status(&self) -> Result<WorkerStatus, AgentError> {
-        let request = self.request(Method::GET, "/v1/worker", PATIENCE);
+        let request = self.request(Method::GET, "/v1/worker", TIMEOUT);
         self.json(self.send(request).await?).await
     }
 
     /// Leases the worker. Answered once fresh servers listen; a request that is dropped gets no lease.
     pub async fn lease(&self, wanted: &LeaseRequest) -> Result<Lease, AgentError> {
         let request = self
-            .request(Method::POST, "/v1/worker/lease", LEASE_PATIENCE)
+            .request(Method::POST, "/v1/worker/lease", LEASE_TIMEOUT)
             .json(wanted);
         self.json(self.send(request).await?).await
     }
 
     /// Renews a lease; the answer tells the state of its servers.
     pub async fn renew(&self, id: &str) -> Result<Renewal, AgentError> {
-        let request = self.request(Method::POST, &format!("/v1/worker/lease/{id}/renew"), PATIENCE);
+        let request = self.request(Method::POST, &format!("/v1/worker/lease/{id}/renew"), TIMEOUT);
         self.json(self.send(request).await?).await
     }
 
     /// Returns a lease. Answered once the servers have ended and their memory is free.
     pub async fn give_back(&self, id: &str) -> Result<(), AgentError> {
-        let request = self.request(Method::DELETE, &format!("/v1/worker/lease/{id}"), RETURN_PATIENCE);
+        let request = self.request(Method::DELETE, &format!("/v1/worker/lease/{id}"), RETURN_TIMEOUT);
         self.send(request).await.map(drop)
     }
 

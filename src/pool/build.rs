@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::supervise::environment;
 
 /// Timeout for printing the version; a GPU driver that wakes up takes a while.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// The name of an unknown build in the status of an agent.
 pub const UNKNOWN: &str = "unknown";
 
@@ -26,8 +26,8 @@ pub fn difference(worker: &str, theirs: &str, own: &str) -> Option<String> {
 pub async fn build(llama_server: &Path) -> Option<String> {
     let mut command = Command::new(llama_server);
     command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
-    environment::give(&mut command, &[]);
-    let output = timeout(PATIENCE, command.output()).await.ok()?.ok()?;
+    environment::apply(&mut command, &[]);
+    let output = timeout(TIMEOUT, command.output()).await.ok()?.ok()?;
     parse(&String::from_utf8_lossy(&output.stderr)).or_else(|| parse(&String::from_utf8_lossy(&output.stdout)))
 }
 

@@ -23,9 +23,9 @@ use crate::plan::{Device, KnownFrom, configured};
 use crate::supervise::{command, environment};
 
 /// Timeout for an agent, which answers from memory.
-const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for llama-server to list devices; a GPU driver that wakes up takes a while.
-const LIST_PATIENCE: Duration = Duration::from_secs(30);
+const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Host name of the coordinator's own GPUs in messages.
 const COORDINATOR: &str = "coordinator";
 
@@ -71,7 +71,7 @@ pub async fn find(
     probed: &ProbedServers,
 ) -> Result<FoundDevices, DeviceCountMismatch> {
     let workers = join_all(config.workers.iter().map(|worker| of_worker(worker, probed)));
-    let (workers, own) = tokio::join!(workers, own(&config.binaries.llama_server, coordinator));
+    let (workers, own) = tokio::join!(workers, of_coordinator(&config.binaries.llama_server, coordinator));
     let mut found = FoundDevices::default();
     for part in workers.into_iter().chain([Ok(own)]) {
         let part = part?;
@@ -103,7 +103,7 @@ async fn of_worker(worker: &Worker, probed: &ProbedServers) -> Result<FoundDevic
     }
     let why = match ask(worker).await {
         Ok(status) => {
-            found.devices = told(worker, &status);
+            found.devices = of_agent(worker, &status);
             if status.build != build::UNKNOWN {
                 found.builds.insert(worker.name().to_owned(), status.build);
             }
@@ -139,14 +139,14 @@ fn left_out(worker: &Worker, why: &str) -> String {
 /// Asks a worker's agent for its status.
 async fn ask(worker: &Worker) -> Result<WorkerStatus, AgentError> {
     let client = AgentClient::new(worker)?;
-    timeout(AGENT_PATIENCE, client.status())
+    timeout(AGENT_TIMEOUT, client.status())
         .await
         .unwrap_or_else(|_| Err(client.silent()))
 }
 
 /// The devices that an agent lists.
 #[must_use]
-pub fn told(worker: &Worker, status: &WorkerStatus) -> Vec<Device> {
+pub fn of_agent(worker: &Worker, status: &WorkerStatus) -> Vec<Device> {
     let of_endpoint = |endpoint: &super::agent::Endpoint| {
         let address = format!("{}:{}", worker.host, endpoint.port);
         let devices = endpoint.devices.clone();
@@ -214,7 +214,7 @@ fn unnamed(worker: &Worker, endpoint: &str, count: usize) -> Vec<Device> {
 }
 
 /// The GPUs of the coordinator's own host that its section lists.
-async fn own(llama_server: &Path, coordinator: &Coordinator) -> FoundDevices {
+async fn of_coordinator(llama_server: &Path, coordinator: &Coordinator) -> FoundDevices {
     let mut found = FoundDevices::default();
     if coordinator.gpus.is_empty() {
         return found;
@@ -273,7 +273,7 @@ async fn own(llama_server: &Path, coordinator: &Coordinator) -> FoundDevices {
 
 async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Device>, String> {
     let mut command = tokio::process::Command::new(llama_server);
-    environment::give(&mut command, &[]);
+    environment::apply(&mut command, &[]);
     command
         .arg("--list-devices")
         .envs(
@@ -285,7 +285,7 @@ async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Devi
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    let output = timeout(LIST_PATIENCE, command.output())
+    let output = timeout(LIST_TIMEOUT, command.output())
         .await
         .map_err(|_| "no answer within 30 s".to_owned())?
         .map_err(|error| error.to_string())?;
@@ -418,7 +418,7 @@ mod tests {
             gpus: vec![gpu("a", None), gpu("b", None)],
             ..Coordinator::default()
         };
-        let found = own(Path::new("/no/such/llama-server"), &coordinator).await;
+        let found = of_coordinator(Path::new("/no/such/llama-server"), &coordinator).await;
         assert_eq!(
             found
                 .devices

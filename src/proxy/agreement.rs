@@ -4,12 +4,13 @@
 //! complete and no other request runs, the drafter gets the same request greedily, and the two texts are compared up to
 //! the first difference. No request ever waits for this.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use reqwest::Url;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::observed::Observed;
@@ -54,16 +55,17 @@ struct Sums {
 }
 
 /// The measured part of the status.
-#[derive(Debug, Serialize)]
-pub(super) struct Measured {
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Measured {
     /// Answers that were compared.
-    answers: u64,
+    pub answers: u64,
     /// Characters of the drafter's that were compared.
-    characters: u64,
+    pub characters: u64,
     /// Share of these before the first difference of their answer; absent before the first answer.
-    share: Option<f64>,
+    pub share: Option<f64>,
     /// What the share means, and how to gain speed from it.
-    meaning: &'static str,
+    pub meaning: Cow<'static, str>,
 }
 
 impl Agreement {
@@ -86,7 +88,7 @@ impl Agreement {
             answers,
             characters,
             share: (characters > 0).then(|| equal as f64 / characters as f64),
-            meaning: MEANING,
+            meaning: MEANING.into(),
         }
     }
 

@@ -23,7 +23,7 @@ mod recent;
 mod router;
 mod server;
 mod settings;
-mod status;
+pub mod status;
 mod usage;
 
 pub use server::{ServeError, serve};

@@ -1,4 +1,4 @@
-//! The last requests, for the status page.
+//! The last requests, for the status. Keeps at most [`CAPACITY`].
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -8,27 +8,27 @@ use serde::Serialize;
 use crate::engine::Counts;
 use crate::observe::Outcome;
 
-/// How many are kept.
-const KEPT: usize = 50;
+/// Number of requests that are kept.
+const CAPACITY: usize = 50;
 
 /// One request that has ended.
 #[derive(Debug, Clone, Serialize)]
 pub struct Record {
     /// Its `x-request-id`.
     pub id: String,
-    /// When it came, in seconds since 1970.
+    /// Time of its arrival, in seconds since 1970.
     pub time: f64,
     /// Its path, without the query.
     pub path: String,
-    /// The HTTP status that the client got; `None` when it left before there was one.
+    /// HTTP status of the answer; `None` if the client left before.
     pub status: Option<u16>,
-    /// Whether it asked for a stream.
+    /// Whether the client requested a stream.
     pub streamed: bool,
-    /// From its arrival to the end of its answer.
+    /// Milliseconds from its arrival to the end of its answer.
     pub duration_ms: f64,
-    /// From its arrival to the first byte of the target's answer.
+    /// Milliseconds from its arrival to the first byte of the target's answer.
     pub ttft_ms: Option<f64>,
-    /// What the target counted for it; `None` if it counted no step, as of a request that was only forwarded.
+    /// Counts of the target for it; `None` without a step, for example for a request that was only forwarded.
     #[serde(flatten)]
     pub counts: Option<Counts>,
     /// How it ended.
@@ -40,10 +40,10 @@ pub struct Record {
 pub struct Recent(Mutex<VecDeque<Record>>);
 
 impl Recent {
-    /// Adds one and forgets the oldest.
+    /// Adds a request, and drops the oldest one if there are too many.
     pub fn push(&self, record: Record) {
         let mut records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if records.len() == KEPT {
+        if records.len() == CAPACITY {
             records.pop_front();
         }
         records.push_back(record);
@@ -78,7 +78,7 @@ mod tests {
             });
         }
         let ids: Vec<_> = recent.newest_first().into_iter().map(|record| record.id).collect();
-        assert_eq!(ids.len(), KEPT);
+        assert_eq!(ids.len(), CAPACITY);
         assert_eq!((ids[0].as_str(), ids[49].as_str()), ("59", "10"));
     }
 }

@@ -9,10 +9,10 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::agreement::Measured;
+pub use super::agreement::Measured;
 use super::recent::Record;
 use super::router::App;
 use crate::engine::{self, Counts};
@@ -63,8 +63,8 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
         counts,
     } = app.engine.status();
     Json(Status {
-        version: VERSION,
-        uptime_seconds: app.started.elapsed().as_secs_f64(),
+        version: VERSION.to_owned(),
+        uptime_seconds: Some(app.started.elapsed().as_secs_f64()),
         drafts,
         target,
         verification,
@@ -79,40 +79,70 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Json<Status> {
     })
 }
 
-/// The status, as `tightwad proxy status` reads it.
-#[derive(Debug, Serialize)]
-pub(super) struct Status {
-    version: &'static str,
-    uptime_seconds: f64,
-    drafts: Vec<engine::DraftStatus>,
-    target: engine::ServerStatus,
-    verification: engine::Verification,
-    reason: Option<String>,
-    measuring: bool,
-    /// By the number of draft tokens.
-    step_ms: BTreeMap<usize, f64>,
-    round_trip_ms: f64,
-    counts: Sums,
-    /// Of the drafter with a target that cannot verify drafts; absent unless it is measured.
+/// The answer of `GET /v1/tightwad/status`: written by the proxy, read by the command line and by bench.
+///
+/// Only `verification` is required, by which a reader knows that a proxy answers; a proxy of another version may lack any
+/// other field, and send more.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the proxy.
+    #[serde(default)]
+    pub version: String,
+    /// Seconds since the proxy was started; `None` from a proxy that does not say.
+    pub uptime_seconds: Option<f64>,
+    /// The drafters.
+    #[serde(default)]
+    pub drafts: Vec<engine::DraftStatus>,
+    /// The target.
+    #[serde(default)]
+    pub target: engine::ServerStatus,
+    /// How drafts are verified.
+    pub verification: engine::Verification,
+    /// Why drafts are not verified, and what would change that.
+    pub reason: Option<String>,
+    /// Whether the proxy still measures its servers.
+    #[serde(default)]
+    pub measuring: bool,
+    /// Milliseconds of a step of the target, by the number of draft tokens.
+    #[serde(default)]
+    pub step_ms: BTreeMap<usize, f64>,
+    /// Milliseconds from asking the target to its answer.
+    #[serde(default)]
+    pub round_trip_ms: f64,
+    /// Counts since the start.
+    #[serde(default)]
+    pub counts: Sums,
+    /// Agreement of the drafter with a target that cannot verify drafts; absent unless it is measured.
     #[serde(skip_serializing_if = "Option::is_none")]
-    agreement: Option<Measured>,
-    in_flight: i64,
-    /// Newest first.
+    pub agreement: Option<Measured>,
+    /// Requests that are being answered.
+    #[serde(default)]
+    pub in_flight: i64,
+    /// The last requests, newest first. Readers leave them out.
+    #[serde(skip_deserializing)]
     requests: Vec<Record>,
 }
 
-/// Counts since the start, and what they come to; ratios are absent while there is nothing to divide by.
-#[derive(Debug, Serialize)]
-struct Sums {
-    /// Steps of the target, by the name that the status has always had for them.
-    rounds: u64,
-    drafted: u64,
-    accepted: u64,
-    generated: u64,
-    accepted_prediction_tokens: u64,
-    rejected_prediction_tokens: u64,
-    acceptance_rate: Option<f64>,
-    tokens_per_step: Option<f64>,
+/// Counts since the start, and their ratios; a ratio is absent while its divisor is 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sums {
+    /// Steps of the target. The key keeps its first name.
+    pub rounds: u64,
+    /// Draft tokens that the target verified.
+    pub drafted: u64,
+    /// Draft tokens that the target kept.
+    pub accepted: u64,
+    /// Tokens that the target generated.
+    pub generated: u64,
+    /// Accepted tokens that the client had predicted.
+    pub accepted_prediction_tokens: u64,
+    /// Predicted tokens that the target verified and did not keep.
+    pub rejected_prediction_tokens: u64,
+    /// `accepted` per `drafted`.
+    pub acceptance_rate: Option<f64>,
+    /// `generated` per step.
+    pub tokens_per_step: Option<f64>,
 }
 
 impl From<Counts> for Sums {

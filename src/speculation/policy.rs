@@ -51,7 +51,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::acceptance::{AcceptanceRate, MATCH_BUCKETS, TokenClass, TokenSource};
 use super::cost_model::{CostModel, DraftLatency, DraftSchedule, DrafterProfile, ScheduleEstimate, WaitCandidate};
@@ -185,7 +185,8 @@ impl Default for AdaptivePolicy {
 }
 
 /// Summary of a drafter for the status page.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DrafterOutlook {
     /// Share of its tokens that the target chose itself after the same text.
     pub agreement: Option<f64>,
@@ -436,8 +437,8 @@ impl AdaptivePolicy {
     /// What extends a draft or follows it: the stream that runs, else the source of its first token, else an idle drafter.
     fn profile(&self, draft: &[TokenClass], context: &StepContext) -> Option<DrafterProfile> {
         let running = context.pending.map(|pending| TokenSource::Drafter(pending.drafter));
-        let drafted = draft.first().map(|class| class.source);
-        match running.or(drafted).or(context.idle_drafter.map(TokenSource::Drafter))? {
+        let next = draft.first().map(|class| class.source);
+        match running.or(next).or(context.idle_drafter.map(TokenSource::Drafter))? {
             TokenSource::Drafter(number) => {
                 let drafter = self.drafters.get(number)?;
                 Some(drafter.profile(context.round_trip, &self.tuning))

@@ -530,7 +530,7 @@ impl Session {
         };
         let (mut best, mut plan, mut streaming) = (&self.copied, plan_for(&self.copied, None, None), false);
         let mut fits = continues_offer(&self.copied);
-        let mut paused = Vec::new();
+        let mut to_pause = Vec::new();
         for (number, drafter) in self.drafters.iter().enumerate() {
             let pending = if started.contains(&number) {
                 Some(PendingDraft {
@@ -548,7 +548,7 @@ impl Session {
             let other = plan_for(&drafter.draft, pending, is_idle.then_some(number));
             let agrees = continues_offer(&drafter.draft);
             if other.pause_drafter && other.wait_us == 0 && drafter.stream.is_some() {
-                paused.push(number);
+                to_pause.push(number);
             }
             if (agrees, other.value, other.n) >= (fits, plan.value, plan.n) {
                 (best, plan, fits, streaming) = (&drafter.draft, other, agrees, pending.is_some());
@@ -564,7 +564,7 @@ impl Session {
         BestDraft {
             plan,
             streaming,
-            paused,
+            paused: to_pause,
             tokens: &tokens[..n],
             classes: &classes[..n],
         }

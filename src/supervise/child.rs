@@ -1,4 +1,6 @@
-//! One running child process.
+//! One running child process. Dropping the guard kills the child.
+//!
+//! Each line of output goes to the log, and the last lines are kept to explain a death.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,11 +18,11 @@ use super::command::{Launch, Role};
 use super::parent_bound;
 
 /// Lines of output that are kept to explain a death.
-const TAIL: usize = 40;
-/// Longest line that is kept; the rest of a longer one is dropped.
-const LINE: usize = 2000;
-/// How long the output of a child that has ended is still read. A grandchild may hold the pipe open for ever.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+const TAIL_LINES: usize = 40;
+/// Longest line in bytes; the rest of a longer line is dropped.
+const MAX_LINE: usize = 2000;
+/// Time limit for reading the output of a child that has ended. A grandchild may hold the pipe open for ever.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// A running child. Dropping it kills it.
 #[derive(Debug)]
@@ -29,11 +31,11 @@ pub struct Child {
     pid: u32,
     tail: Tail,
     readers: JoinSet<()>,
-    /// Its standard input, for one that ends when that is closed.
+    /// Standard input of a child that ends when its input closes.
     lifeline: Option<ChildStdin>,
 }
 
-/// Takes lines that are news rather than log; says whether it took one.
+/// Receives each line first. Returns true for a line that it has used, which then is not logged.
 pub type Listener = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// The last lines that a child wrote.
@@ -41,12 +43,12 @@ pub type Listener = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 pub struct Tail(Arc<Mutex<VecDeque<String>>>);
 
 impl Child {
-    /// Starts `launch` and forwards what it writes to the log, under the name `role`.
+    /// Starts `launch` and writes its output to the log under the name `role`.
     pub async fn spawn(role: Role, launch: &Launch) -> io::Result<Self> {
         Self::spawn_with(role, launch, None).await
     }
 
-    /// As [`Self::spawn`]; with a listener its standard input stays open until it is stopped.
+    /// Like [`Self::spawn`]. With a listener, the child's standard input stays open until [`Self::stop`].
     pub async fn spawn_with(role: Role, launch: &Launch, listener: Option<Listener>) -> io::Result<Self> {
         let mut command = parent_bound::command(launch);
         let stdin = if listener.is_some() {
@@ -59,7 +61,7 @@ impl Child {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        // A group of its own, so that Ctrl-C reaches the supervisor alone and it decides in which order things end.
+        // A separate process group, so that Ctrl-C reaches only the supervisor, which then stops its children in order.
         command.process_group(0);
         let mut process = parent_bound::spawn(command).await?;
         let pid = process
@@ -73,7 +75,7 @@ impl Child {
         if let Some(stderr) = process.stderr.take() {
             readers.spawn(forward(role, stderr, tail.clone(), None));
         }
-        // Waiting for a process closes what is still its standard input.
+        // Taken out of the process, because waiting for a process closes its standard input.
         let lifeline = process.stdin.take();
         Ok(Self {
             process,
@@ -95,22 +97,25 @@ impl Child {
         self.process.wait().await
     }
 
-    /// Its last lines; to be called once it has ended.
+    /// Its last lines. Call this after the child has ended.
     pub async fn last_lines(&mut self) -> Vec<String> {
-        let _ = timeout(LAST_WORDS, async { while self.readers.join_next().await.is_some() {} }).await;
+        let _ = timeout(DRAIN_TIMEOUT, async {
+            while self.readers.join_next().await.is_some() {}
+        })
+        .await;
         self.tail.lines()
     }
 
-    /// Its last lines so far, and those to come.
+    /// Its last lines, kept up to date.
     #[must_use]
     pub fn tail(&self) -> Tail {
         self.tail.clone()
     }
 
-    /// Ends it: SIGTERM, and SIGKILL if it has not ended within `patience`.
+    /// Ends it with SIGTERM, and with SIGKILL after `patience`.
     pub async fn stop(&mut self, patience: Duration) -> io::Result<ExitStatus> {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
-        // `id` is `Some` until the process was waited for, so the number cannot belong to another one yet.
+        // `id` is `Some` until the process was waited for, so the pid cannot belong to another process.
         if let (Some(pid), Some(_)) = (pid, self.process.id()) {
             let _ = kill_process(pid, Signal::TERM);
         }
@@ -130,12 +135,11 @@ impl Child {
     }
 }
 
-/// Whether a process was stopped by a signal or a debugger, so that it runs no further; `false` where that cannot be told
-/// (`/proc/PID/stat`, see proc(5)).
+/// Whether a signal or a debugger has stopped the process, by `/proc/PID/stat` (see proc(5)). `false` if that cannot be read.
 #[must_use]
 pub fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name in parentheses may have spaces and parentheses of its own.
+    // The name in parentheses may itself contain spaces and parentheses.
     let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
     matches!(state, Some("T" | "t"))
 }
@@ -143,7 +147,7 @@ pub fn is_stopped(pid: u32) -> bool {
 impl Tail {
     fn push(&self, line: &str) {
         let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() == TAIL {
+        if lines.len() == TAIL_LINES {
             lines.pop_front();
         }
         lines.push_back(line.to_owned());
@@ -161,7 +165,7 @@ impl Tail {
     }
 }
 
-/// Reads lines until the stream ends; bytes that are no UTF-8 and endless lines do no harm.
+/// Reads lines until the stream ends. Accepts invalid UTF-8 and lines of any length.
 async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listener: Option<Listener>) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
@@ -171,14 +175,14 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listene
             Some(end) => (end + 1, true),
             None => (chunk.len(), chunk.is_empty()),
         };
-        let room = LINE.saturating_sub(line.len()).min(taken);
+        let room = MAX_LINE.saturating_sub(line.len()).min(taken);
         line.extend_from_slice(&chunk[..room]);
         stream.consume(taken);
         if complete {
             let text = String::from_utf8_lossy(&line);
             let text = text.trim_end();
-            let heard = listener.as_ref().is_some_and(|listener| listener(text));
-            if !text.is_empty() && !heard {
+            let used = listener.as_ref().is_some_and(|listener| listener(text));
+            if !text.is_empty() && !used {
                 log(role, text);
                 tail.push(text);
             }
@@ -190,9 +194,9 @@ async fn forward(role: Role, stream: impl AsyncRead + Unpin, tail: Tail, listene
     }
 }
 
-/// Warnings of llama-server about what is meant to be: a request that its client has ended, a prompt of which every token is in
-/// the cache, one cache for all slots that is larger than the context of each, and a page that may not read answers.
-const ROUTINE: [&str; 6] = [
+/// Warnings of llama-server about intended behaviour, which are logged at level debug: a request that its client has ended, a
+/// prompt that is wholly in the cache, a cache for all slots that is larger than the context of each, and a refused web page.
+const ROUTINE_WARNINGS: [&str; 6] = [
     "cancel task",
     "need to evaluate at least 1 token",
     "n_past was set to",
@@ -201,10 +205,10 @@ const ROUTINE: [&str; 6] = [
     "(CORS) skip non-localhost origin",
 ];
 
-/// llama.cpp writes `0.00.123.456 I srv  …`: its level becomes ours, but for what it says of every single request. A
-/// ggml-rpc-server gives no level, and tells of every part of a model.
+/// Logs a line with the level that llama.cpp gives it: `0.00.123.456 I srv  …`. Level I becomes debug, because llama-server
+/// writes such lines for each request. A ggml-rpc-server writes no level, and a line for each part of a model.
 fn log(role: Role, line: &str) {
-    let routine = ROUTINE.iter().any(|words| line.contains(words));
+    let routine = ROUTINE_WARNINGS.iter().any(|words| line.contains(words));
     match line.split_whitespace().nth(1) {
         Some("E") => tracing::error!(target: "tightwad::child", "{role}: {line}"),
         Some("I") => tracing::debug!(target: "tightwad::child", "{role}: {line}"),

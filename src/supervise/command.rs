@@ -1,4 +1,6 @@
-//! llama-server's arguments.
+//! Command lines of llama-server. Pure: no file is read, except a key file by [`Launch::api_key`].
+//!
+//! Arguments of the config come last and win. A key never is an argument, because every user of the machine can read those.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,12 +14,12 @@ use crate::config::{self, GpuBackend, Model, Secret, Server};
 
 /// Option of our patched llama-server that lets drafters attach.
 pub const EXTERNAL_DRAFT_OPTION: &str = "--spec-draft-external-max";
-/// Draft tokens per step that a target is prepared for when the file says `auto`.
+/// Draft tokens per step of a target with `max_draft_tokens: auto`.
 const AUTO_DRAFT_TOKENS: u16 = 16;
 
-/// More layers than any model has: all of them go to the devices.
+/// More layers than any model has, so that all layers go to the devices.
 const EVERY_LAYER: &str = "999";
-/// What several AMD GPUs of one host are known to need: their own copy engines and many queues make them hang or fault.
+/// Environment for several AMD GPUs in one host: with their own copy engines and many queues they hang or fault.
 const SEVERAL_AMD_GPUS: [(&str, &str); 2] = [("HSA_ENABLE_SDMA", "0"), ("GPU_MAX_HW_QUEUES", "1")];
 
 /// A command line, ready to start.
@@ -27,22 +29,22 @@ pub struct Launch {
     pub program: OsString,
     /// Arguments.
     pub args: Vec<OsString>,
-    /// Environment variables beside the inherited ones. They may hold keys.
+    /// Environment variables besides the inherited ones. They may hold keys.
     pub env: Vec<(String, Secret)>,
-    /// The kind of GPU without which it is not to be started. Each start looks for them and names them with `--device`.
+    /// Kind of GPU that the server requires. Each start lists the devices and passes them as `--device`.
     pub gpus: Option<GpuBackend>,
-    /// How long it may make no token while it answers something; zero: for ever.
+    /// Time limit for a token while it answers a request; zero: none.
     pub stall: Duration,
 }
 
-/// What a server is for.
+/// Purpose of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Verifies and answers.
+    /// Verifies drafts and answers.
     Target,
     /// Drafts.
     Draft,
-    /// Answers over the GPUs of several hosts.
+    /// Answers, with the GPUs of several hosts.
     Coordinator,
     /// Lends its GPUs: a ggml-rpc-server.
     Rpc,
@@ -78,7 +80,7 @@ pub struct Pool {
     pub layers: Vec<u32>,
 }
 
-/// The draft tokens per step to prepare a target for; `None` when drafting is off.
+/// Largest number of draft tokens per step of a target; `None` when drafting is off.
 #[must_use]
 pub fn external_draft(max: config::MaxDraftTokens) -> Option<u16> {
     match max {
@@ -88,8 +90,8 @@ pub fn external_draft(max: config::MaxDraftTokens) -> Option<u16> {
     }
 }
 
-/// The command line of a llama-server. `external_draft` is the most draft tokens per step that it verifies for drafters
-/// outside, if its binary can. What the file says in `extra_args` comes last and wins.
+/// The command line of a llama-server. `external_draft` is the largest number of draft tokens per step from external drafters, if the
+/// binary supports them. `extra_args` of the config come last and win.
 #[must_use]
 pub fn llama_server(
     program: impl Into<OsString>,
@@ -101,8 +103,8 @@ pub fn llama_server(
     launch(program.into(), server, name, model, external_draft, None)
 }
 
-/// The command line of a llama-server over several hosts. `server` says where it listens, behind the coordinator's own
-/// port; the rest is the coordinator's.
+/// The command line of a llama-server over several hosts. `server` holds the address behind the coordinator's public port, and the
+/// other settings of the coordinator.
 #[must_use]
 pub fn coordinator(
     program: impl Into<OsString>,
@@ -128,7 +130,7 @@ fn launch(
     args.option("--host", &server.host);
     args.option("--port", server.port.to_string());
     args.option("-m", &model.path);
-    // A comma would make two names of it.
+    // llama-server takes a name with a comma for two names.
     if !name.is_empty() && !name.contains(',') {
         args.option("--alias", name);
     }
@@ -159,8 +161,8 @@ fn launch(
     args.flag("--slots");
     if let Some(max) = external_draft {
         args.option(EXTERNAL_DRAFT_OPTION, max.to_string());
-        // With a cache per slot, slots that verify drafts of different lengths do not fit one pass over the weights: it is
-        // split by sequences of equal length (llama.cpp b11434, `llama_batch_allocr::split_equal`).
+        // With a cache per slot, llama-server splits a pass by sequences of equal length, so that drafts of different lengths need
+        // several passes over the weights (llama.cpp b11434, `llama_batch_allocr::split_equal`).
         if slots > 1 {
             args.flag("--kv-unified");
             args.option("--kv-unified-per-slot", model.ctx_size.to_string());
@@ -171,7 +173,7 @@ fn launch(
     if server.backend == Some(GpuBackend::Cpu) && !names_devices {
         args.option("--device", "none");
     }
-    // No page of another machine may read an answer. As a variable, since older builds of llama.cpp do not know the option.
+    // Web pages of other machines must not read answers. A variable, because older builds of llama.cpp lack the option.
     let mut env: Vec<(String, Secret)> = vec![("LLAMA_ARG_CORS_ORIGINS".into(), Secret::new("localhost"))];
     // Keys never go on the command line, where every user of the machine can read them.
     if let Some(file) = &server.api_key_file {
@@ -195,8 +197,7 @@ fn launch(
     }
 }
 
-/// The environment that a host's GPUs need, for llama-server and `ggml-rpc-server` alike. The config's `env` comes after
-/// it and wins.
+/// Environment variables for a host's GPUs, for llama-server and `ggml-rpc-server`. The config's `env` comes later and wins.
 #[must_use]
 pub fn gpu_environment(backend: Option<GpuBackend>, gpus: usize) -> &'static [(&'static str, &'static str)] {
     if backend == Some(GpuBackend::Hip) && gpus > 1 {
@@ -207,14 +208,14 @@ pub fn gpu_environment(backend: Option<GpuBackend>, gpus: usize) -> &'static [(&
 }
 
 impl Launch {
-    /// The value that an option has in the end: the last one wins.
+    /// The effective value of an option: the last one wins.
     #[must_use]
     pub fn value_of(&self, option: &str) -> Option<&str> {
         let at = self.args.iter().rposition(|arg| arg == option)?;
         self.args.get(at + 1)?.to_str()
     }
 
-    /// A key that it takes from its clients.
+    /// A key that it accepts from clients.
     #[must_use]
     pub fn api_key(&self) -> Option<Secret> {
         let of_env = || {
@@ -234,7 +235,7 @@ impl Launch {
             .or_else(of_env)
     }
 
-    /// Where it will listen.
+    /// The address on which it listens.
     #[must_use]
     pub fn address(&self) -> (String, u16) {
         let host = self.value_of("--host").unwrap_or("127.0.0.1").to_owned();
@@ -246,14 +247,14 @@ impl Launch {
         )
     }
 
-    /// Where it will listen, if that is an IPv4 address; no other is known to llama.cpp's RPC.
+    /// The IPv4 address on which it listens. llama.cpp's RPC supports no other.
     #[must_use]
     pub fn ipv4_address(&self) -> Option<SocketAddrV4> {
         let (host, port) = self.address();
         Some(SocketAddrV4::new(host.parse().ok()?, port))
     }
 
-    /// The URL that it answers at from this machine.
+    /// The URL at which this machine reaches it.
     #[must_use]
     pub fn url(&self) -> String {
         let (host, port) = self.address();
@@ -273,7 +274,7 @@ impl Arguments {
         self.0.extend([name.into(), value.into()]);
     }
 
-    /// The order matters: a device is known by name only after its server has been named.
+    /// The order matters: `--rpc` must come first, because it creates the devices that `--device` names.
     fn pool(&mut self, pool: &Pool) {
         if !pool.rpc.is_empty() {
             self.option("--rpc", pool.rpc.join(","));
@@ -283,7 +284,7 @@ impl Arguments {
         self.option("--split-mode", "layer");
         self.option("--tensor-split", layers.join(","));
         self.option("-ngl", EVERY_LAYER);
-        // llama-server would change what is planned here by what it thinks is free.
+        // Without this, llama-server would change the planned layers by its own estimate of free memory.
         self.option("--fit", "off");
     }
 }

@@ -1,4 +1,6 @@
-//! Why a child died, in words, with what to do next.
+//! Explains why a child died: a sentence with the cause and the next thing to do. Pure.
+//!
+//! The cause comes from the exit status and from fragments of llama.cpp's own log.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -8,39 +10,39 @@ use super::devices::Missing;
 use super::restart::Prospect;
 use super::stall::Stalled;
 
-/// A death: the cause as far as it can be told, and the last lines.
+/// A death: the most likely cause, and the last lines.
 #[derive(Debug, Clone)]
 pub struct Death {
-    /// What it died of.
+    /// The cause.
     pub cause: Cause,
     /// Its last lines.
     pub last_lines: Vec<String>,
 }
 
-/// What a child died of.
+/// Cause of a child's death. A `String` holds llama.cpp's own line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
     /// Another program listens on its port.
     PortInUse,
-    /// The model file is missing, broken, or of a kind that this llama.cpp does not know; its own words.
+    /// The model file is missing, broken, or of a kind that this llama.cpp does not support.
     ModelNotLoaded(String),
-    /// Not enough memory, on a GPU or in the machine; its own words, which may name the device.
+    /// A GPU or the machine has too little memory. The line may name the device.
     OutOfMemory(String),
-    /// It does not know one of its arguments; its own words.
+    /// It does not know one of its arguments.
     BadArgument(String),
-    /// A machine that lends its GPUs is gone; its own words.
+    /// The connection to a worker broke.
     WorkerLost(String),
-    /// A machine that lends its GPUs speaks another version of the RPC protocol; its own words.
+    /// A worker has another version of the RPC protocol.
     OtherBuild(String),
-    /// An instruction that this processor does not have.
+    /// It used an instruction that this processor does not have.
     IllegalInstruction,
-    /// It was ended, since it did nothing any more.
+    /// The supervisor ended it because it made no progress.
     Stalled(Stalled),
-    /// It was not started, since there is no device of its kind.
+    /// It was not started, because no device of the configured kind was found.
     NoDevice(Missing),
-    /// It was to compute on a device that is not there; its own words.
+    /// A configured device does not exist.
     UnknownDevice(String),
-    /// It could not be started at all.
+    /// The system could not start the process.
     NotStarted(String),
     /// Another exit code.
     Code(i32),
@@ -48,7 +50,7 @@ pub enum Cause {
     Signal(i32),
 }
 
-/// Fragments of llama.cpp's log, most telling first.
+/// Fragment of llama.cpp's log, and the cause that it shows. The most specific fragments come first.
 type Sign = (&'static str, fn(String) -> Cause);
 const SIGNS: &[Sign] = &[
     ("Remote RPC server crashed", Cause::WorkerLost),
@@ -58,7 +60,7 @@ const SIGNS: &[Sign] = &[
     ("couldn't bind", |_| Cause::PortInUse),
     ("address already in use", |_| Cause::PortInUse),
     ("Failed to create server socket", |_| Cause::PortInUse),
-    // This one names the device: `unable to allocate CUDA0 buffer`.
+    // This line names the device: `unable to allocate CUDA0 buffer`.
     ("unable to allocate", Cause::OutOfMemory),
     ("out of memory", Cause::OutOfMemory),
     ("failed to allocate", Cause::OutOfMemory),
@@ -76,7 +78,7 @@ const SIGILL: i32 = 4;
 const SIGKILL: i32 = 9;
 
 impl Death {
-    /// Reads the exit status and the last lines.
+    /// Explains an exit status by the last lines.
     #[must_use]
     pub fn explain(status: ExitStatus, last_lines: Vec<String>) -> Self {
         let cause = match (status.signal(), sign(&last_lines)) {
@@ -88,13 +90,13 @@ impl Death {
         Self { cause, last_lines }
     }
 
-    /// A child that could not even be started.
+    /// The death of a child that the system could not start.
     #[must_use]
     pub fn not_started(error: &std::io::Error) -> Self {
         Cause::NotStarted(error.to_string()).into()
     }
 
-    /// The device that it waits for, if it was not started for want of one.
+    /// The missing device, if that is the cause.
     #[must_use]
     pub fn missing(&self) -> Option<&Missing> {
         match &self.cause {
@@ -103,13 +105,13 @@ impl Death {
         }
     }
 
-    /// Whether the same start may go better next time.
+    /// Whether starting again may help.
     #[must_use]
     pub fn is_curable(&self) -> bool {
         self.prospect() != Prospect::Hopeless
     }
 
-    /// What to expect of the same start again.
+    /// Whether starting again may help.
     #[must_use]
     pub fn prospect(&self) -> Prospect {
         match self.cause {
@@ -139,7 +141,7 @@ fn sign(lines: &[String]) -> Option<Cause> {
     })
 }
 
-/// A line of llama.cpp without its time, level and place: `0.00.004 E llama_model_load: error …` becomes `error …`.
+/// A line of llama.cpp without time and level: `0.00.004 E llama_model_load: error …` becomes `llama_model_load: error …`.
 fn message(line: &str) -> &str {
     let mut words = line.splitn(3, ' ');
     match (words.next(), words.next(), words.next()) {
@@ -197,7 +199,7 @@ impl fmt::Display for Death {
             Cause::Code(127) => f.write_str("it could not be executed (exit code 127); see its last lines"),
             Cause::Code(code) => write!(f, "it ended with exit code {code}; see its last lines"),
             Cause::Signal(SIGKILL) => {
-                f.write_str("it was killed (signal 9); if nobody did that, the machine ran out of memory: see `dmesg`")
+                f.write_str("it was killed (signal 9), probably because the machine ran out of memory: see `dmesg`")
             }
             Cause::Signal(signal) => write!(f, "it was ended by signal {signal}; see its last lines"),
         }

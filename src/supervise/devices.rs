@@ -1,4 +1,7 @@
-//! The devices that a llama-server sees, asked before each start: one that finds no GPU computes on the CPU without a word.
+//! The devices that a llama-server sees, listed before each start.
+//!
+//! A llama-server that finds no GPU computes on the CPU without a warning. So a server with a configured kind of GPU is not started
+//! until `--list-devices` shows one, and gets the names with `--device`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -12,14 +15,14 @@ use super::command::{Launch, Role};
 use super::environment;
 use crate::config::{GpuBackend, Secret};
 
-/// A GPU driver that wakes up takes a while.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for `--list-devices`. A GPU driver may take several seconds to wake up.
+const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What `--list-devices` says.
+/// The answer of `--list-devices`.
 #[derive(Debug, Default)]
 struct Listing {
     devices: Vec<Device>,
-    /// Why there are none, in the words of a driver's library.
+    /// The error of a driver's library.
     complaint: Option<String>,
 }
 
@@ -32,12 +35,12 @@ struct Device {
     what: String,
 }
 
-/// There is no device of the kind that a section asks for.
+/// No device of the configured kind was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Missing {
     /// The kind.
     pub kind: GpuBackend,
-    /// What was found out.
+    /// The devices that were found, or the driver's error.
     pub found: String,
 }
 
@@ -48,7 +51,7 @@ impl fmt::Display for Missing {
     }
 }
 
-/// What is usually wrong.
+/// The next thing to check.
 fn remedy(kind: GpuBackend) -> &'static str {
     match kind {
         GpuBackend::Cuda => {
@@ -67,11 +70,11 @@ fn remedy(kind: GpuBackend) -> &'static str {
     }
 }
 
-/// Says on which devices the server computes, and names those of its kind of GPU; [`Missing`] if there are none.
+/// Logs the devices of the server, and adds `--device` with those of the configured kind. Fails with [`Missing`] if there are none.
 pub async fn choose(role: Role, launch: &Launch) -> Result<Launch, Missing> {
     let mut launch = launch.clone();
     let Some(kind) = launch.gpus else {
-        tell(role, &launch).await;
+        log_devices(role, &launch).await;
         return Ok(launch);
     };
     let listing = list(&launch.program, &launch.env).await;
@@ -87,8 +90,8 @@ pub async fn choose(role: Role, launch: &Launch) -> Result<Launch, Missing> {
     Ok(launch)
 }
 
-/// Says on which devices a server computes that nobody has tied to a kind.
-async fn tell(role: Role, launch: &Launch) {
+/// Logs the devices of a server without a configured kind of GPU.
+async fn log_devices(role: Role, launch: &Launch) {
     match launch.value_of("--device").or_else(|| launch.value_of("-dev")) {
         Some("none") => return tracing::info!("the {role} computes on the CPU"),
         Some(names) => return tracing::info!("the {role} computes on {names}"),
@@ -99,19 +102,19 @@ async fn tell(role: Role, launch: &Launch) {
             tracing::info!("the {role} computes on the CPU: {}", listing.describe(&launch.program));
         }
         Ok(listing) => tracing::info!("the {role} computes on {}", join(&listing.devices, "; ")),
-        Err(error) => tracing::warn!("it is not known what the {role} computes on: {error}"),
+        Err(error) => tracing::warn!("cannot list the devices of the {role}: {error}"),
     }
 }
 
-/// Asks the program.
+/// Runs `--list-devices`.
 async fn list(program: &OsStr, env: &[(String, Secret)]) -> Result<Listing, String> {
     let mut command = Command::new(program);
-    environment::give(&mut command, env);
+    environment::apply(&mut command, env);
     command.arg("--list-devices").stdin(Stdio::null()).kill_on_drop(true);
     let question = format!("`{} --list-devices`", program.display());
-    let output = timeout(PATIENCE, command.output())
+    let output = timeout(LIST_TIMEOUT, command.output())
         .await
-        .map_err(|_| format!("{question} does not answer within {} s", PATIENCE.as_secs()))?
+        .map_err(|_| format!("{question} does not answer within {} s", LIST_TIMEOUT.as_secs()))?
         .map_err(|error| format!("{question} cannot be run: {error}"))?;
     let complaint = complaint(String::from_utf8_lossy(&output.stderr).lines());
     if !output.status.success() {
@@ -143,7 +146,7 @@ fn join<'a>(devices: impl IntoIterator<Item = &'a Device>, between: &str) -> Str
     shown.join(between)
 }
 
-/// The devices of a list, each on an indented line (llama.cpp b11434, `common_print_available_devices`).
+/// Reads the devices, each on an indented line (llama.cpp b11434, `common_print_available_devices`).
 fn parse(list: &str) -> Vec<Device> {
     let lines = list.lines().filter(|line| line.starts_with("  "));
     let devices = lines.filter_map(|line| line.trim().split_once(": "));
@@ -155,7 +158,7 @@ fn parse(list: &str) -> Vec<Device> {
         .collect()
 }
 
-/// The first line with which a driver's library says that it failed.
+/// The first line in which a driver's library reports an error.
 pub fn complaint<T: AsRef<str>>(lines: impl IntoIterator<Item = T>) -> Option<String> {
     let fails = |line: &str| {
         let line = line.to_lowercase();

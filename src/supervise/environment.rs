@@ -1,8 +1,8 @@
-//! The environment of llama.cpp's programs: what they need to find their libraries, GPUs and caches, and no secret of ours.
+//! The environment of llama.cpp's programs: the variables that they need to find libraries, GPUs and caches, and no secrets.
 //!
-//! A supervisor's environment may hold tokens for other services. A child that crashes may write its environment into a core
-//! file, and every process of its user can read it. So a child inherits only what is listed here, and gets what the cluster file
-//! says in `env`.
+//! The supervisor's environment may hold tokens for other services. A crashing child may write its environment into a core file, and
+//! every process of its user can read it. So a child inherits only the variables that are listed here. It also gets those of `env` in
+//! the cluster file.
 
 use std::ffi::OsStr;
 
@@ -25,14 +25,14 @@ const NAMES: &[&str] = &[
     "TMPDIR",
     "TMP",
     "TEMP",
-    // The sockets of a desktop session, which some Vulkan drivers and layers ask for.
+    // Some Vulkan drivers and layers use the desktop session.
     "DISPLAY",
     "WAYLAND_DISPLAY",
     "DRI_PRIME",
-    // Which GPUs a program sees, as OpenCL, ROCm and batch systems say it.
+    // The visible GPUs, as set by OpenCL, ROCm and batch systems.
     "GPU_DEVICE_ORDINAL",
     "GLIBC_TUNABLES",
-    // NixOS: the loader of programs that were not built for it.
+    // The loader for programs that were not built for NixOS.
     "NIX_LD",
     "NIX_LD_LIBRARY_PATH",
 ];
@@ -86,8 +86,8 @@ const PREFIXES: &[&str] = &[
     "MALLOC_",
 ];
 
-/// Gives `command` what a child inherits, and `own` on top.
-pub fn give(command: &mut Command, own: &[(String, Secret)]) {
+/// Sets the environment of `command`: the inherited variables, then `own`, which win.
+pub fn apply(command: &mut Command, own: &[(String, Secret)]) {
     command.env_clear();
     command.envs(std::env::vars_os().filter(|(name, _)| is_inherited(name)));
     command.envs(own.iter().map(|(name, value)| (name, value.expose())));

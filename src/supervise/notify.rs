@@ -1,6 +1,6 @@
-//! What systemd is told of this process (`Type=notify`, `WatchdogSec=`): that it serves, what goes on, that it lives.
+//! Reports the state of this process to systemd (`Type=notify`, `WatchdogSec=`): readiness, a status line, and the watchdog.
 //!
-//! Where `NOTIFY_SOCKET` is not set nobody has asked, and nothing is told.
+//! Sends nothing if `NOTIFY_SOCKET` is not set. Never sends READY after STOPPING.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,60 +13,60 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::service::State;
 
-/// What systemd asks of this process alone.
-const OF_THIS_PROCESS: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+/// Variables by which systemd addresses this process, and not its children.
+const NOTIFY_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
-/// Tells systemd how this process is.
+/// Reports the state of this process to systemd.
 #[derive(Debug, Clone, Default)]
-pub struct Notifier(Arc<Mutex<Told>>);
+pub struct Notifier(Arc<Mutex<Reported>>);
 
-/// What was told last.
+/// The last report.
 #[derive(Debug, Default)]
-struct Told {
+struct Reported {
     ready: bool,
     stopping: bool,
     status: String,
 }
 
-/// What servers that are kept running are about.
+/// Status lines for servers that are kept running.
 #[derive(Debug, Clone)]
-pub struct Words {
+pub struct StatusLines {
     /// While they start: `loading qwen3-32b`.
     pub starting: String,
-    /// When all of them do: `qwen3-32b serves`.
+    /// While all of them serve: `qwen3-32b serves`.
     pub serving: String,
 }
 
 impl Notifier {
-    /// It serves. Only the first time is told.
+    /// Reports that this process is ready. Only the first call has an effect.
     pub fn ready(&self) {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !told.ready && !told.stopping {
-            told.ready = true;
-            tell(&[NotifyState::Ready]);
+        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !reported.ready && !reported.stopping {
+            reported.ready = true;
+            send(&[NotifyState::Ready]);
         }
     }
 
-    /// What it does, or waits for. Only changes are told.
+    /// Reports a status line, if it has changed.
     pub fn status(&self, status: &str) {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.status != status {
-            status.clone_into(&mut told.status);
-            // A second line would be another message.
+        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if reported.status != status {
+            status.clone_into(&mut reported.status);
+            // A line break would begin another message.
             let line: Vec<&str> = status.lines().map(str::trim).collect();
-            tell(&[NotifyState::Status(&line.join("; "))]);
+            send(&[NotifyState::Status(&line.join("; "))]);
         }
     }
 
-    /// It was asked to end.
+    /// Reports that this process is ending.
     pub fn stopping(&self) {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        told.stopping = true;
-        tell(&[NotifyState::Stopping]);
+        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        reported.stopping = true;
+        send(&[NotifyState::Stopping]);
     }
 
-    /// Tells systemd that this process lives, for as long as its runtime gets round to it, where it wants to hear that. To
-    /// be called within the runtime that does the work.
+    /// Feeds systemd's watchdog, if it is on. Call this inside of the runtime that does the work: a blocked runtime then stops
+    /// feeding it.
     pub fn watch(&self) {
         let Some(patience) = sd_notify::watchdog_enabled().filter(|patience| !patience.is_zero()) else {
             return;
@@ -76,21 +76,21 @@ impl Notifier {
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
-                tell(&[NotifyState::Watchdog]);
+                send(&[NotifyState::Watchdog]);
             }
         });
     }
 
-    /// Tells how servers are, and that this process is ready as soon as all of them are.
-    pub async fn follow(&self, words: &Words, mut servers: Vec<watch::Receiver<State>>) -> Infallible {
+    /// Reports the state of the servers, and that this process is ready as soon as all of them are.
+    pub async fn follow(&self, lines: &StatusLines, mut servers: Vec<watch::Receiver<State>>) -> Infallible {
         let mut attempts = vec![1_u32; servers.len()];
         loop {
-            let mut hitch = None;
+            let mut problem = None;
             for (server, attempt) in servers.iter_mut().zip(&mut attempts) {
                 let sentence = match &*server.borrow_and_update() {
                     State::Ready { .. } => None,
-                    State::Starting | State::Loading if *attempt == 1 => Some(words.starting.clone()),
-                    State::Starting | State::Loading => Some(format!("{}, attempt {attempt}", words.starting)),
+                    State::Starting | State::Loading if *attempt == 1 => Some(lines.starting.clone()),
+                    State::Starting | State::Loading => Some(format!("{}, attempt {attempt}", lines.starting)),
                     State::Waiting { death, pause } => {
                         *attempt = attempt.saturating_add(1);
                         let seconds = pause.as_secs_f32();
@@ -102,13 +102,13 @@ impl Notifier {
                     State::Stopped => Some("stopped".to_owned()),
                     State::GaveUp { death } => Some(format!("gave up: {death}")),
                 };
-                hitch = hitch.or(sentence);
+                problem = problem.or(sentence);
             }
-            if hitch.is_none() {
+            if problem.is_none() {
                 self.ready();
                 attempts.fill(1);
             }
-            self.status(hitch.as_deref().unwrap_or(&words.serving));
+            self.status(problem.as_deref().unwrap_or(&lines.serving));
             let changes = servers.iter_mut().map(|server| Box::pin(server.changed()));
             if select_all(changes).await.0.is_err() {
                 return pending().await;
@@ -117,15 +117,15 @@ impl Notifier {
     }
 }
 
-/// Keeps what systemd asks of this process from a child: llama-server would take it for meant for itself.
+/// Removes systemd's variables from a child's environment: llama-server would use them itself.
 pub fn hide_from(command: &mut Command) {
-    for variable in OF_THIS_PROCESS {
+    for variable in NOTIFY_VARIABLES {
         command.env_remove(variable);
     }
 }
 
-fn tell(state: &[NotifyState<'_>]) {
+fn send(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!("systemd cannot be told how this is: {error}");
+        tracing::warn!("cannot report the state to systemd: {error}");
     }
 }

@@ -1,9 +1,9 @@
 //! Children that cannot outlive their supervisor.
 //!
-//! A supervisor that is killed with SIGKILL cannot clean up, and a llama-server left behind keeps its GPU memory and its
-//! port. Linux can kill a child with its parent, but a process must ask for that itself, between `fork` and `exec`,
-//! where Rust offers no safe code. So the supervisor starts its own binary a second time; that one asks, checks that
-//! its parent still lives, and becomes the program.
+//! A supervisor that SIGKILL ends cannot clean up, and a llama-server left behind keeps its GPU memory and its port. Linux can kill a
+//! child with its parent, but the child must request this itself between `fork` and `exec`, where Rust offers no safe code. So the
+//! supervisor starts its own binary a second time. That process requests the signal, checks that its parent still lives, and becomes
+//! the program.
 
 use std::ffi::OsString;
 use std::io;
@@ -20,7 +20,7 @@ use super::environment;
 /// Name of the hidden subcommand that ends in [`become_program`].
 pub const SUBCOMMAND: &str = "exec-child";
 
-/// This very binary, also after an update has replaced it on disk.
+/// The running binary, even after an update has replaced it on disk.
 const OWN_BINARY: &str = "/proc/self/exe";
 
 /// Turns this process into `program`, bound to live no longer than its parent `parent`.
@@ -31,7 +31,7 @@ pub fn become_program(parent: u32, program: &OsString, args: &[OsString]) -> io:
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return error.into();
     }
-    // A parent that died before the line above sends no signal any more.
+    // A parent that died before the line above sends no signal.
     let still_there = getppid().is_some_and(|pid| u32::try_from(pid.as_raw_nonzero().get()) == Ok(parent));
     if !still_there {
         return io::Error::other("the supervisor is gone");
@@ -43,7 +43,7 @@ pub fn become_program(parent: u32, program: &OsString, args: &[OsString]) -> io:
 #[must_use]
 pub fn command(launch: &Launch) -> tokio::process::Command {
     let mut command = tokio::process::Command::new(OWN_BINARY);
-    environment::give(&mut command, &launch.env);
+    environment::apply(&mut command, &launch.env);
     command
         .arg0("tightwad")
         .arg(SUBCOMMAND)
@@ -78,7 +78,7 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     std::thread::spawn(move || {
         for mut job in queue {
             let _runtime = job.runtime.enter();
-            // Nobody waits for the answer any more: the child dies with the value.
+            // If the receiver is gone, dropping the child kills it.
             let _ = job.reply.send(job.command.spawn());
         }
     });

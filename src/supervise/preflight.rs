@@ -1,4 +1,5 @@
-//! What must be there before a server is started: one clear sentence beats forty lines of its log.
+//! Checks before a server is started: program, model file, key file, port. Each failure is one sentence that names the config key,
+//! instead of forty lines of the server's log.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -11,10 +12,10 @@ use super::command::{self, EXTERNAL_DRAFT_OPTION, Launch, Role};
 use super::environment;
 use crate::config::{Binaries, MaxDraftTokens, Model, Server};
 
-/// A file that opens like this is a model.
+/// The first bytes of a GGUF file.
 const GGUF_MAGIC: [u8; 4] = *b"GGUF";
-/// `--help` answers in milliseconds; a GPU driver that wakes up takes longer.
-const HELP_PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for `--help`, which takes milliseconds unless a GPU driver has to wake up.
+const HELP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a server cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -28,33 +29,33 @@ pub enum PreflightError {
     /// No such file.
     #[error("the {what} {} does not exist; check `{key}` in the config", .path.display())]
     NoFile {
-        /// What the file is.
+        /// Kind of the file.
         what: &'static str,
         /// The key that names it.
         key: &'static str,
         /// Where it should be.
         path: PathBuf,
     },
-    /// It is there and cannot be read.
+    /// The file exists and cannot be read.
     #[error("the {what} {} cannot be read ({source}); check its permissions", .path.display())]
     Unreadable {
-        /// What the file is.
+        /// Kind of the file.
         what: &'static str,
         /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It is no model.
+    /// The file is not a GGUF model.
     #[error("{} is not a GGUF model (it does not begin with `GGUF`); download or convert it again", .0.display())]
     NotGguf(PathBuf),
-    /// Its help does not come.
+    /// `--help` does not end in time.
     #[error(
-        "`{} --help` does not answer within {} s, so it is not known whether it can verify drafts; see whether the machine is \
-         overloaded or its GPU driver hangs, and try again",
-        .0.display(), HELP_PATIENCE.as_secs()
+        "`{} --help` does not answer within {} s, so Tightwad cannot find out whether it verifies drafts; check whether the \
+         machine is overloaded or its GPU driver hangs, and try again",
+        .0.display(), HELP_TIMEOUT.as_secs()
     )]
-    Mute(PathBuf),
+    HelpTimedOut(PathBuf),
     /// Another program has the port.
     #[error(
         "port {port} on {host} is in use; end the program that listens there, or choose another port (`port` in the config)"
@@ -65,7 +66,7 @@ pub enum PreflightError {
         /// Port.
         port: u16,
     },
-    /// The address cannot be listened on.
+    /// The system refuses to listen on the address.
     #[error("cannot listen on {host} port {port} ({source}); check `host` and `port` in the config")]
     CannotListen {
         /// Address.
@@ -77,7 +78,7 @@ pub enum PreflightError {
     },
 }
 
-/// The command line of a llama-server, once all that it needs is there.
+/// Runs all checks and returns the command line of a llama-server.
 pub async fn llama_server(
     role: Role,
     binaries: &Binaries,
@@ -100,7 +101,7 @@ pub async fn llama_server(
     Ok(launch)
 }
 
-/// The draft tokens per step to prepare a llama-server for, if its binary can verify drafts.
+/// Largest number of draft tokens per step, if the llama-server can verify drafts.
 pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) -> Result<Option<u16>, PreflightError> {
     let Some(wanted) = command::external_draft(drafts) else {
         return Ok(None);
@@ -116,7 +117,7 @@ pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) 
     Ok(None)
 }
 
-/// Finds a program, by path or on `PATH`.
+/// Finds a program by its path, or on `PATH`.
 pub fn program(name: &Path) -> Result<PathBuf, PreflightError> {
     which::which(name).map_err(|_| PreflightError::NoProgram(name.to_owned()))
 }
@@ -156,7 +157,7 @@ fn readable(what: &'static str, key: &'static str, path: &Path) -> Result<File, 
     })
 }
 
-/// Checks that nothing listens there.
+/// Checks that the port is free.
 pub fn port_free(host: &str, port: u16) -> Result<(), PreflightError> {
     let host = host.trim_matches(['[', ']']);
     match TcpListener::bind((host, port)) {
@@ -186,20 +187,20 @@ pub fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-/// Whether this llama-server lets drafters attach: our patch adds an option for it. A program that does not even print
-/// its help cannot; its start will tell why. One that is too slow may be faster the next time.
+/// Whether drafters can attach to this llama-server, which has an option for that only with Tightwad's patch. `false` for a program
+/// that does not print its help; its start then reports the cause.
 async fn takes_external_drafts(llama_server: &Path) -> Result<bool, PreflightError> {
     let mut command = tokio::process::Command::new(llama_server);
-    environment::give(&mut command, &[]);
+    environment::apply(&mut command, &[]);
     command
         .arg("--help")
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    match tokio::time::timeout(HELP_PATIENCE, command.output()).await {
+    match tokio::time::timeout(HELP_TIMEOUT, command.output()).await {
         Ok(Ok(help)) => Ok(String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION)),
         Ok(Err(_)) => Ok(false),
-        Err(_) => Err(PreflightError::Mute(llama_server.to_owned())),
+        Err(_) => Err(PreflightError::HelpTimedOut(llama_server.to_owned())),
     }
 }
 

@@ -1,4 +1,7 @@
-//! When a child that died is started again, and when not.
+//! Decides whether and when a dead child is started again. Pure.
+//!
+//! Pauses grow exponentially up to [`LONGEST_PAUSE`]. A child that never became ready is given up after [`MOST_FAILED_STARTS`] starts;
+//! one that was ready once is never given up.
 
 use std::time::Duration;
 
@@ -6,32 +9,32 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// A child that was ready for this long is well: the next death counts as the first again.
+/// After this time in the ready state, the next death counts as the first again.
 const STABLE: Duration = Duration::from_secs(60);
-/// Deaths in a row, none of them after being ready, that make starting again pointless.
+/// Failed starts in a row after which a child is given up.
 pub const MOST_FAILED_STARTS: u32 = 5;
 
-/// What to do after a death.
+/// Decision after a death.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
     /// Start again after this pause.
     Again(Duration),
-    /// It never became ready; more of the same would not help.
+    /// Starting again would not help.
     GiveUp,
 }
 
-/// What to expect of the same start again.
+/// Whether starting again may help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prospect {
-    /// It may go better.
+    /// It may help.
     Open,
-    /// It cannot go better.
+    /// It cannot help.
     Hopeless,
-    /// It goes well once something is there that is not yet, however long that takes.
+    /// It helps as soon as something missing appears, for example a device.
     Waits,
 }
 
-/// Of a start that may go better, or not.
+/// `Open` for a curable cause, `Hopeless` for any other.
 impl From<bool> for Prospect {
     fn from(curable: bool) -> Self {
         if curable { Self::Open } else { Self::Hopeless }
@@ -46,7 +49,7 @@ pub struct Restarts {
 }
 
 impl Restarts {
-    /// A child died after it had been ready for `ready` (`None`: it never was). `jitter` is a random number from 0 to 1.
+    /// Counts the death of a child that was ready for `ready`, or never if `None`. `jitter` is a random number from 0 to 1.
     pub fn died(&mut self, ready: Option<Duration>, prospect: Prospect, jitter: f64) -> Decision {
         if let Some(ready) = ready {
             self.failed_starts = 0;
@@ -68,8 +71,8 @@ impl Restarts {
     }
 }
 
-/// The pause after the `deaths`th death: exponential, and somewhere between half of it and all of it, so that several
-/// supervisors do not restart in step.
+/// Pause after the `deaths`th death. It grows exponentially, and `jitter` shortens it by up to half, so that several supervisors do not
+/// restart at the same time.
 #[must_use]
 pub fn pause(deaths: u32, jitter: f64) -> Duration {
     let doublings = deaths.saturating_sub(1).min(16);

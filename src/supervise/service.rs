@@ -1,4 +1,6 @@
-//! Keeps one server running.
+//! Keeps one server running: starts it, waits until it is ready, watches it, and starts it again after a death.
+//!
+//! At most one process of a service runs at a time. Dropping the [`Service`] ends it.
 
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -14,48 +16,48 @@ use super::restart::{Decision, Restarts};
 use super::stall::{self, Stalled, until_stalled};
 use super::{devices, sockets};
 
-/// Pause between two looks at a server that starts.
-const POLL: Duration = Duration::from_millis(150);
-/// Longest wait for the answer to such a look.
-const POLL_PATIENCE: Duration = Duration::from_secs(2);
-/// A load that takes longer than this says so, again and again.
-const STILL_LOADING: Duration = Duration::from_secs(10);
-/// How long a server that is asked to end may take.
-const STOP_PATIENCE: Duration = Duration::from_secs(5);
-/// The same of one that hangs.
-const BROKEN_PATIENCE: Duration = Duration::from_millis(200);
-/// The same of a ggml-rpc-server, which has nothing to save.
-pub const RPC_STOP_PATIENCE: Duration = Duration::from_secs(1);
+/// Interval between health checks of a server that starts.
+const POLL_INTERVAL: Duration = Duration::from_millis(150);
+/// Time limit of a health check.
+const POLL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval between log lines about a load that takes long.
+const LOADING_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Time limit for a server to end after SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for a server that hangs.
+const STALLED_STOP_TIMEOUT: Duration = Duration::from_millis(200);
+/// The same for a ggml-rpc-server, which has nothing to save.
+pub const RPC_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a server is.
+/// State of a server.
 #[derive(Debug, Clone)]
 pub enum State {
-    /// Its process starts; nothing answers yet.
+    /// Its process has started and does not answer yet.
     Starting,
-    /// It answers that it still loads its model.
+    /// It answers, and still loads its model.
     Loading,
     /// It serves.
     Ready {
         /// Its process id.
         pid: u32,
     },
-    /// It died and will be started again.
+    /// It died, and will be started again after the pause.
     Waiting {
         /// Why it died.
         death: Death,
         /// Pause before the next start.
         pause: Duration,
     },
-    /// It was asked to end and has.
+    /// It was stopped.
     Stopped,
-    /// It died too often, or of something that a restart does not cure, or was to be started once.
+    /// It died and is not started again.
     GaveUp {
         /// Why it died last.
         death: Death,
     },
 }
 
-/// A server that is kept running in the background. Dropping this ends it.
+/// Guard of a server that is kept running in the background. Dropping it ends the server.
 #[derive(Debug)]
 pub struct Service {
     role: Role,
@@ -71,18 +73,18 @@ pub struct Service {
 pub struct GaveUp {
     /// Which one.
     pub role: Role,
-    /// What it died of last.
+    /// Its last death.
     pub death: Death,
 }
 
 impl Service {
-    /// Starts it, and starts it again whenever it dies, until `stop` is cancelled.
+    /// Starts it, and starts it again after each death, until `stop` is cancelled.
     #[must_use]
     pub fn start(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
         Self::begin(role, launch, After::StartAgain, stop)
     }
 
-    /// Starts it once: when it dies it is given up.
+    /// Starts it once. When it dies, it is given up.
     #[must_use]
     pub fn start_once(role: Role, launch: Launch, stop: &CancellationToken) -> Self {
         Self::begin(role, launch, After::GiveUp, stop)
@@ -106,19 +108,19 @@ impl Service {
         }
     }
 
-    /// How it is, and how that changes.
+    /// Its state, kept up to date.
     #[must_use]
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
 
-    /// What its latest process wrote last, now and later.
+    /// The last lines of its latest process, kept up to date.
     #[must_use]
     pub fn tail(&self) -> watch::Receiver<Tail> {
         self.tail.clone()
     }
 
-    /// Waits until it serves for the first time. A service that is stopped before that never does.
+    /// Waits until it is ready for the first time. Never returns for a service that is stopped before that.
     pub async fn ready(&mut self) -> Result<(), GaveUp> {
         match self
             .reached(|state| matches!(state, State::Ready { .. } | State::GaveUp { .. }))
@@ -141,7 +143,7 @@ impl Service {
         }
     }
 
-    /// The first state that is as wanted; `None` when none will come any more.
+    /// Waits for a wanted state. `None` if the service has ended without one.
     async fn reached(&mut self, wanted: impl Fn(&State) -> bool) -> Option<State> {
         self.state
             .wait_for(|state| wanted(state))
@@ -150,7 +152,7 @@ impl Service {
             .map(|state| state.clone())
     }
 
-    /// Ends it and waits for that.
+    /// Ends it, and waits until it has ended.
     pub async fn stop(mut self) {
         self.stop.cancel();
         let _ = (&mut self.task).await;
@@ -163,13 +165,13 @@ impl Drop for Service {
     }
 }
 
-/// What is told of a server while it is kept running.
+/// Channels that publish the state and the output of a server.
 struct Report {
     state: watch::Sender<State>,
     tail: watch::Sender<Tail>,
 }
 
-/// What follows a death.
+/// Action after a death.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum After {
     StartAgain,
@@ -178,11 +180,11 @@ enum After {
 
 async fn keep_running(role: Role, launch: Launch, after: After, report: Report, stop: CancellationToken) {
     let mut restarts = Restarts::default();
-    let mut awaited = None;
+    let mut last_missing = None;
     loop {
-        let (death, ready) = match one_life(role, &launch, &report, &stop).await {
-            Life::Stopped => break,
-            Life::Died { death, ready } => (death, ready),
+        let (death, ready) = match run_once(role, &launch, &report, &stop).await {
+            RunEnd::Stopped => break,
+            RunEnd::Died { death, ready } => (death, ready),
         };
         show_last_lines(role, &death);
         if after == After::GiveUp {
@@ -202,10 +204,10 @@ async fn keep_running(role: Role, launch: Launch, after: After, report: Report, 
                         "the {role} server died: {death}; starting it again in {:.1} s",
                         pause.as_secs_f32()
                     );
-                } else if missing != awaited {
+                } else if missing != last_missing {
                     tracing::error!("the {role} server is not started: {death}; looking again until there is one");
                 }
-                awaited = missing;
+                last_missing = missing;
                 report.state.send_replace(State::Waiting { death, pause });
                 tokio::select! {
                     () = sleep(pause) => {}
@@ -217,7 +219,7 @@ async fn keep_running(role: Role, launch: Launch, after: After, report: Report, 
     report.state.send_replace(State::Stopped);
 }
 
-/// Its lines went to the log as they came; here they are for those who filter them out.
+/// Logs the last lines of a dead server, unless the log filter has shown them already.
 fn show_last_lines(role: Role, death: &Death) {
     if !tracing::enabled!(target: "tightwad::child", tracing::Level::DEBUG) {
         for line in &death.last_lines {
@@ -226,36 +228,37 @@ fn show_last_lines(role: Role, death: &Death) {
     }
 }
 
-/// How one life of the server ended.
-enum Life {
+/// End of one process of the server.
+enum RunEnd {
     Stopped,
     Died { death: Death, ready: Option<Duration> },
 }
 
-/// What a life is watched with.
-struct Watched {
+/// A started process, and the client for its health checks.
+struct Started {
     child: Child,
     http: reqwest::Client,
 }
 
-/// Starts the server once its devices are there.
-async fn begin(role: Role, launch: &Launch) -> Result<Watched, Death> {
+/// Starts the process if its devices are there.
+async fn begin(role: Role, launch: &Launch) -> Result<Started, Death> {
     let launch = match role {
-        // It says itself what it computes on, and is asked for that.
+        // The worker asks its ggml-rpc-server for the devices itself.
         Role::Rpc => launch.clone(),
         _ => devices::choose(role, launch).await.map_err(Cause::NoDevice)?,
     };
     let http = stall::client().map_err(|error| Death::not_started(&error))?;
     let child = Child::spawn(role, &launch).await;
     let child = child.map_err(|error| Death::not_started(&error))?;
-    Ok(Watched { child, http })
+    Ok(Started { child, http })
 }
 
-async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &CancellationToken) -> Life {
-    let Watched { mut child, http } = match stop.run_until_cancelled(begin(role, launch)).await {
-        None => return Life::Stopped,
+/// Runs the server until it is stopped or dies.
+async fn run_once(role: Role, launch: &Launch, report: &Report, stop: &CancellationToken) -> RunEnd {
+    let Started { mut child, http } = match stop.run_until_cancelled(begin(role, launch)).await {
+        None => return RunEnd::Stopped,
         Some(Ok(begun)) => begun,
-        Some(Err(death)) => return Life::Died { death, ready: None },
+        Some(Err(death)) => return RunEnd::Died { death, ready: None },
     };
     report.state.send_replace(State::Starting);
     report.tail.send_replace(child.tail());
@@ -285,15 +288,15 @@ async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
             until_stalled(&http, &launch.url(), launch.api_key().as_ref(), pid, launch.stall).await
         };
         tokio::select! {
-            status = child.wait() => End::Itself(status),
-            () = stop.cancelled() => End::Asked,
-            stalled = watch_it => End::Stalled(stalled),
+            status = child.wait() => WatchEnd::Exited(status),
+            () = stop.cancelled() => WatchEnd::Stopped,
+            stalled = watch_it => WatchEnd::Stalled(stalled),
         }
     };
     let patience = match (&end, role) {
-        (End::Stalled(_), _) => BROKEN_PATIENCE,
-        (_, Role::Rpc) => RPC_STOP_PATIENCE,
-        _ => STOP_PATIENCE,
+        (WatchEnd::Stalled(_), _) => STALLED_STOP_TIMEOUT,
+        (_, Role::Rpc) => RPC_STOP_TIMEOUT,
+        _ => STOP_TIMEOUT,
     };
     let mut stop_it = async || {
         if let Err(error) = child.stop(patience).await {
@@ -301,36 +304,36 @@ async fn one_life(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
         }
     };
     let death = match end {
-        End::Asked => {
+        WatchEnd::Stopped => {
             stop_it().await;
             tracing::info!(pid, "the {role} server is stopped");
-            return Life::Stopped;
+            return RunEnd::Stopped;
         }
-        End::Stalled(stalled) => {
+        WatchEnd::Stalled(stalled) => {
             tracing::error!(pid, "the {role} server hangs: {stalled}; ending it");
             stop_it().await;
             Cause::Stalled(stalled).into()
         }
-        End::Itself(Err(error)) => Death::not_started(&error),
-        End::Itself(Ok(status)) => Death::explain(status, child.last_lines().await),
+        WatchEnd::Exited(Err(error)) => Death::not_started(&error),
+        WatchEnd::Exited(Ok(status)) => Death::explain(status, child.last_lines().await),
     };
-    Life::Died {
+    RunEnd::Died {
         death,
         ready: ready.map(|since| since.elapsed()),
     }
 }
 
-/// Why a life is over.
-enum End {
-    /// Its process has ended.
-    Itself(std::io::Result<ExitStatus>),
-    /// It is to end.
-    Asked,
-    /// It does nothing any more.
+/// Why the watch over a process ended.
+enum WatchEnd {
+    /// The process has exited.
+    Exited(std::io::Result<ExitStatus>),
+    /// The service is being stopped.
+    Stopped,
+    /// The process makes no progress.
     Stalled(Stalled),
 }
 
-/// Returns once it listens. Connecting to a ggml-rpc-server would make us its only client.
+/// Waits until the server listens. Does not connect, because a ggml-rpc-server serves only one client.
 async fn until_listening(launch: &Launch) {
     match launch.ipv4_address() {
         Some(address) => sockets::until_listening(address).await,
@@ -338,14 +341,14 @@ async fn until_listening(launch: &Launch) {
     }
 }
 
-/// Returns once `/health` says 200. A model of 100 GB from a slow disk loads for minutes, so there is no bound: the
-/// process is alive, and whoever waits sees it in the state and the log.
+/// Waits until `/health` answers 200. There is no time limit, because a model of 100 GB takes minutes to load from a slow disk. The
+/// state and the log show that it loads.
 async fn until_ready(role: Role, http: &reqwest::Client, url: &str, report: &watch::Sender<State>) {
     let health = format!("{url}/health");
     let began = Instant::now();
-    let mut told = began;
+    let mut logged = began;
     loop {
-        match http.get(&health).timeout(POLL_PATIENCE).send().await {
+        match http.get(&health).timeout(POLL_TIMEOUT).send().await {
             Ok(answer) if answer.status().is_success() => return,
             Ok(_) => {
                 report.send_if_modified(|state| {
@@ -356,13 +359,13 @@ async fn until_ready(role: Role, http: &reqwest::Client, url: &str, report: &wat
             }
             Err(_) => {}
         }
-        if told.elapsed() >= STILL_LOADING {
-            told = Instant::now();
+        if logged.elapsed() >= LOADING_LOG_INTERVAL {
+            logged = Instant::now();
             tracing::info!(
                 "the {role} server still loads its model ({:.0} s)",
                 began.elapsed().as_secs_f32()
             );
         }
-        sleep(POLL).await;
+        sleep(POLL_INTERVAL).await;
     }
 }

@@ -1,5 +1,5 @@
-//! Who listens and who is connected, by what the kernel says of its sockets: a `ggml-rpc-server` takes whoever connects
-//! for its client, so looking must not connect.
+//! Listeners and connections of this machine, read from the kernel's list of sockets. Never connects: a `ggml-rpc-server` takes every
+//! connection for its only client.
 
 use std::fs;
 use std::io;
@@ -8,29 +8,29 @@ use std::time::Duration;
 
 /// The kernel's list of IPv4 sockets, see proc(5).
 const SOCKETS: &str = "/proc/net/tcp";
-/// Pause between two looks for a listener.
-const POLL: Duration = Duration::from_millis(20);
+/// Interval between checks for a listener.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// State of a socket that matters here, by the kernel's numbers.
+/// State of a socket, with the kernel's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Established = 1,
     Listening = 10,
 }
 
-/// Whether somebody listens there, on this very address or on all of them.
+/// Whether a process listens on this address, or on all addresses.
 pub fn is_listening(address: SocketAddrV4) -> io::Result<bool> {
     Ok(lists(&fs::read_to_string(SOCKETS)?, address, State::Listening))
 }
 
-/// Returns once somebody listens there.
+/// Waits until a process listens on this address.
 pub async fn until_listening(address: SocketAddrV4) {
     while !is_listening(address).unwrap_or(false) {
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// Whether somebody is connected to what listens there.
+/// Whether a client is connected to this address.
 pub fn is_connected(address: SocketAddrV4) -> io::Result<bool> {
     Ok(lists(&fs::read_to_string(SOCKETS)?, address, State::Established))
 }
@@ -42,7 +42,7 @@ fn lists(sockets: &str, address: SocketAddrV4, state: State) -> bool {
     })
 }
 
-/// Local address and state of `0: 0100007F:C384 00000000:0000 0A …`; the address is as it lies in memory.
+/// Local address and state from a line such as `0: 0100007F:C384 00000000:0000 0A …`. The address has the byte order of memory.
 fn socket(line: &str) -> Option<(SocketAddrV4, u8)> {
     let mut fields = line.split_whitespace().skip(1);
     let (ip, port) = fields.next()?.split_once(':')?;

@@ -1,5 +1,7 @@
-//! Whether a llama-server still generates. A worker that falls silent hangs it for ever, and so do some grammars, with all its
-//! sockets open: what is watched are tokens.
+//! Finds a llama-server that no longer generates.
+//!
+//! A silent worker, and some grammars, make llama-server hang for ever with all sockets open. So this watches the tokens that `/slots`
+//! counts. A server that is idle is never stalled.
 
 use std::fmt;
 use std::io;
@@ -12,19 +14,19 @@ use super::child::is_stopped;
 use crate::config::Secret;
 use crate::http::client::{self, ReadError};
 
-/// Pause between two looks.
-const LOOK: Duration = Duration::from_secs(1);
-/// Longest wait for the answer to a look.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Longest list of slots in bytes; a slot takes some thousand.
-const MOST_BODY: usize = 4 << 20;
+/// Interval between polls.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Time limit of a poll.
+const POLL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest list of slots in bytes. A slot takes some thousand.
+const MAX_BODY: usize = 4 << 20;
 
-/// What is wrong with a server that runs and does nothing.
+/// Why a running server makes no progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stalled {
-    /// Nothing has moved for so long.
+    /// No token for this long.
     Still(Duration),
-    /// A signal or a debugger has stopped its process for so long.
+    /// A signal or a debugger has stopped its process for this long.
     Stopped(Duration),
 }
 
@@ -41,13 +43,13 @@ impl fmt::Display for Stalled {
     }
 }
 
-/// A client for looks at servers of this machine.
+/// A client for polls of servers on this machine.
 pub fn client() -> io::Result<reqwest::Client> {
-    let client = client::builder().timeout(PATIENCE).pool_max_idle_per_host(0);
+    let client = client::builder().timeout(POLL_TIMEOUT).pool_max_idle_per_host(0);
     client.build().map_err(io::Error::other)
 }
 
-/// Waits until the server at `url` has stalled for `patience`; for ever if that is zero. `pid` is that of its process.
+/// Waits until the server at `url` has stalled for `patience`, or for ever if that is zero. `pid` is the server's process.
 pub async fn until_stalled(
     http: &reqwest::Client,
     url: &str,
@@ -74,18 +76,18 @@ pub async fn until_stalled(
             Some(key) => request.bearer_auth(key.expose()),
             None => request,
         };
-        let stalled = match look(request).await {
-            Look::Slots(slots) => {
+        let stalled = match poll(request).await {
+            Poll::Slots(slots) => {
                 refused = None;
-                stall.look(Instant::now(), Some(slots))
+                stall.update(Instant::now(), Some(slots))
             }
-            Look::Nothing => stall.look(Instant::now(), None),
-            Look::Refused(why) => {
+            Poll::NoAnswer => stall.update(Instant::now(), None),
+            Poll::Refused(why) => {
                 stall.answered(Instant::now());
                 if refused.as_ref() != Some(&why) {
                     tracing::warn!(
-                        "{slots} answers {why}, so that nobody notices if the server hangs; take --no-slots and --api-key out \
-                         of `extra_args`"
+                        "{slots} answers {why}, so Tightwad cannot notice if the server hangs; remove --no-slots and --api-key \
+                         from `extra_args`"
                     );
                 }
                 refused = Some(why);
@@ -95,35 +97,35 @@ pub async fn until_stalled(
         if let Some(still) = stalled {
             return Stalled::Still(still);
         }
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// What comes of asking for the slots.
-enum Look {
+/// Answer to a request for the slots.
+enum Poll {
     Slots(Vec<Slot>),
-    /// No answer: it is busy, or hangs.
-    Nothing,
-    /// An answer without slots; the next one may have some.
+    /// No answer: the server is busy, or hangs.
+    NoAnswer,
+    /// An answer without slots, with the reason. The next answer may have some.
     Refused(String),
 }
 
-async fn look(request: reqwest::RequestBuilder) -> Look {
+async fn poll(request: reqwest::RequestBuilder) -> Poll {
     let Ok(answer) = request.send().await else {
-        return Look::Nothing;
+        return Poll::NoAnswer;
     };
     let status = answer.status();
     if !status.is_success() {
-        return Look::Refused(status.to_string());
+        return Poll::Refused(status.to_string());
     }
-    match client::json(answer, MOST_BODY).await {
-        Ok(slots) => Look::Slots(slots),
-        Err(ReadError::Broken(_)) => Look::Nothing,
-        Err(_) => Look::Refused("with something else than its slots".to_owned()),
+    match client::json(answer, MAX_BODY).await {
+        Ok(slots) => Poll::Slots(slots),
+        Err(ReadError::Broken(_)) => Poll::NoAnswer,
+        Err(_) => Poll::Refused("without a list of slots".to_owned()),
     }
 }
 
-/// What `GET /slots` tells of a slot: build b11434, `server_slot::to_json`.
+/// A slot in the answer of `GET /slots` (build b11434, `server_slot::to_json`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 struct Slot {
     is_processing: bool,
@@ -142,20 +144,20 @@ struct NextToken {
 }
 
 impl Slot {
-    /// It works on a prompt, of which it tells nothing before a whole batch is computed.
-    fn reads(&self) -> bool {
+    /// Whether the slot reads a prompt. Its counts change only after each whole batch.
+    fn is_in_prefill(&self) -> bool {
         self.is_processing && self.next_token.iter().all(|token| token.n_decoded == 0)
     }
 }
 
-/// A batch of a prompt has up to 2048 tokens, and so many times the patience of a single one.
-const PROMPT: u32 = 10;
+/// Factor for the time limit while a prompt is read, in batches of up to 2048 tokens.
+const PREFILL_FACTOR: u32 = 10;
 
-/// The time since something moved.
+/// Measures the time since the last progress.
 #[derive(Debug)]
 struct Stall {
     patience: Duration,
-    moved: Instant,
+    last_progress: Instant,
     slots: Vec<Slot>,
 }
 
@@ -163,35 +165,36 @@ impl Stall {
     fn new(patience: Duration, now: Instant) -> Self {
         Self {
             patience,
-            moved: now,
+            last_progress: now,
             slots: Vec::new(),
         }
     }
 
-    /// It answers, though not with its slots: it lives, and what it does is not known.
+    /// The server answered without its slots. Counts as progress, because the slots are unknown.
     fn answered(&mut self, now: Instant) {
-        self.moved = now;
+        self.last_progress = now;
         self.slots.clear();
     }
 
-    /// Takes in what `/slots` says (`None`: it did not answer), and says how long nothing has moved if that is too long. A
-    /// server does not answer it in the middle of a batch, so that no answer is no news; and one that was idle when it was
-    /// last heard of may have a prompt by now.
-    fn look(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> Option<Duration> {
+    /// Takes in the answer of `/slots`, or `None` without an answer. Returns the time since the last progress if that is too long.
+    ///
+    /// A server does not answer in the middle of a batch, so a missing answer changes nothing. A server that was idle at the last
+    /// answer may read a prompt by now, and gets the longer time limit.
+    fn update(&mut self, now: Instant, slots: Option<Vec<Slot>>) -> Option<Duration> {
         if let Some(slots) = slots {
             let idle = !slots.iter().any(|slot| slot.is_processing);
             if idle || slots != self.slots {
-                self.moved = now;
+                self.last_progress = now;
             }
             self.slots = slots;
         }
         let idle = !self.slots.iter().any(|slot| slot.is_processing);
-        let patience = if idle || self.slots.iter().any(Slot::reads) {
-            self.patience * PROMPT
+        let patience = if idle || self.slots.iter().any(Slot::is_in_prefill) {
+            self.patience * PREFILL_FACTOR
         } else {
             self.patience
         };
-        Some(now.duration_since(self.moved)).filter(|still| *still >= patience)
+        Some(now.duration_since(self.last_progress)).filter(|still| *still >= patience)
     }
 }
 
@@ -215,15 +218,15 @@ mod tests {
         let mut stall = Stall::new(PATIENCE, begun);
         for second in 0..100 {
             let decoded = i64::try_from(second).unwrap() + 1;
-            let look = stall.look(begun + Duration::from_secs(second), Some(slots(true, 4, decoded)));
-            assert_eq!(look, None);
+            let stalled = stall.update(begun + Duration::from_secs(second), Some(slots(true, 4, decoded)));
+            assert_eq!(stalled, None);
         }
         let last = begun + Duration::from_secs(99);
         assert_eq!(
-            stall.look(last + Duration::from_secs(29), Some(slots(true, 4, 100))),
+            stall.update(last + Duration::from_secs(29), Some(slots(true, 4, 100))),
             None
         );
-        assert_eq!(stall.look(last + PATIENCE, None), Some(PATIENCE));
+        assert_eq!(stall.update(last + PATIENCE, None), Some(PATIENCE));
     }
 
     #[test]
@@ -232,11 +235,11 @@ mod tests {
         let mut stall = Stall::new(PATIENCE, begun);
         for minute in 1..10_u32 {
             let now = begun + PATIENCE * 9 * minute;
-            assert_eq!(stall.look(now, Some(slots(true, minute.into(), 0))), None);
-            assert_eq!(stall.look(now + PATIENCE * 8, None), None);
+            assert_eq!(stall.update(now, Some(slots(true, minute.into(), 0))), None);
+            assert_eq!(stall.update(now + PATIENCE * 8, None), None);
         }
         let last = begun + PATIENCE * 81;
-        assert!(stall.look(last + PATIENCE * 10, None).is_some());
+        assert!(stall.update(last + PATIENCE * 10, None).is_some());
     }
 
     #[test]
@@ -244,8 +247,8 @@ mod tests {
         let begun = Instant::now();
         let mut stall = Stall::new(PATIENCE, begun);
         let both: Vec<_> = [slots(true, 4, 7), slots(true, 2048, 0)].concat();
-        assert_eq!(stall.look(begun, Some(both.clone())), None);
-        assert_eq!(stall.look(begun + PATIENCE * 2, Some(both)), None);
+        assert_eq!(stall.update(begun, Some(both.clone())), None);
+        assert_eq!(stall.update(begun + PATIENCE * 2, Some(both)), None);
     }
 
     #[test]
@@ -254,7 +257,7 @@ mod tests {
         let mut stall = Stall::new(PATIENCE, begun);
         for minute in 1..20_u32 {
             assert_eq!(
-                stall.look(begun + PATIENCE * 20 * minute, Some(slots(false, 9, 0))),
+                stall.update(begun + PATIENCE * 20 * minute, Some(slots(false, 9, 0))),
                 None
             );
         }
@@ -264,7 +267,7 @@ mod tests {
     fn a_server_that_never_answers_is_stalled() {
         let begun = Instant::now();
         let mut stall = Stall::new(PATIENCE, begun);
-        assert_eq!(stall.look(begun + PATIENCE * 9, None), None);
-        assert!(stall.look(begun + PATIENCE * 10, None).is_some());
+        assert_eq!(stall.update(begun + PATIENCE * 9, None), None);
+        assert!(stall.update(begun + PATIENCE * 10, None).is_some());
     }
 }

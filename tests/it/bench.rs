@@ -287,11 +287,12 @@ async fn bench_and_verify_say_that_the_draft_is_down() {
         "--max-tokens",
         "4",
     ];
-    for command in [
-        &["bench", "--kinds", "chat", "--rounds", "1"][..],
-        &["verify", "--count", "1"],
+    for (command, code) in [
+        (&["bench", "--kinds", "chat", "--rounds", "1"][..], 13),
+        (&["verify", "--count", "1"], 12),
     ] {
         let output = tightwad(&[command, &servers[..], &["--json"]].concat());
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         let why = report["undrafted"].as_str().unwrap_or_default();
         assert!(why.contains("the draft http://127.0.0.1:1: "), "{report:#}");

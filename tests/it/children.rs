@@ -223,6 +223,20 @@ async fn the_roles_of_a_host_find_its_key_and_a_file_can_do_without_it() {
         let (code, said) = tightwad_chat(&unit, &file);
         assert_eq!(code, Some(0), "{}: {said}", file.display());
     }
+    // Another user has a key of their own, which this server does not take.
+    let stranger = tempfile::tempdir().unwrap();
+    let file = unit.path("cluster.yaml");
+    for command in [
+        &["-c", file.to_str().unwrap(), "chat", "--direct"][..],
+        &["bench", "--target", &unit.url("")],
+    ] {
+        let (code, said) = tightwad_as(stranger.path(), &unit, command);
+        assert_eq!(code, Some(14), "{command:?}: {said}");
+        let file = stranger.path().join("tightwad/local_key");
+        for words in ["401", file.to_str().unwrap(), "another user"] {
+            assert!(said.contains(words), "{command:?}: `{words}` is missing in {said}");
+        }
+    }
     let (code, said) = tightwad(&["verify", "--target", &unit.url(""), "--help"]);
     assert_eq!(code, Some(0), "{said}");
 
@@ -235,18 +249,23 @@ async fn the_roles_of_a_host_find_its_key_and_a_file_can_do_without_it() {
 
 /// Asks the target of a file directly.
 fn tightwad_chat(unit: &Unit, file: &Path) -> (Option<i32>, String) {
+    let args = ["-c", file.to_str().unwrap(), "chat", "--direct"];
+    tightwad_as(unit.socket.folder(), unit, &args)
+}
+
+/// Runs tightwad in the folder of a unit, as a user with this folder for state, who asks one question.
+fn tightwad_as(state: &Path, unit: &Unit, args: &[&str]) -> (Option<i32>, String) {
     use std::io::Write;
     let mut chat = std::process::Command::new(env!("CARGO_BIN_EXE_tightwad"))
-        .arg("-c")
-        .arg(file)
-        .args(["chat", "--direct"])
-        .env("XDG_STATE_HOME", unit.socket.folder())
+        .args(args)
+        .current_dir(unit.socket.folder())
+        .env("XDG_STATE_HOME", state)
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    chat.stdin.take().unwrap().write_all(b"hello\n").unwrap();
+    let _ = chat.stdin.take().unwrap().write_all(b"hello\n");
     let ended = chat.wait_with_output().unwrap();
     (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned())
 }

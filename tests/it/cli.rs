@@ -464,6 +464,22 @@ fn a_child_that_dies_is_started_again_with_its_last_lines_shown() {
 }
 
 #[test]
+fn a_target_that_is_being_restarted_is_not_to_be_started_again() {
+    let user = User::new();
+    let env = format!("env: {{ FAKE: die, FAKE_PIDS: {} }}", user.path("pids").display());
+    user.fake_target(free_port(), &env);
+    let supervisor = Running::start(user.tightwad(&["run", "target"]));
+    eventually(SOON, "the child was started twice", || user.fake_pids().len() >= 2);
+    let ended = user.run(&["status"]);
+    let number = supervisor.0.id().to_string();
+    ended.fails(6, &["started or restarted", "tightwad run target", &number]);
+    assert!(!ended.stderr.contains("start it"), "{ended:?}");
+    supervisor.signal(Signal::TERM);
+    supervisor.ends_within(SOON);
+    user.run(&["status"]).fails(7, &["no target runs", "start it"]);
+}
+
+#[test]
 fn what_a_child_warns_of_at_every_request_is_not_in_the_log() {
     let user = User::new();
     let lines = "0.1 W slot op: id 3 | task 9 | need to evaluate at least 1 token for each active slot\\n\
@@ -666,6 +682,29 @@ fn a_target_of_this_host_that_is_down_is_down_though_the_proxy_has_not_noticed_y
 }
 
 #[test]
+fn a_draft_that_is_down_is_named_once_though_its_section_and_the_proxy_both_know_it() {
+    let user = User::new();
+    let (target, draft) = (serves(JSON), free_port());
+    let body = format!(
+        r#"{{"verification":"none","target":{{"url":"http://127.0.0.1:{target}","healthy":true}},
+            "drafts":[{{"url":"http://127.0.0.1:{draft}","healthy":false}}]}}"#
+    );
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    user.config(&format!(
+        "proxy: {{ port: {} }}\ntarget: {{ port: {target} }}\ndraft: {{ port: {draft} }}\nmodels: {{ big: {{ path: {} }} }}\n",
+        serves(answer.leak()),
+        tiny_model().display()
+    ));
+    let ended = user.run(&["status"]);
+    ended.fails(13, &["no draft runs", "tightwad run draft"]);
+    let url = format!("http://127.0.0.1:{draft}");
+    assert_eq!(ended.stderr.matches(&url).count(), 1, "{ended:?}");
+}
+
+#[test]
 fn the_status_fails_where_the_token_of_the_proxy_cannot_be_read() {
     let user = User::new();
     user.config("proxy: { auth_token_file: nowhere, target: { url: \"http://127.0.0.1:1\" } }\n");
@@ -833,4 +872,14 @@ fn chat_with_a_server_that_is_down_exits_6() {
     let mut chat = Running::start(chat);
     chat.0.stdin.take().unwrap().write_all(b"hello\n").unwrap();
     chat.ends_within(SOON).fails(6, &["http://127.0.0.1:1"]);
+}
+
+#[test]
+fn chat_without_a_question_fails_like_one_with_a_question() {
+    let user = User::new();
+    let port = free_port();
+    user.config(&format!(
+        "proxy: {{ port: {port}, target: {{ url: \"http://127.0.0.1:1\" }} }}\n"
+    ));
+    user.run(&["chat"]).fails(6, &[&format!("http://127.0.0.1:{port}")]);
 }

@@ -24,7 +24,7 @@ const TABLE: &str = "
 | `rounds/` | implements `Verifier` for servers without the patch | `engine` |
 | `proxy/` | the OpenAI-compatible endpoint that drafts | `observe`, `rounds` |
 | `pool/` | one model over several machines: coordinator, worker, swap, lease | `observe`, `plan`, `supervise`, `upstream` |
-| `bench/` | contenders, measurements, reports, the pool's benchmark | `supervise`, `upstream` |
+| `bench/` | contenders, measurements, reports, the pool's benchmark | `proxy`, `supervise` |
 | `cli/` | the command line: parse, call, print | `bench`, `pool`, `proxy` |
 ";
 

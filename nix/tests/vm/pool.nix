@@ -1,4 +1,4 @@
-# A pool over two machines: it answers, swaps its model, outlives a reboot of its worker, and is closed to strangers.
+# A pool over two machines. It answers, swaps its model, survives a reboot of its worker, and refuses other machines.
 { self, pkgs }:
 let
   models = self.packages.${pkgs.stdenv.hostPlatform.system}.tiny-models;
@@ -45,7 +45,7 @@ in
 import ../../vm-test.nix { inherit self pkgs; } {
   name = "pool";
   inherit cluster;
-  # The other backend of the firewall.
+  # Covers the other firewall backend.
   nodes.worker.networking.nftables.enable = true;
   secrets = {
     pool = [

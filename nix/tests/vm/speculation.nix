@@ -1,8 +1,8 @@
-# A draft on one machine, the target with the proxy beside it on another: drafted answers equal the plain ones.
+# A draft on one machine, and the target and the proxy on another. Drafted answers equal plain answers.
 { self, pkgs }:
 let
   models = self.packages.${pkgs.stdenv.hostPlatform.system}.tiny-models;
-  # It answers like the tiny one and takes milliseconds per token: a target that is too quick is not drafted for.
+  # A target that answers like the tiny model and takes milliseconds per token. The proxy does not draft for a faster one.
   slowTarget =
     pkgs.runCommand "tightwad-slow-target.gguf"
       {
@@ -73,7 +73,7 @@ import ../../vm-test.nix { inherit self pkgs; } {
     keep(target, "draft", key)
     keep(target, "proxy", token)
 
-    with subtest("a unit is started when it serves, and the proxy waits for nobody"):
+    with subtest("a unit is started when it serves, and the proxy serves at once"):
         target.succeed("systemctl stop tightwad-target")
         target.succeed("systemctl restart tightwad-proxy", timeout=60)
         target.fail("curl --silent --fail http://192.168.1.3:8088/readyz")
@@ -88,7 +88,7 @@ import ../../vm-test.nix { inherit self pkgs; } {
             "'",
             timeout=180,
         )
-        # Fails where one differs, and where nothing was drafted.
+        # verify fails if an answer differs, and if nothing was drafted.
         print(target.succeed("tightwad verify --kinds code,list --count 4 --max-tokens 48", timeout=600))
 
     with subtest("clients reach the proxy with its token, and nothing behind it"):

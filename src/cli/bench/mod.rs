@@ -1,4 +1,4 @@
-//! `tightwad bench`: what drafting gains on servers that run.
+//! `tightwad bench`: measures what drafting gains on running servers. Prints the results so far after Ctrl-C or a failure.
 
 mod table;
 
@@ -9,22 +9,25 @@ use futures_util::TryFutureExt;
 use serde::Serialize;
 
 use super::deployment::{Deployment, Servers};
+use super::embedded_proxy::urls_of_drafts_down;
 use super::exit::{Exit, Failure};
 use super::output::print_report;
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};
-use crate::bench::{Comparison, Contender, Measurements, OwnDraft, Pair, Plan, Progress, Prompt, Tried, measure, pad};
+use crate::bench::{
+    Comparison, Contender, LengthTrial, Measurements, ModelPair, NativeDraft, Plan, Progress, Prompt, measure, pad,
+};
 use crate::config::Config;
 use crate::gguf::ModelFile;
 
 /// Shown below the options.
 pub const EXAMPLES: &str = "\
 Examples:
-  tightwad bench                                            the servers of the config
-  tightwad bench --own-draft --kinds code,edit --json       and llama-server's own drafting, as JSON
+  tightwad bench                                            measure the servers of the config
+  tightwad bench --own-draft --kinds code,edit --json       also measure llama-server's own drafting, as JSON
   tightwad bench --target http://big:8080 --draft http://small:8081 --delay 5
-                                                            as if the servers were 5 ms away";
+                                                            add 5 ms to each round trip";
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -33,36 +36,36 @@ pub struct Options {
     pub(super) servers: Servers,
     #[command(flatten)]
     questions: QuestionSet,
-    /// How often each prompt is asked in each mode, after a round that does not count with a prompt of each kind.
+    /// Number of times that each prompt is asked in each mode. A warm-up with one prompt of each kind does not count
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
-    /// Temperature. At 0 the exit code is 1 if texts differ.
+    /// Temperature. At 0 the exit code is 1 if texts differ
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f64,
-    /// Requests at once. Several: also the throughput of all together, and the slowest client.
+    /// Number of parallel requests. With several, also show the total throughput and the slowest client
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     clients: u16,
-    /// Lengthen each prompt to about this many tokens, with text that has nothing to do with it.
+    /// Lengthen each prompt to about this many tokens with unrelated text
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Add this to each round trip to the target and to the draft. The proxy then is one that bench runs in its own
-    /// process, with relays to both servers that hold every byte back; plain answers come through the relay as well.
+    /// Add this delay to each round trip to the target and to the draft, for drafted and plain answers. bench then runs a
+    /// proxy in its own process, behind relays to both servers
     #[arg(long, value_name = "MS", conflicts_with = "proxy")]
     delay: Option<u16>,
-    /// Compare with llama-server's own drafting too: bench starts one with the models of the config's sections `target`
-    /// and `draft`, whose files must be on this machine; it needs memory for both once more. Draft lengths
-    /// of 1, 2, 3, 4, 6, 8, 12 and 16 are tried first, as far as five minutes allow, and the fastest is kept.
+    /// Also compare with llama-server's own drafting. bench starts a llama-server with the models of the sections `target` and
+    /// `draft`, whose files must be on this machine; it needs memory for both again. bench first tries draft lengths of 1, 2,
+    /// 3, 4, 6, 8, 12 and 16 for up to five minutes, and keeps the fastest
     #[arg(long)]
     own_draft: bool,
-    /// Print everything as JSON instead of the table.
+    /// Print everything as JSON instead of the table
     #[arg(long)]
     json: bool,
 }
 
-/// What was measured and how.
+/// The measurements and their settings.
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
+    /// Whether all prompts were asked. `false` after Ctrl-C or a failure: the report covers the answers before.
     complete: bool,
     settings: Settings,
     /// Why nothing was drafted.
@@ -70,14 +73,13 @@ struct Report {
     undrafted: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     own_draft: Option<Length>,
-    /// What the proxy's formula made of the agreement and the costs that it measured, as speed over that of plain steps: on
-    /// average over the answers.
+    /// Mean over the answers of the speed-up that the proxy's cost model predicted.
     predicted_speed_up: Option<f64>,
     #[serde(flatten)]
     comparison: Comparison,
 }
 
-/// How it was measured.
+/// Settings of the measurement.
 #[derive(Debug, Serialize)]
 struct Settings {
     target: String,
@@ -87,7 +89,7 @@ struct Settings {
     max_tokens: u32,
     temperature: f64,
     seed: u32,
-    /// Whether what the prompts predict of their answers was sent.
+    /// Whether requests contained the predictions of the prompts.
     prediction: bool,
     clients: u16,
     context: Option<u32>,
@@ -98,17 +100,17 @@ struct Settings {
 #[derive(Debug, Clone, Serialize)]
 struct Length {
     n_max: u16,
-    tried: Vec<Tried>,
+    tried: Vec<LengthTrial>,
 }
 
-/// Who is asked what.
+/// The prompts and the servers.
 struct Setting {
     prompts: Vec<Prompt>,
     deployment: Deployment,
-    own_draft: Option<OwnDraft>,
+    own_draft: Option<NativeDraft>,
 }
 
-/// Measures and prints; on Ctrl-C, or when a server fails, what has been measured until then.
+/// Measures and prints. After Ctrl-C or a failure, prints the results so far.
 pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let setting = unless_stopped(&stop, Setting::find(options, config)).await?;
@@ -125,19 +127,32 @@ pub async fn bench(options: &Options, config: Option<&Config>) -> Result<(), Fai
     }
     let report = report(options, &setting, &measured, asked.is_ok());
     print_report(&report, options.json, table::table)?;
+    let down = match &report.undrafted {
+        Some(_) => urls_of_drafts_down(&setting.deployment.attached.server).await,
+        None => Ok(Vec::new()),
+    };
     asked.and(setting.close().await)?;
-    // What shares a pass with others may differ in the last digits, drafted or not.
+    // With several clients, slots share a pass and the last digits of the logits may differ, drafted or not.
     if options.temperature == 0.0 && options.clients == 1 && !report.comparison.equal {
         return Err(Failure::new(
             Exit::Other,
             "some texts differ from the plain ones; `tightwad verify` shows where",
         ));
     }
+    let down = down?;
+    if !down.is_empty() {
+        let message = format!(
+            "nothing was drafted, because no draft answers at {}; start it with `tightwad run draft` on its host, or check its \
+             `url`",
+            down.join(", ")
+        );
+        return Err(Failure::new(Exit::DraftDown, message));
+    }
     Ok(())
 }
 
 impl Setting {
-    /// Finds the servers, and starts those of bench's own.
+    /// Finds the servers, and starts those that bench runs itself.
     async fn find(options: &Options, config: Option<&Config>) -> Result<Self, Failure> {
         let pair = options.own_draft.then(|| pair(config)).transpose()?;
         let mut prompts = options.questions.prompts()?;
@@ -156,7 +171,7 @@ impl Setting {
             Some(pair) => {
                 let trying = |n_max| line.tell(&format!("llama-server's own drafting: trying {n_max} tokens"));
                 let wishes = plan(options, &deployment).wishes;
-                Some(OwnDraft::start(pair, &prompts, wishes, trying).await?)
+                Some(NativeDraft::start(pair, &prompts, wishes, trying).await?)
             }
             None => None,
         };
@@ -173,7 +188,7 @@ impl Setting {
         contenders.into_iter().chain(own_draft).cloned().collect()
     }
 
-    /// Ends what bench has started.
+    /// Ends the servers that bench has started.
     async fn close(self) -> Result<(), Failure> {
         if let Some(own) = self.own_draft {
             own.stop().await;
@@ -217,7 +232,7 @@ fn report(options: &Options, setting: &Setting, measured: &Measurements, complet
     }
 }
 
-/// Says how far it is; `part` is which of how many measurements this is, from 0.
+/// Shows the progress. `part` is the index and the number of measurements.
 pub fn show(countdown: &mut Countdown, progress: Progress<'_>, part: (usize, usize)) {
     if let Progress::Asking {
         mode,
@@ -233,7 +248,7 @@ pub fn show(countdown: &mut Countdown, progress: Progress<'_>, part: (usize, usi
 }
 
 /// The two models of the config.
-fn pair(config: Option<&Config>) -> Result<Pair, Failure> {
+fn pair(config: Option<&Config>) -> Result<ModelPair, Failure> {
     let missing = |section: &str| {
         Failure::new(
             Exit::Config,
@@ -248,7 +263,7 @@ fn pair(config: Option<&Config>) -> Result<Pair, Failure> {
     for model in [model, small] {
         ModelFile::check_complete(&model.path)?;
     }
-    Ok(Pair {
+    Ok(ModelPair {
         binaries: config.binaries.clone(),
         server: target.clone(),
         target: (name.to_owned(), model.clone()),

@@ -1,4 +1,4 @@
-//! The measurements for people.
+//! The measurements as a table.
 
 use std::fmt::Write;
 

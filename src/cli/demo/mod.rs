@@ -1,4 +1,5 @@
-//! `tightwad demo`: what drafting gains on this machine, without a config.
+//! `tightwad demo`: shows what drafting gains on this machine, without a config. Starts a target, a draft and the proxy, and ends all of
+//! them.
 
 mod rows;
 mod table;
@@ -10,8 +11,8 @@ use clap::Args;
 use futures_util::TryFutureExt;
 use tokio_util::sync::CancellationToken;
 
+use super::embedded_proxy::{EmbeddedProxy, why_undrafted};
 use super::exit::{Exit, Failure};
-use super::own_proxy::{OwnProxy, why_undrafted};
 use super::progress::Countdown;
 use super::signals::{self, unless_stopped};
 use super::{bench, progress, proxy};
@@ -25,15 +26,15 @@ use crate::supervise::service::Service;
 use crate::upstream::ChatServer;
 use crate::upstream::chat::Wishes;
 
-/// Context per slot: more than any answer of the demo needs, and within what small models were trained on.
+/// Context per slot: more than the demo needs, and no more than small models were trained for.
 const CTX_SIZE: u32 = 2048;
 /// Requests at once.
 const SLOTS: u16 = 2;
-/// How long the engine may take to find out what both servers can.
-const PROBE_PATIENCE: Duration = Duration::from_secs(15);
+/// Time limit for the engine to probe both servers.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest answer in tokens.
 const MAX_TOKENS: u32 = 120;
-/// Kinds of prompts that the tiny models which come with the sources answer, as any real one does.
+/// Kinds of prompts that the tiny models in tests/models can answer.
 const KINDS: [&str; 5] = ["code", "chat", "list", "reasoning", "creative"];
 /// Prompts of each kind.
 const PROMPTS: usize = 2;
@@ -41,33 +42,33 @@ const PROMPTS: usize = 2;
 /// Options of `demo`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The big model.
+    /// File of the big model
     #[arg(long, value_name = "GGUF")]
     target_model: PathBuf,
-    /// The small model.
+    /// File of the small model
     #[arg(long, value_name = "GGUF")]
     draft_model: PathBuf,
-    /// The llama-server to run, by name or path.
+    /// The llama-server program, as a name or a path
     #[arg(long, value_name = "PROGRAM", default_value = "llama-server")]
     llama_server: PathBuf,
-    /// CPU threads of each server.
+    /// CPU threads of each server
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     threads: u16,
-    /// Port of the endpoint.
+    /// Port of the endpoint
     #[arg(long, value_name = "PORT", default_value_t = 8088)]
     port: u16,
-    /// End after the table; the exit code is 1 if a drafted answer differs from the plain one.
+    /// End after the table, with exit code 1 if a drafted answer differs from the plain one
     #[arg(long)]
     once: bool,
-    /// Print the measurements as JSON instead of the table.
+    /// Print the measurements as JSON instead of the table
     #[arg(long)]
     json: bool,
-    /// More arguments for both llama-servers, after `--`.
+    /// Further arguments for both llama-servers, after `--`
     #[arg(last = true, value_name = "LLAMA_ARGS")]
     llama_args: Vec<String>,
 }
 
-/// Starts everything, measures, and serves until Ctrl-C.
+/// Starts the servers, measures, and serves until Ctrl-C.
 pub async fn demo(options: &Options) -> Result<(), Failure> {
     let stop = signals::stop_token()?;
     let section = config::Proxy {
@@ -77,7 +78,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
     let listener = proxy::listen(&section).await?;
     let url = config::local_url(&section.host, listener.local_addr()?.port());
 
-    // Not `stop` itself: the servers outlive the proxy, which still finishes its answers.
+    // Not `stop` itself: the servers must outlive the proxy, which finishes its running answers.
     let servers = CancellationToken::new();
     let key = Secret::new(unguessable());
     let (target, target_url) = start(options, Role::Target, &key, &servers).await?;
@@ -100,13 +101,13 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
         }],
         ..section
     };
-    let own_proxy = OwnProxy::start(listener, section)?;
+    let embedded_proxy = EmbeddedProxy::start(listener, section)?;
     let equal = compare(options, (&target_url, &key), &url, &stop).await?;
     if !options.once {
         serve_on(&url, &mut services, &stop).await?;
     }
-    // The proxy first, so that its last answers still find their servers.
-    own_proxy.close().await?;
+    // The proxy ends first, because its last answers need the servers.
+    embedded_proxy.close().await?;
     for (_, service) in services {
         service.stop().await;
     }
@@ -119,7 +120,7 @@ pub async fn demo(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Starts a server that asks for `key`, so that no web page and no other user of this machine can use it.
+/// Starts a server that requires `key`, so that web pages and other users of this machine cannot use it.
 async fn start(
     options: &Options,
     role: Role,
@@ -159,7 +160,7 @@ async fn start(
     Ok((Service::start(role, launch, servers), url))
 }
 
-/// Measures and prints, on Ctrl-C or when a server fails what has been measured until then; true when all answers are equal.
+/// Measures and prints. After Ctrl-C or a failure, prints the results so far. Returns whether all answers are equal.
 async fn compare(
     options: &Options,
     (target_url, target_key): (&str, &Secret),
@@ -178,7 +179,7 @@ async fn compare(
         contender(Mode::Plain, target_url, Some(target_key.clone()))?,
         contender(Mode::Attached, proxy_url, None)?,
     ];
-    let looking = why_undrafted(&contenders[1].server, PROBE_PATIENCE).map_err(Failure::from);
+    let looking = why_undrafted(&contenders[1].server, PROBE_TIMEOUT).map_err(Failure::from);
     if let Some(reason) = unless_stopped(stop, looking).await? {
         eprintln!("note: answers will not be drafted: {reason}");
     }
@@ -197,7 +198,7 @@ async fn compare(
     let table = table::Table::new(options.json);
     table.head()?;
     let mut rows = Vec::new();
-    let mut told = Ok(());
+    let mut printed = Ok(());
     let mut measured = Measurements::default();
     let mut countdown = Countdown::new();
     let asking = measure(&plan, &prompts, &contenders, &mut measured, |progress| {
@@ -207,15 +208,15 @@ async fn compare(
         {
             let row = rows::Row::of(&prompts[sample.prompt], samples);
             countdown.clear();
-            if told.is_ok() {
-                told = table.row(&row);
+            if printed.is_ok() {
+                printed = table.row(&row);
             }
             rows.push(row);
         }
     });
     let asked = unless_stopped(stop, asking.map_err(Failure::from)).await;
     countdown.clear();
-    told?;
+    printed?;
     let report = rows::Report::of(rows, &measured, asked.is_ok());
     if !report.rows.is_empty() {
         table.foot(&report)?;

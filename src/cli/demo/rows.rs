@@ -1,10 +1,10 @@
-//! What the demo shows: every prompt, plain and drafted.
+//! The rows of the demo: each prompt with its plain and its drafted answers.
 
 use serde::Serialize;
 
 use crate::bench::{self, Group, Measurements, Mode, Prompt, Sample};
 
-/// One prompt, both ways.
+/// The answers to one prompt.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// Kind of prompt.
@@ -16,34 +16,34 @@ pub struct Row {
     pub figures: Figures,
 }
 
-/// All rows and their sum.
+/// All rows and their total.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Whether everything was asked; else this is of the answers until Ctrl-C or a failure.
+    /// Whether all prompts were asked. `false` after Ctrl-C or a failure: the report covers the answers before.
     pub complete: bool,
-    /// Each prompt.
+    /// One row per prompt.
     pub rows: Vec<Row>,
-    /// Over all of them.
+    /// Total over all prompts.
     #[serde(flatten)]
     pub total: Figures,
 }
 
-/// Plain and drafted side by side.
+/// Plain and drafted answers side by side.
 #[derive(Debug, Clone, Serialize)]
 pub struct Figures {
     /// Tokens of the plain answers.
     pub tokens: u64,
     /// Tokens per second of the target alone, from the first token to the last.
     pub plain_tokens_per_second: Option<f64>,
-    /// The same with the drafter.
+    /// The same with drafting.
     pub drafted_tokens_per_second: Option<f64>,
-    /// Drafted over plain.
+    /// Ratio of drafted to plain speed.
     pub ratio: Option<f64>,
-    /// Whether nothing was drafted, so that the ratio is one of chance.
+    /// Whether nothing was drafted, so that the ratio is due to chance.
     pub undrafted: bool,
-    /// Tokens that one pass of the target yielded.
+    /// Tokens per step of the target.
     pub tokens_per_step: Option<f64>,
-    /// Whether all texts are the same both ways.
+    /// Whether all drafted texts equal the plain ones.
     pub equal: bool,
 }
 
@@ -59,7 +59,7 @@ impl Row {
 }
 
 impl Report {
-    /// All answers that there are.
+    /// All answers.
     pub fn of(rows: Vec<Row>, measured: &Measurements, complete: bool) -> Self {
         Self {
             complete,

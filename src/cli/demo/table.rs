@@ -1,10 +1,10 @@
-//! The measurements side by side.
+//! The measurements of the demo as a table or as JSON.
 
 use super::rows::{Figures, Report, Row};
 use crate::cli::exit::Failure;
 use crate::cli::output::{print_line, print_report};
 
-/// Prints rows as they come; with `json` nothing until the end, and then everything as JSON.
+/// Prints rows as they arrive; with `json` prints everything at the end.
 #[derive(Debug, Clone, Copy)]
 pub struct Table {
     json: bool,
@@ -48,7 +48,7 @@ impl Table {
         ))
     }
 
-    /// The sum.
+    /// The total.
     pub fn foot(self, report: &Report) -> Result<(), Failure> {
         print_report(report, self.json, foot)
     }

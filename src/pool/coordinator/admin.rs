@@ -20,8 +20,10 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::front::Front;
+use super::load::Load;
 use super::pool::{Pool, ServerInstance};
 use super::problem::Problem;
+use super::status::{Status, Step, SwapLine};
 use crate::http::paths::Dialect;
 use crate::http::refusal;
 use crate::http::target::Outgoing;
@@ -29,9 +31,9 @@ use crate::http::{body, client};
 use crate::pool::swap::{self, Refused};
 
 /// Interval for repeating a step of a swap, so that the client sees that the connection lives.
-const STEP: Duration = Duration::from_secs(2);
+const STEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Timeout for the server's metadata of its model.
-const MODEL_PATIENCE: Duration = Duration::from_millis(500);
+const MODEL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest answer with metadata in bytes.
 const MOST_BODY: usize = 1 << 20;
 /// Resolution of the reported progress of a load.
@@ -53,19 +55,8 @@ pub(super) async fn health(State(front): State<Arc<Front>>, headers: HeaderMap) 
 }
 
 /// `GET /v1/tightwad/status`
-pub(super) async fn status(State(front): State<Arc<Front>>) -> Json<Value> {
-    Json(status_of(&front.pool))
-}
-
-/// The body of the status.
-pub(super) fn status_of(pool: &Pool) -> Value {
-    let report = pool.report();
-    let mut status = serde_json::to_value(&report).unwrap_or_default();
-    if let Some(status) = status.as_object_mut() {
-        status.insert("version".to_owned(), env!("CARGO_PKG_VERSION").into());
-        status.insert("state_seconds".to_owned(), report.since.elapsed().as_secs_f64().into());
-    }
-    status
+pub(super) async fn status(State(front): State<Arc<Front>>) -> Json<Status> {
+    Json(Status::of(front.pool.report()))
 }
 
 /// `GET /v1/models`: all models of the config. The running one comes first, with its server's metadata.
@@ -87,7 +78,7 @@ pub(super) async fn models(State(front): State<Arc<Front>>) -> Json<Value> {
     };
     let mut first = entry(&report.now.model);
     if let (Some(instance), Some(first)) = (&report.instance, first.as_object_mut()) {
-        let told = timeout(MODEL_PATIENCE, model_metadata(instance)).await;
+        let told = timeout(MODEL_TIMEOUT, model_metadata(instance)).await;
         first.extend(told.ok().flatten().unwrap_or_default());
     }
     let others = front.models.iter().filter(|name| **name != report.now.model);
@@ -208,22 +199,18 @@ pub(super) async fn swap(State(front): State<Arc<Front>>, headers: HeaderMap, bo
 }
 
 async fn report_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender<Bytes>) {
-    let tell = |value: &Value| drop(lines.send(format!("{value}\n").into()));
+    let tell = |line: &SwapLine| drop(lines.send(format!("{}\n", json!(line)).into()));
     let mut reports = pool.reports();
     let mut outcome = Box::pin(pool.ask(Some(model.clone()), true).admitted());
     let mut last = None;
     loop {
         let report = reports.borrow_and_update().clone();
-        let step = json!({
-            "state": report.now.state,
-            "model": report.now.model,
-            "checking": report.now.checking,
-            "next": report.now.next,
-            "running": report.now.running,
-            "problem": report.now.problem,
-            "progress": report.load.progress.map(|progress| (progress / PROGRESS).floor() * PROGRESS),
-            "eta_seconds": report.load.eta_seconds,
-        });
+        let progress = report.load.progress;
+        let load = Load {
+            progress: progress.map(|progress| (progress / PROGRESS).floor() * PROGRESS),
+            ..report.load
+        };
+        let step = SwapLine::Step(Step::of(&report.now, load));
         if last.as_ref() != Some(&step) {
             tell(&step);
             last = Some(step);
@@ -232,14 +219,16 @@ async fn report_swap(pool: Pool, model: swap::Name, lines: mpsc::UnboundedSender
             biased;
             outcome = &mut outcome => {
                 return match outcome {
-                    Ok(_) => tell(&json!({ "done": true, "model": model })),
-                    Err(refused) => tell(&json!({ "error": Problem::refused(refused, &pool).error() })),
+                    Ok(_) => tell(&SwapLine::Done { done: true, model }),
+                    Err(refused) => tell(&SwapLine::Failed {
+                        error: Problem::refused(refused, &pool).error(),
+                    }),
                 };
             }
             // A client that hangs up cancels the command, unless it has taken effect.
             () = lines.closed() => return,
             _ = reports.changed() => {}
-            () = tokio::time::sleep(STEP) => last = None,
+            () = tokio::time::sleep(STEP_INTERVAL) => last = None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// No estimate before this share is loaded or this time has passed.
 const TELLING: (f32, Duration) = (0.05, Duration::from_secs(2));
@@ -14,12 +14,12 @@ const NEWS: &str = "cmd_child_to_router:state:";
 pub(super) const TELLS_PROGRESS: &str = "LLAMA_SERVER_ROUTER_PORT";
 
 /// The progress of a load.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub(super) struct Load {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Load {
     /// From 0 to 1; `None` while nothing is loaded.
-    pub(super) progress: Option<f32>,
+    pub progress: Option<f32>,
     /// Seconds left; `None` while there is no estimate.
-    pub(super) eta_seconds: Option<u64>,
+    pub eta_seconds: Option<u64>,
 }
 
 impl Load {

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `front`, `stream` | the public port: forwards byte for byte; lets requests wait |
 //! | `admin` | the endpoints that the coordinator answers itself |
+//! | `status` | the status and the steps of a swap as JSON |
 //! | `problem` | the errors, as HTTP |
 //! | `pool` | the state that the front and the driver share |
 //! | `driver` | carries out the actions of the machine in [`super::swap`] |
@@ -22,6 +23,7 @@ mod pool;
 mod prepare;
 mod problem;
 mod server;
+pub mod status;
 mod stream;
 mod workers;
 
@@ -36,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use self::driver::Driver;
 use self::front::Front;
 use self::pool::Pool;
+use self::status::Status;
 use self::workers::Workers;
 use super::agent_client::AgentError;
 use super::swap::{Rules, Swap};
@@ -71,7 +74,7 @@ pub async fn serve(
     listener: TcpListener,
     config: Config,
     model: Option<&str>,
-    tell: impl Fn(&serde_json::Value),
+    tell: impl Fn(&Status),
     stop: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator.clone().ok_or(CoordinatorError::NoSection)?;
@@ -126,11 +129,11 @@ pub async fn serve(
 }
 
 /// Reports the status whenever it changes, for ever.
-async fn tell_all(pool: &Pool, tell: impl Fn(&serde_json::Value)) {
+async fn tell_all(pool: &Pool, tell: impl Fn(&Status)) {
     let mut reports = pool.reports();
     loop {
         reports.mark_unchanged();
-        tell(&admin::status_of(pool));
+        tell(&Status::of(pool.report()));
         if reports.changed().await.is_err() {
             return std::future::pending().await;
         }

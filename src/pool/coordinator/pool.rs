@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use axum::http::HeaderValue;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::load::Load;
@@ -196,21 +196,17 @@ impl ServerInstance {
 }
 
 /// State of the pool, as the status shows it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub(super) struct Report {
     /// State of the swap machine.
-    #[serde(flatten)]
     pub(super) now: Snapshot,
     /// Progress of the load.
-    #[serde(flatten)]
     pub(super) load: Load,
     /// Process id of the server.
     pub(super) pid: Option<u32>,
     /// When `state` last changed.
-    #[serde(skip)]
     pub(super) since: Instant,
     /// The server that takes requests.
-    #[serde(skip)]
     pub(super) instance: Option<Arc<ServerInstance>>,
     /// The workers, in the order of the config.
     pub(super) workers: Vec<WorkerReport>,
@@ -223,13 +219,16 @@ pub(super) struct Report {
 }
 
 /// State of a worker.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub(super) struct WorkerReport {
-    pub(super) name: String,
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerReport {
+    /// Its name in the cluster file.
+    pub name: String,
     /// Whether its agent answers; `None` if it has no agent.
-    pub(super) up: Option<bool>,
-    pub(super) build: Option<String>,
+    pub up: Option<bool>,
+    /// Its build of llama.cpp.
+    pub build: Option<String>,
     /// The holder of its lease.
-    pub(super) leased_by: Option<String>,
-    pub(super) problem: Option<String>,
+    pub leased_by: Option<String>,
+    /// Why it cannot be used.
+    pub problem: Option<String>,
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::pool::{Pool, ServerInstance};
+use super::status::SwapError;
 use crate::http::paths::Dialect;
 use crate::http::refusal::{self, Refusal};
 use crate::pool::swap::{Ended, Refused};
@@ -98,14 +99,19 @@ impl Problem {
     }
 
     /// The error object.
-    pub(super) fn error(&self) -> Value {
+    pub(super) fn error(&self) -> SwapError {
         let code = self.code();
         let kind = match (code, self.status().is_server_error()) {
             ("model_loading", _) => "model_loading",
             (_, true) => "server_error",
             (_, false) => "invalid_request_error",
         };
-        json!({ "message": self.message(), "type": kind, "code": code, "param": null })
+        SwapError {
+            message: self.message(),
+            kind: kind.to_owned(),
+            code: code.to_owned(),
+            param: None,
+        }
     }
 
     /// Logs a warning once per problem until an answer succeeds: many requests meet the same problem.
@@ -119,7 +125,7 @@ impl Problem {
     }
 
     fn body(&self, dialect: Dialect) -> Value {
-        let mut body = refusal::in_dialect(dialect, &self.error());
+        let mut body = refusal::in_dialect(dialect, &json!(self.error()));
         if let (Self::Refused { loading, why }, Some(body)) = (self, body.as_object_mut())
             && !matches!(why, Refused::Unknown { .. } | Refused::OtherRuns { .. })
         {

@@ -21,9 +21,9 @@ use crate::supervise::stall::{self, Stalled, until_stalled};
 /// Interval for polling a server that starts.
 const POLL: Duration = Duration::from_millis(100);
 /// How long a server may take to end when asked.
-const STOP_PATIENCE: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for one that is broken.
-const BROKEN_PATIENCE: Duration = Duration::from_millis(200);
+const BROKEN_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// A load without progress for this long has stalled. One tensor over a slow network takes a minute or two.
 const LOAD_STALL: Duration = Duration::from_secs(300);
@@ -105,7 +105,7 @@ pub(super) async fn run(run: Run) {
     };
     match broken {
         Ok(broken) => {
-            let patience = if broken { BROKEN_PATIENCE } else { STOP_PATIENCE };
+            let patience = if broken { BROKEN_TIMEOUT } else { STOP_TIMEOUT };
             if let Err(error) = child.stop(patience).await {
                 tracing::warn!("could not wait for the llama-server: {error}");
             }

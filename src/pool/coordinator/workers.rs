@@ -31,13 +31,13 @@ use crate::pool::swap::{Event, Failure, NotReady};
 /// Interval for renewing leases and polling agents.
 const BEAT: Duration = Duration::from_secs(1);
 /// Timeout for one renewal or poll.
-const BEAT_PATIENCE: Duration = Duration::from_secs(1);
+const BEAT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A worker that has not answered for this long is lost.
 const LOST_AFTER: Duration = Duration::from_secs(4);
 /// Timeout for a lost worker to return its lease; it still can if only its server hangs.
-const LOST_RETURN_PATIENCE: Duration = Duration::from_secs(2);
+const LOST_RETURN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for probing a worker without an agent.
-const PROBE_PATIENCE: Duration = Duration::from_secs(3);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// One worker of the pool.
 #[derive(Debug, Clone)]
@@ -228,7 +228,7 @@ impl Workers {
     pub(super) async fn who_is_lost(&self, used: bool) -> Option<String> {
         let looks = self.all.iter().map(|worker| async move {
             let wrong = match &worker.agent {
-                Some(agent) => match timeout(BEAT_PATIENCE, agent.status()).await {
+                Some(agent) => match timeout(BEAT_TIMEOUT, agent.status()).await {
                     Ok(Ok(status)) => Endpoint::problem(&status.endpoints),
                     Ok(Err(error)) => Some(error.to_string()),
                     Err(_) => Some("its agent does not answer".to_owned()),
@@ -305,7 +305,7 @@ impl PoolWorker {
             ..WorkerReport::default()
         };
         let Some(agent) = &self.agent else { return report };
-        match timeout(BEAT_PATIENCE, agent.status()).await {
+        match timeout(BEAT_TIMEOUT, agent.status()).await {
             Ok(Ok(status)) => {
                 report.up = Some(true);
                 report.problem = Endpoint::problem(&status.endpoints);
@@ -334,7 +334,7 @@ impl Leases {
             held.beats.abort_all();
             let returned = held.agent.give_back(&held.id);
             let returned = if lost {
-                timeout(LOST_RETURN_PATIENCE, returned).await.unwrap_or(Ok(()))
+                timeout(LOST_RETURN_TIMEOUT, returned).await.unwrap_or(Ok(()))
             } else {
                 returned.await
             };
@@ -351,7 +351,7 @@ impl Leases {
 async fn until_one_is_free(agent: &AgentClient) -> u16 {
     let (mut connected, mut suspects) = (BTreeSet::new(), BTreeSet::new());
     loop {
-        if let Ok(Ok(status)) = timeout(BEAT_PATIENCE, agent.status()).await {
+        if let Ok(Ok(status)) = timeout(BEAT_TIMEOUT, agent.status()).await {
             let ports_that = |are: EndpointState| {
                 let endpoints = status.endpoints.iter().filter(move |endpoint| endpoint.state == are);
                 endpoints.map(|endpoint| endpoint.port)
@@ -399,7 +399,7 @@ async fn until_silent(agent: &AgentClient) -> String {
     let mut silence = Silence::new();
     loop {
         sleep(BEAT).await;
-        let problem = match timeout(BEAT_PATIENCE, agent.status()).await {
+        let problem = match timeout(BEAT_TIMEOUT, agent.status()).await {
             Ok(Ok(_)) => {
                 silence.broken();
                 continue;
@@ -418,7 +418,7 @@ async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedS
     let mut silence = Silence::new();
     let why = loop {
         sleep(BEAT).await;
-        let problem = match timeout(BEAT_PATIENCE, beat(&agent, &id)).await {
+        let problem = match timeout(BEAT_TIMEOUT, beat(&agent, &id)).await {
             Ok(Ok(None)) => {
                 silence.broken();
                 continue;
@@ -494,10 +494,10 @@ fn version(protocol: &str) -> Option<(u32, u32)> {
 
 /// Probes a `ggml-rpc-server`. Allowed only while no client uses it.
 async fn listens(endpoint: &str) -> Result<RpcServer, String> {
-    let resolved = timeout(PROBE_PATIENCE, lookup_host(endpoint)).await;
+    let resolved = timeout(PROBE_TIMEOUT, lookup_host(endpoint)).await;
     let address = resolved.ok().and_then(|all| all.ok()?.find(SocketAddr::is_ipv4));
     let address = address.ok_or_else(|| format!("{endpoint} has no IPv4 address"))?;
-    rpc_probe::probe(address, PROBE_PATIENCE)
+    rpc_probe::probe(address, PROBE_TIMEOUT)
         .await
         .map_err(|error| error.to_string())
 }

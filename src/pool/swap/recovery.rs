@@ -18,7 +18,7 @@ pub(super) const DEATH_PAUSE: Duration = Duration::from_secs(10);
 pub(super) const GAVE_UP_PAUSE: Duration = Duration::from_secs(60);
 /// How long a new model is tried while its workers are not ready, before the previous model comes back. The previous
 /// model's memory may become free only some seconds after its end.
-pub(super) const SWAP_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const SWAP_TIMEOUT: Duration = Duration::from_secs(30);
 /// No jitter: a pool has one coordinator, so no other starts in step with it.
 pub(super) const JITTER: f64 = 1.0;
 
@@ -43,7 +43,7 @@ impl Swap {
             NotReady::Retryable(why) => {
                 let retry = Some(now + self.set_back(NOT_READY_PAUSE));
                 let since = *self.not_ready_since.get_or_insert(now);
-                if self.before.is_some() && now < since + SWAP_PATIENCE {
+                if self.before.is_some() && now < since + SWAP_TIMEOUT {
                     self.problem = Some(why);
                     self.down(retry, false);
                 } else {

@@ -2,13 +2,13 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::event::Name;
 use super::{Check, Phase, Swap};
 
 /// Name of a phase in the status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Nothing runs; it will be tried again.
@@ -29,6 +29,9 @@ pub enum State {
     Freeing,
     /// The coordinator has ended.
     Stopped,
+    /// A state that only another version of the coordinator knows. This one reads it and never takes it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl fmt::Display for State {
@@ -43,12 +46,13 @@ impl fmt::Display for State {
             Self::Stopping => "stopping",
             Self::Freeing => "freeing",
             Self::Stopped => "stopped",
+            Self::Unknown => "unknown",
         })
     }
 }
 
 /// The state at one moment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// The phase.
     pub state: State,
@@ -59,19 +63,22 @@ pub struct Snapshot {
     /// The model that is being checked meanwhile.
     pub checking: Option<Name>,
     /// Running answers.
+    #[serde(default)]
     pub running: usize,
     /// Waiting requests.
+    #[serde(default)]
     pub waiting: usize,
     /// Why nothing runs.
     pub problem: Option<String>,
     /// The last swap that failed.
     pub last_failure: Option<FailedSwap>,
     /// Number of the last start; it only grows.
+    #[serde(default)]
     pub epoch: u64,
 }
 
 /// A swap that failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedSwap {
     /// The model that should have started.
     pub model: Name,

@@ -46,12 +46,12 @@ const SCARCE: u64 = 1024 * 1024 * 1024;
 pub struct Cache {
     folder: Option<PathBuf>,
     quota_bytes: u64,
-    seen: Arc<Seen>,
+    counters: Arc<CacheCounters>,
 }
 
 /// Counts that are readable without access to the disk, which may be busy.
 #[derive(Debug, Default)]
-struct Seen {
+struct CacheCounters {
     bytes: AtomicU64,
     checked: AtomicU64,
     to_check: AtomicU64,
@@ -187,7 +187,7 @@ impl Cache {
         Self {
             folder: folder.filter(|_| quota_bytes > 0),
             quota_bytes,
-            seen: Arc::default(),
+            counters: Arc::default(),
         }
     }
 
@@ -196,7 +196,7 @@ impl Cache {
         Self {
             folder: None,
             quota_bytes: 0,
-            seen: Arc::default(),
+            counters: Arc::default(),
         }
     }
 
@@ -212,22 +212,22 @@ impl Cache {
 
     /// Bytes at the last count.
     pub fn bytes(&self) -> u64 {
-        self.seen.bytes.load(Ordering::Relaxed)
+        self.counters.bytes.load(Ordering::Relaxed)
     }
 
     /// Counts its bytes.
     pub fn count(&self) -> u64 {
         let parts = self.folder.as_deref().map(parts);
         let bytes = sum(&parts.and_then(Result::ok).unwrap_or_default());
-        self.seen.bytes.store(bytes, Ordering::Relaxed);
+        self.counters.bytes.store(bytes, Ordering::Relaxed);
         bytes
     }
 
     /// Progress of the check in [`Self::tidy`].
     pub fn progress(&self) -> Progress {
         Progress {
-            checked: self.seen.checked.load(Ordering::Relaxed),
-            of: self.seen.to_check.load(Ordering::Relaxed),
+            checked: self.counters.checked.load(Ordering::Relaxed),
+            of: self.counters.to_check.load(Ordering::Relaxed),
         }
     }
 
@@ -285,8 +285,8 @@ impl Cache {
     /// Reads the parts on several threads and returns the digest of each complete one. Parts that were not read before `stop`
     /// are left out.
     fn read<'a>(&self, new: &[&'a Part], stop: &CancellationToken) -> Vec<(&'a Part, io::Result<Option<Digest>>)> {
-        self.seen.checked.store(0, Ordering::Relaxed);
-        self.seen
+        self.counters.checked.store(0, Ordering::Relaxed);
+        self.counters
             .to_check
             .store(new.iter().map(|part| part.bytes).sum(), Ordering::Relaxed);
         let next = AtomicUsize::new(0);
@@ -297,7 +297,7 @@ impl Cache {
                 && let Some(part) = new.get(next.fetch_add(1, Ordering::Relaxed))
             {
                 read.push((*part, digest_of_whole(part)));
-                self.seen.checked.fetch_add(part.bytes, Ordering::Relaxed);
+                self.counters.checked.fetch_add(part.bytes, Ordering::Relaxed);
             }
             read
         };
@@ -429,7 +429,7 @@ mod tests {
         Cache {
             folder: Some(folder.to_owned()),
             quota_bytes,
-            seen: Arc::default(),
+            counters: Arc::default(),
         }
     }
 

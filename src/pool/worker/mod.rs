@@ -37,7 +37,7 @@ use crate::config::{Binaries, ConfigError, Secret, Worker};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::Missing;
-use crate::supervise::notify::{Notifier, Words};
+use crate::supervise::notify::{Notifier, StatusLines};
 use crate::supervise::preflight::{self, PreflightError};
 use crate::supervise::restart;
 use crate::supervise::service::{GaveUp, Service};
@@ -47,9 +47,9 @@ pub use local_worker::{NotFound, local_worker};
 const EXPIRY: Duration = Duration::from_secs(10);
 
 /// Timeout for a server to listen. A GPU driver that wakes up takes seconds.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout for a listening server to answer.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a worker ends.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +62,7 @@ pub enum WorkerError {
     Token(#[from] ConfigError),
     /// A program is missing, or a port is taken.
     #[error(transparent)]
-    PreflightError(#[from] PreflightError),
+    Preflight(#[from] PreflightError),
     /// The config does not say which GPU goes to which server.
     #[error(transparent)]
     Launch(#[from] launch::AmbiguousGpus),
@@ -79,7 +79,7 @@ pub enum WorkerError {
 pub enum NoServer {
     /// Its port is taken.
     #[error(transparent)]
-    PreflightError(#[from] PreflightError),
+    Preflight(#[from] PreflightError),
     /// It died.
     #[error("the ggml-rpc-server of port {port} does not start: {death}")]
     Died {
@@ -91,7 +91,7 @@ pub enum NoServer {
     /// It does not listen in time.
     #[error(
         "the ggml-rpc-server of port {port} does not listen after {} s; see its last lines, and whether its GPU answers",
-        START_PATIENCE.as_secs()
+        START_TIMEOUT.as_secs()
     )]
     Slow {
         /// Its port in the config.
@@ -269,7 +269,7 @@ async fn without_agent(mut spec: Spec, notifier: &Notifier, stop: &CancellationT
         endpoint.launch = survey::bound(endpoint, &devices)?;
     }
     let name = format!("the ggml-rpc-server of worker {}", spec.name);
-    let words = Words {
+    let words = StatusLines {
         starting: format!("starting {name}"),
         serving: format!("{name} listens"),
     };

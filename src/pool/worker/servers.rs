@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::Cache;
 use super::survey::{self, Survey};
-use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE, Spec};
+use super::{ANSWER_TIMEOUT, EndpointSpec, NoServer, START_TIMEOUT, Spec};
 use crate::pool::agent::{DeviceStatus, Endpoint, EndpointState};
 use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::{Tail, is_stopped};
@@ -25,7 +25,7 @@ use crate::supervise::{preflight, sockets};
 /// How long a survey of an idle worker stays valid: other programs use its GPUs too.
 const FRESH: Duration = Duration::from_secs(30);
 /// How long a lease waits for the check of the cache. After that it is refused with the progress of the check.
-const TIDY_PATIENCE: Duration = Duration::from_secs(2);
+const TIDY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The servers of this worker.
 #[derive(Debug)]
@@ -205,7 +205,7 @@ async fn serve(
     told: oneshot::Sender<Result<(), NoServer>>,
 ) {
     let tidied = tokio::select! {
-        tidied = timeout(TIDY_PATIENCE, keeper.done()) => tidied.map_err(|_| NoServer::Checking(keeper.cache.progress())),
+        tidied = timeout(TIDY_TIMEOUT, keeper.done()) => tidied.map_err(|_| NoServer::Checking(keeper.cache.progress())),
         () = stop.cancelled() => Err(NoServer::Ended),
     };
     if let Err(not_yet) = tidied {
@@ -245,8 +245,8 @@ async fn bring_up(
     for (number, (endpoint, service)) in spec.endpoints.iter().zip(services.iter()).enumerate() {
         listens(endpoint, service).await?;
         // No client knows of the server yet.
-        let told = probe(SocketAddrV4::new(spec.host, endpoint.port).into(), ANSWER_PATIENCE).await?;
-        shown.told(number, &told);
+        let told = probe(SocketAddrV4::new(spec.host, endpoint.port).into(), ANSWER_TIMEOUT).await?;
+        shown.record(number, &told);
     }
     Ok(())
 }
@@ -256,7 +256,7 @@ async fn listens(endpoint: &EndpointSpec, service: &Service) -> Result<(), NoSer
     let port = endpoint.port;
     let mut state = service.state();
     let settled = state.wait_for(|state| !matches!(state, State::Starting | State::Loading));
-    match timeout(START_PATIENCE, settled).await {
+    match timeout(START_TIMEOUT, settled).await {
         Err(_) => Err(NoServer::Slow { port }),
         Ok(Err(_)) => Err(NoServer::Ended),
         Ok(Ok(state)) => match &*state {
@@ -344,7 +344,7 @@ impl ServersView {
     }
 
     /// Takes in the report of a server that has no client yet.
-    fn told(&self, number: usize, told: &RpcServer) {
+    fn record(&self, number: usize, told: &RpcServer) {
         let mut view = self.view();
         view.protocol = Some(told.protocol.to_string());
         if let Some(endpoint) = view.endpoints.get_mut(number)

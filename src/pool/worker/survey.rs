@@ -6,7 +6,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::servers::list;
-use super::{ANSWER_PATIENCE, EndpointSpec, NoServer, START_PATIENCE};
+use super::{ANSWER_TIMEOUT, EndpointSpec, NoServer, START_TIMEOUT};
 use crate::config::GpuBackend;
 use crate::pool::agent::DeviceStatus;
 use crate::pool::rpc_probe::{RpcServer, probe};
@@ -14,7 +14,7 @@ use crate::supervise::child::Child;
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::Death;
 use crate::supervise::devices::{Missing, complaint};
-use crate::supervise::service::RPC_STOP_PATIENCE;
+use crate::supervise::service::RPC_STOP_TIMEOUT;
 use crate::supervise::{preflight, sockets};
 
 /// The result for one endpoint.
@@ -36,8 +36,8 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<S
         .await
         .map_err(not_started)?;
     let asked = async {
-        match timeout(START_PATIENCE, sockets::until_listening(address)).await {
-            Ok(()) => Ok(probe(address.into(), ANSWER_PATIENCE).await?),
+        match timeout(START_TIMEOUT, sockets::until_listening(address)).await {
+            Ok(()) => Ok(probe(address.into(), ANSWER_TIMEOUT).await?),
             Err(_) => Err(NoServer::Slow { port: endpoint.port }),
         }
     };
@@ -49,7 +49,7 @@ pub async fn look(endpoint: &EndpointSpec, stop: &CancellationToken) -> Result<S
             return Err(died(Death::explain(status, child.last_lines().await)));
         }
     };
-    child.stop(RPC_STOP_PATIENCE).await.map_err(not_started)?;
+    child.stop(RPC_STOP_TIMEOUT).await.map_err(not_started)?;
     // The server names its devices only in its log, which is complete now.
     let lines = child.last_lines().await;
     let told = told?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::world::World;
-use crate::pool::swap::recovery::{DEATH_PAUSE, LOST_PAUSE, NOT_READY_PAUSE, SWAP_PATIENCE};
+use crate::pool::swap::recovery::{DEATH_PAUSE, LOST_PAUSE, NOT_READY_PAUSE, SWAP_TIMEOUT};
 use crate::pool::swap::{Action, Event, NotReady, Refused, State};
 
 fn ready() -> World {
@@ -214,7 +214,7 @@ fn a_swap_whose_workers_do_not_become_ready_gives_way_to_the_model_before() {
     while world.refused.is_empty() {
         world.fail_to_lease(NotReady::Retryable("no".into()));
     }
-    assert!(world.now - begun >= SWAP_PATIENCE && world.now - begun < 2 * SWAP_PATIENCE);
+    assert!(world.now - begun >= SWAP_TIMEOUT && world.now - begun < 2 * SWAP_TIMEOUT);
     assert_eq!(world.refused[0].0, id);
     world.settle();
     assert_eq!((world.state(), &*world.swap.snapshot().model), (State::Ready, "a"));

@@ -1,4 +1,4 @@
-//! A llama-server that drafts in its own process, to compare with.
+//! A llama-server that drafts in its own process, to compare with. Keeps the draft length that is fastest in a short trial.
 
 use std::time::{Duration, Instant};
 
@@ -16,18 +16,18 @@ use crate::supervise::service::{GaveUp, Service};
 use crate::upstream::ChatServer;
 use crate::upstream::chat::{ChatError, Wishes};
 
-/// Draft lengths (`--spec-draft-n-max`) that are tried, the most telling first.
+/// Draft lengths (`--spec-draft-n-max`) to try, the most likely ones first.
 const LENGTHS: [u16; 8] = [4, 8, 2, 16, 1, 12, 6, 3];
-/// In the first trial no prompt begins after this time; the others ask the same prompts.
-const TRIAL_BOUND: Duration = Duration::from_secs(20);
-/// No trial begins after this time.
-const BOUND: Duration = Duration::from_secs(300);
-/// Longest answer of a trial, in tokens.
+/// Time limit for new prompts in the first trial. The other trials ask the same prompts.
+const FIRST_TRIAL_LIMIT: Duration = Duration::from_secs(20);
+/// Time limit for new trials.
+const TRIALS_LIMIT: Duration = Duration::from_secs(300);
+/// Longest answer in a trial, in tokens.
 const TRIAL_TOKENS: u32 = 64;
 
-/// The two models, and how their server is run.
+/// The two models, and the settings of their server.
 #[derive(Debug, Clone)]
-pub struct Pair {
+pub struct ModelPair {
     /// The programs.
     pub binaries: Binaries,
     /// The section `target`.
@@ -36,13 +36,13 @@ pub struct Pair {
     pub target: (String, Model),
     /// The draft model.
     pub draft: Model,
-    /// CPU threads for the draft model; the target's if there are none.
+    /// CPU threads for the draft model. `None`: those of the target.
     pub draft_threads: Option<u16>,
 }
 
-/// What one draft length yielded.
+/// Speed with one draft length.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Tried {
+pub struct LengthTrial {
     /// Most draft tokens per step.
     pub n_max: u16,
     /// Tokens per second over the trial's prompts.
@@ -51,42 +51,42 @@ pub struct Tried {
 
 /// The running server with the draft length that was best.
 #[derive(Debug)]
-pub struct OwnDraft {
-    /// Whom to ask.
+pub struct NativeDraft {
+    /// The server to ask.
     pub contender: Contender,
     /// Most draft tokens per step.
     pub n_max: u16,
-    /// All lengths that were tried, the shortest first.
-    pub tried: Vec<Tried>,
+    /// All trials, the shortest length first.
+    pub tried: Vec<LengthTrial>,
     service: Service,
 }
 
-/// Why there is no such server.
+/// Why the server cannot be started.
 #[derive(Debug, thiserror::Error)]
-pub enum OwnDraftError {
-    /// Something that it needs is missing.
+pub enum NativeDraftError {
+    /// A program or a file is missing.
     #[error(transparent)]
-    PreflightError(#[from] PreflightError),
+    Preflight(#[from] PreflightError),
     /// It does not start.
     #[error(transparent)]
     GaveUp(#[from] GaveUp),
     /// It does not answer.
     #[error(transparent)]
     Chat(#[from] ChatError),
-    /// There is no port for it.
+    /// No port is free.
     #[error("cannot find a free port: {0}")]
     Port(#[from] std::io::Error),
 }
 
-impl OwnDraft {
-    /// Tries some draft lengths on a prompt of each kind and keeps the server with the best. `on_trial` is told the
-    /// length before each try.
+impl NativeDraft {
+    /// Tries draft lengths on a prompt of each kind, and keeps a server with the fastest. Calls `on_trial` with the length before each
+    /// trial.
     pub async fn start(
-        pair: &Pair,
+        pair: &ModelPair,
         prompts: &[Prompt],
         wishes: Wishes,
         on_trial: impl Fn(u16),
-    ) -> Result<Self, OwnDraftError> {
+    ) -> Result<Self, NativeDraftError> {
         preflight::model(&pair.draft.path)?;
         let mut trial = Prompt::first_of_each_kind(prompts, 1);
         let wishes = Wishes {
@@ -94,17 +94,21 @@ impl OwnDraft {
             ..wishes
         };
         let began = Instant::now();
-        let mut tried: Vec<Tried> = Vec::new();
+        let mut tried: Vec<LengthTrial> = Vec::new();
         for n_max in LENGTHS {
-            if began.elapsed() > BOUND {
+            if began.elapsed() > TRIALS_LIMIT {
                 break;
             }
             on_trial(n_max);
             let (contender, service) = serve(pair, n_max).await?;
-            let bound = if tried.is_empty() { TRIAL_BOUND } else { Duration::MAX };
+            let bound = if tried.is_empty() {
+                FIRST_TRIAL_LIMIT
+            } else {
+                Duration::MAX
+            };
             let (asked, tokens_per_second) = speed(&contender, &trial, wishes, bound).await?;
             trial.truncate(asked);
-            tried.push(Tried {
+            tried.push(LengthTrial {
                 n_max,
                 tokens_per_second,
             });
@@ -127,9 +131,9 @@ impl OwnDraft {
     }
 }
 
-/// Starts a server and waits until it serves.
-async fn serve(pair: &Pair, n_max: u16) -> Result<(Contender, Service), OwnDraftError> {
-    // Nobody else needs to ask it.
+/// Starts a server and waits until it is ready.
+async fn serve(pair: &ModelPair, n_max: u16) -> Result<(Contender, Service), NativeDraftError> {
+    // A random key, because only this process uses the server.
     let key = Secret::new(unguessable());
     let server = config::Server {
         api_key: Some(key.clone()),
@@ -144,15 +148,15 @@ async fn serve(pair: &Pair, n_max: u16) -> Result<(Contender, Service), OwnDraft
     let mut service = Service::start(Role::Target, launch, &CancellationToken::new());
     service.ready().await?;
     let contender = Contender {
-        mode: Mode::OwnDraft,
+        mode: Mode::NativeDraft,
         verifier: Some(server.clone()),
         server,
     };
     Ok((contender, service))
 }
 
-/// The target's own arguments and, so that they win, what makes it draft and what must not collide with the target.
-fn arguments(pair: &Pair, n_max: u16, port: u16) -> Vec<String> {
+/// The target's own arguments, then those for drafting and for another address, which win.
+fn arguments(pair: &ModelPair, n_max: u16, port: u16) -> Vec<String> {
     let mut arguments = pair.server.extra_args.clone();
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
     option("-md", pair.draft.path.display().to_string());
@@ -166,8 +170,8 @@ fn arguments(pair: &Pair, n_max: u16, port: u16) -> Vec<String> {
     arguments
 }
 
-/// How many of the prompts were asked within the bound, at least one, and tokens per second over them. The first is asked
-/// once more before, to warm up.
+/// Asks prompts until the bound, but at least one. Returns their number and tokens per second. Asks the first prompt once more before,
+/// to warm up.
 async fn speed(
     contender: &Contender,
     prompts: &[Prompt],
@@ -191,9 +195,9 @@ async fn speed(
     Ok((asked, ratio(tokens as f64, time.as_secs_f64())))
 }
 
-/// The fastest length; the shortest of those that nothing is known of.
-fn best(tried: &[Tried]) -> u16 {
-    let speed = |tried: &Tried| tried.tokens_per_second.unwrap_or(0.0);
+/// The fastest length, or the shortest if no speed is known.
+fn best(tried: &[LengthTrial]) -> u16 {
+    let speed = |tried: &LengthTrial| tried.tokens_per_second.unwrap_or(0.0);
     let fastest = tried
         .iter()
         .rev()
@@ -205,9 +209,9 @@ fn best(tried: &[Tried]) -> u16 {
 mod tests {
     use super::*;
 
-    fn pair() -> Pair {
+    fn pair() -> ModelPair {
         let model = |path: &str| -> Model { serde_json::from_value(serde_json::json!({ "path": path })).unwrap() };
-        Pair {
+        ModelPair {
             binaries: Binaries::default(),
             server: config::Server {
                 extra_args: vec!["--port".into(), "8080".into()],
@@ -233,7 +237,7 @@ mod tests {
         let tried = |speeds: [Option<f64>; 3]| {
             let tried = [2, 4, 8].into_iter().zip(speeds);
             tried
-                .map(|(n_max, tokens_per_second)| Tried {
+                .map(|(n_max, tokens_per_second)| LengthTrial {
                     n_max,
                     tokens_per_second,
                 })
