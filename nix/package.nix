@@ -23,6 +23,7 @@ rustPlatform.buildRustPackage {
       ../Cargo.lock
       ../Cargo.toml
       ../configs
+      ../fuzz/src
       ../src
       ../tests
     ];

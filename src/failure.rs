@@ -108,6 +108,10 @@ fn without_number(text: &str) -> &str {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a server of the test, and the failures of a plain client"
+)]
 mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;

@@ -32,6 +32,7 @@ pub mod plan;
 pub mod pool;
 pub mod proxy;
 pub mod rounds;
-pub mod speculation;
 pub mod supervise;
 pub mod upstream;
+
+pub use tightwad_speculation as speculation;

@@ -17,8 +17,9 @@ use tokio::time::timeout;
 use super::median;
 use crate::config::{Secret, Worker};
 use crate::count::count;
+use crate::http;
 use crate::upstream::ChatError;
-use crate::upstream::chat::{client, refused, unreachable};
+use crate::upstream::chat::{client, refused, unreachable, unread};
 
 /// What the prompts are made of, again and again.
 const PROSE: &str = "The miser counted his coins by the light of one candle, then blew it out and counted them again in the \
@@ -29,6 +30,8 @@ const TRIPS: usize = 5;
 const TRIP_PATIENCE: Duration = Duration::from_secs(2);
 /// Between the prompts of requests at once, so that no two begin alike.
 const SHIFT: usize = 7;
+/// Longest answer that is read, in bytes.
+const MOST_BYTES: usize = 16 << 20;
 
 /// What is measured.
 #[derive(Debug, Clone, Default)]
@@ -309,7 +312,8 @@ impl Server<'_> {
         if !response.status().is_success() {
             return Err(refused(self.url, response).await.into());
         }
-        Ok(response.json().await.map_err(|error| unreachable(self.url, &error))?)
+        let read = http::client::json(response, MOST_BYTES).await;
+        Ok(read.map_err(|error| unread(self.url, error))?)
     }
 }
 

@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use super::exit::{Exit, Failure};
 use super::received::Received;
+use super::status::MOST_BYTES;
 use crate::config::{self, Config, Coordinator, Secret};
+use crate::http;
 use crate::pool::coordinator::CoordinatorError;
 use crate::pool::coordinator::status::{Status, Step};
 use crate::pool::swap::State;
@@ -64,7 +66,7 @@ impl Client {
         if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Err(refused(&self.url, response).await.into());
         }
-        let answer: Option<Value> = response.json().await.ok();
+        let answer: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
         let report = answer.filter(|_| status.is_success()).and_then(Received::read);
         report.ok_or_else(|| {
             let message = format!(

@@ -35,6 +35,7 @@ pub enum ReadError {
 ///
 /// [`ClientBuilder::build`] fails only when TLS cannot be set up. Pass that failure on: `Client::default()` would panic
 /// instead, and would use the environment's proxy.
+#[expect(clippy::disallowed_methods, reason = "the one place that sets up clients")]
 pub fn builder() -> ClientBuilder {
     reqwest::Client::builder()
         .no_proxy()

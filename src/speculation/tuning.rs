@@ -1,7 +1,7 @@
 //! Tuned constants of the drafting policy and its cost model.
 //!
 //! [`Tuning::default`] holds the values that ship. They were chosen with the simulator (`simulator/`), which can sweep each
-//! of them; no other module of [`crate::speculation`] holds a constant of the policy. [`super::AdaptivePolicy`] owns one
+//! of them; no other module of this crate holds a constant of the policy. [`super::AdaptivePolicy`] owns one
 //! `Tuning` and lends it to the cost model, the estimators and the session.
 //!
 //! Two kinds of numbers are not here: the bounds that sort draft tokens into classes (`acceptance.rs`), because they define

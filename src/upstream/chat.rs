@@ -386,7 +386,8 @@ pub fn unreachable(url: &str, error: &reqwest::Error) -> ChatError {
 }
 
 /// The failure to read what a server answers.
-fn unread(url: &str, error: ReadError) -> ChatError {
+#[must_use]
+pub fn unread(url: &str, error: ReadError) -> ChatError {
     match error {
         ReadError::Broken(error) => unreachable(url, &error),
         error => ChatError::BrokenOff {

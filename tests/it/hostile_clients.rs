@@ -7,72 +7,22 @@ use std::time::{Duration, Instant};
 use crate::harness::fake_upstream::{Act, FakeUpstream, chunk, json, send, stream_head, wait};
 use crate::harness::llama_server::{Program, answer_of, free_port};
 use crate::harness::pool::{Pool, Setup};
+use crate::harness::tuned_proxy::TunedProxy;
 use crate::harness::wait::eventually;
 use crate::harness::worker::{self, lease_request};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json as value};
 use tempfile::TempDir;
-use tightwad::config::{self, Secret, Upstream};
-use tightwad::engine::{self, Engine};
+use tightwad::config::Secret;
 use tightwad::pool::agent_client::AgentClient;
-use tightwad::proxy::{self, Settings};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 const CHAT: &str = "/v1/chat/completions";
 const UNSTREAMED: &str = r#"{"messages":[]}"#;
 const STREAMED: &str = r#"{"messages":[],"stream":true}"#;
 const EVIL: &str = "https://evil.example";
-
-/// A proxy in this process.
-struct Proxy {
-    address: String,
-    client: reqwest::Client,
-    shutdown: CancellationToken,
-}
-
-impl Proxy {
-    /// In front of `target`, with the defaults but for what `change` does.
-    async fn before(target: &FakeUpstream, change: impl FnOnce(&mut Settings)) -> Self {
-        let config = config::Proxy {
-            target: Some(Upstream::at(target.url())),
-            ..config::Proxy::default()
-        };
-        let mut settings = Settings::try_from(&config).unwrap();
-        change(&mut settings);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let shutdown = CancellationToken::new();
-        let engine = Engine::start(engine::Settings::default()).unwrap();
-        let serving = proxy::serve(listener, settings, engine, shutdown.clone());
-        tokio::spawn(async { serving.await.unwrap() });
-        Self {
-            address,
-            client: reqwest::Client::builder().no_proxy().build().unwrap(),
-            shutdown,
-        }
-    }
-
-    fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.client.request(method, format!("http://{}{path}", self.address))
-    }
-
-    fn get(&self, path: &str) -> reqwest::RequestBuilder {
-        self.request(Method::GET, path)
-    }
-
-    fn post(&self, path: &str, body: &str) -> reqwest::RequestBuilder {
-        self.request(Method::POST, path).body(body.to_owned())
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.shutdown.cancel();
-    }
-}
 
 /// A target that answers everything with an empty object.
 async fn content() -> FakeUpstream {
@@ -103,7 +53,7 @@ async fn read_to_end(socket: &mut TcpStream) -> (String, Duration) {
 async fn permission_is_given_without_waiting_for_a_body() {
     let target = content().await;
     for token in [None, Some(Secret::new("s3cret"))] {
-        let proxy = Proxy::before(&target, |settings| settings.auth_token = token).await;
+        let proxy = TunedProxy::before(&target.url(), |settings| settings.auth_token = token).await;
         let head = format!(
             "OPTIONS {CHAT} HTTP/1.1\r\nHost: {}\r\nContent-Length: 9000\r\n\r\n{{",
             proxy.address
@@ -119,7 +69,7 @@ async fn permission_is_given_without_waiting_for_a_body() {
 #[tokio::test]
 async fn idle_connections_lock_nobody_out() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.limits.connections = 20;
         settings.limits.per_peer = 20;
     })
@@ -139,7 +89,7 @@ async fn idle_connections_lock_nobody_out() {
 #[tokio::test]
 async fn where_every_connection_is_at_work_the_next_client_is_told_to_come_again() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::Hang]).await;
-    let proxy = Proxy::before(&target, |settings| settings.limits.connections = 2).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.limits.connections = 2).await;
     let mut running = Vec::new();
     for _ in 0..2 {
         running.push(proxy.post(CHAT, STREAMED).send().await.unwrap());
@@ -161,7 +111,7 @@ async fn where_every_connection_is_at_work_the_next_client_is_told_to_come_again
 #[tokio::test]
 async fn half_a_head_is_waited_for_only_so_long() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.limits.head_time = Duration::from_millis(300);
         settings.limits.idle_time = Duration::from_millis(900);
     })
@@ -178,7 +128,7 @@ async fn half_a_head_is_waited_for_only_so_long() {
 
     // Between two requests as before the first, and no longer while an answer is awaited.
     let slow = FakeUpstream::start(|_| [vec![wait(1500)], json("200 OK", "{}")].concat()).await;
-    let proxy = Proxy::before(&slow, |settings| {
+    let proxy = TunedProxy::before(&slow.url(), |settings| {
         settings.limits.head_time = Duration::from_millis(300);
         settings.limits.idle_time = Duration::from_millis(500);
     })
@@ -193,7 +143,7 @@ async fn half_a_head_is_waited_for_only_so_long() {
 #[tokio::test]
 async fn a_body_that_comes_too_slowly_is_cut_and_one_that_comes_steadily_is_not() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.limits.body_grace = Duration::from_millis(300);
         settings.limits.body_rate = 1000;
     })
@@ -229,7 +179,7 @@ async fn a_body_that_comes_too_slowly_is_cut_and_one_that_comes_steadily_is_not(
 #[tokio::test]
 async fn unfinished_bodies_take_no_more_memory_than_is_set_aside_for_them() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| settings.limits.body_memory = 1_000_000).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.limits.body_memory = 1_000_000).await;
     let head = format!(
         "POST {CHAT} HTTP/1.1\r\nHost: {}\r\nContent-Length: 9000000\r\n\r\n",
         proxy.address
@@ -241,7 +191,7 @@ async fn unfinished_bodies_take_no_more_memory_than_is_set_aside_for_them() {
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
     let large = format!("{{\"messages\":[],\"x\":\"{part}\"}}");
-    let refused = timeout(Duration::from_secs(5), proxy.post(CHAT, &large).send()).await;
+    let refused = timeout(Duration::from_secs(5), proxy.post(CHAT, large.clone()).send()).await;
     let refused = refused.expect("an answer in time").unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(refused.headers().contains_key("retry-after"));
@@ -254,7 +204,7 @@ async fn unfinished_bodies_take_no_more_memory_than_is_set_aside_for_them() {
     );
     drop(unfinished);
     let free = eventually(Duration::from_secs(5), || async {
-        let status = proxy.post(CHAT, &large).send().await.unwrap().status();
+        let status = proxy.post(CHAT, large.clone()).send().await.unwrap().status();
         if status == 200 { Ok(()) } else { Err(status) }
     });
     free.await.unwrap();
@@ -277,7 +227,7 @@ async fn a_client_that_ends_its_side_after_its_request_gets_its_answer() {
         _ => [vec![wait(400)], json("200 OK", r#"{"late":true}"#)].concat(),
     })
     .await;
-    let proxy = Proxy::before(&target, |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for (method, path, body, expected) in [
         ("GET", "/health", "", "\"ok\""),
         ("POST", CHAT, UNSTREAMED, r#"{"late":true}"#),
@@ -301,7 +251,7 @@ async fn a_client_that_ends_its_side_after_its_request_gets_its_answer() {
 #[tokio::test]
 async fn a_client_that_has_ended_its_side_and_then_leaves_is_seen_by_the_target_soon() {
     let target = FakeUpstream::start(|_| vec![Act::Hang]).await;
-    let proxy = Proxy::before(&target, |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let text = format!(
         "POST {CHAT} HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n{UNSTREAMED}",
         proxy.address,
@@ -320,7 +270,7 @@ async fn a_client_that_has_ended_its_side_and_then_leaves_is_seen_by_the_target_
 #[tokio::test]
 async fn a_body_that_is_cut_off_is_not_waited_for() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let text = format!(
         "POST {CHAT} HTTP/1.1\r\nHost: {}\r\nContent-Length: 9\r\n\r\n{{",
         proxy.address
@@ -354,7 +304,7 @@ fn cors_headers(answer: &reqwest::Response) -> Vec<String> {
 #[tokio::test]
 async fn a_page_of_another_server_cannot_use_a_proxy_without_a_token() {
     let target = careless().await;
-    let proxy = Proxy::before(&target, |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let rebound = format!("evil.example:{}", proxy.address.split_once(':').unwrap().1);
     for (method, path) in [
         (Method::GET, "/v1/models"),
@@ -396,7 +346,7 @@ async fn a_page_of_another_server_cannot_use_a_proxy_without_a_token() {
 #[tokio::test]
 async fn with_a_token_a_page_reads_answers_only_where_it_is_allowed_to() {
     let target = careless().await;
-    let proxy = Proxy::before(&target, |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.auth_token = Some(Secret::new("s3cret"));
         settings.cors_origins = vec!["http://localhost:3000".to_owned()];
     })
@@ -453,7 +403,7 @@ async fn with_a_token_a_page_reads_answers_only_where_it_is_allowed_to() {
 #[tokio::test]
 async fn a_proxy_that_all_pages_may_use_says_so_and_takes_no_credentials_of_theirs() {
     let target = careless().await;
-    let proxy = Proxy::before(&target, |settings| settings.cors_origins = vec!["*".to_owned()]).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.cors_origins = vec!["*".to_owned()]).await;
     let answer = proxy
         .post(CHAT, UNSTREAMED)
         .header("origin", EVIL)
@@ -471,7 +421,10 @@ async fn a_proxy_that_all_pages_may_use_says_so_and_takes_no_credentials_of_thei
 #[tokio::test]
 async fn the_token_may_come_as_azures_clients_send_it_and_stays_with_the_proxy() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| settings.auth_token = Some(Secret::new("s3cret"))).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| {
+        settings.auth_token = Some(Secret::new("s3cret"))
+    })
+    .await;
     for (key, status) in [("s3cret", 200), ("wrong", 401)] {
         let request = proxy.post(CHAT, UNSTREAMED).header("api-key", key);
         assert_eq!(request.send().await.unwrap().status(), status);
@@ -482,7 +435,10 @@ async fn the_token_may_come_as_azures_clients_send_it_and_stays_with_the_proxy()
 #[tokio::test]
 async fn why_the_proxy_is_not_ready_is_told_only_to_those_who_know_the_token() {
     let target = content().await;
-    let proxy = Proxy::before(&target, |settings| settings.auth_token = Some(Secret::new("s3cret"))).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| {
+        settings.auth_token = Some(Secret::new("s3cret"))
+    })
+    .await;
     let stranger = proxy.get("/readyz").send().await.unwrap();
     assert_eq!(stranger.status(), 503);
     assert_eq!(

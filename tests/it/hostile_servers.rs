@@ -8,16 +8,14 @@ use std::time::{Duration, Instant};
 
 use crate::harness::fake_upstream::{Act, FakeUpstream, Seen, json as whole, send, stream_head};
 use crate::harness::llama_server::{Program, free_port};
+use crate::harness::tuned_proxy::TunedProxy;
 use crate::harness::wait::eventually;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use tightwad::config::{self, Backend, Upstream};
-use tightwad::engine::{self, Engine};
-use tightwad::proxy::{self, Settings};
+use tightwad::config::{Backend, Upstream};
+use tightwad::engine;
 use tightwad::upstream::{DraftPiece, LlamaServer, TextPiece, TextServer, WrittenTokens};
-use tokio::net::TcpListener;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 /// What the proxy may hold in memory, whatever the servers behind it send. Without requests it holds less than 20 MB.
 const MOST_MEMORY: u64 = 120 << 20;
@@ -451,29 +449,14 @@ async fn the_name_of_a_drafted_completion_is_not_logged() {
     }
 }
 
-/// A proxy in this process, whose target has to come back to its tasks within a second.
-async fn serve(target: &str) -> (String, CancellationToken) {
-    let upstream = Upstream::at(target);
+/// A proxy whose target has to come back to its tasks within a second.
+async fn serve(target: &str) -> String {
     let engine = engine::Settings {
-        target: Some((upstream.clone(), None)),
+        target: Some((Upstream::at(target), None)),
         stall_after: Duration::from_secs(1),
         ..engine::Settings::default()
     };
-    let config = config::Proxy {
-        target: Some(upstream),
-        ..config::Proxy::default()
-    };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let shutdown = CancellationToken::new();
-    let settings = Settings::try_from(&config).unwrap();
-    tokio::spawn(proxy::serve(
-        listener,
-        settings,
-        Engine::start(engine).unwrap(),
-        shutdown.clone(),
-    ));
-    (url, shutdown)
+    TunedProxy::start(target, engine, |_| {}).await.url()
 }
 
 async fn becomes(url: &str, status: u16) {
@@ -502,7 +485,7 @@ async fn a_target_that_answers_how_it_is_but_hangs_over_its_tasks_is_not_ready()
     })
     .await;
     let slots = || target.seen().iter().filter(|seen| seen.target == "/slots").count();
-    let (url, _shutdown) = serve(&target.url()).await;
+    let url = serve(&target.url()).await;
     becomes(&url, 200).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(slots(), 0, "a server that nobody uses may sleep");

@@ -6,6 +6,8 @@
 
 // A test that cannot go on says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+// Tests are clients of servers that they started themselves.
+#![allow(clippy::disallowed_methods)]
 
 mod harness;
 
@@ -18,6 +20,7 @@ mod docs;
 mod draft_schedules;
 mod drafted_answers;
 mod engine_cost;
+mod fuzz;
 mod hostile_clients;
 mod hostile_requests;
 mod hostile_servers;

@@ -3,15 +3,14 @@
 use std::time::{Duration, Instant};
 
 use crate::harness::fake_upstream::{Act, FakeUpstream, Seen, chunk, json, send, stream_head, until, wait};
+use crate::harness::tuned_proxy::TunedProxy;
 use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
-use tightwad::config::{self, Secret, Upstream};
-use tightwad::engine::{self, Engine};
-use tightwad::proxy::{self, Settings};
+use tightwad::config::{Secret, Upstream};
+use tightwad::proxy::Settings;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMMENT: &str = ": waiting for the target\n\n";
@@ -20,96 +19,6 @@ const UNSTREAMED: &str = r#"{"messages":[]}"#;
 
 /// Closing a connection is noticed within this time.
 const SOON: Duration = Duration::from_millis(500);
-
-/// A running proxy.
-struct Proxy {
-    address: String,
-    client: reqwest::Client,
-    shutdown: CancellationToken,
-    ended: tokio::task::JoinHandle<()>,
-}
-
-impl Proxy {
-    /// In front of `target`, with the defaults but for what `change` does, and with nothing that watches the target.
-    async fn before(target: &str, change: impl FnOnce(&mut Settings)) -> Self {
-        Self::start(target, engine::Settings::default(), change).await
-    }
-
-    /// In front of `target`, which is watched, with a drafter.
-    async fn drafting(target: &str, draft: &str, change: impl FnOnce(&mut Settings)) -> Self {
-        let engine = engine::Settings {
-            drafts: vec![(Upstream::at(draft), None)],
-            target: Some((Upstream::at(target), None)),
-            ..engine::Settings::default()
-        };
-        Self::start(target, engine, change).await
-    }
-
-    async fn start(target: &str, engine: engine::Settings, change: impl FnOnce(&mut Settings)) -> Self {
-        let config = config::Proxy {
-            target: Some(Upstream::at(target)),
-            ..config::Proxy::default()
-        };
-        let mut settings = Settings::try_from(&config).unwrap();
-        change(&mut settings);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let shutdown = CancellationToken::new();
-        let serving = proxy::serve(listener, settings, Engine::start(engine).unwrap(), shutdown.clone());
-        let ended = tokio::spawn(async { serving.await.unwrap() });
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self {
-            address,
-            client,
-            shutdown,
-            ended,
-        }
-    }
-
-    fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.client.request(method, format!("http://{}{path}", self.address))
-    }
-
-    fn get(&self, path: &str) -> reqwest::RequestBuilder {
-        self.request(Method::GET, path)
-    }
-
-    fn post(&self, path: &str, body: impl Into<reqwest::Body>) -> reqwest::RequestBuilder {
-        self.request(Method::POST, path).body(body)
-    }
-
-    async fn status(&self) -> Value {
-        self.get("/v1/tightwad/status")
-            .send()
-            .await
-            .unwrap()
-            .json()
-            .await
-            .unwrap()
-    }
-
-    /// Waits until the status says this.
-    async fn is(&self, key: &str, value: &str) {
-        for _ in 0..500 {
-            if self.status().await[key] == value {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{key} is not {value}: {}", self.status().await);
-    }
-
-    /// How the last request ended, once there is one that has.
-    async fn outcome(&self) -> String {
-        for _ in 0..100 {
-            if let Some(outcome) = self.status().await["requests"][0]["outcome"].as_str() {
-                return outcome.to_owned();
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("no request has ended");
-    }
-}
 
 fn quick(settings: &mut Settings) {
     settings.keepalive = Some(Duration::from_millis(100));
@@ -128,7 +37,7 @@ async fn error_of(response: reqwest::Response, status: StatusCode) -> Value {
 #[tokio::test]
 async fn a_request_body_arrives_byte_for_byte() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let body = "\r\n {\t\"a\" : 1, \"a\":2 ,\"t\\u0065xt\":\"\\ud83d\\ude00 \u{1f600} \\/\", \"n\": 1.0e0, \"big\":123456789012345678901234567890 } \n";
     proxy
         .post(CHAT, body)
@@ -145,7 +54,7 @@ async fn a_request_body_arrives_byte_for_byte() {
 #[tokio::test]
 async fn every_path_method_and_query_of_the_target_is_reachable() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for (method, path) in [
         ("GET", "/v1/models"),
         ("GET", "/props"),
@@ -176,7 +85,7 @@ async fn an_answer_comes_back_with_its_status_headers_and_bytes() {
         ]
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post("/v1/embeddings", "{}").send().await.unwrap();
     assert_eq!(response.status(), 418);
     let headers = response.headers().clone();
@@ -209,7 +118,7 @@ async fn the_bytes_of_a_stream_arrive_unchanged_and_undelayed() {
         acts
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     assert_eq!(response.headers()["content-type"], "text/event-stream");
     assert_eq!(response.headers()["x-accel-buffering"], "no");
@@ -246,7 +155,7 @@ async fn fifty_streams_run_side_by_side_and_none_gets_anothers_bytes() {
         acts
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let begun = Instant::now();
     let answers = (0..50).map(|i| {
         let body = format!(r#"{{"user":"{i}","stream":true}}"#);
@@ -269,7 +178,7 @@ async fn fifty_streams_run_side_by_side_and_none_gets_anothers_bytes() {
 #[tokio::test]
 async fn a_head_request_gets_the_head_and_no_body() {
     let target = FakeUpstream::start(|_| vec![send("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n")]).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.request(Method::HEAD, "/v1/models").send().await.unwrap();
     assert_eq!(response.headers()["content-length"], "1234");
     assert_eq!(target.only().method, "HEAD");
@@ -279,7 +188,7 @@ async fn a_head_request_gets_the_head_and_no_body() {
 #[tokio::test]
 async fn a_request_keeps_its_id_and_gets_one_if_it_has_none() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy
         .get("/v1/models")
         .header("x-request-id", "mine-1")
@@ -304,7 +213,7 @@ async fn a_request_keeps_its_id_and_gets_one_if_it_has_none() {
 #[tokio::test]
 async fn clients_reach_no_drafts_and_name_no_draft_key() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for path in ["/draft", "/draft?x", "/%64raft", "//draft", "/x/../draft"] {
         // A raw request: a client library would tidy the path up.
         let mut socket = TcpStream::connect(&proxy.address).await.unwrap();
@@ -329,7 +238,7 @@ async fn clients_reach_no_drafts_and_name_no_draft_key() {
 
 async fn leaves_during(script: impl Fn() -> Vec<Act> + Send + Sync + 'static, body: &str, reads: &str) {
     let target = FakeUpstream::start(move |_| script()).await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let mut socket = TcpStream::connect(&proxy.address).await.unwrap();
     let request = format!(
         "POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n\r\n{body}",
@@ -392,7 +301,7 @@ async fn a_stream_that_is_slow_to_begin_is_kept_alive_and_then_arrives_whole() {
         ]
     })
     .await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     assert!(target.sent().is_empty(), "the client waited for the target");
     assert_eq!(response.status(), 200);
@@ -420,7 +329,7 @@ async fn comments_fill_the_silence_between_events_and_never_inside_one() {
         ]
     })
     .await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let text = proxy.post(CHAT, STREAMED).send().await.unwrap().text().await.unwrap();
     let comments = text.matches(COMMENT).count();
     assert!(comments >= 1, "{text}");
@@ -438,7 +347,7 @@ async fn an_unstreamed_answer_is_waited_for_in_silence() {
         acts
     })
     .await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
     assert_eq!(response.headers()["content-type"], "application/json");
     assert_eq!(response.text().await.unwrap(), r#"{"late":true}"#);
@@ -450,7 +359,7 @@ async fn an_unstreamed_answer_is_waited_for_in_silence() {
 async fn a_targets_own_error_comes_back_as_it_is() {
     let body = r#"{ "error" : {"code":400,"message":"no","type":"invalid_request_error","n_ctx":256}}"#;
     let target = FakeUpstream::start(move |_| json("400 Bad Request", body)).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     assert_eq!(response.status(), 400);
     assert_eq!(response.text().await.unwrap(), body);
@@ -467,7 +376,7 @@ async fn a_late_error_travels_in_the_stream_in_the_clients_dialect() {
         acts
     };
     let target = FakeUpstream::start(late).await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let text = proxy.post(CHAT, STREAMED).send().await.unwrap().text().await.unwrap();
     assert_eq!(
         text,
@@ -489,7 +398,7 @@ async fn a_late_error_travels_in_the_stream_in_the_clients_dialect() {
 #[tokio::test]
 async fn a_target_that_streams_something_else_is_told_apart_from_one_that_streams() {
     let target = FakeUpstream::start(|_| [vec![wait(150)], json("200 OK", "{}")].concat()).await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let request = proxy.post(CHAT, STREAMED).header("accept-encoding", "gzip");
     let text = request.send().await.unwrap().text().await.unwrap();
     let event = text.trim_start_matches(COMMENT).strip_prefix("data: ").unwrap();
@@ -505,7 +414,7 @@ async fn a_target_that_streams_something_else_is_told_apart_from_one_that_stream
 #[tokio::test]
 async fn a_target_that_dies_before_it_answers_ends_a_waiting_stream_with_an_error() {
     let target = FakeUpstream::start(|_| vec![wait(1200), Act::Close]).await;
-    let proxy = Proxy::before(&target.url(), quick).await;
+    let proxy = TunedProxy::before(&target.url(), quick).await;
     let text = proxy.post(CHAT, STREAMED).send().await.unwrap().text().await.unwrap();
     let event = text.trim_start_matches(COMMENT);
     let data: Value = serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap();
@@ -517,7 +426,7 @@ async fn a_target_that_dies_before_it_answers_ends_a_waiting_stream_with_an_erro
 async fn a_target_that_dies_in_a_stream_ends_it_with_an_error_and_not_silently() {
     for (last, ended) in [("data: 1\n\n", "data: 1\n\n"), ("data: {\"hal", "data: {\"hal\n\n")] {
         let target = FakeUpstream::start(move |_| vec![stream_head(), chunk(last), wait(20), Act::Close]).await;
-        let proxy = Proxy::before(&target.url(), |_| {}).await;
+        let proxy = TunedProxy::before(&target.url(), |_| {}).await;
         let text = proxy.post(CHAT, STREAMED).send().await.unwrap().text().await.unwrap();
         let event = text.strip_prefix(ended).unwrap().strip_prefix("data: ").unwrap();
         let error = &serde_json::from_str::<Value>(event.strip_suffix("\n\n").unwrap()).unwrap()["error"];
@@ -534,7 +443,7 @@ async fn a_target_that_dies_in_an_unstreamed_answer_breaks_the_clients_connectio
         let head = format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n");
         let target =
             FakeUpstream::start(move |_| vec![send(head.clone()), send("4\r\nhalf\r\n"), wait(20), Act::Close]).await;
-        let proxy = Proxy::before(&target.url(), |_| {}).await;
+        let proxy = TunedProxy::before(&target.url(), |_| {}).await;
         let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
         assert!(response.bytes().await.is_err(), "half an answer looks like a whole one");
         assert_eq!(proxy.outcome().await, "failed");
@@ -545,7 +454,7 @@ async fn a_target_that_dies_in_an_unstreamed_answer_breaks_the_clients_connectio
 #[tokio::test]
 async fn a_target_that_is_down_is_named_with_what_to_do() {
     let nobody = nobody().await;
-    let proxy = Proxy::before(&nobody, |_| {}).await;
+    let proxy = TunedProxy::before(&nobody, |_| {}).await;
     for body in [STREAMED, UNSTREAMED] {
         let response = proxy.post(CHAT, body).send().await.unwrap();
         assert_eq!(response.headers()["retry-after"], "5");
@@ -569,7 +478,7 @@ async fn a_request_that_meets_a_closed_connection_is_sent_once_more_on_a_fresh_o
         _ => json("200 OK", "{}"),
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for _ in 0..2 {
         let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
         assert_eq!(response.status(), 200);
@@ -584,7 +493,7 @@ async fn a_request_that_meets_a_closed_connection_is_sent_once_more_on_a_fresh_o
 #[tokio::test]
 async fn a_request_whose_own_connection_closes_is_not_sent_again() {
     let target = FakeUpstream::start(|_| vec![Act::Close]).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
     let error = error_of(response, StatusCode::BAD_GATEWAY).await;
     assert_eq!(error["code"], "target_broke_off");
@@ -598,7 +507,7 @@ async fn a_request_is_not_sent_a_third_time() {
         _ => vec![Act::Close],
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
     assert_eq!(response.bytes().await.unwrap(), "{}");
     let response = proxy.post(CHAT, UNSTREAMED).send().await.unwrap();
@@ -610,7 +519,7 @@ async fn a_request_is_not_sent_a_third_time() {
 #[tokio::test]
 async fn as_many_connections_to_the_target_stay_open_as_are_used() {
     let target = FakeUpstream::start(|_| [vec![wait(20)], json("200 OK", "{}")].concat()).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for _ in 0..5 {
         let answers = (0..24).map(|_| proxy.post(CHAT, UNSTREAMED).send());
         for answer in futures_util::future::join_all(answers).await {
@@ -627,7 +536,7 @@ async fn as_many_connections_to_the_target_stay_open_as_are_used() {
 #[tokio::test]
 async fn a_body_over_the_limit_is_refused_before_the_target_hears_of_it() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let huge = vec![b' '; 100 * 1024 * 1024];
     let error = error_of(
         proxy.post(CHAT, huge).send().await.unwrap(),
@@ -661,7 +570,7 @@ async fn a_body_over_the_limit_is_refused_before_the_target_hears_of_it() {
 #[tokio::test]
 async fn a_body_that_cannot_be_answered_is_refused_with_what_is_wrong() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |settings| settings.max_tokens_limit = Some(100)).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.max_tokens_limit = Some(100)).await;
     for (body, param, says) in [
         ("{\"messages\": [}", None, "line 1 column 15"),
         ("", None, "line 1 column 0"),
@@ -700,7 +609,7 @@ async fn a_body_that_cannot_be_answered_is_refused_with_what_is_wrong() {
 #[tokio::test]
 async fn without_the_token_nothing_but_the_health_is_told() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.auth_token = Some(Secret::new("s3cret"));
     })
     .await;
@@ -752,7 +661,7 @@ async fn without_the_token_nothing_but_the_health_is_told() {
 #[tokio::test]
 async fn the_target_gets_its_own_key_and_never_the_clients_token() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let both = |proxy: &Proxy| {
+    let both = |proxy: &TunedProxy| {
         proxy
             .get("/v1/models")
             .bearer_auth("s3cret")
@@ -767,14 +676,14 @@ async fn the_target_gets_its_own_key_and_never_the_clients_token() {
         )
     };
 
-    let proxy = Proxy::before(&target.url(), |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.auth_token = Some(Secret::new("s3cret"));
     })
     .await;
     both(&proxy).await.unwrap();
     assert_eq!(credentials(), (None, None));
 
-    let proxy = Proxy::before(&target.url(), |settings| {
+    let proxy = TunedProxy::before(&target.url(), |settings| {
         settings.auth_token = Some(Secret::new("s3cret"));
         settings.target_api_key = Some(Secret::new("targets"));
     })
@@ -786,7 +695,7 @@ async fn the_target_gets_its_own_key_and_never_the_clients_token() {
     assert_eq!(permission.status(), 204);
     assert_eq!(target.seen().len(), seen, "nobody has shown a token");
 
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     both(&proxy).await.unwrap();
     assert_eq!(credentials(), (Some("Bearer s3cret".into()), Some("s3cret".into())));
 }
@@ -794,7 +703,7 @@ async fn the_target_gets_its_own_key_and_never_the_clients_token() {
 #[tokio::test]
 async fn errors_speak_anthropics_dialect_on_anthropics_path() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let body: Value = proxy
         .post("/v1/messages", "{")
         .send()
@@ -812,7 +721,7 @@ async fn errors_speak_anthropics_dialect_on_anthropics_path() {
 #[tokio::test]
 async fn the_status_tells_of_the_last_requests() {
     let target = FakeUpstream::start(|_| vec![stream_head(), wait(30), chunk("data: 1\n\n"), Act::EndChunks]).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy
         .post("/v1/chat/completions?x=1", STREAMED)
         .header("x-request-id", "abc")
@@ -844,7 +753,7 @@ async fn the_status_tells_of_the_last_requests() {
 #[tokio::test]
 async fn a_request_counts_as_in_flight_until_its_last_byte() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::Hang]).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     assert_eq!(proxy.status().await["in_flight"], 1);
     drop(response);
@@ -856,7 +765,7 @@ async fn a_request_counts_as_in_flight_until_its_last_byte() {
 #[tokio::test]
 async fn labels_of_metrics_do_not_grow_with_what_clients_ask_for() {
     let target = FakeUpstream::start(|_| json("404 Not Found", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     for i in 0..10 {
         proxy.get(&format!("/scan/{i}")).send().await.unwrap();
     }
@@ -879,7 +788,7 @@ async fn labels_of_metrics_do_not_grow_with_what_clients_ask_for() {
 #[tokio::test]
 async fn our_own_endpoints_take_get_and_head_only() {
     let target = FakeUpstream::start(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     assert_eq!(
         proxy.request(Method::HEAD, "/health").send().await.unwrap().status(),
         200
@@ -918,7 +827,7 @@ async fn a_completion_carries_the_key_of_its_drafting_which_ends_with_the_client
         _ => json("200 OK", "{}"),
     })
     .await;
-    let proxy = Proxy::drafting(&target.url(), &nobody().await, |_| {}).await;
+    let proxy = TunedProxy::drafting(&target.url(), &nobody().await, |_| {}).await;
     proxy.is("verification", "attached").await;
     let response = proxy
         .post(CHAT, STREAMED)
@@ -952,7 +861,7 @@ async fn a_completion_carries_the_key_of_its_drafting_which_ends_with_the_client
 async fn without_fallback_completions_wait_for_the_drafter_and_nothing_else_does() {
     let target = patched(|_| json("200 OK", "{}")).await;
     let draft = nobody().await;
-    let proxy = Proxy::drafting(&target.url(), &draft, |settings| {
+    let proxy = TunedProxy::drafting(&target.url(), &draft, |settings| {
         settings.fallback_on_draft_failure = false;
     })
     .await;
@@ -964,7 +873,7 @@ async fn without_fallback_completions_wait_for_the_drafter_and_nothing_else_does
     assert!(error["message"].as_str().unwrap().contains(&draft), "{error}");
     assert_eq!(proxy.post("/v1/embeddings", "{}").send().await.unwrap().status(), 200);
 
-    let proxy = Proxy::drafting(&target.url(), &draft, |_| {}).await;
+    let proxy = TunedProxy::drafting(&target.url(), &draft, |_| {}).await;
     proxy.is("verification", "attached").await;
     assert_eq!(proxy.post(CHAT, UNSTREAMED).send().await.unwrap().status(), 200);
 }
@@ -972,7 +881,7 @@ async fn without_fallback_completions_wait_for_the_drafter_and_nothing_else_does
 #[tokio::test]
 async fn it_is_ready_while_the_target_answers() {
     let target = patched(|_| json("200 OK", "{}")).await;
-    let proxy = Proxy::drafting(&target.url(), &nobody().await, |_| {}).await;
+    let proxy = TunedProxy::drafting(&target.url(), &nobody().await, |_| {}).await;
     proxy.is("verification", "attached").await;
     assert_eq!(proxy.get("/readyz").send().await.unwrap().status(), 200);
     drop(target);
@@ -1000,7 +909,7 @@ async fn a_running_answer_ends_before_the_proxy_does() {
         ]
     })
     .await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     proxy.shutdown.cancel();
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -1015,7 +924,7 @@ async fn a_running_answer_ends_before_the_proxy_does() {
 #[tokio::test]
 async fn a_stream_that_takes_too_long_ends_with_an_error_event_when_the_proxy_ends() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::Hang]).await;
-    let proxy = Proxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
     let response = proxy.post(CHAT, STREAMED).send().await.unwrap();
     proxy.shutdown.cancel();
     let text = tokio::time::timeout(SOON, response.text()).await;
@@ -1032,7 +941,7 @@ async fn a_stream_that_takes_too_long_ends_with_an_error_event_when_the_proxy_en
 async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
     let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
     let target = FakeUpstream::start(move |_| vec![Act::Send(head.into()), chunk("{"), Act::Hang]).await;
-    let proxy = Proxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| settings.drain = Duration::from_millis(200)).await;
     let response = proxy.post(CHAT, "{}").send().await.unwrap();
     proxy.shutdown.cancel();
     let text = tokio::time::timeout(SOON, response.text()).await;
@@ -1050,7 +959,7 @@ async fn an_answer_that_takes_too_long_is_cut_when_the_proxy_ends() {
 #[ignore = "a measurement: wants an idle machine and a release build"]
 async fn the_proxy_adds_less_than_a_millisecond_to_the_first_byte() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::EndChunks]).await;
-    let proxy = Proxy::before(&target.url(), |_| {}).await;
+    let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let message = "All work and no play makes a dull boy. ".repeat(200);
     let body = format!(r#"{{"messages":[{{"role":"user","content":"{message}"}}],"stream":true}}"#);
     let (mut direct, mut through) = (Vec::new(), Vec::new());
@@ -1115,7 +1024,7 @@ async fn the_status_tells_how_far_the_drafter_agrees_with_a_target_that_cannot_v
         )
     })
     .await;
-    let proxy = Proxy::before(&target.url(), measuring(&drafter)).await;
+    let proxy = TunedProxy::before(&target.url(), measuring(&drafter)).await;
     assert_eq!(proxy.status().await["agreement"]["share"], Value::Null);
 
     let body = r#"{"messages":[{"role":"user","content":"Go on."}],"model":"big","stream":true,"temperature":0.9}"#;
@@ -1161,7 +1070,7 @@ async fn a_drafter_that_hangs_delays_no_answer_and_is_left_alone_when_the_next_r
     })
     .await;
     let drafter = FakeUpstream::start(|_| vec![Act::Hang]).await;
-    let proxy = Proxy::before(&target.url(), measuring(&drafter)).await;
+    let proxy = TunedProxy::before(&target.url(), measuring(&drafter)).await;
     let ask = || async {
         let answer = proxy
             .post("/v1/completions", r#"{"prompt":"Count."}"#)

@@ -149,7 +149,7 @@ fn assert_near_best_on_fine_grid(step_cost: fn(usize) -> f64) {
 }
 
 // After a change of the policy, run the tests below (about ten minutes):
-// `cargo test --release --lib simulator -- --ignored --nocapture`
+// `cargo test --release -p tightwad-speculation -- --ignored --nocapture`
 
 #[test]
 #[ignore = "minutes"]

@@ -16,5 +16,6 @@ pub mod pool;
 pub mod proxy;
 pub mod random_model;
 pub mod request;
+pub mod tuned_proxy;
 pub mod wait;
 pub mod worker;
