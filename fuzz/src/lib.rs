@@ -149,7 +149,9 @@ fn served<T, F: Future<Output = T>>(answer: &[u8], pieces: usize, client: impl F
 async fn answer_with(mut connection: TcpStream, answer: Arc<[u8]>, pieces: usize) -> std::io::Result<()> {
     connection.set_nodelay(true)?;
     let mut request = [0; 4096];
-    connection.read(&mut request).await?;
+    if connection.read(&mut request).await? == 0 {
+        return Ok(());
+    }
     for piece in answer.chunks(answer.len().div_ceil(pieces).max(1)) {
         connection.write_all(piece).await?;
         tokio::task::yield_now().await;

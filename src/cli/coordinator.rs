@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::exit::{Exit, Failure};
 use super::received::Received;
-use super::status::MOST_BYTES;
+use super::status::MAX_BYTES;
 use crate::config::{self, Config, Coordinator, Secret};
 use crate::http;
 use crate::pool::coordinator::CoordinatorError;
@@ -66,7 +66,7 @@ impl Client {
         if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Err(refused(&self.url, response).await.into());
         }
-        let answer: Option<Value> = http::client::json(response, MOST_BYTES).await.ok();
+        let answer: Option<Value> = http::client::json(response, MAX_BYTES).await.ok();
         let report = answer.filter(|_| status.is_success()).and_then(Received::read);
         report.ok_or_else(|| {
             let message = format!(

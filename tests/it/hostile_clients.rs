@@ -422,7 +422,7 @@ async fn a_proxy_that_all_pages_may_use_says_so_and_takes_no_credentials_of_thei
 async fn the_token_may_come_as_azures_clients_send_it_and_stays_with_the_proxy() {
     let target = content().await;
     let proxy = TunedProxy::before(&target.url(), |settings| {
-        settings.auth_token = Some(Secret::new("s3cret"))
+        settings.auth_token = Some(Secret::new("s3cret"));
     })
     .await;
     for (key, status) in [("s3cret", 200), ("wrong", 401)] {
@@ -436,7 +436,7 @@ async fn the_token_may_come_as_azures_clients_send_it_and_stays_with_the_proxy()
 async fn why_the_proxy_is_not_ready_is_told_only_to_those_who_know_the_token() {
     let target = content().await;
     let proxy = TunedProxy::before(&target.url(), |settings| {
-        settings.auth_token = Some(Secret::new("s3cret"))
+        settings.auth_token = Some(Secret::new("s3cret"));
     })
     .await;
     let stranger = proxy.get("/readyz").send().await.unwrap();
