@@ -62,10 +62,13 @@ async fn after_a_swap_the_proxy_knows_the_new_model_and_not_the_old() {
     assert_eq!(pool.swap("other").await.last().unwrap()["done"], true);
     let as_text = |status: &Value| {
         let problem = status["drafts"][0]["problem"].as_str().unwrap_or_default();
-        problem.contains("it drafts as text") && plain_step(status).is_some_and(|step| step < slow / 2.0)
+        // On a busy machine the steps of the tiny model are quicker than a call, and then none is timed.
+        problem.contains("it drafts as text") && plain_step(status).is_none_or(|step| step < slow / 2.0)
     };
     let within = Duration::from_secs(20);
-    proxy.shows("another vocabulary and quick steps", within, as_text).await;
+    proxy
+        .shows("another vocabulary and no slow steps", within, as_text)
+        .await;
     let body = json!({ "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0 });
     let (_, plain) = answer_of(pool.post(COMPLETIONS, &body)).await;
     let (through, _) = proxy.post(COMPLETIONS, &body).await;
