@@ -27,7 +27,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::OptionFuture;
-use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
@@ -304,7 +303,7 @@ impl Engine {
 
 /// An unguessable key for a completion; whoever knows it can read the completion.
 fn new_key() -> String {
-    format!("{:032x}", rand::rng().random::<u128>())
+    format!("{:032x}", rand::random::<u128>())
 }
 
 impl Drop for Engine {
