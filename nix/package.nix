@@ -22,6 +22,7 @@ rustPlatform.buildRustPackage {
     fileset = fileset.unions [
       ../Cargo.lock
       ../Cargo.toml
+      ../benches
       ../configs
       ../fuzz/src
       ../src

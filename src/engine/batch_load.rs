@@ -2,7 +2,9 @@
 //!
 //! A completion counts from its first step until it is dropped. The policy reads the load of the others.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::speculation::ConcurrentLoad;
 
@@ -31,18 +33,14 @@ impl BatchLoad {
     /// Whether no completion runs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.lock().completions == 0
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ConcurrentLoad> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().completions == 0
     }
 }
 
 impl ActiveCompletion {
     /// Records a step of this completion over `tokens` tokens.
     pub fn steps(&mut self, tokens: usize) {
-        let mut all = self.batch_load.lock();
+        let mut all = self.batch_load.0.lock();
         all.completions += usize::from(self.tokens.is_none());
         all.tokens = all.tokens + tokens - self.tokens.unwrap_or_default();
         self.tokens = Some(tokens);
@@ -51,7 +49,7 @@ impl ActiveCompletion {
     /// The load of the other completions.
     #[must_use]
     pub fn others(&self) -> ConcurrentLoad {
-        let all = *self.batch_load.lock();
+        let all = *self.batch_load.0.lock();
         ConcurrentLoad {
             completions: all.completions - usize::from(self.tokens.is_some()),
             tokens: all.tokens - self.tokens.unwrap_or_default(),
@@ -62,7 +60,7 @@ impl ActiveCompletion {
 impl Drop for ActiveCompletion {
     fn drop(&mut self) {
         if let Some(tokens) = self.tokens {
-            let mut all = self.batch_load.lock();
+            let mut all = self.batch_load.0.lock();
             all.completions -= 1;
             all.tokens -= tokens;
         }

@@ -3,8 +3,10 @@
 //! Overlapping drafts count once. A stream holds a [`BusyGuard`]; the attach loop reads the clock at each step of the target to
 //! learn what share of the step the drafter was busy.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// A clock that runs while the drafter is busy.
 #[derive(Debug, Clone, Default)]
@@ -45,7 +47,7 @@ impl BusyClock {
     /// Starts a piece of work.
     #[must_use]
     pub fn begin(&self) -> BusyGuard {
-        let mut clock = self.lock();
+        let mut clock = self.0.lock();
         clock.works += 1;
         clock.since.get_or_insert_with(Instant::now);
         drop(clock);
@@ -58,18 +60,14 @@ impl BusyClock {
     /// Total time during which the drafter was busy.
     #[must_use]
     pub fn total(&self) -> Duration {
-        let clock = self.lock();
+        let clock = self.0.lock();
         clock.before + clock.since.map(|since| since.elapsed()).unwrap_or_default()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BusyState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for BusyGuard {
     fn drop(&mut self) {
-        let mut clock = self.busy_clock.lock();
+        let mut clock = self.busy_clock.0.lock();
         clock.works -= 1;
         if clock.works == 0
             && let Some(since) = clock.since.take()

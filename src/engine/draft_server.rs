@@ -1,6 +1,6 @@
 //! A drafter's server as one completion asks it: in token ids, or in text that the target tokenises.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, ReadyChunks};
@@ -55,7 +55,7 @@ impl DraftServer {
     pub fn draft(&self, prefix: Vec<Token>, n: usize, slot: usize, at_once: bool) -> DraftStream {
         match self {
             Self::Tokens(TokenDrafter { server, written }) => {
-                let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut written = written.lock();
                 server.draft(prefix, &mut written, n, slot, at_once)
             }
             Self::Text(drafter) => drafter.draft(prefix, n, slot),
@@ -68,7 +68,7 @@ impl DraftServer {
 pub struct TokenDrafter {
     server: LlamaServer,
     /// As it was asked to continue them last.
-    written: Arc<std::sync::Mutex<WrittenTokens>>,
+    written: Arc<parking_lot::Mutex<WrittenTokens>>,
 }
 
 /// A server that continues text, and a target that knows what the text is in tokens.

@@ -23,11 +23,11 @@ mod vocabulary;
 mod watch;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::OptionFuture;
-use rand::Rng;
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
@@ -110,15 +110,15 @@ struct EngineState {
 
 impl EngineState {
     fn policy(&self) -> MutexGuard<'_, AdaptivePolicy> {
-        self.policy.lock().unwrap_or_else(PoisonError::into_inner)
+        self.policy.lock()
     }
 
     fn measured(&self) -> MutexGuard<'_, MeasuredServers> {
-        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
+        self.measured.lock()
     }
 
     fn totals(&self) -> MutexGuard<'_, Counts> {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+        self.totals.lock()
     }
 }
 
@@ -304,7 +304,7 @@ impl Engine {
 
 /// An unguessable key for a completion; whoever knows it can read the completion.
 fn new_key() -> String {
-    format!("{:032x}", rand::rng().random::<u128>())
+    format!("{:032x}", rand::random::<u128>())
 }
 
 impl Drop for Engine {

@@ -1,6 +1,6 @@
 //! What the engine lends to answers in rounds ([`crate::rounds`]): the target, the drafter, what is known of both.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -203,7 +203,7 @@ impl Drafting {
         prediction::tokens(&seen, text, async |text| self.target.tokens(&text).await).await
     }
 
-    pub(crate) fn policy(&self) -> MutexGuard<'_, AdaptivePolicy> {
+    pub(crate) fn policy(&self) -> parking_lot::MutexGuard<'_, AdaptivePolicy> {
         self.shared.policy()
     }
 

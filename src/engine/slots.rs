@@ -1,6 +1,8 @@
 //! Slots of a draft server. Each drafted completion leases one, so that its prompt stays in that slot's cache.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::speculation::Token;
 
@@ -25,13 +27,13 @@ pub struct SlotLease {
 impl DraftSlots {
     /// Sets the number of slots; the ones beyond it are removed.
     pub fn resize(&self, total: usize) {
-        self.lock().resize_with(total, DraftSlot::default);
+        self.0.lock().resize_with(total, DraftSlot::default);
     }
 
     /// Leases the free slot whose cache shares the longest prefix with `tokens`; `None` when all are leased.
     #[must_use]
     pub fn lease(&self, tokens: &[Token]) -> Option<SlotLease> {
-        let mut slots = self.lock();
+        let mut slots = self.0.lock();
         let (index, slot) = slots
             .iter_mut()
             .enumerate()
@@ -43,10 +45,6 @@ impl DraftSlots {
             slots: self.clone(),
             index,
         })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<DraftSlot>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -60,7 +58,7 @@ impl SlotLease {
 
 impl Drop for SlotLease {
     fn drop(&mut self) {
-        if let Some(slot) = self.slots.lock().get_mut(self.index) {
+        if let Some(slot) = self.slots.0.lock().get_mut(self.index) {
             slot.leased = false;
         }
     }

@@ -5,9 +5,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio_util::sync::CancellationToken;
 
@@ -135,7 +136,7 @@ impl ConnectionLimiter {
             number: Mutex::new(None),
         };
         {
-            let mut taken = self.taken();
+            let mut taken = self.taken.lock();
             let of_peer = taken.by_peer.get(&peer).copied().unwrap_or_default();
             let room = if of_peer >= self.limits.per_peer {
                 taken.evict(|idle| idle.peer == peer)
@@ -158,11 +159,7 @@ impl ConnectionLimiter {
 
     /// Ends the connection that has been idle for longest.
     pub(super) fn make_room(&self) {
-        self.taken().evict(|_| true);
-    }
-
-    fn taken(&self) -> MutexGuard<'_, Taken> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+        self.taken.lock().evict(|_| true);
     }
 }
 
@@ -198,7 +195,7 @@ impl ConnectionPermit {
 
     /// Marks the connection as idle.
     pub(super) fn rests(&self) {
-        let mut taken = self.places.taken();
+        let mut taken = self.places.taken.lock();
         taken.last_number += 1;
         let number = taken.last_number;
         let idle = Idle {
@@ -206,26 +203,22 @@ impl ConnectionPermit {
             evict: self.evicted.clone(),
         };
         taken.idle.insert(number, idle);
-        *self.number() = Some(number);
+        *self.number.lock() = Some(number);
     }
 
     /// Marks the connection as answering a request.
     pub(super) fn works(&self) {
-        let mut taken = self.places.taken();
-        if let Some(number) = self.number().take() {
+        let mut taken = self.places.taken.lock();
+        if let Some(number) = self.number.lock().take() {
             taken.idle.remove(&number);
         }
-    }
-
-    fn number(&self) -> MutexGuard<'_, Option<u64>> {
-        self.number.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.works();
-        let mut taken = self.places.taken();
+        let mut taken = self.places.taken.lock();
         taken.all = taken.all.saturating_sub(1);
         if let Some(count) = taken.by_peer.get_mut(&self.peer) {
             *count = count.saturating_sub(1);
@@ -306,8 +299,8 @@ mod tests {
             place.works();
             assert!(places.take(peer(2)).is_none());
         }
-        assert!(places.taken().by_peer.is_empty() && places.taken().idle.is_empty());
-        assert_eq!(places.taken().all, 0);
+        assert!(places.taken.lock().by_peer.is_empty() && places.taken.lock().idle.is_empty());
+        assert_eq!(places.taken.lock().all, 0);
     }
 
     #[test]

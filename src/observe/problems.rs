@@ -1,7 +1,8 @@
 //! Remembers logged problems, so that a problem of many requests is logged as one warning.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 /// Largest number of remembered problems.
 const CAPACITY: usize = 16;
@@ -13,7 +14,7 @@ pub struct Problems(Mutex<VecDeque<String>>);
 impl Problems {
     /// Whether this problem is new since the last success. Remembers it.
     pub fn is_new(&self, problem: &str) -> bool {
-        let mut met = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut met = self.0.lock();
         if met.iter().any(|it| it == problem) {
             return false;
         }
@@ -26,7 +27,7 @@ impl Problems {
 
     /// Forgets all problems after a success.
     pub fn clear(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.0.lock().clear();
     }
 }
 

@@ -5,10 +5,11 @@
 //! the first difference. No request ever waits for this.
 
 use std::borrow::Cow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -83,7 +84,7 @@ impl Agreement {
             answers,
             characters,
             equal,
-        } = *self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        } = *self.sums.lock();
         Measured {
             answers,
             characters,
@@ -129,7 +130,7 @@ impl Agreement {
             .zip(drafters.chars())
             .take_while(|(a, b)| a == b)
             .count();
-        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums = self.sums.lock();
         sums.answers += 1;
         sums.characters += characters as u64;
         sums.equal += equal as u64;

@@ -1,8 +1,8 @@
 //! The last requests, for the status. Keeps at most [`CAPACITY`].
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::engine::Counts;
@@ -42,7 +42,7 @@ pub struct Recent(Mutex<VecDeque<Record>>);
 impl Recent {
     /// Adds a request, and drops the oldest one if there are too many.
     pub fn push(&self, record: Record) {
-        let mut records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut records = self.0.lock();
         if records.len() == CAPACITY {
             records.pop_front();
         }
@@ -52,7 +52,7 @@ impl Recent {
     /// All that are kept, newest first.
     #[must_use]
     pub fn newest_first(&self) -> Vec<Record> {
-        let records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let records = self.0.lock();
         records.iter().rev().cloned().collect()
     }
 }

@@ -7,9 +7,9 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::{BoxFuture, FutureExt, try_join, try_join_all};
+use parking_lot::Mutex;
 use serde_json::json;
 
 use super::request::opens_reasoning;
@@ -40,14 +40,10 @@ impl<S: ScoringServer> Scored<S> {
         }
     }
 
-    fn ordinary(&self) -> MutexGuard<'_, HashMap<Token, bool>> {
-        self.ordinary.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Number of leading tokens that are ordinary.
     async fn ordinary_ones(&self, tokens: &[Token]) -> Result<usize, UpstreamError> {
         let unknown: Vec<Token> = {
-            let known = self.ordinary();
+            let known = self.ordinary.lock();
             tokens
                 .iter()
                 .copied()
@@ -60,7 +56,7 @@ impl<S: ScoringServer> Scored<S> {
                 .map(|token| self.server.detokenize(std::slice::from_ref(token))),
         )
         .await?;
-        let mut known = self.ordinary();
+        let mut known = self.ordinary.lock();
         for (token, text) in unknown.iter().zip(texts) {
             known.entry(*token).or_insert_with(|| is_ordinary(&text));
         }
@@ -119,7 +115,8 @@ impl<S: ScoringServer> Scored<S> {
         let n = if ask.draft.is_empty() { ask.n } else { 1 };
         let Scores { likeliest, generated } = self.server.score(ask.answer, ask.context, draft, n).await?;
         let said = generated.tokens.len() - usize::from(generated.ended).min(generated.tokens.len());
-        self.ordinary()
+        self.ordinary
+            .lock()
             .extend(generated.tokens[..said].iter().map(|token| (*token, true)));
         let accepted = likeliest
             .iter()

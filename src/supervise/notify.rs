@@ -3,9 +3,10 @@
 //! Sends nothing if `NOTIFY_SOCKET` is not set. Never sends READY after STOPPING.
 
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use futures_util::future::{pending, select_all};
+use parking_lot::Mutex;
 use sd_notify::NotifyState;
 use tokio::process::Command;
 use tokio::sync::watch;
@@ -40,7 +41,7 @@ pub struct StatusLines {
 impl Notifier {
     /// Reports that this process is ready. Only the first call has an effect.
     pub fn ready(&self) {
-        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = self.0.lock();
         if !reported.ready && !reported.stopping {
             reported.ready = true;
             send(&[NotifyState::Ready]);
@@ -49,7 +50,7 @@ impl Notifier {
 
     /// Reports a status line, if it has changed.
     pub fn status(&self, status: &str) {
-        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = self.0.lock();
         if reported.status != status {
             status.clone_into(&mut reported.status);
             // A line break would begin another message.
@@ -60,7 +61,7 @@ impl Notifier {
 
     /// Reports that this process is ending.
     pub fn stopping(&self) {
-        let mut reported = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = self.0.lock();
         reported.stopping = true;
         send(&[NotifyState::Stopping]);
     }

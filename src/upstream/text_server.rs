@@ -4,11 +4,12 @@
 //! `server/routes.go` (`GenerateHandler`), `POST /api/generate` with `raw`: one JSON object per line; OpenAI's API
 //! reference, "Completions (legacy)", and vLLM's `vllm/entrypoints/openai`: `POST /v1/completions`, server-sent events.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::StreamEnd;
@@ -67,7 +68,7 @@ impl TextServer {
     /// Whether it can continue texts now. Makes Ollama load the model, which may take a while.
     pub async fn ready(&self) -> Result<(), UpstreamError> {
         // The server may have another model by now.
-        *self.known() = None;
+        *self.only.lock() = None;
         let model = self.model().await?;
         if self.backend == Backend::Ollama {
             // A request without a prompt loads the model.
@@ -156,7 +157,7 @@ impl TextServer {
     }
 
     async fn model(&self) -> Result<String, UpstreamError> {
-        if let Some(model) = self.configured.clone().or_else(|| self.known().clone()) {
+        if let Some(model) = self.configured.clone().or_else(|| self.only.lock().clone()) {
             return Ok(model);
         }
         let models = self.connection.own_models().await?;
@@ -164,12 +165,8 @@ impl TextServer {
             url: self.connection.url("/v1/models"),
             count: models.len(),
         })?;
-        *self.known() = Some(model.clone());
+        *self.only.lock() = Some(model.clone());
         Ok(model)
-    }
-
-    fn known(&self) -> MutexGuard<'_, Option<String>> {
-        self.only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

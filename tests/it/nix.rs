@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use base64::prelude::{BASE64_STANDARD, Engine};
+use bytes::Bytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -112,7 +113,7 @@ fn nix_builds_the_llama_cpp_that_the_script_downloads() {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).unwrap();
     assert_eq!(
-        format!("{:x}", Sha256::digest(&bytes)),
+        format!("{:x}", Bytes::copy_from_slice(&Sha256::digest(&bytes))),
         pinned("sha256"),
         "{}",
         sdist.display()

@@ -9,7 +9,7 @@ use crate::harness::llama_server::{Program, free_port};
 use crate::harness::proxy::Proxy;
 use crate::harness::wait::eventually;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use serde_json::json;
 use tightwad::config::{Environment, load_in};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

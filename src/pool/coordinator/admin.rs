@@ -3,7 +3,6 @@
 //! All but the swap and the list of models are answered from memory, whatever is down.
 
 use std::convert::Infallible;
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +13,11 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
+use prometheus_client::encoding::prometheus_text;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::registry::Registry;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -105,56 +109,32 @@ async fn model_metadata(instance: &ServerInstance) -> Option<serde_json::Map<Str
 /// `GET /metrics`
 pub(super) async fn metrics(State(front): State<Arc<Front>>) -> Response {
     let report = front.pool.report();
-    let mut text = String::new();
-    let mut metric = |name: &str, kind: &str, help: &str, labels: &str, value: f64| {
-        let _ = writeln!(
-            text,
-            "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{labels} {value}"
-        );
-    };
-    let label = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-    let model = format!(
-        "{{model=\"{}\",state=\"{}\"}}",
-        label(&report.now.model),
-        report.now.state
-    );
-    metric(
-        "tightwad_pool_state",
-        "gauge",
-        "The state that the model is in.",
-        &model,
-        1.0,
-    );
-    metric(
-        "tightwad_pool_running",
-        "gauge",
-        "Answers that run.",
-        "",
-        report.now.running as f64,
-    );
-    metric(
-        "tightwad_pool_waiting",
-        "gauge",
-        "Requests that wait.",
-        "",
-        report.now.waiting as f64,
-    );
-    metric(
-        "tightwad_pool_starts_total",
-        "counter",
-        "Starts of a server.",
-        "",
-        report.starts as f64,
-    );
     let up = report.workers.iter().filter(|worker| worker.up == Some(true)).count();
-    metric(
-        "tightwad_pool_workers_up",
-        "gauge",
-        "Workers whose agent answers.",
-        "",
-        up as f64,
-    );
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+    let mut registry = Registry::default();
+    let state = Family::<_, Gauge>::default();
+    let labels = [
+        ("model", report.now.model.to_string()),
+        ("state", report.now.state.to_string()),
+    ];
+    state.get_or_create(&labels).set(1);
+    registry.register("tightwad_pool_state", "The state that the model is in", state);
+    for (name, help, value) in [
+        ("tightwad_pool_running", "Answers that run", report.now.running),
+        ("tightwad_pool_waiting", "Requests that wait", report.now.waiting),
+        ("tightwad_pool_workers_up", "Workers whose agent answers", up),
+    ] {
+        registry.register(name, help, ConstGauge::new(value));
+    }
+    let starts = ConstCounter::new(report.starts);
+    registry.register("tightwad_pool_starts", "Starts of a server", starts);
+    let mut text = String::new();
+    match prometheus_text::encode(&mut text, &registry) {
+        Ok(()) => ([(header::CONTENT_TYPE, prometheus_text::CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "the metrics cannot be written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]

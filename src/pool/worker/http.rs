@@ -1,6 +1,6 @@
 //! The agent's HTTP server; [`crate::pool::agent`] describes the protocol.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -63,16 +64,12 @@ impl Agent {
         &self.spec.name
     }
 
-    fn rule(&self) -> MutexGuard<'_, (Leases, Servers)> {
-        self.rule.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Ends leases that expire, and notifies the service manager of the holder.
     async fn expire(&self, notifier: &Notifier) {
         let mut tick = tokio::time::interval(TICK);
         loop {
             tick.tick().await;
-            let (leases, servers) = &mut *self.rule();
+            let (leases, servers) = &mut *self.rule.lock();
             if let Some(silent) = leases.expire(Instant::now()) {
                 tracing::warn!(
                     "the coordinator {} has not renewed its lease for {} s; ending its servers",
@@ -99,7 +96,7 @@ impl Agent {
     }
 
     async fn shut_down(&self) {
-        let ended = self.rule().1.shut_down();
+        let ended = self.rule.lock().1.shut_down();
         if let Some(ended) = ended {
             ended.cancelled().await;
         }
@@ -148,7 +145,7 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
 
 async fn status(State(agent): State<Arc<Agent>>) -> Response {
     let lease = {
-        let (leases, servers) = &mut *agent.rule();
+        let (leases, servers) = &mut *agent.rule.lock();
         if leases.holder().is_none() {
             servers.refresh();
         }
@@ -184,7 +181,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
     wanted.holder = excerpt(&wanted.holder);
     let id = auth::unguessable();
     let listening = {
-        let (leases, servers) = &mut *agent.rule();
+        let (leases, servers) = &mut *agent.rule.lock();
         if let Err(holder) = leases.ask(Instant::now(), &wanted, id.clone()) {
             return held(holder);
         }
@@ -198,7 +195,7 @@ async fn lease(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: Bytes)
     let tentative = Tentative { agent: &agent, id: &id };
     match listening.await.unwrap_or(Err(NoServer::Ended)) {
         Ok(()) => {
-            let begun = agent.rule().0.begin(Instant::now(), &id);
+            let begun = agent.rule.lock().0.begin(Instant::now(), &id);
             if begun {
                 std::mem::forget(tentative);
                 let expires_seconds = agent.expiry.as_secs();
@@ -226,7 +223,7 @@ struct Tentative<'a> {
 
 impl Drop for Tentative<'_> {
     fn drop(&mut self) {
-        let (leases, servers) = &mut *self.agent.rule();
+        let (leases, servers) = &mut *self.agent.rule.lock();
         if leases.give_back(self.id) {
             servers.end();
         }
@@ -234,7 +231,7 @@ impl Drop for Tentative<'_> {
 }
 
 async fn renew(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Response {
-    let renewed = agent.rule().0.renew(Instant::now(), &id);
+    let renewed = agent.rule.lock().0.renew(Instant::now(), &id);
     if renewed {
         let endpoints = agent.shown.endpoints();
         Json(Renewal { endpoints }).into_response()
@@ -245,7 +242,7 @@ async fn renew(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Respo
 
 async fn give_back(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> Response {
     let ended = {
-        let (leases, servers) = &mut *agent.rule();
+        let (leases, servers) = &mut *agent.rule.lock();
         leases.give_back(&id).then(|| servers.end())
     };
     match ended {
@@ -260,7 +257,7 @@ async fn give_back(State(agent): State<Arc<Agent>>, Path(id): Path<String>) -> R
 
 /// The answer to a lease that was replaced before its servers listened, or requested while the worker stops.
 fn superseded(agent: &Agent) -> Response {
-    let holder = agent.rule().0.holder().cloned();
+    let holder = agent.rule.lock().0.holder().cloned();
     match holder {
         Some(holder) => held(holder),
         None => refusal(StatusCode::SERVICE_UNAVAILABLE, NoServer::Ended.to_string()),

@@ -3,10 +3,11 @@
 //! Invariant: one job runs at a time. Each job waits until the previous one has ended.
 
 use std::net::SocketAddrV4;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -131,7 +132,7 @@ impl Servers {
     /// Surveys the devices if nothing runs and the last survey is stale.
     pub fn refresh(&mut self) {
         let idle = self.job.as_ref().is_none_or(|job| job.task.is_finished());
-        let stale = self.shown.view().looked.is_none_or(|looked| looked.elapsed() > FRESH);
+        let stale = self.shown.0.lock().looked.is_none_or(|looked| looked.elapsed() > FRESH);
         if idle && stale {
             self.look_again();
         }
@@ -148,7 +149,7 @@ impl Servers {
 
     fn look_again(&mut self) {
         // A failed survey is not repeated at once either.
-        self.shown.view().looked = Some(Instant::now());
+        self.shown.0.lock().looked = Some(Instant::now());
         let (spec, shown, keeper) = (Arc::clone(&self.spec), self.shown(), Arc::clone(&self.keeper));
         self.next(move |stop| async move {
             // Check what the servers wrote while no lease waits for it.
@@ -304,12 +305,8 @@ async fn look(spec: &Spec, shown: &ServersView, stop: &CancellationToken) -> Res
 }
 
 impl ServersView {
-    fn view(&self) -> MutexGuard<'_, View> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn looked(&self, number: usize, look: Survey) {
-        let mut view = self.view();
+        let mut view = self.0.lock();
         view.protocol = Some(look.protocol);
         view.looked = Some(Instant::now());
         if let Some(endpoint) = view.endpoints.get_mut(number) {
@@ -319,13 +316,13 @@ impl ServersView {
 
     /// Forgets all devices, so that no plan counts with GPUs that are gone.
     fn forget_devices(&self) {
-        for endpoint in &mut self.view().endpoints {
+        for endpoint in &mut self.0.lock().endpoints {
             endpoint.devices.clear();
         }
     }
 
     fn devices(&self, number: usize) -> Vec<DeviceStatus> {
-        let view = self.view();
+        let view = self.0.lock();
         view.endpoints
             .get(number)
             .map_or(Vec::new(), |endpoint| endpoint.devices.clone())
@@ -333,19 +330,19 @@ impl ServersView {
 
     /// The devices of all endpoints, for the log.
     pub fn lent(&self) -> String {
-        let view = self.view();
+        let view = self.0.lock();
         list(view.endpoints.iter().flat_map(|endpoint| &endpoint.devices))
     }
 
     fn started(&self, services: &[Service]) {
-        for (endpoint, service) in self.view().endpoints.iter_mut().zip(services) {
+        for (endpoint, service) in self.0.lock().endpoints.iter_mut().zip(services) {
             endpoint.service = Some((service.state(), service.tail()));
         }
     }
 
     /// Takes in the report of a server that has no client yet.
     fn record(&self, number: usize, told: &RpcServer) {
-        let mut view = self.view();
+        let mut view = self.0.lock();
         view.protocol = Some(told.protocol.to_string());
         if let Some(endpoint) = view.endpoints.get_mut(number)
             && endpoint.devices.len() == told.devices.len()
@@ -359,7 +356,7 @@ impl ServersView {
 
     fn ended(&self) {
         let lines = self.last_lines();
-        let mut view = self.view();
+        let mut view = self.0.lock();
         view.last_lines = lines;
         for endpoint in &mut view.endpoints {
             endpoint.service = None;
@@ -367,11 +364,11 @@ impl ServersView {
     }
 
     pub fn protocol(&self) -> Option<String> {
-        self.view().protocol.clone()
+        self.0.lock().protocol.clone()
     }
 
     pub fn endpoints(&self) -> Vec<Endpoint> {
-        let view = self.view();
+        let view = self.0.lock();
         let endpoints = view.endpoints.iter().map(|endpoint| Endpoint {
             port: endpoint.address.port(),
             state: endpoint.state(),
@@ -381,7 +378,7 @@ impl ServersView {
     }
 
     pub fn last_lines(&self) -> Vec<String> {
-        let view = self.view();
+        let view = self.0.lock();
         let running = view.endpoints.iter().filter_map(|endpoint| endpoint.service.as_ref());
         let lines: Vec<String> = running.flat_map(|(_, tail)| tail.borrow().lines()).collect();
         if lines.is_empty() {
