@@ -112,7 +112,7 @@ impl Counts {
     #[must_use]
     pub fn of(sums: &Sums) -> Self {
         Self {
-            steps: sums.rounds,
+            steps: sums.steps,
             drafted: sums.drafted,
             accepted: sums.accepted,
             generated: sums.generated,
@@ -330,7 +330,7 @@ mod tests {
             "drafts": [],
             "verification": "none",
             "reason": "there is no drafter",
-            "counts": { "rounds": 10, "drafted": 40, "accepted": 30, "generated": 40 },
+            "counts": { "steps": 10, "drafted": 40, "accepted": 30, "generated": 40 },
             "agreement": { "answers": 2, "characters": 90, "share": 0.6, "meaning": "they agree" },
         });
         let table = table("http://p:2", &report(status));

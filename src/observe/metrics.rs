@@ -42,8 +42,8 @@ pub struct Metrics {
     pub in_flight: Gauge,
     /// Requests that came without the token.
     pub unauthorized: Counter,
-    /// Seconds to the first byte of the target's answer.
-    pub first_byte: Histogram,
+    /// Seconds to the first token of a streamed answer.
+    pub first_token: Histogram,
     /// Seconds to the end of the answer.
     pub duration: Histogram,
 }
@@ -71,11 +71,11 @@ impl Metrics {
             "Requests that came without the token",
             unauthorized.clone(),
         );
-        let first_byte = Histogram::new(SECONDS);
+        let first_token = Histogram::new(SECONDS);
         registry.register(
-            "tightwad_time_to_first_byte_seconds",
-            "From a completion's arrival to the first byte of the target's answer",
-            first_byte.clone(),
+            "tightwad_time_to_first_token_seconds",
+            "From the arrival of a streamed completion to its first token",
+            first_token.clone(),
         );
         let duration = Histogram::new(SECONDS);
         registry.register(
@@ -91,7 +91,7 @@ impl Metrics {
             requests,
             in_flight,
             unauthorized,
-            first_byte,
+            first_token,
             duration,
         }
     }

@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch as channel;
 
 use super::agreement::Question;
+use super::first_token::FirstToken;
 use super::observed::Observed;
 use super::recent::Record;
 use crate::engine::{Attachment, Counts, RequestGuard};
@@ -38,7 +39,9 @@ pub(super) struct ActiveRequest {
     path: String,
     route: Route,
     begun: Instant,
-    first_byte: Option<Instant>,
+    first_token: FirstToken,
+    /// When the first token came; `None` in an answer that is no event stream.
+    first_token_at: Option<Instant>,
     status: Option<StatusCode>,
     streamed: bool,
     outcome: Outcome,
@@ -58,7 +61,8 @@ impl ActiveRequest {
             path: path.chars().take(LONGEST_PATH).collect(),
             route,
             begun: Instant::now(),
-            first_byte: None,
+            first_token: FirstToken::default(),
+            first_token_at: None,
             status: None,
             streamed: false,
             outcome: Outcome::Cancelled,
@@ -108,7 +112,9 @@ impl ActiveRequest {
 
     /// Bytes of the target's answer came.
     pub(super) fn bytes_came(&mut self, bytes: &[u8]) {
-        self.first_byte.get_or_insert_with(Instant::now);
+        if self.streamed && self.first_token.is_in(bytes) {
+            self.first_token_at = Some(Instant::now());
+        }
         if let Some(question) = &mut self.question {
             question.answered(bytes);
         }
@@ -150,10 +156,10 @@ impl Drop for ActiveRequest {
             .inc();
         if self.route.completion {
             metrics.duration.observe(duration.as_secs_f64());
-            if let Some(first_byte) = self.first_byte {
+            if let Some(then) = self.first_token_at {
                 metrics
-                    .first_byte
-                    .observe(first_byte.duration_since(self.begun).as_secs_f64());
+                    .first_token
+                    .observe(then.duration_since(self.begun).as_secs_f64());
             }
         }
         let record = Record {
@@ -163,7 +169,7 @@ impl Drop for ActiveRequest {
             status: self.status.map(|status| status.as_u16()),
             streamed: self.streamed,
             duration_ms: self.milliseconds_to(self.begun + duration),
-            ttft_ms: self.first_byte.map(|then| self.milliseconds_to(then)),
+            ttft_ms: self.first_token_at.map(|then| self.milliseconds_to(then)),
             counts: match (&self.attachment, &self.rounds) {
                 (Some(attachment), _) => counted(attachment.counts()),
                 (None, Some(rounds)) => counted(*rounds.borrow()),

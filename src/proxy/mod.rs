@@ -11,12 +11,14 @@
 //! | `usage` | adds the counts of a prediction to the usage of an answer |
 //! | `agreement` | compares the drafter's answers with those of a target that cannot verify drafts |
 //! | `active_request` | counts the request while it lives |
+//! | `first_token` | finds the first token in the answer |
 //! | `observed`, `recent` | metrics and the last requests |
 //! | `status` | our own endpoints |
 //! | `settings` | the proxy's part of the cluster file |
 
 mod active_request;
 mod agreement;
+mod first_token;
 mod forward;
 mod observed;
 mod recent;

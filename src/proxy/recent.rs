@@ -26,7 +26,7 @@ pub struct Record {
     pub streamed: bool,
     /// Milliseconds from its arrival to the end of its answer.
     pub duration_ms: f64,
-    /// Milliseconds from its arrival to the first byte of the target's answer.
+    /// Milliseconds from its arrival to its first token; `None` unless it is streamed.
     pub ttft_ms: Option<f64>,
     /// Counts of the target for it; `None` without a step, for example for a request that was only forwarded.
     #[serde(flatten)]

@@ -127,8 +127,8 @@ pub struct Status {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sums {
-    /// Steps of the target. The key keeps its first name.
-    pub rounds: u64,
+    /// Steps of the target.
+    pub steps: u64,
     /// Draft tokens that the target verified.
     pub drafted: u64,
     /// Draft tokens that the target kept.
@@ -149,7 +149,7 @@ impl From<Counts> for Sums {
     fn from(counts: Counts) -> Self {
         let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
         Self {
-            rounds: counts.steps,
+            steps: counts.steps,
             drafted: counts.drafted,
             accepted: counts.accepted,
             generated: counts.generated,

@@ -102,7 +102,7 @@ async fn with_16000_tokens_of_context_a_step_costs_less_than_a_millisecond_howev
     for (n, times) in ANSWERS {
         let counts = |status: &Value| {
             let count = |name: &str| status["counts"][name].as_u64().unwrap_or_default();
-            (count("rounds"), count("drafted"), count("accepted"))
+            (count("steps"), count("drafted"), count("accepted"))
         };
         let (mut all_steps, mut all_used) = (0.0, Duration::ZERO);
         for _ in 0..times {

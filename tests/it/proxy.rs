@@ -720,7 +720,10 @@ async fn errors_speak_anthropics_dialect_on_anthropics_path() {
 
 #[tokio::test]
 async fn the_status_tells_of_the_last_requests() {
-    let target = FakeUpstream::start(|_| vec![stream_head(), wait(30), chunk("data: 1\n\n"), Act::EndChunks]).await;
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":null}}]}\n\n";
+    let token = "data: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\n";
+    let target =
+        FakeUpstream::start(move |_| vec![stream_head(), chunk(role), wait(30), chunk(token), Act::EndChunks]).await;
     let proxy = TunedProxy::before(&target.url(), |_| {}).await;
     let response = proxy
         .post("/v1/chat/completions?x=1", STREAMED)
@@ -733,7 +736,7 @@ async fn the_status_tells_of_the_last_requests() {
     let status = proxy.status().await;
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(status["verification"], "none");
-    assert_eq!(status["counts"]["rounds"], 0);
+    assert_eq!(status["counts"]["steps"], 0);
     let request = &status["requests"][0];
     assert_eq!(request["id"], "abc");
     assert_eq!(request["path"], CHAT);
@@ -743,6 +746,7 @@ async fn the_status_tells_of_the_last_requests() {
         request["ttft_ms"].as_f64().unwrap(),
         request["duration_ms"].as_f64().unwrap(),
     );
+    // Its first event has a role and no token.
     assert!((25.0..1000.0).contains(&ttft) && ttft <= duration, "{request}");
     // It was only forwarded: nobody has counted.
     for count in ["steps", "drafted", "accepted", "generated"] {
