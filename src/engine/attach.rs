@@ -230,11 +230,11 @@ impl AttachedCompletion {
                     accepted: answer.step_accepted,
                     duration,
                     since_last,
-                    batch: answer.step_batch,
+                    batch: answer.batch_without_own_draft(),
                 };
                 self.shared.policy().record_step(&step, &beside_drafts);
             }
-            self.completion.steps(1 + answer.step_n);
+            self.completion.steps(answer.step_tokens());
         }
         let end = (answer.pos + answer.tokens.len()).max(self.session.committed().len());
         let (accepted, rejected) = predicted(

@@ -64,7 +64,10 @@ impl<'a> StepTimer<'a> {
             }
             let before = std::mem::replace(&mut self.n_steps, answer.n_steps);
             // The first step is the prefill, and a step shared with other requests is not comparable.
-            if answer.n_steps == before + 1 && answer.n_steps > 1 && answer.step_batch == 1 + answer.step_n {
+            if answer.n_steps == before + 1
+                && answer.n_steps > 1
+                && answer.batch_without_own_draft() == 1 + answer.step_n
+            {
                 return Ok(Some((answer.step_n, Duration::from_micros(answer.step_us))));
             }
         }

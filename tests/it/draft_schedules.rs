@@ -1,4 +1,5 @@
-//! Random schedules of requests at several slots: each drafted answer is the one that the same request gets alone.
+//! Random schedules of requests at several slots: each drafted answer is the one that the same request gets alone, from a server
+//! that drafts nothing. Some servers also draft by their own means.
 //!
 //! The suite runs a few schedules per model. The long form is
 //! `TIGHTWAD_SCHEDULES=300 cargo test --test it draft_schedules:: -- --nocapture`.
@@ -218,7 +219,8 @@ impl Tally {
     }
 }
 
-async fn assert_exact(name: &str, write_model: fn(&Path)) {
+/// `own` are the arguments for the server's own drafts.
+async fn assert_exact(name: &str, write_model: fn(&Path), own: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("model.gguf");
     write_model(&path);
@@ -227,7 +229,14 @@ async fn assert_exact(name: &str, write_model: fn(&Path)) {
     let mut tally = Tally::default();
     for first in (0..n_schedules).step_by(PER_SERVER) {
         let args = server_args(&mut random);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let plain = if own.is_empty() {
+            None
+        } else {
+            let plain = LlamaServer::start(&path, &args).await;
+            args.extend(own.split(' '));
+            Some(plain)
+        };
         let server = LlamaServer::start(&path, &args).await;
         let props = server.get("/props").await;
         let n_slots = props["total_slots"]
@@ -243,7 +252,15 @@ async fn assert_exact(name: &str, write_model: fn(&Path)) {
                     planned.body.clone(),
                     json!({ "cache_prompt": false, "id_slot": -1 }),
                 );
-                alone.push(server.post("/completion", &body).await);
+                if let Some(plain) = &plain {
+                    alone.push(plain.post("/completion", &body).await);
+                    // n-grams of the answer are remembered
+                    let answer = server.post("/completion", &body).await;
+                    let context = format!("schedule {i}, alone, {}", args.join(" "));
+                    tally.compare(&context, alone.last().expect("the plain answer"), &answer);
+                } else {
+                    alone.push(server.post("/completion", &body).await);
+                }
             }
             let answers = join_all(
                 requests
@@ -343,20 +360,51 @@ async fn a_prompt_in_mid_answer_leaves_a_drafted_slot_with_state_spaces_alone() 
 
 #[tokio::test]
 async fn drafted_answers_of_a_model_with_short_convolutions_are_exact_in_any_schedule() {
-    assert_exact("lfm2", random_model::hybrid).await;
+    assert_exact("lfm2", random_model::hybrid, "").await;
 }
 
 #[tokio::test]
 async fn drafted_answers_of_a_model_with_linear_attention_are_exact_in_any_schedule() {
-    assert_exact("qwen35", random_model::linear_attention).await;
+    assert_exact("qwen35", random_model::linear_attention, "").await;
 }
 
 #[tokio::test]
 async fn drafted_answers_of_a_model_with_state_spaces_are_exact_in_any_schedule() {
-    assert_exact("nemotron_h", random_model::state_space).await;
+    assert_exact("nemotron_h", random_model::state_space, "").await;
 }
 
 #[tokio::test]
 async fn drafted_answers_of_a_model_with_a_sliding_window_are_exact_in_any_schedule() {
-    assert_exact("gemma3", random_model::sliding_window).await;
+    assert_exact("gemma3", random_model::sliding_window, "").await;
+}
+
+/// Guesses from a single token, so often wrong, and longer than the snapshots of a recurrent state.
+const NGRAM: &str =
+    "--spec-type ngram-mod --spec-ngram-mod-n-match 1 --spec-ngram-mod-n-min 1 --spec-ngram-mod-n-max 24";
+
+#[tokio::test]
+async fn drafts_of_n_grams_and_others_are_exact_with_short_convolutions() {
+    assert_exact("lfm2, n-grams", random_model::hybrid, NGRAM).await;
+}
+
+#[tokio::test]
+async fn drafts_of_n_grams_and_others_are_exact_with_a_state_that_is_restored_whole() {
+    assert_exact("mamba, n-grams", random_model::recurrent, NGRAM).await;
+}
+
+#[tokio::test]
+async fn drafts_of_a_prediction_layer_and_others_are_exact_with_linear_attention() {
+    let own = "--spec-type draft-mtp --spec-draft-n-max 4";
+    assert_exact("qwen35, MTP", random_model::multi_token_prediction, own).await;
+}
+
+#[tokio::test]
+async fn drafts_of_n_grams_and_a_prediction_layer_are_exact_with_linear_attention() {
+    let own = format!("{NGRAM} --spec-type draft-mtp --spec-draft-n-max 4");
+    assert_exact("qwen35, n-grams and MTP", random_model::multi_token_prediction, &own).await;
+}
+
+#[tokio::test]
+async fn drafts_of_n_grams_and_others_are_exact_with_a_sliding_window() {
+    assert_exact("gemma3, n-grams", random_model::sliding_window, NGRAM).await;
 }

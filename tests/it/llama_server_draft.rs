@@ -425,7 +425,7 @@ async fn a_completion_that_cannot_be_drafted_for_says_why() {
 }
 
 #[tokio::test]
-async fn a_server_that_drafts_by_itself_still_does_and_refuses_others() {
+async fn a_server_that_drafts_by_itself_does_so_where_nothing_is_offered() {
     let draft = crate::harness::llama_server::model("tightwad-tiny-draft-f16.gguf");
     let own = [
         "-md",
@@ -437,12 +437,8 @@ async fn a_server_that_drafts_by_itself_still_does_and_refuses_others() {
     ];
     let server = server_with(&own).await;
     let body = completion("Once upon a time", 40);
-    let (answer, followed) = drafted(&server, "/completion", &body, |_| vec![1]).await;
-    assert_eq!(followed.last.state, "refused");
-    assert_eq!(
-        followed.last.reason.as_deref(),
-        Some("the server drafts by itself (--spec-type)")
-    );
+    let (answer, followed) = drafted(&server, "/completion", &body, |_| Vec::new()).await;
+    assert_eq!(followed.last.n_drafted, 0);
     assert!(answer["timings"]["draft_n_accepted"].as_u64() > Some(0), "{answer}");
 
     let without = LlamaServer::start(&target(), &[&["-np", "1"], &own[..]].concat()).await;
@@ -452,6 +448,17 @@ async fn a_server_that_drafts_by_itself_still_does_and_refuses_others() {
         plain["timings"]["draft_n_accepted"],
         answer["timings"]["draft_n_accepted"]
     );
+}
+
+#[tokio::test]
+async fn a_request_without_a_drafter_gets_nothing_of_what_was_offered_to_an_earlier_one() {
+    let server = server().await;
+    let body = completion("Once upon a time", 20);
+    let text = text_of(&server, "/completion", &body).await;
+    let (_, followed) = drafted(&server, "/completion", &body, perfect(&text, 8)).await;
+    assert!(followed.last.n_accepted > 0);
+    let plain = server.post("/completion", &body).await;
+    assert_eq!(plain["timings"]["draft_n"], Value::Null, "{plain}");
 }
 
 #[tokio::test]
@@ -913,20 +920,20 @@ async fn a_draft_larger_than_the_micro_batch_is_capped_at_the_start() {
 }
 
 #[tokio::test]
-async fn a_purely_recurrent_model_is_not_drafted_for_and_says_so() {
+async fn a_purely_recurrent_model_is_drafted_for_with_checkpoints() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("recurrent.gguf");
     random_model::recurrent(&path);
     let server = LlamaServer::start(&path, &EXTERNAL).await;
-    let body = with(completion("Once upon a time", 20), json!({ "ignore_eos": true }));
-    let plain = server.post("/completion", &body).await;
-    let (answer, followed) = drafted(&server, "/completion", &body, |_| vec![1; 8]).await;
-    assert_eq!(followed.last.state, "refused");
-    assert_eq!(
-        followed.last.reason.as_deref(),
-        Some("the memory of this model cannot be rolled back")
-    );
-    assert_eq!(answer["content"], plain["content"]);
+    for seed in 1..4 {
+        let sampled = json!({ "temperature": 1.0, "seed": seed, "ignore_eos": true });
+        assert_same(
+            &server,
+            "/completion",
+            &with(completion("Once upon a time", 60), sampled),
+        )
+        .await;
+    }
 }
 
 #[tokio::test]

@@ -29,6 +29,7 @@ mod llama_server_draft;
 mod looked_up_drafts;
 mod never_slower;
 mod nix;
+mod own_drafts;
 mod pid_files;
 mod plain_errors;
 mod plan;

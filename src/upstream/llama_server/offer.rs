@@ -48,16 +48,16 @@ pub struct DraftAnswer {
     /// Steps so far.
     #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_steps: u64,
-    /// Draft tokens verified so far.
+    /// Offered tokens verified so far.
     #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_drafted: u64,
-    /// Draft tokens accepted so far.
+    /// Offered tokens accepted so far.
     #[serde(default, deserialize_with = "count::<_, _, ANY>")]
     pub n_accepted: u64,
-    /// Draft tokens verified in the last step.
+    /// Offered tokens verified in the last step.
     #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
     pub step_n: usize,
-    /// Draft tokens accepted in the last step.
+    /// Offered tokens accepted in the last step.
     #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
     pub step_accepted: usize,
     /// Tokens in the batch of the last step, of all completions and prompts.
@@ -66,9 +66,26 @@ pub struct DraftAnswer {
     /// Duration of the last step in microseconds.
     #[serde(default, deserialize_with = "count::<_, _, LONGEST_STEP_US>")]
     pub step_us: u64,
+    /// Draft tokens verified in the last step, whoever drafted them: the offers or the target itself.
+    #[serde(default, deserialize_with = "count::<_, _, MOST_DRAFTED>")]
+    pub step_by_n: usize,
 }
 
 impl DraftAnswer {
+    /// Tokens of this completion in the batch of the last step.
+    #[must_use]
+    pub fn step_tokens(&self) -> usize {
+        1 + self.step_n.max(self.step_by_n)
+    }
+
+    /// Tokens in the batch of the last step as if the target had drafted nothing itself. A step with a draft of the target's own
+    /// is a plain step of such a target.
+    #[must_use]
+    pub fn batch_without_own_draft(&self) -> usize {
+        self.step_batch
+            .saturating_sub(self.step_by_n.saturating_sub(self.step_n))
+    }
+
     /// The state before the first answer.
     #[must_use]
     pub fn none() -> Self {
@@ -86,6 +103,7 @@ impl DraftAnswer {
             step_accepted: 0,
             step_batch: 0,
             step_us: 0,
+            step_by_n: 0,
         }
     }
 }

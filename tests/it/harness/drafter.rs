@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -20,6 +21,24 @@ pub struct Answer {
     pub step_n: usize,
     pub step_accepted: usize,
     pub step_us: u64,
+    #[serde(default)]
+    pub step_by: Option<String>,
+    #[serde(default)]
+    pub step_by_n: usize,
+    #[serde(default)]
+    pub step_by_accepted: usize,
+    #[serde(default)]
+    pub drafters: BTreeMap<String, DrafterCounts>,
+}
+
+/// What came of the drafts of one drafter, in-process or external.
+// the names of the protocol
+#[allow(clippy::struct_field_names)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct DrafterCounts {
+    pub n_steps: usize,
+    pub n_drafted: usize,
+    pub n_accepted: usize,
 }
 
 /// What a drafter saw of one completion.

@@ -7,6 +7,9 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
 use super::gguf::{Reader, put_string};
 use super::llama_server::target;
 
@@ -22,6 +25,7 @@ enum Data {
     Same(f32),
     /// Of this deviation.
     Noise(f32),
+    Values(Vec<f32>),
 }
 
 /// A GGUF file in the making.
@@ -138,9 +142,10 @@ impl Model {
         };
         for (_, dims, data) in &self.tensors {
             let mut bytes = Vec::new();
-            for _ in 0..dims.iter().product::<u64>() {
+            for i in 0..dims.iter().product::<u64>() as usize {
                 let value = match data {
                     Data::Same(value) => *value,
+                    Data::Values(values) => values[i],
                     // uniform noise has a deviation of sqrt(1/12)
                     Data::Noise(deviation) => (uniform() - 0.5) * 12_f32.sqrt() * deviation,
                 };
@@ -199,10 +204,19 @@ pub fn hybrid(path: &Path) {
 /// Linear attention (gated delta net) with an attention layer after every three: its state is large and depends on all that
 /// went before, and it can be rolled back by snapshots.
 pub fn linear_attention(path: &Path) {
+    qwen35_model(false).write(path);
+}
+
+/// As [`linear_attention`], with a layer that predicts a further token (MTP).
+pub fn multi_token_prediction(path: &Path) {
+    qwen35_model(true).write(path);
+}
+
+fn qwen35_model(has_prediction_layer: bool) -> Model {
     let (d_state, n_groups, n_v_heads, d_conv) = (16, 2, 4, 4);
     let (key_dim, value_dim) = (d_state * n_groups, d_state * n_v_heads);
     let conv_dim = 2 * key_dim + value_dim;
-    let mut model = Model::new("qwen35", 4);
+    let mut model = Model::new("qwen35", if has_prediction_layer { 5 } else { 4 });
     model.u32("feed_forward_length", N_FF as u32);
     model.u32("attention.head_count", N_HEAD as u32);
     model.u32("attention.head_count_kv", N_HEAD_KV as u32);
@@ -217,12 +231,18 @@ pub fn linear_attention(path: &Path) {
     model.u32("ssm.state_size", d_state as u32);
     model.u32("ssm.time_step_rank", n_v_heads as u32);
     model.u32("ssm.group_count", n_groups as u32);
+    if has_prediction_layer {
+        model.u32("nextn_predict_layers", 1);
+        model.matrix("blk.4.nextn.eh_proj.weight", 2 * N_EMBD, N_EMBD);
+        model.norm("blk.4.nextn.enorm.weight", N_EMBD);
+        model.norm("blk.4.nextn.hnorm.weight", N_EMBD);
+    }
     model.norm("output_norm.weight", N_EMBD);
-    for layer in 0..4 {
+    for layer in 0..if has_prediction_layer { 5 } else { 4 } {
         let blk = format!("blk.{layer}");
         model.norm(&format!("{blk}.attn_norm.weight"), N_EMBD);
         model.norm(&format!("{blk}.post_attention_norm.weight"), N_EMBD);
-        if layer == 3 {
+        if layer >= 3 {
             // each head's query comes with a gate
             model.attention(&blk, 2);
         } else {
@@ -238,6 +258,46 @@ pub fn linear_attention(path: &Path) {
         }
         model.feed_forward(&blk);
     }
+    model
+}
+
+/// As [`multi_token_prediction`], but each token is followed by that of the next number. The prediction layer looks only at what
+/// the target passes on of the token before the last, and is right if that is the state of that very token.
+pub fn counting(path: &Path) {
+    let (n_embd, n_vocab) = (N_EMBD as usize, N_VOCAB as usize);
+    // vectors of equal length for all tokens, moved on by `by`
+    let vectors = |by: usize| -> Vec<f32> {
+        let each = (0..n_vocab).flat_map(|token| {
+            let mut random = StdRng::seed_from_u64(((token + n_vocab - by) % n_vocab) as u64);
+            (0..n_embd).map(move |_| if random.random_bool(0.5) { 1.0 } else { -1.0 })
+        });
+        each.collect()
+    };
+    let mut model = qwen35_model(true);
+    for (name, _, data) in &mut model.tensors {
+        // no layer adds anything
+        if ["attn_output", "ssm_out", "ffn_down"]
+            .iter()
+            .any(|it| name.contains(it))
+        {
+            *data = Data::Same(0.0);
+        } else if name == "token_embd.weight" {
+            *data = Data::Values(vectors(0));
+        } else if name.ends_with("eh_proj.weight") {
+            let passes = |i: usize| i % (2 * n_embd) == n_embd + i / (2 * n_embd);
+            *data = Data::Values(
+                (0..2 * n_embd * n_embd)
+                    .map(|i| f32::from(u8::from(passes(i))))
+                    .collect(),
+            );
+        }
+    }
+    model.tensor("output.weight", &[N_EMBD, N_VOCAB], Data::Values(vectors(1)));
+    model.tensor(
+        "blk.4.nextn.shared_head_head.weight",
+        &[N_EMBD, N_VOCAB],
+        Data::Values(vectors(2)),
+    );
     model.write(path);
 }
 
@@ -312,10 +372,35 @@ pub fn recurrent(path: &Path) {
         model.matrix(&format!("{blk}.ssm_x.weight"), d_inner, dt_rank + 2 * d_state);
         model.matrix(&format!("{blk}.ssm_dt.weight"), dt_rank, d_inner);
         model.tensor(&format!("{blk}.ssm_dt.bias"), &[d_inner], Data::Noise(0.1));
-        model.tensor(&format!("{blk}.ssm_a"), &[d_state, d_inner], Data::Noise(0.1));
+        model.tensor(&format!("{blk}.ssm_a"), &[d_state, d_inner], Data::Same(-0.1));
         model.norm(&format!("{blk}.ssm_d"), d_inner);
         model.matrix(&format!("{blk}.ssm_out.weight"), d_inner, N_EMBD);
     }
+    model.write(path);
+}
+
+/// An EAGLE-3 head for the larger draft model of `tests/models`.
+pub fn eagle3_head(path: &Path) {
+    let n_embd_target = 128;
+    let mut model = Model::new("eagle3", 1);
+    model.u32("feed_forward_length", N_FF as u32);
+    model.u32("attention.head_count", N_HEAD as u32);
+    model.u32("attention.head_count_kv", N_HEAD_KV as u32);
+    model.u32("rope.dimension_count", HEAD as u32);
+    model.f32("rope.freq_base", 10000.0);
+    model.u32("target_hidden_size", n_embd_target as u32);
+    model.i32_each("target_layers", &[0, 1, 1]);
+    model.matrix("fc.weight", 3 * n_embd_target, N_EMBD);
+    model.norm("output_norm.weight", N_EMBD);
+    model.matrix("output.weight", N_EMBD, N_VOCAB);
+    for name in ["attn_norm", "attn_norm_2", "ffn_norm"] {
+        model.norm(&format!("blk.0.{name}.weight"), N_EMBD);
+    }
+    model.matrix("blk.0.attn_q.weight", 2 * N_EMBD, N_HEAD * HEAD);
+    model.matrix("blk.0.attn_k.weight", 2 * N_EMBD, N_HEAD_KV * HEAD);
+    model.matrix("blk.0.attn_v.weight", 2 * N_EMBD, N_HEAD_KV * HEAD);
+    model.matrix("blk.0.attn_output.weight", N_HEAD * HEAD, N_EMBD);
+    model.feed_forward("blk.0");
     model.write(path);
 }
 
