@@ -150,7 +150,7 @@ async fn same_and_drafted(target: &LlamaServer, proxy: &Proxy, path: &str, body:
     // On a busy machine a short answer may be over before its first draft is there, or drafting may not pay for a while.
     let begin = Instant::now();
     let mut records = Vec::new();
-    while begin.elapsed() < Duration::from_secs(30) {
+    while begin.elapsed() < Duration::from_secs(90) {
         let (plain, record) = same(target, proxy, path, body).await;
         if record.accepted > 0 && record.steps < record.generated {
             return (plain, record);
