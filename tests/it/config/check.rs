@@ -149,7 +149,7 @@ fn a_portable_check_depends_on_nothing_but_the_file() {
     assert!(report.ok && report.warnings.is_empty(), "{report}");
     let wrong = Place::with_file("proxy: { prot: 1 }");
     assert!(!check_config_in(None, &wrong.environment, Scope::File).ok);
-    // What the file itself says still counts.
+    // Warnings about the file itself are still reported.
     let many = "workers: [ { host: a }, { host: b }, { host: c } ]";
     let report = check_config_in(None, &Place::with_file(many).environment, Scope::File);
     assert_eq!(report.warnings.len(), 1, "{report}");

@@ -77,21 +77,9 @@ fn error_of(text: &str) -> String {
     Place::with_file(text).error()
 }
 
-// Finding and layering
-
-// Mistakes
-
-// Listeners and secrets
-
-// What the sections mean together
-
 fn config(text: &str) -> Config {
     Place::with_file(text).load().unwrap().config
 }
-
-// check-config
-
-// The files that come along
 
 /// The dotted keys that have a value; `*` for list elements and for names the user chooses.
 fn keys(value: &Json, at: &str, found: &mut BTreeSet<String>) {

@@ -160,10 +160,6 @@ async fn same_and_drafted(target: &LlamaServer, proxy: &Proxy, path: &str, body:
     panic!("no draft was accepted: {path} {body}: {records:#?}");
 }
 
-// What is asked for
-
-// What the drafter does
-
 /// Whatever the drafter does: the answers are the target's own, and come about as soon. Returns what was recorded.
 async fn answers_are_right_with(target: &LlamaServer, proxy: &Proxy) -> Vec<Record> {
     let mut records = Vec::new();
@@ -184,7 +180,5 @@ async fn answers_are_right_with(target: &LlamaServer, proxy: &Proxy) -> Vec<Reco
     }
     records
 }
-
-// What the clients do
 
 // What the target does

@@ -31,7 +31,7 @@ pub struct Answer {
     pub drafters: BTreeMap<String, DrafterCounts>,
 }
 
-/// What came of the drafts of one drafter, in-process or external.
+/// Counts of one drafter, in-process or external.
 // the names of the protocol
 #[allow(clippy::struct_field_names)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

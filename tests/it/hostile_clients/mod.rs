@@ -32,16 +32,6 @@ async fn sent(address: &str, text: &str) -> TcpStream {
     socket
 }
 
-// Connections that are held
-
-// Clients that have sent all
-
-// Web pages
-
-// Tokens, and what is told without one
-
-// The programs, with their logs
-
 /// `tightwad run …` with a config and folders of its own.
 struct Run {
     program: Program,
