@@ -6,31 +6,42 @@ use std::time::{Duration, Instant};
 
 use super::{completion, server, server_with};
 use crate::harness::drafter::{Drafter, new_key};
+use crate::harness::llama_server::LlamaServer;
 use crate::harness::request::with;
-use serde_json::json;
+use serde_json::{Value, json};
 
-#[tokio::test]
-async fn a_streamed_answer_leaves_its_connection_to_the_next_request() {
-    let server = server().await;
-    let body = with(completion("Once upon a time", 5), json!({ "stream": true })).to_string();
+/// Sends `body` to `path` `times` times over one connection. Each answer ends with `end`.
+fn post_over_one_connection(server: &LlamaServer, path: &str, body: &Value, end: &[u8], times: usize) {
+    let body = body.to_string();
     let request = format!(
-        "POST /completion HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        "POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut connection = TcpStream::connect(server.url().trim_start_matches("http://")).expect("a connection");
     connection
         .set_read_timeout(Some(Duration::from_secs(20)))
         .expect("a timeout");
-    for _ in 0..3 {
+    for i in 0..times {
         connection.write_all(request.as_bytes()).expect("it is open");
         let mut answer = Vec::new();
         let mut buffer = [0; 4096];
-        while !answer.ends_with(b"\r\n0\r\n\r\n") {
+        while !answer.ends_with(end) {
             let n = connection.read(&mut buffer).expect("an answer");
-            assert!(n > 0, "closed after {}", String::from_utf8_lossy(&answer));
+            assert!(
+                n > 0,
+                "closed after {i} answers and {}",
+                String::from_utf8_lossy(&answer)
+            );
             answer.extend_from_slice(&buffer[..n]);
         }
     }
+}
+
+#[tokio::test]
+async fn a_streamed_answer_leaves_its_connection_to_the_next_request() {
+    let server = server().await;
+    let body = with(completion("Once upon a time", 5), json!({ "stream": true }));
+    post_over_one_connection(&server, "/completion", &body, b"\r\n0\r\n\r\n", 3);
 }
 
 #[tokio::test]
@@ -115,25 +126,7 @@ async fn a_server_that_stops_lets_its_drafters_go() {
 #[tokio::test]
 async fn a_drafter_keeps_its_connection_for_more_than_a_hundred_calls() {
     let server = server().await;
-    let body = json!({ "key": "a" }).to_string();
-    let request = format!(
-        "POST /draft HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    let mut connection = TcpStream::connect(server.url().trim_start_matches("http://")).expect("a connection");
-    connection
-        .set_read_timeout(Some(Duration::from_secs(20)))
-        .expect("a timeout");
-    for i in 0..250 {
-        connection.write_all(request.as_bytes()).expect("it is open");
-        let mut answer = Vec::new();
-        let mut buffer = [0; 4096];
-        while !answer.ends_with(b"}") {
-            let n = connection.read(&mut buffer).expect("an answer");
-            assert!(n > 0, "closed after {i} calls");
-            answer.extend_from_slice(&buffer[..n]);
-        }
-    }
+    post_over_one_connection(&server, "/draft", &json!({ "key": "a" }), b"}", 250);
 }
 
 #[tokio::test]
