@@ -1,12 +1,12 @@
 //! Commands that start, stop or ask a proxy: `proxy`, `chat`, `bench`.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use super::{JSON, Running, SOON, User, eventually, free_port, serves};
+use super::{JSON, Running, SOON, User, eventually, free_port, handles, serves};
 use rustix::process::Signal;
 
 #[test]
@@ -53,7 +53,8 @@ fn ctrl_c_at_the_prompt_of_a_chat_ends_it_without_a_word() {
     chat.stdin(Stdio::piped());
     let mut chat = Running::start(chat);
     let input = chat.0.stdin.take();
-    sleep(Duration::from_millis(500));
+    let number = chat.0.id().cast_signed();
+    eventually(SOON, "the prompt is there", || handles(number, Signal::INT));
     chat.signal(Signal::INT);
     let ended = chat.ends_within(SOON);
     drop(input);
@@ -66,11 +67,11 @@ fn bench_says_what_it_waits_for_when_a_draft_is_down() {
     let target = format!("http://127.0.0.1:{}", serves(JSON));
     let bench = user.tightwad(&["bench", "--target", &target, "--draft", "http://127.0.0.1:1"]);
     let mut bench = Running::start(bench);
-    sleep(Duration::from_secs(4));
-    bench.0.kill().unwrap();
-    let mut stderr = String::new();
-    bench.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-    assert!(stderr.contains("waiting for at most 15 s: "), "{stderr}");
+    let mut stderr = BufReader::new(bench.0.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains("waiting for at most 15 s: ") {
+        assert!(stderr.read_line(&mut said).unwrap() > 0, "{said}");
+    }
 }
 
 #[test]

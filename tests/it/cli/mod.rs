@@ -151,6 +151,17 @@ fn pid(number: i32) -> Pid {
     Pid::from_raw(number).unwrap()
 }
 
+/// Whether the process catches or ignores `signal`.
+fn handles(number: i32, signal: Signal) -> bool {
+    let status = fs::read_to_string(format!("/proc/{number}/status")).unwrap_or_default();
+    let masks = status
+        .lines()
+        .filter_map(|line| line.strip_prefix("SigIgn:").or_else(|| line.strip_prefix("SigCgt:")));
+    masks
+        .filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .any(|mask| (mask >> (signal.as_raw() - 1)) & 1 == 1)
+}
+
 #[track_caller]
 fn eventually(patience: Duration, what: &str, condition: impl FnMut() -> bool) {
     let mut condition = condition;

@@ -1,10 +1,9 @@
 //! `tightwad run target` and its child.
 
 use std::fs;
-use std::thread::sleep;
 use std::time::Duration;
 
-use super::{Running, SOON, User, eventually, free_port, pid};
+use super::{Running, SOON, User, eventually, free_port, handles, pid};
 use rustix::process::{Signal, test_kill_process};
 
 fn is_alive(number: i32) -> bool {
@@ -52,8 +51,7 @@ fn a_child_that_ignores_sigterm_is_killed() {
     );
     let supervisor = Running::start(user.tightwad(&["run", "target"]));
     eventually(SOON, "the child runs", || !user.fake_pids().is_empty());
-    // Its trap is set a moment after its process id is written.
-    sleep(Duration::from_millis(200));
+    eventually(SOON, "its trap is set", || handles(user.fake_pids()[0], Signal::TERM));
     supervisor.signal(Signal::TERM);
     let ended = supervisor.ends_within(Duration::from_secs(8));
     assert_eq!(ended.code, Some(0), "{ended:?}");

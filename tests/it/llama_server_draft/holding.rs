@@ -32,7 +32,7 @@ async fn a_held_slot_waits_without_spinning_until_it_is_offered_something() {
             "{cpu:?} of CPU time in 1.5 s of waiting"
         );
 
-        // an offer ends the wait at once
+        // an offer ends the wait at once, not after the second for which the slot may be held
         let begin = Instant::now();
         let mut answer = drafter
             .call(json!({ "pos": pos, "tokens": [1000], "n_min": 1, "hold_us": 1_000_000 }))
@@ -40,7 +40,7 @@ async fn a_held_slot_waits_without_spinning_until_it_is_offered_something() {
         while answer.tokens.is_empty() {
             answer = drafter.wait(pos).await;
         }
-        assert!(begin.elapsed() < Duration::from_millis(300), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_millis(700), "{:?}", begin.elapsed());
         drafter.call(json!({ "n_min": 0 })).await;
     });
     assert_eq!(status, 200);
