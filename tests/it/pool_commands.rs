@@ -1,9 +1,9 @@
 //! The pool's commands as their users meet them: start, status, swap, benchmark, stop.
 
 use std::net::TcpListener;
-use std::process::Output;
 use std::time::{Duration, Instant};
 
+use crate::harness::ended::Ended;
 use crate::harness::llama_server::{free_port, target};
 use crate::harness::pool::{Pool, Setup, signal};
 use crate::harness::wait::eventually;
@@ -14,24 +14,6 @@ use tokio::process::Command;
 /// A pool whose coordinator the commands start and stop.
 struct Host {
     pool: Pool,
-}
-
-/// What a command left.
-#[derive(Debug)]
-struct Ended {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-impl From<Output> for Ended {
-    fn from(output: Output) -> Self {
-        Self {
-            code: output.status.code(),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
-    }
 }
 
 impl Ended {

@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod drafter;
+pub mod ended;
 pub mod fake_agent;
 pub mod fake_drafter;
 pub mod fake_ollama;

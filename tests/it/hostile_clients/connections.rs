@@ -237,7 +237,7 @@ async fn a_client_that_has_ended_its_side_and_then_leaves_is_seen_by_the_target_
     drop(socket);
     let left = Instant::now();
     target.was_left().await;
-    assert!(left.elapsed() < Duration::from_millis(500), "{:?}", left.elapsed());
+    assert!(left.elapsed() < Duration::from_secs(2), "{:?}", left.elapsed());
 }
 
 #[tokio::test]
