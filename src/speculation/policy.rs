@@ -101,7 +101,7 @@ pub struct PendingDraft {
     pub silent_for: Duration,
 }
 
-/// What a step is chosen for.
+/// State of the target and the drafters in which a step is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepContext {
     /// Most draft tokens of a step.
@@ -118,7 +118,7 @@ pub struct StepContext {
     pub load: ConcurrentLoad,
 }
 
-/// What the target should do next.
+/// Plan for the next step of the target.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepPlan {
     /// Draft tokens to verify.
@@ -410,7 +410,8 @@ impl AdaptivePolicy {
         (&mut self.drafters[number], tuning)
     }
 
-    /// What extends a draft or follows it: the stream that runs, else the source of its first token, else an idle drafter.
+    /// Measurements of the source that would extend the draft: the running stream, else the source of its first token, else an idle
+    /// drafter.
     fn profile(&self, draft: &[TokenClass], context: &StepContext) -> Option<DrafterProfile> {
         let running = context.pending.map(|pending| TokenSource::Drafter(pending.drafter));
         let source = draft.first().map(|class| class.source);
