@@ -1,5 +1,5 @@
 {
-  description = "Tightwad: many unlike GPUs on many machines behind one OpenAI-compatible endpoint";
+  description = "Tightwad: speculative decoding across machines, and one model over the GPUs of several, behind one OpenAI-compatible endpoint";
 
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
 

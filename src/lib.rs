@@ -1,21 +1,22 @@
-//! Tightwad: many unlike GPUs on many machines behind one OpenAI-compatible endpoint.
+//! Tightwad: speculative decoding over several machines, and one model over the GPUs of several machines, behind one OpenAI-compatible
+//! endpoint.
 //!
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`config`] | the cluster file |
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
-//! | [`rounds`] | answers for targets that no drafter can attach to |
-//! | [`failure`] | why an operation failed, in plain words; imports nothing |
-//! | [`upstream`] | clients of the servers behind us |
+//! | [`rounds`] | drafts for targets that no drafter can attach to |
+//! | [`failure`] | explains errors of the system and of HTTP; imports nothing |
+//! | [`upstream`] | clients of llama-server, Ollama, vLLM, SGLang and OpenAI |
 //! | [`proxy`] | the OpenAI endpoint |
-//! | [`mod@bench`] | what drafting gains, measured |
+//! | [`mod@bench`] | measures what drafting gains |
 //! | [`gguf`] | the header of a model file |
 //! | [`plan`] | which layers of a model go on which device |
 //! | [`pool`] | one model over the GPUs of several machines |
 //! | [`mod@count`] | numbers with their nouns |
 //! | [`supervise`] | child processes |
-//! | [`http`] | what every HTTP server of ours shares |
+//! | [`http`] | code that all HTTP servers and clients share |
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 

@@ -1,9 +1,9 @@
-//! How fast the pool is: cold prompts of several lengths, alone and at once, by the server's own clock.
+//! Measures the speed of a pool: prompts of several lengths that no cache holds, one at a time and in parallel. The times are those of the
+//! server.
 //!
-//! The network's share is a lower bound. With the layers spread over workers each token needs at least one round trip to
-//! each worker that has some, because its result is read back before the next one can begin (llama.cpp b11434,
-//! `ggml_backend_rpc_get_tensor`: the one command of a step that is waited for). A round trip is measured with new
-//! connections to the worker's agent, never with one to its RPC port.
+//! The network's share is a lower bound. Each token needs at least one round trip to each worker that has layers, because llama-server reads
+//! the worker's result before it starts the next token (llama.cpp b11434, `ggml_backend_rpc_get_tensor`: the only command of a step that
+//! waits for an answer). A round trip is measured with new connections to the worker's agent, never with one to its RPC port.
 
 use std::time::{Duration, Instant};
 
@@ -21,28 +21,28 @@ use crate::http;
 use crate::upstream::ChatError;
 use crate::upstream::chat::{client, refused, unreachable, unread};
 
-/// What the prompts are made of, again and again.
+/// Text that the prompts repeat.
 const PROSE: &str = "The miser counted his coins by the light of one candle, then blew it out and counted them again in the \
     dark. In the morning 1,204 of them were still there, and so was the draught beneath the door. ";
 /// How often a round trip is measured; the shortest one counts.
 const TRIPS: usize = 5;
 /// A worker that answers later is not measured.
 const TRIP_PATIENCE: Duration = Duration::from_secs(2);
-/// Between the prompts of requests at once, so that no two begin alike.
+/// Offset in the text between parallel requests, so that no two prompts begin with the same words.
 const SHIFT: usize = 7;
 /// Longest answer that is read, in bytes.
 const MOST_BYTES: usize = 16 << 20;
 
-/// What is measured.
+/// Settings of a measurement.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// The model that runs.
     pub model: String,
-    /// Most tokens of a slot, as far as the caller knows.
+    /// Most tokens of a slot; `None` if the caller does not know it.
     pub context: Option<u32>,
     /// Lengths of the prompts in tokens.
     pub prompt_sizes: Vec<u32>,
-    /// How many requests are sent at once.
+    /// Numbers of parallel requests.
     pub batches: Vec<u16>,
     /// Tokens of each answer.
     pub tokens: u32,
@@ -50,7 +50,7 @@ pub struct Settings {
     pub workers: Vec<Worker>,
 }
 
-/// What came of it.
+/// Results of a measurement.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// The model.
@@ -63,13 +63,13 @@ pub struct Report {
     pub tokens: u32,
     /// In the order of the settings.
     pub measured: Vec<Row>,
-    /// What could not be measured, and why.
+    /// A sentence with the reason for each combination that was not measured.
     pub left_out: Vec<String>,
-    /// What of the time is the network's.
+    /// The share of the network in the time.
     pub network: Network,
 }
 
-/// One length of prompt, with so many requests at once.
+/// Results for one prompt length and one number of parallel requests.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Row {
     /// Tokens of each prompt.
@@ -84,21 +84,21 @@ pub struct Row {
     pub generated_per_second: f64,
 }
 
-/// What the network costs, as far as it can be told.
+/// Lower bound of the time that the network takes.
 #[derive(Debug, Clone, Serialize)]
 pub struct Network {
-    /// For each worker that has layers.
+    /// The round trip to each worker that has layers.
     pub round_trips: Vec<RoundTrip>,
-    /// The least share of the time per token, of an answer alone, from 0 to 1; `None`: not every round trip is known.
+    /// The smallest possible share of the network in the time per token of a single request, from 0 to 1; `None` if a round trip is unknown.
     pub least_share: Option<f64>,
 }
 
-/// To a worker and back.
+/// The round trip to one worker.
 #[derive(Debug, Clone, Serialize)]
 pub struct RoundTrip {
-    /// Which.
+    /// Name of the worker.
     pub worker: String,
-    /// The shortest; `None`: it has no agent, or that does not answer.
+    /// The shortest measured time; `None` if the worker has no agent or its agent does not answer.
     pub milliseconds: Option<f64>,
 }
 
@@ -193,7 +193,7 @@ pub async fn benchmark(
     })
 }
 
-/// What can be measured, and what not with the reason.
+/// The combinations that fit the server, and the reason for each one that does not.
 fn fitting(settings: &Settings, context: u32, slots: u64) -> (Vec<(u32, u16)>, Vec<String>) {
     let mut left_out = Vec::new();
     let fits = |size: u32| u64::from(size) + u64::from(settings.tokens) <= u64::from(context);

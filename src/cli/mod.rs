@@ -74,7 +74,7 @@ Examples:
   tightwad proxy status --json | jq .counts
   tightwad proxy stop";
 
-/// Many unlike GPUs on many machines behind one OpenAI-compatible endpoint, faster than the target model alone.
+/// Speculative decoding across machines, and one model over the GPUs of several, behind one OpenAI-compatible endpoint.
 #[derive(Debug, Parser)]
 #[command(name = "tightwad", version, after_help = EXAMPLES)]
 struct Cli {
@@ -94,7 +94,7 @@ enum Command {
     /// Start, stop or query the OpenAI-compatible endpoint
     #[command(subcommand, after_help = PROXY_EXAMPLES)]
     Proxy(ProxyCommand),
-    /// Run a part of the cluster on this host in the foreground
+    /// Run one part of the cluster on this host in the foreground
     #[command(
         arg_required_else_help = true,
         after_help = "Example: tightwad -c cluster.yaml run target"
@@ -102,8 +102,8 @@ enum Command {
     Run {
         /// Part to run
         part: run::Part,
-        /// With `worker`: its name or host in the config. Default: the entry with this host's address.
-        /// With `coordinator`: the first model. Default: the one marked `default`.
+        /// With `worker`: the worker's name or host in the config. Default: the entry with this host's address.
+        /// With `coordinator`: the model to load first. Default: the one marked `default`, else the only one.
         name: Option<String>,
         /// Detach from the terminal
         #[arg(long, hide = true)]
@@ -130,19 +130,19 @@ enum Command {
     /// Start the coordinator in the background, and wait until its model answers
     #[command(after_help = start::EXAMPLES)]
     Start(start::Options),
-    /// Stop the coordinator of this host, after its running answers, and free the workers
+    /// Stop the coordinator of this host once running answers are finished, and free the workers
     #[command(after_help = "Example: tightwad stop")]
     Stop,
     /// Show the state of everything in the config
     #[command(after_help = pool_status::EXAMPLES)]
     Status(pool_status::Options),
-    /// Make the coordinator run another model over the same workers
+    /// Replace the model that the coordinator runs
     #[command(after_help = swap::EXAMPLES)]
     Swap(swap::Options),
     /// Measure the running coordinator: prefill and decode speed, with one and with several requests
     #[command(after_help = benchmark::EXAMPLES)]
     Benchmark(benchmark::Options),
-    /// Become a program that does not outlive its parent
+    /// Execute a program that the kernel kills when its parent ends
     #[command(name = parent_bound::SUBCOMMAND, hide = true)]
     ExecChild(ExecChild),
 }
@@ -152,10 +152,10 @@ enum ProxyCommand {
     /// Start the proxy in the foreground; Ctrl-C or `tightwad proxy stop` ends it
     #[command(after_help = "Example: tightwad -c cluster.yaml proxy start")]
     Start,
-    /// Stop the proxy, after running answers or ten seconds
+    /// Stop the proxy once running answers are finished, after ten seconds at most
     #[command(after_help = "Example: tightwad proxy stop")]
     Stop,
-    /// Show the servers of the proxy and the state of drafting
+    /// Show the target, the drafts, the acceptance rate and the running requests
     #[command(after_help = proxy::STATUS_EXAMPLES)]
     Status {
         /// Print the whole answer as JSON

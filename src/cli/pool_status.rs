@@ -40,7 +40,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Options of `tightwad status`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Print everything as JSON; with --watch one line per interval
+    /// Print everything as JSON; with --watch one line per second
     #[arg(long)]
     json: bool,
     /// Repeat every second until Ctrl-C

@@ -12,8 +12,9 @@ use crate::upstream::chat::Wishes;
 /// Options for the prompts.
 #[derive(Debug, Args)]
 pub struct QuestionSet {
-    /// File of prompts instead of the built-in ones, with lines such as {"kind": "chat", "prompt": "Hello"}. A line may have
-    /// `messages`, a list of objects with `role` and `content`, instead of `prompt`, and `prediction` for --prediction
+    /// File of prompts to use instead of the built-in ones, with lines such as {"kind": "chat", "prompt": "Hello"}. Instead of
+    /// `prompt`, a line may have `messages`, a list of objects with `role` and `content`. For --prediction, it may have
+    /// `prediction`
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Only prompts of these kinds. The built-in kinds are code, chat, list, reasoning, creative, edit and summary

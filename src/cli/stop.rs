@@ -1,4 +1,4 @@
-//! `tightwad stop`: ends the coordinator of this host, after its running answers.
+//! `tightwad stop`: ends the coordinator of this host once its running answers are finished.
 
 use std::time::{Duration, Instant};
 

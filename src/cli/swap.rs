@@ -1,4 +1,4 @@
-//! `tightwad swap`: makes the coordinator run another model over the same workers, and shows each step.
+//! `tightwad swap`: replaces the model that the coordinator runs, and shows each step.
 
 use std::time::{Duration, Instant};
 

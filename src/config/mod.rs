@@ -135,7 +135,7 @@ impl Default for Proxy {
     }
 }
 
-/// `proxy.max_draft_tokens`: a cap, or `auto` (what the target can verify at once).
+/// `proxy.max_draft_tokens`: a cap, or `auto` (the limit of the target).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MaxDraftTokens {
     /// As many as pay, up to the limit of the target.

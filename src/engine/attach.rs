@@ -272,7 +272,7 @@ impl AttachedCompletion {
                 other => end = Some(other),
             }
         }
-        // What only the drafter has in its vocabulary cannot be offered, nor what comes after it.
+        // A token that the target's vocabulary lacks cannot be offered, and neither can the tokens after it.
         let known = tokens.iter().take_while(|(token, _)| drafter.is_known(*token)).count();
         if known < tokens.len() {
             tokens.truncate(known);
@@ -310,7 +310,7 @@ impl AttachedCompletion {
                 stream.rest(self.session.slack() / 2);
             }
         }
-        // What was said may have made the session end it, and begin another one.
+        // The session may have ended this stream because of its tokens and begun another one.
         let current = &mut self.drafters[number].stream;
         match end {
             Some(Ok(DraftPiece::End { why, took })) => {

@@ -1,4 +1,4 @@
-//! A drafter's server as one completion asks it: in token ids, or in text that the target tokenises.
+//! The server of a drafter, as one completion uses it: it drafts token ids, or text that the target's tokenizer turns into tokens.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ pub enum DraftServer {
 }
 
 impl DraftServer {
-    /// That drafter, talked to in this language for one completion of the target.
+    /// A client of `server` for one completion of `target`, which exchanges token ids or text as `protocol` says.
     #[must_use]
     pub fn new(server: &ConfiguredServer, protocol: &DraftProtocol, target: &LlamaServer) -> Self {
         match (protocol, &server.text) {
@@ -216,7 +216,7 @@ impl Translation {
                 // A text of one word that was cut: it may be whole.
                 Some(StreamEnd::Length) if !self.retokeniser.handed_out() => {
                     self.retokeniser.complete();
-                    // Where that gives nothing either, to ask for more would not help.
+                    // If the complete word gives no token either, more text would not help.
                     self.end = Some(StreamEnd::EndOfText);
                 }
                 Some(why) => return Ok(end(why)),

@@ -47,7 +47,7 @@ use slots::DraftSlots;
 pub use verifier::{Endpoint, Prompt, PromptContent, PromptRequest, Verdict, Verifier, VerifyContext, VerifyRequest};
 use watch::{ClusterSnapshot, ConfiguredServer, Watcher};
 
-/// What the engine needs to know, with the keys read.
+/// The proxy's configuration as far as the engine needs it, with keys already read from their files.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The drafters and their API keys.
@@ -437,7 +437,7 @@ pub struct DraftStatus {
     /// Its health.
     #[serde(flatten)]
     pub server: ServerStatus,
-    /// What was learnt of it; `None` before it drafted.
+    /// Summary of its measurements; `None` before it drafted.
     pub outlook: Option<DrafterOutlook>,
 }
 

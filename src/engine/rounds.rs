@@ -1,4 +1,4 @@
-//! What the engine lends to answers in rounds ([`crate::rounds`]): the target, the drafter, what is known of both.
+//! State that the engine shares with answers in rounds ([`crate::rounds`]): the target, the drafters, and what was measured of them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,15 +23,15 @@ const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_
 const STEPS: f64 = 2.0;
 /// … within these bounds, and the second while no step was measured.
 const DRAFTING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
-/// How long a drafter that failed is left alone by the same answer.
+/// Pause before an answer asks a drafter again that has failed.
 const BACK_OFF: Duration = Duration::from_secs(2);
-/// A draft of which the next token would be accepted with less chance is not continued.
+/// A draft is not extended if its next token would be accepted with a smaller probability.
 const HOPELESS: f64 = 0.2;
 
-/// What came of trying the target.
+/// Result of the test whether the target verifies drafts exactly.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) enum Trial {
-    /// It was not tried yet.
+    /// The test has not run yet.
     #[default]
     Pending,
     /// It verifies drafts exactly.
@@ -139,7 +139,7 @@ fn usable(snapshot: &ClusterSnapshot) -> Vec<bool> {
 }
 
 impl Engine {
-    /// What an answer in rounds works with; `None` when the target is not asked in rounds.
+    /// The shared state for one answer in rounds; `None` if the target does not answer in rounds.
     #[must_use]
     pub fn rounds(&self) -> Option<Drafting> {
         let rounds = self.rounds.as_ref()?;

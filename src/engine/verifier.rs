@@ -49,7 +49,7 @@ pub enum PromptContent {
 /// The parts of a request that decide its prompt and its length.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptRequest {
-    /// Where the request came.
+    /// The endpoint that received the request.
     pub endpoint: Endpoint,
     /// The source of its prompt.
     pub content: PromptContent,
@@ -98,7 +98,7 @@ pub struct Verdict {
     pub ended: bool,
 }
 
-/// What the next step may use.
+/// Limits and drafters for the next step.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VerifyContext {
     /// Most draft tokens that the target can verify at once.

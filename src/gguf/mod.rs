@@ -10,8 +10,8 @@
 //! | `parse` | reads a header: untrusted bytes |
 //! | `keys` | the key-value pairs of a header |
 //! | `types` | number formats of weights and their sizes |
-//! | `shape` | what the layers of a model are like |
-//! | `error` | why a file cannot be planned with |
+//! | `shape` | the layers of a model, as a plan needs them |
+//! | `error` | errors of reading a file |
 
 #[cfg(test)]
 pub(crate) mod builder;

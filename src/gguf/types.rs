@@ -1,4 +1,4 @@
-//! Number formats of weights: blocks of so many weights in so many bytes.
+//! Number formats of weights. A format stores blocks with a fixed number of weights in a fixed number of bytes.
 //!
 //! Numbers and sizes are those of `ggml.h`, `ggml.c` and `ggml-common.h` of llama.cpp b11434.
 

@@ -1,4 +1,4 @@
-//! Reads a request's body and refuses it if the server behind could not answer or bear it.
+//! Reads a request's body and refuses it if the server behind could not answer it or would fail on it.
 //!
 //! The body is only inspected: the bytes that came are the bytes that are forwarded.
 

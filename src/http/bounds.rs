@@ -37,10 +37,10 @@ const NAME_BYTES: usize = 256;
 /// Hops from one `$ref` to the next.
 const REFERENCES: usize = 32;
 
-/// What a request has too much of.
+/// A count of a request that exceeds its bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Excess {
-    /// What there is too much of, in the plural.
+    /// Name of the counted things, in the plural.
     what: &'static str,
     given: usize,
     most: usize,
@@ -130,7 +130,7 @@ fn check_schemas(text: &str) -> Result<(), Excess> {
     schemas.visit(&root)
 }
 
-/// What has been counted of a member with schemas.
+/// Counts of a member with JSON schemas.
 #[derive(Debug, Default)]
 struct Schemas<'a> {
     values: usize,
@@ -206,7 +206,7 @@ enum Notation {
     Regex,
 }
 
-/// What has been counted so far.
+/// Counts of a grammar so far.
 #[derive(Debug, Default)]
 struct Shape {
     alternatives: usize,
@@ -272,7 +272,7 @@ impl Shape {
     }
 }
 
-/// What comes after the closing `quote`, with `\` before bytes that mean themselves.
+/// The text after the closing `quote`. A byte after `\` is not the closing quote.
 fn after_quoted(text: &[u8], quote: u8) -> &[u8] {
     let mut rest = text;
     while let Some((byte, after)) = rest.split_first() {
@@ -287,7 +287,7 @@ fn after_quoted(text: &[u8], quote: u8) -> &[u8] {
     rest
 }
 
-/// What comes after the next byte of this kind.
+/// The text after the next `byte`.
 fn after_byte(text: &[u8], byte: u8) -> &[u8] {
     let end = text.iter().position(|it| *it == byte);
     end.map_or(&[], |end| &text[end + 1..])

@@ -1,4 +1,4 @@
-//! Where the events of a server-sent event stream begin and end.
+//! Finds the beginning and the end of each event in a server-sent event stream.
 //!
 //! A pure state machine over bytes: how they are cut into chunks makes no difference. `relay` asks it before it inserts
 //! anything.

@@ -1,7 +1,7 @@
 //! Caps the connections of a server, in all and by peer.
 //!
-//! A connection on which a request is being answered is never ended to make room; the one that has been idle for longest
-//! is.
+//! To make room for a new connection, it ends the connection that has been idle for longest, and never one on which a request
+//! is being answered.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -183,7 +183,7 @@ pub(super) struct ConnectionPermit {
     places: Arc<ConnectionLimiter>,
     peer: IpAddr,
     evicted: CancellationToken,
-    /// Where it stands among the idle ones.
+    /// Its number among the idle connections; `None` while it is busy.
     number: Mutex<Option<u64>>,
 }
 

@@ -1,4 +1,4 @@
-//! What every HTTP server and client of Tightwad shares: the proxy, the coordinator, a worker's agent and their clients.
+//! Code that all HTTP servers and clients of Tightwad share: the proxy, the coordinator, a worker's agent and their clients.
 //!
 //! This module imports nothing of this crate but [`crate::config`] and [`crate::failure`]. A request passes through these
 //! files in this order:

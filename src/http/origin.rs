@@ -1,9 +1,9 @@
 //! Which web pages may use a server, by the headers that browsers send and pages cannot change: `Host` and `Origin`.
 //!
-//! Where no token is asked for, any page in the browser of somebody who can reach the server could use it: directly, or
-//! under a name of its own that it lets point here (DNS rebinding). So such a server answers to its own names only, and to
-//! no page but its own and those of `cors_origins`. Where a token is asked for, that protects it; pages that are not in
-//! `cors_origins` cannot read its answers.
+//! Without a token, any web page in the browser of a user who can reach the server could use it: directly, or under a host
+//! name of the page's own that points to the server (DNS rebinding). So such a server answers only requests for its own host
+//! names, and only its own pages and those of `cors_origins`. With a token, the token protects the server; pages that are not
+//! in `cors_origins` cannot read its answers.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl Guard {
         Self { origins, names, key }
     }
 
-    /// What a page may read of the answer: `Access-Control-Allow-Origin`; `None` without a page, or for its own.
+    /// The value of `Access-Control-Allow-Origin` for the answer; `None` if no page asks, or a page of this server.
     fn check(&self, uri: &Uri, headers: &HeaderMap) -> Result<Option<HeaderValue>, Foreign> {
         let hosts: Vec<&str> = uri
             .authority()
@@ -234,7 +234,7 @@ fn host_of(origin: &str) -> Option<&str> {
     }
 }
 
-/// What this machine calls itself.
+/// The host name of this machine.
 fn machine_name() -> Option<String> {
     let name = rustix::system::uname();
     let name = name.nodename().to_str().ok()?;

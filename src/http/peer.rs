@@ -1,11 +1,11 @@
-//! Who is at the other end of a connection.
+//! The address at the other end of a connection, and whether the request came through a reverse proxy.
 
 use std::net::IpAddr;
 
 use axum::http::{HeaderMap, HeaderName, header};
 use tokio::net::TcpStream;
 
-/// What a reverse proxy adds: behind one, every client has its address.
+/// Headers that a reverse proxy adds. Behind one, all clients have the address of the reverse proxy.
 const FORWARDED: [HeaderName; 3] = [
     header::FORWARDED,
     header::VIA,

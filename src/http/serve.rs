@@ -1,6 +1,6 @@
 //! Accepts connections, hands their requests to a router, and shuts down.
 //!
-//! The first file that a request passes. Dropping a connection drops its request, and with it the request to the server
+//! Every request passes this file first. Dropping a connection drops its request, and with it the request to the server
 //! behind.
 
 use std::convert::Infallible;

@@ -115,7 +115,7 @@ impl Target {
         self.authorization.as_ref()
     }
 
-    /// Where a client's request goes.
+    /// The URL of the target for a client's request.
     pub(crate) fn locate(&self, uri: &Uri) -> Url {
         let mut url = self.base.clone();
         url.set_path(&format!("{}{}", self.base.path().trim_end_matches('/'), uri.path()));

@@ -41,7 +41,7 @@ pub enum AgentError {
         worker: String,
         /// Its agent's URL.
         url: String,
-        /// What went wrong.
+        /// The cause.
         reason: String,
     },
     /// The token is wrong or missing.
@@ -85,7 +85,7 @@ pub enum AgentError {
         worker: String,
         /// The URL.
         url: String,
-        /// What the answer looks like.
+        /// Description of the answer.
         reason: String,
     },
     /// This host cannot set up TLS or its resolver.

@@ -48,9 +48,9 @@ impl fmt::Display for Protocol {
 /// Memory of a device in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// What is free now.
+    /// Free memory now.
     pub free_bytes: u64,
-    /// All of it.
+    /// Total memory.
     pub total_bytes: u64,
 }
 

@@ -94,7 +94,7 @@ impl ActiveRequest {
         self.question = Some(question);
     }
 
-    /// What the drafting will have come to when the answer is over, if that is to stand in the answer.
+    /// The final counts of drafting, if the answer has to report them. They are ready when the answer is complete.
     pub(super) fn reported(&self) -> Option<impl Future<Output = Counts> + Send + 'static> {
         let attachment = self.attachment.as_ref().filter(|_| self.predicted)?;
         Some(attachment.settled())
@@ -193,7 +193,7 @@ impl Drop for ActiveRequest {
     }
 }
 
-/// Nobody has counted for an answer of no step.
+/// Counts of an answer; `None` if the target reported no step for it.
 fn counted(counts: Counts) -> Option<Counts> {
     Some(counts).filter(|counts| counts.steps > 0)
 }

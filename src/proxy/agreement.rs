@@ -65,7 +65,7 @@ pub struct Measured {
     pub characters: u64,
     /// Share of these before the first difference of their answer; absent before the first answer.
     pub share: Option<f64>,
-    /// What the share means, and how to gain speed from it.
+    /// Explanation of the share, and how to gain speed from it.
     pub meaning: Cow<'static, str>,
 }
 
@@ -210,7 +210,7 @@ fn text(answer: &[u8]) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// What an answer or event says. The thoughts are called `reasoning_content` by llama-server (b11434) and `reasoning` by
+/// Text of an answer or event. The reasoning text is called `reasoning_content` by llama-server (b11434) and `reasoning` by
 /// Ollama (docs/openai.md) and vLLM.
 fn piece(answer: &Value) -> Option<String> {
     let choice = answer["choices"].get(0)?;

@@ -1,6 +1,6 @@
 //! Checks a request, attaches a drafter to it, and relays the target's answer.
 //!
-//! `router` hands every request here that is none of our own endpoints'; [`relay::respond`] does the rest.
+//! `router` passes every request here that is not for one of the proxy's own endpoints; [`relay::respond`] relays the answer.
 
 use std::sync::Arc;
 use std::time::Duration;

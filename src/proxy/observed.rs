@@ -1,4 +1,4 @@
-//! What the proxy counts: metrics for Prometheus, the last requests for people.
+//! Counters of the proxy: metrics for Prometheus, and the last requests for the status.
 
 use std::fmt;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ fn metrics(engine: &Arc<Engine>) -> Metrics {
     Metrics::new(Box::new(DraftingMetrics(Arc::clone(engine))))
 }
 
-/// What the engine counts, read at each scrape.
+/// Counts of the engine, read at each scrape.
 struct DraftingMetrics(Arc<Engine>);
 
 impl fmt::Debug for DraftingMetrics {

@@ -1,4 +1,4 @@
-//! The routes of the proxy: our own endpoints, and `forward` for every other path.
+//! The routes of the proxy: its own endpoints, and `forward` for every other path.
 //!
 //! Each request first passes the origin guard, gets an id, and is asked for the token.
 

@@ -58,7 +58,7 @@ pub enum SettingsError {
     TargetUrl {
         /// As configured.
         url: String,
-        /// What is wrong with it.
+        /// The reason.
         problem: String,
     },
 }

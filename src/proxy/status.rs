@@ -1,6 +1,6 @@
-//! Our own endpoints: health, readiness, metrics, status.
+//! The proxy's own endpoints: health, readiness, metrics, status.
 //!
-//! All are answered from memory, whatever is down.
+//! All are answered from memory, so they work while other servers are down.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

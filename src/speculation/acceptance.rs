@@ -6,7 +6,7 @@
 
 use super::Tuning;
 
-/// What is known about a draft token before the target sees it.
+/// Knowledge about a draft token before the target verifies it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenClass {
     pub(super) source: TokenSource,

@@ -1,7 +1,7 @@
 //! Cost model used to choose a drafting schedule.
 //!
-//! It turns measurements into the throughput of each [`DraftSchedule`] and into the value of a wait, by the formulas in the
-//! documentation of `policy.rs`. It is pure: the same measurements give the same estimate. [`super::AdaptivePolicy`] builds a
+//! It turns measurements into the throughput of each [`DraftSchedule`] and into the value of a wait, by the formulas in
+//! `docs/explanation/policy.md`. It is pure: the same measurements give the same estimate. [`super::AdaptivePolicy`] builds a
 //! [`CostModel`] for each decision and keeps nothing of it.
 
 use std::ops::Range;
@@ -240,12 +240,12 @@ impl DraftLatency {
     }
 }
 
-/// How a target and a drafter alternate.
+/// How a target and a drafter share the time of a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DraftSchedule {
     /// Nothing is drafted.
     Plain,
-    /// The target does not wait and verifies what is drafted by then.
+    /// The target never waits: it verifies the tokens that have arrived by then.
     Overlap,
     /// The target waits for drafts of `n` tokens; the drafter goes on during the step.
     Wait { n: usize },

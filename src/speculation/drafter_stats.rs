@@ -1,4 +1,4 @@
-//! What was measured about one drafter: acceptance, latency, and how much it slows the target down.
+//! Measurements of one drafter: acceptance, latency, and how much it slows the target down.
 //!
 //! Two latencies are kept apart, while the target waits and while it is in a step, because both may share a device. A latency
 //! that was not measured is derived from the other one. [`super::AdaptivePolicy`] owns one [`DrafterStats`] per drafter and

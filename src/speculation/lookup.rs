@@ -1,4 +1,4 @@
-//! Drafts from text: what followed the same tokens before may follow them again.
+//! Drafts from text: the tokens that followed the same tokens before may follow them again.
 //!
 //! The last tokens are searched in the prompt, the answer so far and the client's prediction of the answer; the text that
 //! followed there is the draft (prompt lookup decoding, Saxena 2023; predicted outputs, OpenAI 2024). A draft never crosses the
@@ -117,13 +117,13 @@ impl Lookup {
             .or_else(|| self.resumed_copy(drafted, n))
     }
 
-    /// What follows the longest match of the end of `tail`.
+    /// The text after the longest match of the end of `tail`.
     fn longest_match(&self, tail: &[Token], n: usize) -> Option<Proposal> {
         let (matched, at) = self.place(tail)?;
         Some(self.proposal(at, matched, n))
     }
 
-    /// What follows in the copied text after a difference.
+    /// The rest of the copied text after a difference.
     fn resumed_copy(&self, drafted: &[Token], n: usize) -> Option<Proposal> {
         let CopyPosition { next, agreeing, .. } = self.copied.filter(|_| drafted.is_empty())?;
         let proposal = self.proposal(next, agreeing.min(MAX_MATCH), n);

@@ -4,49 +4,25 @@
 //! an answer, never its text. [`super::Session`] asks it through the trait [`Policy`] at each event of a completion, the
 //! engine feeds it measurements, and all completions of one target share it.
 //!
-//! # Which draft tokens to offer
+//! `docs/explanation/policy.md` derives the formulas and explains the exceptions by which the policy keeps measuring. Its
+//! symbols in this code:
 //!
-//! Each class of draft tokens ([`TokenClass`]) has a measured acceptance rate `a`. A step over the first `k` tokens of a
-//! draft yields `E(k) = 1 + a_1 + a_1 a_2 + … + a_1…a_k` tokens (Leviathan et al. 2023, section 3.1, with one rate per
-//! token) and takes `T(k)`. `T` is measured for each `k`: on some machines a step over two tokens costs as much as two steps,
-//! and one over eight less than one over seven.
-//!
-//! With `r` tokens per microsecond at the current speed, a step is worth `E(k) - r T(k)`: its yield less what the target
-//! yields in that time anyway (fractional programming, Dinkelbach 1967). The policy offers the best `k`. The threshold form
-//! of such rules is optimal (`SpecDec++`, arXiv 2405.19715, section 3).
-//!
-//! # Whether to wait
-//!
-//! The cost model (`cost_model.rs`) compares schedules, each from one contradicted draft to the next (renewal-reward
-//! theorem). With the mean acceptance rate `a`, a draft of `n` tokens is followed by the next one without a pause with
-//! probability `p = a^(n+1)`: the target accepts all of it, and adds the token that the drafter drafts next. So
-//! `1 / (1 - p)` steps of `E(n)` tokens and the time `T(n)` follow each other. `A(n) = round trip + first token +
-//! (n - 1) token` is the latency of a draft.
-//!
-//! | schedule | per contradicted draft |
+//! | symbol | code |
 //! | --- | --- |
-//! | plain | one token in `T(0)`, the drafter unused |
-//! | wait | `E(n) / (1 - p)` tokens in `A(n) + T(n) / (1 - p)` |
-//! | overlap | summed step by step: plain steps until the drafter is ahead, then as many of its tokens as pay. After steps that brought `m` tokens the draft still agrees with probability `a^m` |
-//! | alternate | `E(n)` tokens in `A(n) + T(n)`: the drafter pauses during the step, so that neither slows the other down |
+//! | `a_i` | [`AcceptanceRate`] of a token's [`TokenClass`] |
+//! | `a` | `mean_acceptance` of a drafter, in a [`DrafterProfile`] `acceptance` |
+//! | `E(k)` | `expected` |
+//! | `T(k)` | [`CostModel::step_us`], from [`StepCost`] |
+//! | `r` | [`CostModel::rate`] |
+//! | `A` | [`DraftLatency::arrival_us`] |
+//! | `p` | `survival` of a `StepEstimate` in `cost_model.rs` |
 //!
-//! The slowdown of a shared device is measured (`slowdown.rs`); without one, alternating never wins. The best schedule over
-//! all `n`, compared with plain steps and no drafter, says whether a drafter pays. A drafter that does not pay is retried at
-//! growing intervals, for a few tokens that are compared with the target's choice and not verified.
-//!
-//! While the target waits, waiting until the draft has `m` tokens is worth `E(m) - r (T(m) + w)`, where `w` is how long its
-//! last token arrives after the target's current step.
-//!
-//! # Concurrent completions
-//!
-//! Other completions in the same batch lengthen the step for all: `T` is taken beyond their tokens, and `r` is the
-//! throughput of all of them. The schedules assume that all completions use the same one. A batch waits for its slowest
-//! member, so with `m` completions it waits if any draft starts again, with probability `1 - p^m`.
-//!
-//! # Measuring again
-//!
-//! A cost that keeps drafts from being verified is never measured again. Therefore the policy now and then verifies a
-//! draft that does not pay, if it yields two tokens or more per step.
+//! | decision | function |
+//! | --- | --- |
+//! | how many tokens to verify, and whether the drafter rests | [`Policy::choose`] |
+//! | how long to wait for a longer draft | [`CostModel::consider_wait`] |
+//! | which schedule a drafter's measurements allow | [`CostModel::best_schedule`] |
+//! | how many tokens a drafter should have drafted | [`Policy::draft_limit`] |
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -125,7 +101,7 @@ pub struct PendingDraft {
     pub silent_for: Duration,
 }
 
-/// What a step is chosen for.
+/// State of the target and the drafters in which a step is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepContext {
     /// Most draft tokens of a step.
@@ -142,7 +118,7 @@ pub struct StepContext {
     pub load: ConcurrentLoad,
 }
 
-/// What the target should do next.
+/// Plan for the next step of the target.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepPlan {
     /// Draft tokens to verify.
@@ -434,7 +410,8 @@ impl AdaptivePolicy {
         (&mut self.drafters[number], tuning)
     }
 
-    /// What extends a draft or follows it: the stream that runs, else the source of its first token, else an idle drafter.
+    /// Measurements of the source that would extend the draft: the running stream, else the source of its first token, else an idle
+    /// drafter.
     fn profile(&self, draft: &[TokenClass], context: &StepContext) -> Option<DrafterProfile> {
         let running = context.pending.map(|pending| TokenSource::Drafter(pending.drafter));
         let source = draft.first().map(|class| class.source);

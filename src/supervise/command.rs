@@ -1,6 +1,6 @@
 //! Command lines of llama-server. Pure: no file is read, except a key file by [`Launch::api_key`].
 //!
-//! Arguments of the config come last and win. A key never is an argument, because every user of the machine can read those.
+//! Arguments of the config come last and win. A key is never an argument, because every user of the machine can read the arguments.
 
 use std::ffi::OsString;
 use std::fmt;

@@ -33,7 +33,7 @@ pub enum PreflightError {
         what: &'static str,
         /// The key that names it.
         key: &'static str,
-        /// Where it should be.
+        /// The path that the config gives.
         path: PathBuf,
     },
     /// The file exists and cannot be read.

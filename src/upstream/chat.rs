@@ -1,6 +1,6 @@
 //! A streamed chat completion, as a client of any OpenAI-compatible server sees it, with its times.
 //!
-//! A request is never sent twice: it makes the server generate. `bench`, `verify` and `chat` use it.
+//! A request is never sent twice, because each one makes the server generate. `bench`, `verify` and `chat` use this module.
 
 use std::borrow::Cow;
 use std::io;
@@ -35,7 +35,7 @@ pub enum ChatError {
     Unreachable {
         /// The server.
         url: String,
-        /// What happened and what to do.
+        /// The cause and the remedy.
         why: String,
     },
     /// An answer with an error status.
@@ -61,7 +61,7 @@ pub enum ChatError {
     Malformed {
         /// The server.
         url: String,
-        /// What is wrong with it.
+        /// The error of the JSON parser.
         cause: serde_json::Error,
     },
     /// The receiver of the pieces failed.
@@ -74,12 +74,12 @@ pub enum ChatError {
 pub struct Message {
     /// `user`, `assistant`, `system`.
     pub role: Cow<'static, str>,
-    /// What it says.
+    /// Its text.
     pub content: String,
 }
 
 impl Message {
-    /// What a person says.
+    /// A message of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self {
             role: "user".into(),
@@ -87,7 +87,7 @@ impl Message {
         }
     }
 
-    /// What the model said.
+    /// A message of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self {
             role: "assistant".into(),

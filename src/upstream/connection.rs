@@ -1,6 +1,6 @@
 //! Requests to one server behind this process, and every error that such a request can have.
 //!
-//! Nothing that is asked changes the server, so a request that broke off is sent once more, but for
+//! These requests do not change the server, so a request that broke off is sent once more, except by
 //! [`Connection::post_once`].
 
 use std::time::Duration;
@@ -38,13 +38,13 @@ pub enum UpstreamError {
     /// No answer within the timeout.
     #[error("{url} does not answer in time")]
     TimedOut {
-        /// What was asked.
+        /// URL of the request.
         url: String,
     },
     /// No connection, or it broke.
     #[error("{url} is unreachable: {cause}")]
     Unreachable {
-        /// What was asked.
+        /// URL of the request.
         url: String,
         /// Why, in plain words.
         cause: String,
@@ -52,7 +52,7 @@ pub enum UpstreamError {
     /// An answer with an error status, or an error in a stream.
     #[error("{}", failure::refused(.url, *.status, .message))]
     Refused {
-        /// What was asked.
+        /// URL of the request.
         url: String,
         /// The HTTP status.
         status: u16,
@@ -62,15 +62,15 @@ pub enum UpstreamError {
     /// An answer that such a server does not send.
     #[error("{url} sent something else than it should: {cause}")]
     Malformed {
-        /// What was asked.
+        /// URL of the request.
         url: String,
-        /// What is wrong with it.
+        /// The difference from the expected answer.
         cause: String,
     },
     /// No model is configured, and the server has not exactly one.
     #[error("{url} lists {count} models; name one of them with `model_name`")]
     WhichModel {
-        /// What was asked.
+        /// URL of the request.
         url: String,
         /// Models listed.
         count: usize,

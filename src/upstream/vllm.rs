@@ -4,10 +4,10 @@
 //! (`vllm/entrypoints/serve/disagg/protocol.py`: `GenerateRequest`, `GenerateResponse`), `POST /tokenize` and `/detokenize`
 //! (`vllm/entrypoints/serve/tokenize/protocol.py`), `POST /v1/completions` with `prompt_logprobs` and `return_token_ids`.
 //!
-//! With `prompt_logprobs` vLLM computes the whole prompt anew unless `skip_reading_prefix_cache` is false, a field that
-//! only the first of these takes (vllm#28194). Then rows of cached tokens are left as they were in memory (vllm#42019).
-//! So only rows behind the text are read, and only blocks may be cached that this very answer has written: `cache_salt`
-//! keeps those of others away, and its own differ in a token before any row that is read.
+//! With `prompt_logprobs`, vLLM computes the whole prompt again unless `skip_reading_prefix_cache` is false. Only
+//! `/inference/v1/generate` takes that field (vllm#28194). If the prefix cache is used, the rows of cached tokens hold stale
+//! memory (vllm#42019). So this client reads only the rows of the draft, and those must not be cached: `cache_salt` gives each
+//! answer a cache of its own, and two scored prompts of one answer differ in a token before any row that is read.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ struct Choice {
     token_ids: Option<Vec<Token>>,
     #[serde(default)]
     finish_reason: Option<String>,
-    /// Where [`COMPLETIONS`] has them.
+    /// [`COMPLETIONS`] reports them here.
     #[serde(default)]
     prompt_logprobs: Option<Rows>,
 }
@@ -54,7 +54,7 @@ struct Choice {
 /// One for each token of the prompt; most of them are not looked at.
 type Rows = Vec<Option<Box<RawValue>>>;
 
-/// What a row tells of a token.
+/// Score of a token in a row.
 #[derive(Deserialize)]
 struct Entry {
     #[serde(default)]
@@ -130,7 +130,7 @@ impl Vllm {
 
 impl ScoringServer for Vllm {
     async fn models(&self) -> Result<Vec<String>, UpstreamError> {
-        // Whoever looks at it now and then may see another version of it.
+        // The server may have been replaced by another version since the last call.
         self.is_old.store(false, Ordering::Relaxed);
         self.server.connection.own_models().await
     }

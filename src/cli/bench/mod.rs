@@ -39,7 +39,7 @@ pub struct Options {
     /// Number of times that each prompt is asked in each mode. A warm-up with one prompt of each kind does not count
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
-    /// Temperature. At 0 the exit code is 1 if texts differ
+    /// Temperature of the sampler. At 0 with one client, the exit code is 1 if texts differ
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f64,
     /// Number of parallel requests. With several, also show the total throughput and the slowest client
@@ -52,9 +52,9 @@ pub struct Options {
     /// proxy in its own process, behind relays to both servers
     #[arg(long, value_name = "MS", conflicts_with = "proxy")]
     delay: Option<u16>,
-    /// Also compare with llama-server's own drafting. bench starts a llama-server with the models of the sections `target` and
-    /// `draft`, whose files must be on this machine; it needs memory for both again. bench first tries draft lengths of 1, 2,
-    /// 3, 4, 6, 8, 12 and 16 for up to five minutes, and keeps the fastest
+    /// Also measure llama-server's own drafting. bench starts one more llama-server with the models of the sections `target` and
+    /// `draft`. Their files must be on this machine, and both need memory a second time. bench first tries draft lengths of 1,
+    /// 2, 3, 4, 6, 8, 12 and 16 for up to five minutes, and keeps the fastest
     #[arg(long)]
     own_draft: bool,
     /// Print everything as JSON instead of the table

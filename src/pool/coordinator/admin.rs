@@ -1,6 +1,6 @@
 //! The endpoints that the coordinator answers itself: health, status, models, metrics, swap.
 //!
-//! All but the swap and the list of models are answered from memory, whatever is down.
+//! All but the swap and the list of models are answered from memory, so they work while workers are down.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The pool's public port: forwards to the llama-server that runs, byte for byte, and lets requests wait for one.
+//! The pool's public port: forwards requests to the running llama-server byte for byte, and lets them wait until one runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,17 +46,17 @@ const ALSO_WAIT: [&str; 7] = [
     "/v1/reranking",
     "/reranking",
 ];
-/// What watchers may ask without a key. It tells nothing but whether a model is ready.
+/// Paths for health checks, which need no key. The answers say only whether a model is ready.
 pub(super) const OPEN: [&str; 2] = ["/health", "/v1/health"];
 
-/// What all requests share.
+/// State that all requests share.
 #[derive(Debug)]
 pub(super) struct Front {
     pub(super) pool: Pool,
     /// The models of the config, the first one first.
     pub(super) models: Vec<Name>,
     pub(super) auth: Auth,
-    /// What those who draft must send. `None`: they must be on this host.
+    /// Key that drafters must send. `None`: only drafters on this host are allowed.
     pub(super) draft_key: Option<Secret>,
 }
 

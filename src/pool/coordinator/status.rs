@@ -1,7 +1,7 @@
 //! The coordinator's status and the steps of a swap as JSON: written by the endpoints, read by the command line.
 //!
-//! Only `state` and `model` are required, by which a reader knows that a coordinator answers. A coordinator of another version
-//! may lack any other field, and send more.
+//! Only `state` and `model` are required: they show a reader that a coordinator answers. A coordinator of another version may
+//! lack any other field, or send more.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,10 +12,10 @@ use crate::pool::swap::{Name, Snapshot, State};
 /// The answer of `GET /v1/tightwad/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Where the coordinator stands.
+    /// State of the coordinator.
     #[serde(flatten)]
     pub now: Snapshot,
-    /// How far the load is.
+    /// Progress of the load.
     #[serde(flatten)]
     pub load: Load,
     /// Process id of the llama-server.
@@ -71,14 +71,14 @@ pub enum SwapLine {
         /// Why.
         error: SwapError,
     },
-    /// What the coordinator does now.
+    /// The present step.
     Step(Step),
 }
 
 /// A step on the way to a model that answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// What is done.
+    /// State of the coordinator in this step.
     pub state: State,
     /// The model that runs, or is on its way.
     pub model: Name,

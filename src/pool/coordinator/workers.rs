@@ -369,7 +369,7 @@ async fn until_one_is_free(agent: &AgentClient) -> u16 {
     }
 }
 
-/// How long an agent has been silent.
+/// Time since the last answer of an agent, and the polls that it missed.
 struct Silence {
     since: Instant,
     missed: u32,

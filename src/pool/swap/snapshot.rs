@@ -87,7 +87,7 @@ pub struct FailedSwap {
 }
 
 impl Swap {
-    /// What is told about it.
+    /// The state at this moment.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
