@@ -46,26 +46,28 @@ const LOG_FILTER: &str = "TIGHTWAD_LOG";
 
 const EXAMPLES: &str = "\
 Examples:
-  tightwad demo --target-model big.gguf --draft-model small.gguf   show what drafting gains
-  tightwad check-config                                            check the config
-  tightwad run target                                              on the host with the big model
-  tightwad run draft                                               on the host with the small model
-  tightwad proxy start                                             start the endpoint in front of both
-  tightwad chat                                                    chat with the proxy
-  tightwad bench                                                   measure what drafting gains
+  tightwad check-config      check the config
+  tightwad run target        start the target on the host with the big model
+  tightwad run draft         start the draft on the host with the small model
+  tightwad proxy start       start the endpoint in front of both
+  tightwad chat              chat with the proxy
+  tightwad bench             measure what drafting gains
+  tightwad demo --target-model big.gguf --draft-model small.gguf
+                             show what drafting gains with these two models
 
-  tightwad run worker                                              lend this host's GPUs to the pool
-  tightwad plan                                                    check whether a model fits into the pool
-  tightwad start                                                   start one endpoint over the pool
-  tightwad status --watch                                          watch the state of all parts
-  tightwad swap qwen3-72b                                          load another model over the same GPUs
-  tightwad benchmark                                               measure the speed of the pool
-  tightwad stop                                                    stop the pool
+  tightwad run worker        lend this host's GPUs to the pool
+  tightwad plan              check whether a model fits into the pool
+  tightwad start             start one endpoint over the pool
+  tightwad status --watch    watch the state of all parts
+  tightwad swap qwen3-72b    load another model over the same GPUs
+  tightwad benchmark         measure the speed of the pool
+  tightwad stop              stop the pool
 
-Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program, key), 5 port in use,
-6 server unreachable, 7 not running, 8 a child process was given up, 9 the model does not fit,
-10 a worker has another build of llama.cpp, 11 broken model file, 12 nothing was drafted,
-13 a draft is down, 14 a token or key was refused, 130 interrupted, 141 the reader of the output has closed it.
+Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program,
+key), 5 port in use, 6 server unreachable, 7 not running, 8 a child process was
+given up, 9 the model does not fit, 10 a worker has another build of llama.cpp,
+11 broken model file, 12 nothing was drafted, 13 a draft is down, 14 a token or
+key was refused, 130 interrupted, 141 the reader of the output has closed it.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
 
 const PROXY_EXAMPLES: &str = "\

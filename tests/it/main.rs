@@ -14,6 +14,7 @@ mod harness;
 mod bench;
 mod children;
 mod cli;
+mod cli_output;
 mod config;
 mod demo;
 mod docs;
