@@ -8,6 +8,7 @@ let
   # runs all modules.
   modules = [
     "cli"
+    "cli_output"
     "config"
     "pid_files"
     "proxy"
