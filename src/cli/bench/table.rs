@@ -84,7 +84,7 @@ const HEAD: [&str; 11] = [
 
 const LEGEND: &str = "\
 tok/s: all tokens over all time, each answer from its first token to its last; median, p95: of the answers' own;
-tok/step: per pass of the target; accepted: of the drafted tokens, the others are wasted; equal: to the plain texts
+tok/step: tokens per step of the target; accepted: of the drafted tokens, the others are wasted; equal: to the plain texts
 ";
 const NO_DRAFT: &str = "no draft: nothing was drafted, so that the speed differs from the plain one by chance only\n";
 

@@ -62,7 +62,7 @@ fn foot(report: &Report) -> String {
     };
     format!(
         "{:<10} {:<34} {:>6} {}\n\n\
-         plain and drafted: tokens per second from the first token to the last; per step: tokens per pass of the target; \
+         plain and drafted: tokens per second from the first token to the last; per step: tokens per step of the target; \
          equal: whether both texts are the same\n{no_draft}",
         "total",
         if report.complete { "" } else { "(ended early)" },
