@@ -88,7 +88,7 @@ let
     allow_unauthenticated = key bool false "Whether to listen on a non-loopback address without a key.";
     extra_args =
       key (listOf str) [ ]
-        "Further arguments of llama-server; they override those that Tightwad gives. `--host`, `--port`, `--model` and `--rpc` are refused, because keys of this file set them, and so are secrets, because every user can read the Nix store.";
+        "Further arguments of llama-server; they override those that Tightwad gives. `--host`, `--port`, `--model` and `--rpc` are refused, because other keys set them. Secrets are refused, because every user can read the Nix store.";
     env =
       key (attrsOf str) { }
         "Further environment variables of llama-server; they override those that Tightwad gives. Put no secrets here: every user can read the Nix store.";
@@ -173,7 +173,7 @@ let
     // {
       host =
         optional str "192.168.1.10"
-          "${besideProxy} If there is a section `target` too, that is the proxy's target, and not the pool.";
+          "${besideProxy} With a section `target` too, the proxy uses that target, and not the pool.";
       port = key port 8080 "Port to listen on.";
       backend =
         optional backend "hip"
@@ -313,10 +313,10 @@ in
         proxy = section proxy "The OpenAI endpoint in front of a target and a draft. `{ }` is an endpoint with default values. Left out: no endpoint.";
         target = section (llamaServer "target" "qwen3-32b" 8080
           besideProxy
-        ) "A llama-server that holds the big model alone.";
+        ) "A llama-server that runs the big model on one host.";
         draft = section (llamaServer "draft" "qwen3-0.6b" 8081
           besideProxy
-        ) "A llama-server that holds the small model.";
+        ) "A llama-server that runs the small model.";
         coordinator = section coordinator "A llama-server that spreads one model over the workers' GPUs and its own.";
         workers =
           key (listOf worker) [ ]

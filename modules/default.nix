@@ -142,8 +142,8 @@ in
       description = ''
         Whether `nixos-rebuild switch`, `systemctl start` and the boot wait until this machine's units are ready (`Type=notify`
         instead of `exec`). A target or a draft is ready when its model is loaded, which takes minutes from a slow disk. A role
-        on a GPU waits until llama.cpp finds that GPU. If false, a unit is active as soon as its process runs, `systemctl status`
-        shows the state, and a model that does not load fails no switch. The proxy is ready at once in both cases.
+        on a GPU waits until llama.cpp finds that GPU. If false, a unit is active as soon as its process runs, and a model that
+        does not load does not fail the switch; `systemctl status` shows the state. The proxy is ready at once in both cases.
       '';
     };
 

@@ -14,7 +14,7 @@ use crate::pool::swap::State;
 
 pub const EXAMPLES: &str = "\
 Example: tightwad benchmark --prompt-sizes 512,4096 --batch 1,4 --json
-The times are those of the server. No prompt is in its cache. Other requests at the same time make the pool slower.";
+The times are those that the server reports. Each prompt is new to its cache. Other requests at the same time make the pool slower.";
 
 /// Time limit for the status, which the coordinator answers from memory.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);

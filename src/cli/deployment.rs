@@ -20,12 +20,12 @@ const EMBEDDED_PROBE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Servers that replace those of the config.
 #[derive(Debug, Args)]
 pub struct Servers {
-    /// URL of the target for the plain answers. No config is read with this option, unless -c names one. Servers named here
-    /// get no key, except this host's shared key on a loopback address
+    /// URL of the target for the plain answers. With this option, the command reads no config unless -c names one. A server that
+    /// an option names gets no key, except this host's shared key on a loopback address
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
-    /// URL of the proxy for the drafted answers. With --target or --draft and without this option, bench runs a proxy in its
-    /// own process
+    /// URL of the proxy for the drafted answers. With --target or --draft and without this option, the command runs a proxy in
+    /// its own process
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
     /// URL of a draft for the proxy in this process, instead of the config's; may be given several times

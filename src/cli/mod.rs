@@ -46,11 +46,11 @@ const LOG_FILTER: &str = "TIGHTWAD_LOG";
 
 const EXAMPLES: &str = "\
 Examples:
-  tightwad check-config      check the config
+  tightwad check-config      show the mistakes in the config
   tightwad run target        start the target on the host with the big model
   tightwad run draft         start the draft on the host with the small model
   tightwad proxy start       start the endpoint in front of both
-  tightwad chat              chat with the proxy
+  tightwad chat              chat with the model
   tightwad bench             measure what drafting gains
   tightwad demo --target-model big.gguf --draft-model small.gguf
                              show what drafting gains with these two models
@@ -64,8 +64,8 @@ Examples:
   tightwad stop              stop the pool
 
 Exit codes: 0 ok, 1 other, 2 usage, 3 config, 4 file missing (model, program,
-key), 5 port in use, 6 server unreachable, 7 not running, 8 a child process was
-given up, 9 the model does not fit, 10 a worker has another build of llama.cpp,
+key), 5 port in use, 6 server unreachable, 7 not running, 8 a child process died
+too often, 9 the model does not fit, 10 a worker has another build of llama.cpp,
 11 broken model file, 12 nothing was drafted, 13 a draft is down, 14 a token or
 key was refused, 130 interrupted, 141 the reader of the output has closed it.
 The environment variable TIGHTWAD_LOG filters the log (error, warn, info, debug).";
@@ -111,16 +111,16 @@ enum Command {
         #[arg(long, hide = true)]
         detached: bool,
     },
-    /// Check the config and report what is wrong with it
+    /// Show the mistakes in the config, and the files that this host lacks
     #[command(after_help = "Example: tightwad -c cluster.yaml check-config --show")]
     CheckConfig(check_config::Options),
-    /// Chat with the proxy on the terminal, or answer prompts from a pipe, one per line
+    /// Chat with the model on the terminal, or answer the prompts from a pipe, one per line
     #[command(after_help = "Example: echo 'Write a haiku about frugality.' | tightwad chat")]
     Chat(chat::Options),
     /// Start a target, a draft and the proxy on this machine, and show what drafting gains
     #[command(after_help = "Example: tightwad demo --target-model big.gguf --draft-model small.gguf --once")]
     Demo(demo::Options),
-    /// Measure what drafting gains on running servers: the same prompts with and without it
+    /// Measure what drafting gains: ask running servers the same prompts with and without it
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::Options),
     /// Check that drafted answers equal plain ones, token by token, at temperature 0 and 0.8

@@ -26,8 +26,8 @@ pub struct QuestionSet {
     /// Seed of the sampler for every request
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u32,
-    /// Send the predictions of the prompts (built-in prompts of the kind edit have one) as OpenAI's `prediction`. The proxy
-    /// drafts from it; stock servers ignore it
+    /// Send the prediction of a prompt, if it has one, as OpenAI's `prediction`. Built-in prompts of the kind edit have one. The
+    /// proxy drafts from it; stock servers ignore it
     #[arg(long)]
     pub prediction: bool,
 }

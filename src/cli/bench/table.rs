@@ -83,8 +83,8 @@ const HEAD: [&str; 11] = [
 ];
 
 const LEGEND: &str = "\
-tok/s: all tokens over all time, each answer from its first token to its last; median, p95: of the answers' own;
-tok/step: tokens per step of the target; accepted: of the drafted tokens, the others are wasted; equal: to the plain texts
+tok/s: all tokens over all time, each answer from its first token to its last; median, p95: of the single answers;
+tok/step: tokens per step of the target; accepted: of the drafted tokens, the others are wasted; equal: texts equal to the plain ones
 ";
 const NO_DRAFT: &str = "no draft: nothing was drafted, so that the speed differs from the plain one by chance only\n";
 
