@@ -3,6 +3,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
+//! | [`background`] | tasks whose panic is handled; imports nothing |
 //! | [`config`] | the cluster file |
 //! | [`speculation`] | decisions of speculative decoding, free of I/O |
 //! | [`engine`] | attaches a drafter to running completions |
@@ -20,6 +21,7 @@
 //! | [`observe`] | log and metrics |
 //! | [`cli`] | the command line |
 
+pub mod background;
 pub mod bench;
 pub mod cli;
 pub mod config;

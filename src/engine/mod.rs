@@ -5,7 +5,6 @@
 //! target no drafter can attach to, and [`Engine::status`] for the status page.
 
 mod attach;
-mod background;
 mod batch_load;
 mod busy_clock;
 mod calibrate;
@@ -32,10 +31,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 
+use crate::background::{contained, kept_running};
 use crate::config::{MaxDraftTokens, Secret, Upstream, VerificationMode};
 use crate::speculation::{AdaptivePolicy, DrafterOutlook};
 use crate::upstream::{LlamaServer, TextServer};
-use background::{contained, kept_running};
 use batch_load::BatchLoad;
 use busy_clock::BusyClock;
 use calibrate::MeasuredServers;
@@ -225,7 +224,7 @@ impl Engine {
         Some(Attachment {
             key,
             progress,
-            task: tokio::spawn(contained("the drafting of an answer", run)).abort_handle(),
+            task: tokio::spawn(async { drop(contained("the drafting of an answer", run).await) }).abort_handle(),
         })
     }
 

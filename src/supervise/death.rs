@@ -44,6 +44,8 @@ pub enum Cause {
     UnknownDevice(String),
     /// The system could not start the process.
     NotStarted(String),
+    /// The supervision of the process has panicked, which ended the process.
+    Unsupervised(String),
     /// Another exit code.
     Code(i32),
     /// Another signal.
@@ -195,6 +197,7 @@ impl fmt::Display for Death {
                  the GPU's driver"
             ),
             Cause::NotStarted(error) => write!(f, "it could not be started: {error}"),
+            Cause::Unsupervised(panic) => f.write_str(panic),
             Cause::Code(0) => f.write_str("it ended by itself"),
             Cause::Code(127) => f.write_str("it could not be executed (exit code 127); see its last lines"),
             Cause::Code(code) => write!(f, "it ended with exit code {code}; see its last lines"),

@@ -3,6 +3,7 @@
 //! At most one process of a service runs at a time. Dropping the [`Service`] ends it.
 
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -15,6 +16,7 @@ use super::death::{Cause, Death};
 use super::restart::{Decision, Restarts};
 use super::stall::{self, Stalled, until_stalled};
 use super::{devices, sockets};
+use crate::background::contained;
 
 /// Interval between health checks of a server that starts.
 const POLL_INTERVAL: Duration = Duration::from_millis(150);
@@ -91,14 +93,31 @@ impl Service {
     }
 
     fn begin(role: Role, launch: Launch, after: After, stop: &CancellationToken) -> Self {
+        Self::supervised(role, stop, |report, stop| {
+            keep_running(role, launch, after, report, stop)
+        })
+    }
+
+    /// Runs `supervise` in the background. Its panic gives the server up.
+    fn supervised<F: Future<Output = ()> + Send + 'static>(
+        role: Role,
+        stop: &CancellationToken,
+        supervise: impl FnOnce(Arc<Report>, CancellationToken) -> F,
+    ) -> Self {
         let stop = stop.child_token();
         let (report, state) = watch::channel(State::Starting);
         let (tails, tail) = watch::channel(Tail::default());
-        let report = Report {
+        let report = Arc::new(Report {
             state: report,
             tail: tails,
-        };
-        let task = tokio::spawn(keep_running(role, launch, after, report, stop.clone()));
+        });
+        let supervision = supervise(Arc::clone(&report), stop.clone());
+        let task = tokio::spawn(async move {
+            if let Err(panic) = contained(&format!("the supervision of the {role} server"), supervision).await {
+                let death = Cause::Unsupervised(panic.to_string()).into();
+                report.state.send_replace(State::GaveUp { death });
+            }
+        });
         Self {
             role,
             state,
@@ -178,7 +197,7 @@ enum After {
     GiveUp,
 }
 
-async fn keep_running(role: Role, launch: Launch, after: After, report: Report, stop: CancellationToken) {
+async fn keep_running(role: Role, launch: Launch, after: After, report: Arc<Report>, stop: CancellationToken) {
     let mut restarts = Restarts::default();
     let mut last_missing = None;
     loop {
@@ -367,5 +386,31 @@ async fn until_ready(role: Role, http: &reqwest::Client, url: &str, report: &wat
             );
         }
         sleep(POLL_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_server_whose_supervision_panics_is_given_up() {
+        let service = || {
+            let supervise = |report: Arc<Report>, _| async move {
+                report.state.send_replace(State::Loading);
+                tokio::task::yield_now().await;
+                panic!("on purpose");
+            };
+            Service::supervised(Role::Target, &CancellationToken::new(), supervise)
+        };
+        let ended = timeout(SOON, async { service().ended().await }).await.unwrap();
+        let words = ended.unwrap_err().to_string();
+        assert!(words.contains("on purpose"), "{words}");
+        let ready = timeout(SOON, async { service().ready().await }).await.unwrap();
+        assert!(ready.is_err());
     }
 }

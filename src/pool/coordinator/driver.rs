@@ -14,6 +14,7 @@ use super::pool::{Message, Report, ServerInstance};
 use super::prepare::{OwnFree, PlanBasis, Planner, Prepared};
 use super::server::{self, Run};
 use super::workers::{Leases, Workers};
+use crate::background::{contained, kept_running};
 use crate::config::{Config, Coordinator};
 use crate::pool::devices::ProbedServers;
 use crate::pool::swap::{Action, Ended, Event, Failure, Id, Name, NotReady, Refused, State, Swap};
@@ -99,7 +100,11 @@ impl Driver {
 
     /// Drives until `stop`, then shuts down in order.
     pub(super) async fn run(mut self, stop: CancellationToken) {
-        let watching = tokio::spawn(self.workers.clone().watch(self.tell.clone()));
+        let (workers, tell) = (self.workers.clone(), self.tell.clone());
+        let watching = tokio::spawn(async move {
+            let watch = || workers.clone().watch(tell.clone());
+            kept_running("the watching of the workers", watch).await;
+        });
         let (outcomes, mut outcome) = mpsc::unbounded_channel();
         let mut stopping = false;
         let mut going = self.handle(Event::Tick, &outcomes);
@@ -236,15 +241,18 @@ impl Driver {
     fn check(&self, model: Name) {
         let (planner, tell) = (Arc::clone(&self.planner), self.tell.clone());
         let own_free = self.server.is_some().then(|| self.own_free.clone());
-        tokio::spawn(async move {
+        let asked = model.clone();
+        let check = async move {
             let unasked = ProbedServers::new();
             let basis = own_free
                 .as_ref()
                 .map_or(PlanBasis::FreeNow(&unasked), PlanBasis::BesideServer);
-            let result = match planner.plan(&model, basis).await {
+            match planner.plan(&asked, basis).await {
                 Ok(_) => Ok(()),
                 Err(NotReady::Retryable(why) | NotReady::Permanent(why)) => Err(why),
-            };
+            }
+        };
+        spawn("the check of a model", check, Err, move |result| {
             let _ = tell.send(Message::Event(Event::Checked(model, result)));
         });
     }
@@ -254,42 +262,44 @@ impl Driver {
         let (workers, tell) = (self.workers.clone(), self.tell.clone());
         let cancel = CancellationToken::new();
         self.leasing = cancel.clone();
-        tokio::spawn(async move {
-            let outcome = async {
-                // Check the model before any worker starts servers for it.
-                let ready = async {
-                    let probed = workers.ask().await?;
-                    planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
-                    Ok(probed)
-                };
-                let probed = unless(&cancel, ready).await?;
-                let leases = workers.lease(epoch, &tell, &cancel).await?;
-                // Fresh servers report the free memory best.
-                let prepared = async {
-                    let plan = planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
-                    planner.launch(&model, &plan).await
-                };
-                match unless(&cancel, prepared).await {
-                    Ok(prepared) => Ok((leases, prepared)),
-                    Err(not_ready) => {
-                        leases.give_back().await;
-                        Err(not_ready)
-                    }
-                }
+        let lease = async move {
+            // Check the model before any worker starts servers for it.
+            let ready = async {
+                let probed = workers.ask().await?;
+                planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
+                Ok(probed)
             };
+            let probed = unless(&cancel, ready).await?;
+            let leases = workers.lease(epoch, &tell, &cancel).await?;
+            // Fresh servers report the free memory best.
+            let prepared = async {
+                let plan = planner.plan(&model, PlanBasis::FreeNow(&probed)).await?;
+                planner.launch(&model, &plan).await
+            };
+            match unless(&cancel, prepared).await {
+                Ok(prepared) => Ok((leases, prepared)),
+                Err(not_ready) => {
+                    leases.give_back().await;
+                    Err(not_ready)
+                }
+            }
+        };
+        let panicked = |why| Err(NotReady::Retryable(why));
+        spawn("the leasing of the workers", lease, panicked, move |outcome| {
             // If the driver has ended, the leases are dropped and expire.
-            let _ = outcomes.send((epoch, outcome.await));
+            let _ = outcomes.send((epoch, outcome));
         });
     }
 
     fn start(&mut self, epoch: u64, model: &Name) {
-        let die = |why: String| {
+        let tell = self.tell.clone();
+        let die = move |why: String| {
             let failure = Failure {
                 why,
                 curable: true,
                 worker: false,
             };
-            let _ = self.tell.send(Message::Event(Event::Died(epoch, failure)));
+            let _ = tell.send(Message::Event(Event::Died(epoch, failure)));
         };
         let Some(prepared) = self.taken.as_mut().and_then(|taken| taken.prepared.take()) else {
             return die("nothing was prepared for this start".to_owned());
@@ -302,7 +312,7 @@ impl Driver {
         let (stop, stopped) = oneshot::channel();
         let (started, pid) = oneshot::channel();
         let (last, last_lines) = oneshot::channel();
-        tokio::spawn(server::run(Run {
+        let run = server::run(Run {
             epoch,
             launch: prepared.launch,
             key: prepared.key,
@@ -312,7 +322,16 @@ impl Driver {
             stop: stopped,
             started,
             last_lines: last,
-        }));
+        });
+        let run = async move {
+            run.await;
+            None
+        };
+        spawn("the watching of the llama-server", run, Some, move |panicked| {
+            if let Some(why) = panicked {
+                die(why);
+            }
+        });
         self.server = Some(Running {
             instance,
             stop: Some(stop),
@@ -350,10 +369,13 @@ impl Driver {
             running.instance.end(Ended::Shutdown);
         }
         let (taken, tell) = (self.taken.take(), self.tell.clone());
-        tokio::spawn(async move {
+        let give_back = async move {
             if let Some(taken) = taken {
                 taken.leases.give_back().await;
             }
+        };
+        // Leases that were not returned expire.
+        spawn("the return of the leases", give_back, drop, move |()| {
             let _ = tell.send(Message::Event(Event::Freed(epoch)));
         });
     }
@@ -400,6 +422,20 @@ impl Driver {
     }
 }
 
+/// Runs `work` in the background and sends its result. `panicked` makes the result of a panic, because the machine would wait for
+/// it for ever.
+fn spawn<T: Send + 'static>(
+    what: &'static str,
+    work: impl Future<Output = T> + Send + 'static,
+    panicked: impl FnOnce(String) -> T + Send + 'static,
+    send: impl FnOnce(T) + Send + 'static,
+) {
+    tokio::spawn(async move {
+        let result = contained(what, work).await;
+        send(result.unwrap_or_else(|panic| panicked(panic.to_string())));
+    });
+}
+
 /// The result of `work`, unless it is cancelled first.
 async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result<T, NotReady>>) -> Result<T, NotReady> {
     tokio::select! {
@@ -411,4 +447,21 @@ async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = Result
 /// A placeholder reason; whoever cancels knows the real one.
 pub(super) fn cancelled() -> NotReady {
     NotReady::Retryable("cancelled".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_panics_sends_a_result_too() {
+        let (send, result) = oneshot::channel();
+        let work = async {
+            tokio::task::yield_now().await;
+            panic!("on purpose")
+        };
+        spawn("the work", work, Err::<(), _>, |result| send.send(result).unwrap());
+        let why = result.await.unwrap().unwrap_err();
+        assert!(why.contains("on purpose"), "{why}");
+    }
 }

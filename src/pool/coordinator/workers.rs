@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::driver::cancelled;
 use super::pool::{Message, WorkerReport};
+use crate::background::contained;
 use crate::config::Worker;
 use crate::pool::agent::{Endpoint, EndpointState, LeaseRequest};
 use crate::pool::agent_client::{AgentClient, AgentError};
@@ -215,7 +216,17 @@ impl Workers {
             why = until_silent(agent) => return Err(format!("worker {} was lost ({why})", agent.worker())),
         };
         let mut beats = JoinSet::new();
-        beats.spawn(keep(agent.clone(), lease.id.clone(), epoch, tell.clone()));
+        let (kept, id, tell) = (agent.clone(), lease.id.clone(), tell.clone());
+        beats.spawn(async move {
+            let lost = contained("the renewal of a lease", keep(&kept, &id)).await;
+            let why = lost.unwrap_or_else(|panic| panic.to_string());
+            let failure = Failure {
+                why: format!("worker {} was lost ({why})", kept.worker()),
+                curable: true,
+                worker: true,
+            };
+            let _ = tell.send(Message::Event(Event::Broken(epoch, failure)));
+        });
         Ok(WorkerLease {
             agent: agent.clone(),
             id: lease.id,
@@ -413,12 +424,12 @@ async fn until_silent(agent: &AgentClient) -> String {
     }
 }
 
-/// Renews a lease until it is lost.
-async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedSender<Message>) {
+/// Renews a lease until it is lost; returns why.
+async fn keep(agent: &AgentClient, id: &str) -> String {
     let mut silence = Silence::new();
-    let why = loop {
+    loop {
         sleep(BEAT).await;
-        let problem = match timeout(BEAT_TIMEOUT, beat(&agent, &id)).await {
+        let problem = match timeout(BEAT_TIMEOUT, beat(agent, id)).await {
             Ok(Ok(None)) => {
                 silence.broken();
                 continue;
@@ -431,14 +442,7 @@ async fn keep(agent: AgentClient, id: String, epoch: u64, tell: mpsc::UnboundedS
         if silence.goes_on() {
             break problem;
         }
-    };
-    let why = format!("worker {} was lost ({why})", agent.worker());
-    let failure = Failure {
-        why,
-        curable: true,
-        worker: true,
-    };
-    let _ = tell.send(Message::Event(Event::Broken(epoch, failure)));
+    }
 }
 
 async fn beat(agent: &AgentClient, id: &str) -> Result<Option<String>, AgentError> {

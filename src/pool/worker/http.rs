@@ -129,17 +129,34 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, notifier: &Notifier
         shutdown: stop.clone(),
         cut_off: CancellationToken::new(),
     };
-    let mut serving = tokio::spawn(server::serve(listener, router, options));
+    let served = CancellationToken::new();
+    let mut serving = tokio::spawn({
+        let served = served.clone().drop_guard();
+        async move {
+            let _served = served;
+            server::serve(listener, router, options).await;
+        }
+    });
     notifier.ready();
     tokio::select! {
+        () = served.cancelled() => {}
         () = agent.expire(notifier) => {}
         () = agent.count_cache() => {}
         () = stop.cancelled() => {}
     }
     agent.shut_down().await;
-    if timeout(LAST_ANSWERS, &mut serving).await.is_err() {
-        tracing::debug!("cutting off a request");
-        serving.abort();
+    match timeout(LAST_ANSWERS, &mut serving).await {
+        Ok(Ok(())) => {}
+        // A worker that nobody can reach ends.
+        Ok(Err(error)) => {
+            if let Ok(panic) = error.try_into_panic() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        Err(_) => {
+            tracing::debug!("cutting off a request");
+            serving.abort();
+        }
     }
 }
 

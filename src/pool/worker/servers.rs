@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::cache::Cache;
 use super::survey::{self, Survey};
 use super::{ANSWER_TIMEOUT, EndpointSpec, NoServer, START_TIMEOUT, Spec};
+use crate::background::contained;
 use crate::pool::agent::{DeviceStatus, Endpoint, EndpointState};
 use crate::pool::rpc_probe::{RpcServer, probe};
 use crate::supervise::child::{Tail, is_stopped};
@@ -65,6 +66,8 @@ struct View {
     looked: Option<Instant>,
     /// Last log lines of the servers that have ended.
     last_lines: Vec<String>,
+    /// Whether the last job has panicked, which ended its servers.
+    panicked: bool,
 }
 
 #[derive(Debug)]
@@ -87,6 +90,7 @@ impl Servers {
             protocol: None,
             looked: None,
             last_lines: Vec::new(),
+            panicked: false,
         };
         Self {
             shown: ServersView(Arc::new(Mutex::new(view))),
@@ -170,6 +174,7 @@ impl Servers {
     }
 
     fn next<F: Future<Output = ()> + Send>(&mut self, work: impl FnOnce(CancellationToken) -> F + Send + 'static) {
+        let shown = self.shown();
         let before = self.job.take();
         if let Some(before) = &before {
             before.stop.cancel();
@@ -182,8 +187,10 @@ impl Servers {
                 if let Some(before) = before {
                     let _ = before.task.await;
                 }
-                if !stop.is_cancelled() {
-                    work(stop).await;
+                shown.0.lock().panicked = false;
+                if !stop.is_cancelled() && contained("the job with the servers", work(stop)).await.is_err() {
+                    shown.ended();
+                    shown.0.lock().panicked = true;
                 }
             }
         });
@@ -371,7 +378,11 @@ impl ServersView {
         let view = self.0.lock();
         let endpoints = view.endpoints.iter().map(|endpoint| Endpoint {
             port: endpoint.address.port(),
-            state: endpoint.state(),
+            state: if view.panicked {
+                EndpointState::Failed
+            } else {
+                endpoint.state()
+            },
             devices: endpoint.devices.clone(),
         });
         endpoints.collect()
@@ -415,8 +426,39 @@ impl EndpointView {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::config::Worker;
+    use crate::supervise::command::Launch;
+
+    #[tokio::test]
+    async fn a_job_that_panics_shows_as_failed_until_the_next() {
+        let endpoint = EndpointSpec {
+            port: 1,
+            launch: Launch {
+                program: "/no/such/program".into(),
+                args: Vec::new(),
+                env: Vec::new(),
+                gpus: None,
+                stall: Duration::ZERO,
+            },
+        };
+        let mut servers = Servers::new(Arc::new(Spec {
+            name: "w".to_owned(),
+            host: Ipv4Addr::LOCALHOST,
+            build: "b1".to_owned(),
+            endpoints: vec![endpoint],
+            cache: Cache::none(),
+        }));
+        let shown = servers.shown();
+        servers.next(|_| async { panic!("on purpose") });
+        servers.job.as_ref().unwrap().ended.cancelled().await;
+        assert!(shown.endpoints()[0].state == EndpointState::Failed);
+        servers.next(|_| async {});
+        servers.job.as_ref().unwrap().ended.cancelled().await;
+        assert!(shown.endpoints()[0].state == EndpointState::Idle);
+    }
 
     #[tokio::test]
     async fn a_check_of_the_cache_goes_on_when_nobody_waits_for_it_any_more() {

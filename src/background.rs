@@ -1,4 +1,4 @@
-//! Background tasks whose panic is logged and affects nothing else.
+//! Background tasks whose panic is logged, and then either cured by a restart or handed to the caller.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -10,8 +10,16 @@ use tokio::time::sleep;
 /// Pause before a task that panicked is restarted.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// A task has panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} has failed ({reason}); this is an error in Tightwad, please report it")]
+pub struct Panicked {
+    what: String,
+    reason: String,
+}
+
 /// Runs the task that `begin` makes and restarts it after a pause when it panics.
-pub(super) async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: impl FnMut() -> F) {
+pub async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: impl FnMut() -> F) {
     while let Err(panic) = AssertUnwindSafe(async { begin().await }).catch_unwind().await {
         let reason = reason(&*panic);
         tracing::error!(
@@ -21,12 +29,16 @@ pub(super) async fn kept_running<F: Future<Output = ()>>(what: &str, mut begin: 
     }
 }
 
-/// Runs a task and ends it when it panics.
-pub(super) async fn contained(what: &str, task: impl Future<Output = ()>) {
-    if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
-        let reason = reason(&*panic);
-        tracing::error!("{what} has failed ({reason}); this is an error in Tightwad, please report it");
-    }
+/// Runs a task to its end, or until it panics.
+pub async fn contained<T>(what: &str, task: impl Future<Output = T>) -> Result<T, Panicked> {
+    AssertUnwindSafe(task).catch_unwind().await.map_err(|panic| {
+        let panicked = Panicked {
+            what: what.to_owned(),
+            reason: reason(&*panic).to_owned(),
+        };
+        tracing::error!("{panicked}");
+        panicked
+    })
 }
 
 /// The message of a panic.
@@ -61,8 +73,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_that_panics_takes_nothing_with_it() {
-        contained("the task", async { panic!("at {}", 1) }).await;
-        let panic = AssertUnwindSafe(async { panic!("at {}", 1) }).catch_unwind().await;
-        assert_eq!(reason(&*panic.unwrap_err()), "at 1");
+        let panicked = contained("the task", async { panic!("at {}", 1) }).await;
+        let words = panicked.map(|()| ()).unwrap_err().to_string();
+        assert!(words.starts_with("the task has failed (at 1)"), "{words}");
     }
 }
