@@ -48,7 +48,10 @@ fn commands(user: &User, parents: &[&str]) -> Vec<Vec<String>> {
     let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
     for line in listed.take_while(|line| !line.is_empty()) {
         let indented = line.strip_prefix("  ").filter(|line| !line.starts_with(' '));
-        if let Some(name) = indented.and_then(|line| line.split(' ').next()).filter(|name| *name != "help") {
+        if let Some(name) = indented
+            .and_then(|line| line.split(' ').next())
+            .filter(|name| *name != "help")
+        {
             found.extend(commands(user, &[parents, &[name]].concat()));
         }
     }

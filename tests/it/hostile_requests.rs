@@ -6,6 +6,7 @@ use crate::harness::fake_upstream::{Act, FakeUpstream, json as answer};
 use crate::harness::llama_server::{LlamaServer, answer_of, target};
 use crate::harness::pool::{Pool, Setup};
 use crate::harness::proxy::Proxy;
+use crate::harness::worker::children;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::{Value, json};
 use tightwad::config::{Backend, Secret, Upstream, VerificationMode};
@@ -186,22 +187,95 @@ async fn a_hang_up_frees_the_target_whatever_the_client_calls_its_conversation()
     assert_eq!(status, 404, "the target has kept the answer");
 }
 
+/// Requests that show or change what belongs to all clients of a server. Only drafters may use `/draft`.
+const OF_ALL_CLIENTS: [(Method, &str); 12] = [
+    (Method::GET, "/v1/stream?conv_id=x"),
+    (Method::GET, "/v1/stream/x"),
+    (Method::DELETE, "/v1/stream?conv_id=x"),
+    (Method::GET, "/v1/%73tream?conv_id=x"),
+    (Method::POST, "/v1/streams/lookup"),
+    (Method::POST, "/props"),
+    (Method::POST, "/lora-adapters"),
+    (Method::POST, "/slots/0?action=erase"),
+    (Method::POST, "/tools"),
+    (Method::GET, "/cors-proxy?url=http://10.0.0.1"),
+    (Method::POST, "/models/load"),
+    (Method::DELETE, "/models"),
+];
+
+/// The llama-server of a pool, as only the coordinator reaches it: its URL and its key.
+fn server_of(pool: &Pool) -> (String, String) {
+    let coordinator = pool.coordinator.as_ref().expect("a coordinator").pid();
+    let server = children(coordinator).pop().expect("a llama-server");
+    let words = |file: &str| {
+        let bytes = std::fs::read(format!("/proc/{server}/{file}")).expect("it runs");
+        let words = bytes.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+        words.map(std::borrow::Cow::into_owned).collect::<Vec<_>>()
+    };
+    let port = words("cmdline").into_iter().skip_while(|word| word != "--port").nth(1);
+    let key = words("environ")
+        .into_iter()
+        .find_map(|word| Some(word.strip_prefix("LLAMA_API_KEY=")?.to_owned()));
+    let port = port.expect("`--port`");
+    (format!("http://127.0.0.1:{port}"), key.expect("a key"))
+}
+
+#[tokio::test]
+async fn a_hang_up_frees_the_pool_whatever_the_client_calls_its_conversation() {
+    let pool = Pool::ready(Setup::default()).await;
+    let (server, key) = server_of(&pool);
+    let body = json!({ "prompt": "Once", "n_predict": 1500, "stream": true, "ignore_eos": true });
+    let kept = |name: &'static str| {
+        let request = Client::new().get(format!("{server}/v1/stream?conv_id={name}"));
+        answer_of(request.bearer_auth(&key))
+    };
+    // Asked for at the server itself, an answer is kept.
+    let short = crate::harness::request::with(body.clone(), json!({ "n_predict": 8 }));
+    let direct = post(&server, COMPLETION, short.to_string()).header("X-Conversation-Id", "direct");
+    let mut stream = direct.bearer_auth(&key).send().await.unwrap();
+    stream.chunk().await.unwrap();
+    drop(stream);
+    assert_eq!(kept("direct").await.0, 200);
+
+    let request = post(pool.url(), COMPLETION, body.to_string()).header("X-Conversation-Id", "mine");
+    let mut stream = request.send().await.unwrap();
+    stream.chunk().await.unwrap();
+    drop(stream);
+    let idle = crate::harness::wait::eventually(Duration::from_secs(3), || async {
+        let (_, slots) = pool.get("/slots").await;
+        let slots = slots.as_array().cloned().unwrap_or_default();
+        let busy = slots.iter().filter(|slot| slot["is_processing"] == true).count();
+        if !slots.is_empty() && busy == 0 {
+            Ok(())
+        } else {
+            Err(slots)
+        }
+    });
+    idle.await.expect("nobody is answered any more");
+    assert_eq!(kept("mine").await.0, 404, "the server has kept the answer");
+}
+
+#[tokio::test]
+async fn what_concerns_all_clients_of_the_pool_is_out_of_their_reach() {
+    let pool = Pool::ready(Setup::default()).await;
+    for (method, path) in OF_ALL_CLIENTS {
+        let request = Client::new().request(method.clone(), format!("{}{path}", pool.url()));
+        let (status, error) = answer_of(request.body("{}")).await;
+        assert_eq!(
+            (status, &error["error"]["type"]),
+            (404, &json!("invalid_request_error")),
+            "{path}: {error}"
+        );
+    }
+    let (status, _) = pool.get("/v1/models").await;
+    assert_eq!(status, 200);
+}
+
 #[tokio::test]
 async fn what_concerns_all_clients_of_the_target_is_out_of_their_reach() {
     let target = FakeUpstream::start(|_| answer("200 OK", "{}")).await;
     let proxy = Proxy::before(Upstream::at(target.url()), [], VerificationMode::None).await;
-    for (method, path) in [
-        (Method::GET, "/v1/stream?conv_id=x"),
-        (Method::DELETE, "/v1/stream?conv_id=x"),
-        (Method::POST, "/v1/streams/lookup"),
-        (Method::POST, "/props"),
-        (Method::POST, "/lora-adapters"),
-        (Method::POST, "/slots/0?action=erase"),
-        (Method::POST, "/tools"),
-        (Method::GET, "/cors-proxy?url=http://10.0.0.1"),
-        (Method::POST, "/models/load"),
-        (Method::POST, "/draft"),
-    ] {
+    for (method, path) in OF_ALL_CLIENTS.into_iter().chain([(Method::POST, "/draft")]) {
         let request = Client::new().request(method, format!("{}{path}", proxy.url()));
         let (status, error) = answer_of(request.body("{}")).await;
         assert_eq!(status, 404, "{path}: {error}");

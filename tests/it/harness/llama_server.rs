@@ -128,7 +128,9 @@ impl Drop for Program {
         let _ = self.shell.wait();
         if std::thread::panicking() {
             let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            // gdb lists the threads of a llama-server that aborts.
+            let lines = log.lines().rev().filter(|line| !line.starts_with("[New LWP "));
+            let tail: Vec<&str> = lines.take(60).collect();
             eprintln!("--- the last lines of the log:");
             for line in tail.iter().rev() {
                 eprintln!("{line}");

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 /// All that comes until the other side ends the connection, and how long that took.
-async fn read_to_end(socket: &mut TcpStream) -> (String, Duration) {
+pub(super) async fn read_to_end(socket: &mut TcpStream) -> (String, Duration) {
     let began = Instant::now();
     let mut answer = Vec::new();
     // A reset is an end too.

@@ -2,6 +2,7 @@
 //! the worker's agent and the coordinator.
 
 mod connections;
+mod coordinator;
 mod disclosure;
 mod pages;
 

@@ -1,58 +1,26 @@
-//! Attacks that came to nothing, in short: they must not come to anything later.
+//! Requests of a fuzzer and of smugglers.
 
 use std::net::SocketAddr;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::ProxyProcess;
 use crate::harness::fake_upstream::{FakeUpstream, json as answer};
-use crate::harness::llama_server::{Program, free_port};
+use crate::harness::pool::{Pool, Setup};
 use crate::harness::proxy::Proxy;
-use crate::harness::wait::eventually;
+use futures_util::stream::{self, StreamExt};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::json;
-use tightwad::config::{Environment, load_in};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// A config that is read takes no longer than this, and neither does one that is refused.
-const READ: Duration = Duration::from_secs(20);
 /// A request that is not answered by then is one that has yet to end.
 const SOON: Duration = Duration::from_millis(100);
 /// Longest wait for the end of a connection.
 const ANSWER: Duration = Duration::from_secs(20);
-
-#[test]
-fn a_yaml_bomb_is_refused_at_once() {
-    let laughs = (1..12).fold("a0: &a0 [x, x]\n".to_owned(), |text, n| {
-        let alias = format!("*a{}, ", n - 1).repeat(9);
-        format!("{text}a{n}: &a{n} [{alias}x]\n")
-    });
-    let indented = (0..1000).fold(String::new(), |text, depth| format!("{text}{:depth$}a:\n", ""));
-    let anchor = |n| format!("k{n}: &a{n} v\n");
-    let bombs = [
-        ("aliases of aliases", laughs),
-        ("an alias of itself", "a: &a [*a]\n".to_owned()),
-        ("lists in lists", "[".repeat(200_000)),
-        ("mappings in mappings", "{a: ".repeat(100_000)),
-        ("indentation", indented),
-        ("a key without an end", format!("? {}", "a".repeat(900_000))),
-        ("many anchors", (0..5_000).map(anchor).collect::<Vec<_>>().concat()),
-        ("many references", format!("a: {}", "${A}".repeat(100_000))),
-    ];
-    for (what, text) in bombs {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("tightwad.yaml"), text).unwrap();
-        let environment = Environment {
-            directory: folder.path().to_owned(),
-            variables: [("A".to_owned(), "x".repeat(100))].into(),
-        };
-        let began = Instant::now();
-        assert!(load_in(None, &environment).is_err(), "{what}");
-        assert!(began.elapsed() < READ, "{what}: {:?}", began.elapsed());
-    }
-}
+/// Exchanges at the same time.
+const AT_ONCE: usize = 8;
 
 /// A target that answers whatever is asked of it.
 async fn target() -> FakeUpstream {
@@ -127,15 +95,13 @@ fn mutated(random: &mut StdRng, request: &str) -> Vec<u8> {
     bytes
 }
 
-#[tokio::test]
-async fn no_mutated_request_makes_the_proxy_fail() {
-    let target = target().await;
-    let proxy = Proxy::start(&target.url(), None).await;
-    let address: SocketAddr = proxy.url().trim_start_matches("http://").parse().unwrap();
+/// Requests to mutate. `n_predict` is that of the one with llama-server's own names.
+fn requests(n_predict: i32) -> [String; 4] {
     let chat =
         json!({ "model": "m", "messages": [{ "role": "user", "content": "hé" }], "max_tokens": 5, "stream": false });
-    let legacy = json!({ "prompt": [1, 2, 3], "n_predict": -1, "stop": ["\u{0}"], "logit_bias": { "1": -100.5 } });
-    let requests = [
+    let legacy =
+        json!({ "prompt": [1, 2, 3], "n_predict": n_predict, "stop": ["\u{0}"], "logit_bias": { "1": -100.5 } });
+    [
         post("/v1/chat/completions", "", &chat.to_string()),
         post(
             "/completion?x=%2e%2e",
@@ -148,18 +114,38 @@ async fn no_mutated_request_makes_the_proxy_fail() {
             "5\r\nhello\r\n0\r\n\r\n",
         ),
         "GET /v1/models?a=b HTTP/1.1\r\nHost: h\r\nConnection: keep-alive, x\r\nx: y\r\n\r\n".to_owned(),
-    ];
+    ]
+}
+
+/// Sends `count` mutated requests, and counts those that are answered. `is_fine` judges the status of each.
+async fn answered(address: SocketAddr, requests: &[String], count: usize, is_fine: impl Fn(u16) -> bool) -> usize {
     let mut random = StdRng::seed_from_u64(15);
-    let mut answered = 0;
-    for number in 0..300 {
-        let bytes = mutated(&mut random, &requests[number % requests.len()]);
+    let mutated: Vec<Vec<u8>> = (0..count)
+        .map(|number| mutated(&mut random, &requests[number % requests.len()]))
+        .collect();
+    let exchanges = mutated.into_iter().map(|bytes| async move {
         let answer = exchange(address, &bytes, SOON).await;
+        (bytes, answer)
+    });
+    let mut answered = 0;
+    let mut exchanges = stream::iter(exchanges).buffer_unordered(AT_ONCE);
+    while let Some((bytes, answer)) = exchanges.next().await {
         if let Some(status) = status(&answer) {
             let (sent, got) = (String::from_utf8_lossy(&bytes), String::from_utf8_lossy(&answer));
-            assert!(status < 500, "{number}: {sent}\n{got}");
+            assert!(is_fine(status), "{sent}\n{got}");
             answered += 1;
         }
     }
+    answered
+}
+
+#[tokio::test]
+async fn no_mutated_request_makes_the_proxy_fail() {
+    let target = target().await;
+    let proxy = Proxy::start(&target.url(), None).await;
+    let address: SocketAddr = proxy.url().trim_start_matches("http://").parse().unwrap();
+    let requests = requests(-1);
+    let answered = answered(address, &requests, 300, |status| status < 500).await;
     assert!(answered > 150, "{answered} of 300 were answered");
     let answer = exchange(address, requests[0].as_bytes(), ANSWER).await;
     assert_eq!(status(&answer), Some(200), "{}", String::from_utf8_lossy(&answer));
@@ -171,20 +157,26 @@ async fn no_mutated_request_makes_the_proxy_fail() {
 }
 
 #[tokio::test]
+async fn no_mutated_request_makes_the_coordinator_fail() {
+    let pool = Pool::ready(Setup::default()).await;
+    let address: SocketAddr = pool.url().trim_start_matches("http://").parse().unwrap();
+    // The pool has a real model.
+    let requests = requests(4).map(|request| request.replace(r#""model":"m""#, r#""model":"big""#));
+    let answered = answered(address, &requests, 300, |status| status < 500).await;
+    assert!(answered > 150, "{answered} of 300 were answered");
+    let answer = exchange(address, requests[1].as_bytes(), ANSWER).await;
+    assert_eq!(status(&answer), Some(200), "{}", String::from_utf8_lossy(&answer));
+    let status = pool.status().await;
+    assert_eq!(status["starts"], 1, "the server was not started again: {status}");
+    let log = pool.coordinator.as_ref().unwrap().log();
+    assert!(!log.contains("panicked"), "{log}");
+}
+
+#[tokio::test]
 async fn nothing_is_smuggled_past_the_token() {
     let target = target().await;
-    let port = free_port();
-    let config = json!({
-        "proxy": { "host": "127.0.0.1", "port": port, "auth_token": "hush", "target": { "url": target.url() } },
-    });
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let file = folder.path().join("tightwad.yaml");
-    std::fs::write(&file, config.to_string()).unwrap();
-    let args = ["-c", file.to_str().unwrap(), "run", "proxy"];
-    let proxy = Program::start(Path::new(env!("CARGO_BIN_EXE_tightwad")), &args);
-    let address: SocketAddr = ([127, 0, 0, 1], port).into();
-    let up = eventually(Duration::from_secs(20), || async { TcpStream::connect(address).await });
-    up.await.unwrap_or_else(|error| panic!("{error}: {}", proxy.log()));
+    let proxy = ProxyProcess::start(json!({ "auth_token": "hush", "target": { "url": target.url() } })).await;
+    let address = proxy.address;
 
     let inner = "POST /smuggled HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n";
     let length = inner.len();
