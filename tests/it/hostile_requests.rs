@@ -341,38 +341,6 @@ async fn the_targets_own_errors_have_the_shape_of_their_path_and_name_our_key() 
 }
 
 #[tokio::test]
-async fn the_drafters_name_is_no_model_of_the_endpoint() {
-    let target = FakeUpstream::start(|_| answer("200 OK", "{}")).await;
-    let draft = || Upstream {
-        model_name: Some("small".into()),
-        ..Upstream::at("http://127.0.0.1:9")
-    };
-    let proxy = Proxy::before(Upstream::at(target.url()), [draft()], VerificationMode::None).await;
-    let ask = |model: &str| {
-        answer_of(post(
-            proxy.url(),
-            CHAT,
-            json!({ "model": model, "messages": [] }).to_string(),
-        ))
-    };
-    let (status, error) = ask("small").await;
-    assert_eq!(
-        (status, &error["error"]["code"]),
-        (404, &json!("model_not_found")),
-        "{error}"
-    );
-    assert_eq!(ask("any other").await.0, 200);
-    // A server of several models may have that one too.
-    let ollama = Upstream {
-        backend: Backend::Ollama,
-        ..Upstream::at(target.url())
-    };
-    let proxy = Proxy::before(ollama, [draft()], VerificationMode::None).await;
-    let body = json!({ "model": "small", "messages": [] }).to_string();
-    assert_eq!(answer_of(post(proxy.url(), CHAT, body)).await.0, 200);
-}
-
-#[tokio::test]
 async fn a_target_that_dies_over_a_request_is_said_to_have_died_over_it() {
     let target = FakeUpstream::start(|_| vec![Act::Wait(Duration::from_millis(300)), Act::Close]).await;
     let proxy = Proxy::before(Upstream::at(target.url()), [], VerificationMode::None).await;
