@@ -66,6 +66,8 @@ async fn refuses_what_stops_a_server(url: &str) {
         json!({ "grammar": format!("root ::= {}", "\"a\"? ".repeat(3000)) }),
         json!({ "grammar": format!("root ::= \"a\" {}", "|".repeat(200_000)) }),
         json!({ "grammar": format!("root ::= {}", "(".repeat(100_000)) }),
+        json!({ "grammar": format!("root ::= ({})*", ["[a-y]"; 32].join("|")) }),
+        schema(&json!({ "type": "string", "pattern": format!("^({})+$", ["[a-y]"; 32].join("|")) })),
         schema(&circle),
         wrapped(&circle),
         schema(&json!({ "properties": { "%".repeat(100_000): {} }, "additionalProperties": false })),
