@@ -10,6 +10,8 @@ use std::fmt;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use super::ambiguity::{self, Notation};
+
 /// Longest grammar in bytes.
 const GRAMMAR_BYTES: usize = 64 * 1024;
 /// Longest member with schemas in bytes; fifty tools take about 100 KB.
@@ -197,21 +199,13 @@ fn referred<'a>(root: &'a Value, path: &str) -> Option<&'a Value> {
     })
 }
 
-/// How a grammar is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Notation {
-    /// llama.cpp's grammars.
-    Gbnf,
-    /// A regular expression, which llama.cpp turns into a grammar.
-    Regex,
-}
-
 /// Counts of a grammar so far.
 #[derive(Debug, Default)]
 struct Shape {
     alternatives: usize,
     optional: usize,
     repetitions: usize,
+    ambiguity: ambiguity::Budget,
 }
 
 impl Shape {
@@ -261,7 +255,8 @@ impl Shape {
             at_most("optional parts in one rule", optional, OPTIONAL_IN_RULE)?;
             at_most("optional parts", self.optional, OPTIONAL)?;
         }
-        Ok(())
+        let ways = ambiguity::ways(text, notation, &mut self.ambiguity);
+        at_most("ways to read each character of a repetition", ways, 1)
     }
 
     /// Counts a repetition; one without a number is a large one.
@@ -348,8 +343,12 @@ mod tests {
                 format!("rule ::= {}\n", "[a-z]? ".repeat(15)).repeat(20),
                 "optional parts",
             ),
+            (
+                format!("root ::= ({})*", ["[a-y]"; 8].join(" | ")),
+                "ways to read each character of a repetition",
+            ),
         ] {
-            assert_eq!(grammar(&text), Some(what), "{}", &text[..40]);
+            assert_eq!(grammar(&text), Some(what), "{text:.40}");
         }
     }
 
@@ -409,6 +408,10 @@ num ::= [0-9]+"#,
                 "optional parts in one rule",
             ),
             (json!({ "pattern": "(".repeat(65) }), "groups inside of each other"),
+            (
+                json!({ "pattern": "^(([a-y]+)+)+$" }),
+                "ways to read each character of a repetition",
+            ),
             (json!({ "description": "x".repeat(600_000) }), "bytes"),
             (
                 json!({

@@ -23,6 +23,7 @@
 //! | [`client`] | HTTP clients, and answers read within bounds |
 
 pub(crate) mod admission;
+mod ambiguity;
 pub(crate) mod auth;
 pub(crate) mod body;
 mod bounds;

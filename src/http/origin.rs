@@ -18,6 +18,9 @@ use axum::response::Response;
 
 use super::body::discard;
 use super::excerpt::excerpt;
+use super::paths::Dialect;
+use super::refusal::Refusal;
+use super::serve::TurnedAway;
 use crate::config::is_loopback;
 
 /// The methods that a page may use.
@@ -167,7 +170,8 @@ impl Guard {
 }
 
 /// Lets `guard` look at every request of the router first. `refuse` writes its answer to those that it refuses, whose path
-/// it gets. `OPTIONS`, by which browsers ask for permission, is answered here, whatever body it announces.
+/// it gets. `OPTIONS`, by which browsers ask for permission, is answered here, whatever body it announces; so are requests for
+/// which there is no connection left.
 pub(crate) fn guarded(router: Router, guard: Guard, refuse: fn(&Foreign, &str) -> Response) -> Router {
     router.layer(middleware::from_fn_with_state(Arc::new((guard, refuse)), admit))
 }
@@ -198,7 +202,13 @@ async fn admit(State(state): State<Arc<(Guard, Refuse)>>, request: Request, next
         }
         return response;
     }
-    let mut response = next.run(request).await;
+    let mut response = if request.extensions().get::<TurnedAway>().is_some() {
+        let (parts, body) = request.into_parts();
+        discard(body, &parts.headers);
+        Refusal::TooManyConnections.response(Dialect::of(parts.uri.path()))
+    } else {
+        next.run(request).await
+    };
     guard.mark(response.headers_mut(), allowed.as_ref());
     response
 }

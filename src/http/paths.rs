@@ -18,13 +18,8 @@ const COMPLETIONS: [&str; 10] = [
     "/messages",
 ];
 
-/// Of these, OpenAI's chat completions.
-const CHATS: [&str; 2] = ["/v1/chat/completions", "/chat/completions"];
-
-/// Other paths that the metrics know by name.
-const NAMED: [&str; 24] = [
-    "/v1/models",
-    "/models",
+/// Other paths on which a POST names a model.
+const EMBEDDINGS: [&str; 7] = [
     "/v1/embeddings",
     "/embeddings",
     "/embedding",
@@ -32,6 +27,15 @@ const NAMED: [&str; 24] = [
     "/rerank",
     "/v1/reranking",
     "/reranking",
+];
+
+/// Of the completions, OpenAI's chat completions.
+const CHATS: [&str; 2] = ["/v1/chat/completions", "/chat/completions"];
+
+/// Other paths that the metrics know by name.
+const NAMED: [&str; 17] = [
+    "/v1/models",
+    "/models",
     "/tokenize",
     "/detokenize",
     "/apply-template",
@@ -113,6 +117,8 @@ pub(crate) struct Route {
     pub(crate) label: &'static str,
     /// Whether the server generates there.
     pub(crate) completion: bool,
+    /// Whether its requests name the model that is to answer.
+    pub(crate) names_model: bool,
     /// Whether its requests and answers are those of OpenAI's chat completions.
     pub(crate) chat: bool,
     /// Who may use it.
@@ -127,14 +133,18 @@ impl Route {
             return Self {
                 label,
                 completion: method == Method::POST,
+                names_model: method == Method::POST,
                 chat: CHATS.contains(&label),
                 access: Access::Open,
             };
         }
-        let label = NAMED.into_iter().find(|it| *it == decoded).unwrap_or("other");
+        let embeddings = EMBEDDINGS.into_iter().find(|it| *it == decoded);
+        let named = || NAMED.into_iter().find(|it| *it == decoded);
+        let label = embeddings.or_else(named).unwrap_or("other");
         Self {
             label,
             completion: false,
+            names_model: embeddings.is_some() && method == Method::POST,
             chat: false,
             access: Access::of(method, path),
         }
@@ -262,7 +272,9 @@ mod tests {
         assert!(!Route::of(&Method::POST, "/v1/chat/completion%2573").completion);
         assert!(!Route::of(&Method::OPTIONS, "/v1/chat/completions").completion);
         assert!(!Route::of(&Method::POST, "/v1/chat/completions/input_tokens").completion);
-        assert!(!Route::of(&Method::POST, "/v1/embeddings").completion);
+        let embeddings = Route::of(&Method::POST, "/v1/embeddings");
+        assert!(embeddings.names_model && !embeddings.completion);
+        assert!(!Route::of(&Method::POST, "/tokenize").names_model);
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub(crate) enum Refusal {
     TooSlow,
     #[error("the requests of others take all memory that is for request bodies: send the request again later")]
     NoMemory,
+    #[error("this endpoint has as many connections as it can take: send the request again later")]
+    TooManyConnections,
     #[error(transparent)]
     Foreign(Foreign),
     #[error("the request body is not a JSON object: {0}")]
@@ -117,9 +119,11 @@ impl Refusal {
             | Self::NotJson(_)
             | Self::NotACount { .. }
             | Self::TooManyTokens { .. } => StatusCode::BAD_REQUEST,
-            Self::DrafterDown { .. } | Self::Unreachable { .. } | Self::ShuttingDown | Self::NoMemory => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::DrafterDown { .. }
+            | Self::Unreachable { .. }
+            | Self::ShuttingDown
+            | Self::NoMemory
+            | Self::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
             Self::BrokeOff { .. } | Self::NotAStream { .. } => StatusCode::BAD_GATEWAY,
         }
     }
@@ -138,6 +142,7 @@ impl Refusal {
             Self::BodyCut(_) => "body_incomplete",
             Self::TooSlow => "body_too_slow",
             Self::NoMemory => "overloaded",
+            Self::TooManyConnections => "too_many_connections",
             Self::Foreign(_) => "foreign_origin",
             Self::NotJson(_) => "invalid_json",
             Self::NotACount { .. } | Self::TooManyTokens { .. } => "invalid_value",
@@ -162,7 +167,7 @@ impl Refusal {
     fn retry_after(&self) -> Option<&'static str> {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::DrafterDown { .. } | Self::NoMemory
+            Self::Unreachable { .. } | Self::DrafterDown { .. } | Self::NoMemory | Self::TooManyConnections
         )
         .then_some("5")
     }

@@ -17,7 +17,6 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -39,6 +38,11 @@ const FAREWELL: Duration = Duration::from_millis(200);
 const READ_BUFFER: usize = 128 * 1024;
 /// Time in which a client that is turned away has to read its answer, and how many may do so at once.
 const TURNING_AWAY: (Duration, usize) = (Duration::from_secs(1), 64);
+
+/// Marks a request for which there is no connection left. [`origin::guarded`](super::origin::guarded) answers it, because a
+/// web page reads no answer without its headers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TurnedAway;
 
 /// How a server runs and when it shuts down.
 #[derive(Debug)]
@@ -161,30 +165,22 @@ impl Server {
         }
     }
 
-    /// Answers a client for whom there is no connection left with 503.
-    async fn turn_away(&self, mut stream: TcpStream) {
+    /// Answers the first request of a client for whom there is no connection left.
+    async fn turn_away(&self, stream: TcpStream) {
         let Ok(_turn) = self.turning_away.try_acquire() else {
             return;
         };
-        let body = r#"{"error":{"message":"this endpoint has as many connections as it can take: send the request again later","type":"server_error","code":"too_many_connections","param":null}}"#;
-        let answer = format!(
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nRetry-After: 5\r\n\
-             Connection: close\r\n\r\n{body}",
-            body.len()
-        );
-        let turned = async {
-            let mut sink = [0; 4096];
-            // Clients read no answer before they have sent a request.
-            if stream.read(&mut sink).await? == 0 {
-                return Ok(());
-            }
-            stream.write_all(answer.as_bytes()).await?;
-            stream.shutdown().await?;
-            // Closing a connection with unread bytes resets it, and the answer may be lost.
-            while stream.read(&mut sink).await? > 0 {}
-            Ok::<_, std::io::Error>(())
-        };
-        let _ = tokio::time::timeout(TURNING_AWAY.0, turned).await;
+        let router = TowerToHyperService::new(self.router.clone());
+        let service = service_fn(|request: Request<Incoming>| {
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(TurnedAway);
+            router.call(request)
+        });
+        let connection = http1::Builder::new()
+            .keep_alive(false)
+            .max_buf_size(READ_BUFFER)
+            .serve_connection(TokioIo::new(stream), service);
+        let _ = tokio::time::timeout(TURNING_AWAY.0, connection).await;
     }
 }
 

@@ -104,10 +104,8 @@ impl Exchange {
         let (mut streamed, mut rounds) = (false, None);
         if self.route.completion {
             self.active.occupies(self.app.engine.track_request());
-            let asked = admission::check(&body, settings.max_tokens_limit)?;
-            if let Some(name) = asked.model.filter(|name| settings.draft_models.contains(name)) {
-                return Err(Refusal::Drafter { name });
-            }
+            let mut asked = admission::check(&body, settings.max_tokens_limit)?;
+            self.check_model(asked.model.take())?;
             streamed = asked.streamed;
             if !settings.fallback_on_draft_failure {
                 self.refuse_without_drafter()?;
@@ -128,6 +126,8 @@ impl Exchange {
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
+        } else if self.route.names_model {
+            self.check_model(admission::check(&body, None)?.model)?;
         } else {
             admission::check_bounds(&body)?;
         }
@@ -153,6 +153,14 @@ impl Exchange {
             streamed,
             rounds,
         })
+    }
+
+    /// Refuses the name of a drafter's model.
+    fn check_model(&self, name: Option<String>) -> Result<(), Refusal> {
+        match name.filter(|name| self.app.settings.draft_models.contains(name)) {
+            Some(name) => Err(Refusal::Drafter { name }),
+            None => Ok(()),
+        }
     }
 
     /// Adds the key by which a pool's coordinator admits drafters.

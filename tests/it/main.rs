@@ -28,6 +28,7 @@ mod hostile_servers;
 mod layout;
 mod llama_server_draft;
 mod looked_up_drafts;
+mod model_names;
 mod never_slower;
 mod nix;
 mod own_drafts;

@@ -15,7 +15,7 @@ use super::admin;
 use super::pool::{Admission, Pool, ServerInstance, Ticket};
 use super::problem::Problem;
 use super::stream::Exchange;
-use crate::config::Secret;
+use crate::config::{Config, Secret};
 use crate::http::admission::{self, Asked};
 use crate::http::auth::{self, Auth};
 use crate::http::body;
@@ -36,16 +36,6 @@ const SILENCE: Duration = Duration::from_secs(1);
 pub(super) const MOST_BODY: u64 = 64 * 1024 * 1024;
 /// Largest body of a request that is answered here.
 const MOST_OWN_BODY: usize = 64 * 1024;
-/// Other paths whose requests wait for a model as completions do.
-const ALSO_WAIT: [&str; 7] = [
-    "/v1/embeddings",
-    "/embeddings",
-    "/embedding",
-    "/v1/rerank",
-    "/rerank",
-    "/v1/reranking",
-    "/reranking",
-];
 /// Paths for health checks, which need no key. The answers say only whether a model is ready.
 pub(super) const OPEN: [&str; 2] = ["/health", "/v1/health"];
 
@@ -55,6 +45,8 @@ pub(super) struct Front {
     pub(super) pool: Pool,
     /// The models of the config, the first one first.
     pub(super) models: Vec<Name>,
+    /// The models of the config that only draft.
+    pub(super) drafters: Vec<String>,
     pub(super) auth: Auth,
     /// Key that drafters must send. `None`: only drafters on this host are allowed.
     pub(super) draft_key: Option<Secret>,
@@ -89,10 +81,23 @@ impl Front {
         known.cloned().unwrap_or_else(|| Name::from(excerpt(name)))
     }
 
-    /// The model that a request means by a name. Where there is only one, some clients have ideas of their own.
-    fn meant(&self, name: &str) -> Option<Name> {
-        (self.models.len() > 1).then(|| self.named(name))
+    /// The model that a request asks for by `name`. `None`: the one that runs, because a pool of one model accepts any name.
+    fn requested(&self, name: String) -> Result<Option<Name>, Refusal> {
+        if self.drafters.contains(&name) {
+            return Err(Refusal::Drafter { name });
+        }
+        Ok((self.models.len() > 1).then(|| self.named(&name)))
     }
+}
+
+/// The models of the drafters of `config` that are none of `models`.
+pub(super) fn drafters(config: &Config, models: &[Name]) -> Vec<String> {
+    let own = config.draft.iter().filter_map(|draft| draft.model.clone());
+    let proxied = config.proxy.iter().flat_map(|proxy| &proxy.draft);
+    let names = own.chain(proxied.filter_map(|draft| draft.model_name.clone()));
+    names
+        .filter(|name| !models.iter().any(|model| **model == **name))
+        .collect()
 }
 
 /// All endpoints, for those that `guard` lets in.
@@ -169,7 +174,11 @@ async fn forward(State(front): State<Arc<Front>>, request: Request) -> Response 
         };
     };
     let Asked { model, streamed, .. } = asked;
-    let ticket = front.pool.ask(model.and_then(|model| front.meant(&model)), false);
+    let model = match model.map(|name| front.requested(name)).transpose() {
+        Ok(model) => model.flatten(),
+        Err(refusal) => return refusal.response(dialect),
+    };
+    let ticket = front.pool.ask(model, false);
     let admitted = admitted(ticket, front.pool.clone());
     let answer = async move { prepared.send(admitted.await?).await };
     // llama-server sends no head before a slot is free.
@@ -190,9 +199,7 @@ fn refused(access: Access, refuses_drafts: Option<&'static str>, headers: &Heade
 async fn admitted_body(parts: &Parts, route: Route, body: Body) -> Result<(bytes::Bytes, Option<Asked>), Refusal> {
     let body = admission::read(body, parts, MOST_BODY).await?;
     admission::check_form(&parts.headers, &body)?;
-    let waits = route.completion || (parts.method == Method::POST && ALSO_WAIT.contains(&parts.uri.path()));
-    let waits = waits && !parts.headers.contains_key(MEASURING);
-    let asked = if waits {
+    let asked = if route.names_model && !parts.headers.contains_key(MEASURING) {
         Some(admission::check(&body, None)?)
     } else {
         admission::check_bounds(&body)?;

@@ -81,6 +81,7 @@ pub async fn serve(
     let (api_key, draft_key) = (coordinator.api_key()?, coordinator.draft_key()?);
     let (first, _) = config.model_for(model)?;
     let names = prepare::names(&config, first);
+    let drafters = front::drafters(&config, &names);
     let rules = Rules {
         models: names.iter().cloned().collect(),
         swap_on_request: coordinator.swap_on_request,
@@ -108,6 +109,7 @@ pub async fn serve(
     let front = Front {
         pool: pool.clone(),
         models: names,
+        drafters,
         auth: Auth::new(api_key, &front::OPEN),
         draft_key,
     };

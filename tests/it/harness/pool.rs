@@ -30,6 +30,8 @@ pub struct Setup {
     pub coordinator: Value,
     /// Added to the models `big` and `other`.
     pub models: Value,
+    /// The model that only drafts.
+    pub drafter: Option<&'static str>,
     /// Each start of a llama-server takes so many seconds longer.
     pub slow: f32,
     /// The workers have no agents: their `ggml-rpc-server`s are run by hand.
@@ -46,6 +48,7 @@ impl Default for Setup {
         Self {
             coordinator: json!({}),
             models: json!({}),
+            drafter: None,
             slow: 0.0,
             by_hand: false,
             own_gpu: false,
@@ -108,6 +111,9 @@ impl Pool {
         }
         merge(&mut config["coordinator"], setup.coordinator);
         merge(&mut config["models"], setup.models);
+        if let Some(drafter) = setup.drafter {
+            config["draft"] = json!({ "model": drafter });
+        }
         std::fs::write(folder.path().join("pool.yaml"), config.to_string()).expect("the config is written");
         let mut pool = Self {
             workers: [None, None],

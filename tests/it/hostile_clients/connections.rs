@@ -64,17 +64,31 @@ async fn idle_connections_lock_nobody_out() {
 #[tokio::test]
 async fn where_every_connection_is_at_work_the_next_client_is_told_to_come_again() {
     let target = FakeUpstream::start(|_| vec![stream_head(), chunk("data: 1\n\n"), Act::Hang]).await;
-    let proxy = TunedProxy::before(&target.url(), |settings| settings.limits.connections = 2).await;
+    let proxy = TunedProxy::before(&target.url(), |settings| {
+        settings.limits.connections = 2;
+        settings.cors_origins = vec!["http://localhost:3000".to_owned()];
+    })
+    .await;
     let mut running = Vec::new();
     for _ in 0..2 {
         running.push(proxy.post(CHAT, STREAMED).send().await.unwrap());
     }
-    let refused = timeout(Duration::from_secs(5), proxy.get("/health").send()).await;
+    let page = "http://localhost:3000";
+    let asked = proxy.get("/health").header("origin", page).send();
+    let refused = timeout(Duration::from_secs(5), asked).await;
     let refused = refused.expect("an answer in time").unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(
+        refused.headers()["access-control-allow-origin"],
+        page,
+        "a page can read it"
+    );
     let body: Value = refused.json().await.unwrap();
     assert_eq!(body["error"]["code"], "too_many_connections");
+    // A body that is sent at once, and is larger than the buffers of the connection.
+    let large = proxy.post(CHAT, vec![b' '; 4 << 20]).send().await.unwrap();
+    assert_eq!(large.status(), StatusCode::SERVICE_UNAVAILABLE);
     drop(running);
     let free = eventually(Duration::from_secs(5), || async {
         let status = proxy.get("/health").send().await.unwrap().status();
