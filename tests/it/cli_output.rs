@@ -95,12 +95,6 @@ fn the_effective_values_of_a_cluster_file() {
 #[test]
 fn commands_without_a_server() {
     let user = User::new("proxy: { port: 2, target: { url: 'http://127.0.0.1:1' } }\n");
-    let commands: [&[&str]; 5] = [
-        &["status"],
-        &["swap", "big"],
-        &["proxy", "stop"],
-        &["chat"],
-        &["run"],
-    ];
+    let commands: [&[&str]; 5] = [&["status"], &["swap", "big"], &["proxy", "stop"], &["chat"], &["run"]];
     assert_snapshot!(commands.map(|args| user.sees(args)).join("\n\n"));
 }
