@@ -74,7 +74,7 @@ mod tests {
     #[tokio::test]
     async fn a_task_that_panics_takes_nothing_with_it() {
         let panicked = contained("the task", async { panic!("at {}", 1) }).await;
-        let words = panicked.map(|()| ()).unwrap_err().to_string();
+        let words = panicked.unwrap_err().to_string();
         assert!(words.starts_with("the task has failed (at 1)"), "{words}");
     }
 }

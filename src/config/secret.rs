@@ -46,8 +46,9 @@ const HIDDEN: &str = "***";
 #[must_use]
 pub fn is_secret(variable: &str) -> bool {
     let upper = variable.to_uppercase();
-    let words = ["KEY", "TOKEN", "SECRET", "PASSW", "AUTH", "CREDENTIAL"];
-    words.iter().any(|word| upper.contains(word))
+    let parts = ["KEY", "TOKEN", "SECRET", "PASS", "AUTH", "CREDENTIAL", "COOKIE"];
+    let words = ["PAT", "DSN", "PWD"];
+    parts.iter().any(|part| upper.contains(part)) || upper.split('_').any(|word| words.contains(&word))
 }
 
 /// Whether the next argument is a secret: `--api-key`, `--hf-token`, `-hft`.

@@ -205,7 +205,7 @@ impl Reader {
                 _ if gbnf => {}
                 char => sequence.push(Element::Set(vec![(char.into(), char.into())])),
             }
-            if !matches!(char, '*' | '+' | '?' | '{') && !(gbnf && char.is_whitespace()) {
+            if !(matches!(char, '*' | '+' | '?' | '{') || gbnf && char.is_whitespace()) {
                 symbol = begins;
             }
         }
@@ -413,13 +413,13 @@ impl<'a> Machine<'a> {
 
     /// The ways to read each further character of a run with which the rule begins, if they multiply; else 1.
     fn ways(&mut self, rule: usize) -> usize {
-        let begin = |start: &usize| {
+        let first = |start: &usize| {
             let mut stack = Stack::new();
             self.push(&mut stack, *start);
             stack
         };
-        let begun = self.starts[rule].iter().map(begin).collect();
-        let begun = self.advanced(begun);
+        let firsts = self.starts[rule].iter().map(first).collect();
+        let begun = self.advanced(firsts);
         // If sets overlap, the first character of one of them is in all.
         let sets = begun.iter().flat_map(|stack| self.set_of(stack));
         let characters: BTreeSet<u32> = sets.map(|range| range.0).collect();

@@ -92,40 +92,58 @@ fn announced(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The memory budget for request bodies of one server.
+/// The memory budgets for request bodies: of a server, and of one peer of it.
 #[derive(Debug, Clone)]
-pub(super) struct Memory(Arc<Semaphore>);
+pub(super) struct Memory([Arc<Semaphore>; 2]);
 
-/// One body's part of the budget.
+/// One body's part of the budgets.
 #[derive(Debug)]
 struct Share {
-    memory: Arc<Semaphore>,
-    taken: Option<OwnedSemaphorePermit>,
+    memory: Memory,
+    taken: Option<[OwnedSemaphorePermit; 2]>,
 }
 
 impl Memory {
+    /// A server's budget of `bytes`, which a single peer may use up.
     pub(super) fn of(bytes: usize) -> Self {
-        Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
+        Self([semaphore(bytes), semaphore(bytes)])
+    }
+
+    /// The same server's budget, of which one peer may use `bytes`.
+    pub(super) fn of_peer(&self, bytes: usize) -> Self {
+        Self([Arc::clone(&self.0[0]), semaphore(bytes)])
     }
 
     fn share(&self) -> Share {
         Share {
-            memory: Arc::clone(&self.0),
+            memory: self.clone(),
             taken: None,
         }
     }
 }
 
+fn semaphore(bytes: usize) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)))
+}
+
 impl Share {
-    /// Takes `bytes` more; false if the budget is used up.
+    /// Takes `bytes` more; false if a budget is used up.
     fn grow(&mut self, bytes: usize) -> bool {
         let Ok(bytes) = u32::try_from(bytes) else { return false };
-        let Ok(more) = Arc::clone(&self.memory).try_acquire_many_owned(bytes) else {
+        let [all, of_peer] = self
+            .memory
+            .0
+            .each_ref()
+            .map(|budget| Arc::clone(budget).try_acquire_many_owned(bytes));
+        let (Ok(all), Ok(of_peer)) = (all, of_peer) else {
             return false;
         };
         match &mut self.taken {
-            Some(taken) => taken.merge(more),
-            None => self.taken = Some(more),
+            Some(taken) => {
+                taken[0].merge(all);
+                taken[1].merge(of_peer);
+            }
+            None => self.taken = Some([all, of_peer]),
         }
         true
     }
@@ -294,7 +312,19 @@ mod tests {
         assert!(matches!(refused, Err(BodyError::NoMemory(_))), "{refused:?}");
         drop(copy);
         assert_eq!(read(Body::from("1234567890"), &parts, 100).await.unwrap(), "1234567890");
-        assert_eq!(memory.0.available_permits(), 10);
+        assert_eq!(memory.0[0].available_permits(), 10);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_has_used_its_budget_leaves_the_rest_to_others() {
+        let memory = Memory::of(10);
+        let [greedy, other] = [6, 6].map(|bytes| parts(&memory.of_peer(bytes)));
+        let held = read(Body::from("12345"), &greedy, 100).await.unwrap();
+        let refused = read(Body::from("12"), &greedy, 100).await;
+        assert!(matches!(refused, Err(BodyError::NoMemory(_))), "{refused:?}");
+        read(Body::from("12345"), &other, 100).await.unwrap();
+        drop(held);
+        read(Body::from("123456"), &greedy, 100).await.unwrap();
     }
 
     #[tokio::test]
@@ -309,6 +339,6 @@ mod tests {
         assert!(matches!(refused, Err(BodyError::NoMemory(_))), "{refused:?}");
         let refused = read(pieces(), &parts, 6).await;
         assert!(matches!(refused, Err(BodyError::TooLarge(_))), "{refused:?}");
-        assert_eq!(memory.0.available_permits(), 10);
+        assert_eq!(memory.0[0].available_permits(), 10);
     }
 }

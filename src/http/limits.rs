@@ -12,10 +12,14 @@ use parking_lot::Mutex;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio_util::sync::CancellationToken;
 
+use super::body::Memory;
+
 /// Descriptors that are not for clients: logs, models, connections to drafters.
 const OTHER_DESCRIPTORS: usize = 64;
 /// Descriptors for each client: its connection, and those to the servers behind.
 const DESCRIPTORS_EACH: usize = 3;
+
+const MIB: usize = 1024 * 1024;
 
 /// Limits of a server towards its clients.
 #[derive(Debug, Clone)]
@@ -36,6 +40,8 @@ pub struct Limits {
     pub body_rate: u32,
     /// Most bytes of request bodies in memory, of all requests together.
     pub body_memory: usize,
+    /// Most bytes of request bodies in memory, of all requests of one peer.
+    pub body_memory_per_peer: usize,
 }
 
 impl Default for Limits {
@@ -48,7 +54,8 @@ impl Default for Limits {
             head_time: Duration::from_secs(20),
             body_grace: Duration::from_secs(10),
             body_rate: 16 * 1024,
-            body_memory: 256 * 1024 * 1024,
+            body_memory: 256 * MIB,
+            body_memory_per_peer: 192 * MIB,
         }
     }
 }
@@ -57,7 +64,9 @@ impl Limits {
     /// These limits, with room for at least one body of `bytes`.
     #[must_use]
     pub fn for_bodies_of(mut self, bytes: u64) -> Self {
-        self.body_memory = self.body_memory.max(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.body_memory = self.body_memory.max(bytes);
+        self.body_memory_per_peer = self.body_memory_per_peer.max(bytes);
         self
     }
 
@@ -94,16 +103,23 @@ fn descriptors() -> usize {
 #[derive(Debug)]
 pub(super) struct ConnectionLimiter {
     limits: Limits,
+    body_memory: Memory,
     taken: Mutex<Taken>,
 }
 
 #[derive(Debug, Default)]
 struct Taken {
     all: usize,
-    by_peer: HashMap<IpAddr, usize>,
+    by_peer: HashMap<IpAddr, OfPeer>,
     /// Idle connections, the one that has been idle for longest first.
     idle: BTreeMap<u64, Idle>,
     last_number: u64,
+}
+
+#[derive(Debug)]
+struct OfPeer {
+    connections: usize,
+    body_memory: Memory,
 }
 
 #[derive(Debug)]
@@ -116,6 +132,7 @@ impl ConnectionLimiter {
     /// A limiter for `limits`, lowered to the descriptors of this process.
     pub(super) fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self {
+            body_memory: Memory::of(limits.body_memory),
             limits: limits.within(descriptors()),
             taken: Mutex::default(),
         })
@@ -129,29 +146,34 @@ impl ConnectionLimiter {
     /// if none is idle.
     pub(super) fn take(self: &Arc<Self>, peer: IpAddr) -> Option<ConnectionPermit> {
         let peer = network(peer);
-        let place = ConnectionPermit {
-            places: Arc::clone(self),
-            peer,
-            evicted: CancellationToken::new(),
-            number: Mutex::new(None),
-        };
+        let (place, room);
         {
             let mut taken = self.taken.lock();
-            let of_peer = taken.by_peer.get(&peer).copied().unwrap_or_default();
-            let room = if of_peer >= self.limits.per_peer {
+            let of_peer = taken.by_peer.get(&peer).map_or(0, |peer| peer.connections);
+            room = if of_peer >= self.limits.per_peer {
                 taken.evict(|idle| idle.peer == peer)
             } else if taken.all >= self.limits.connections || taken.idle.len() >= self.limits.idle {
                 taken.evict(|_| true)
             } else {
                 true
             };
-            // Dropping the permit gives it back.
             taken.all += 1;
-            *taken.by_peer.entry(peer).or_default() += 1;
-            drop(taken);
-            if !room {
-                return None;
-            }
+            let of_peer = taken.by_peer.entry(peer).or_insert_with(|| OfPeer {
+                connections: 0,
+                body_memory: self.body_memory.of_peer(self.limits.body_memory_per_peer),
+            });
+            of_peer.connections += 1;
+            // Dropping the permit gives it back.
+            place = ConnectionPermit {
+                places: Arc::clone(self),
+                peer,
+                body_memory: of_peer.body_memory.clone(),
+                evicted: CancellationToken::new(),
+                number: Mutex::new(None),
+            };
+        }
+        if !room {
+            return None;
         }
         place.rests();
         Some(place)
@@ -182,6 +204,7 @@ impl Taken {
 pub(super) struct ConnectionPermit {
     places: Arc<ConnectionLimiter>,
     peer: IpAddr,
+    body_memory: Memory,
     evicted: CancellationToken,
     /// Its number among the idle connections; `None` while it is busy.
     number: Mutex<Option<u64>>,
@@ -191,6 +214,11 @@ impl ConnectionPermit {
     /// Cancelled when this connection has to make room for another.
     pub(super) fn evicted(&self) -> CancellationToken {
         self.evicted.clone()
+    }
+
+    /// The memory for the bodies of its peer's requests.
+    pub(super) fn body_memory(&self) -> Memory {
+        self.body_memory.clone()
     }
 
     /// Marks the connection as idle.
@@ -220,9 +248,9 @@ impl Drop for ConnectionPermit {
         self.works();
         let mut taken = self.places.taken.lock();
         taken.all = taken.all.saturating_sub(1);
-        if let Some(count) = taken.by_peer.get_mut(&self.peer) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
+        if let Some(of_peer) = taken.by_peer.get_mut(&self.peer) {
+            of_peer.connections = of_peer.connections.saturating_sub(1);
+            if of_peer.connections == 0 {
                 taken.by_peer.remove(&self.peer);
             }
         }

@@ -61,7 +61,6 @@ pub(crate) struct ServeOptions {
 /// off the rest.
 pub(crate) async fn serve(listener: TcpListener, router: Router, options: ServeOptions) {
     let server = Arc::new(Server {
-        memory: Memory::of(options.limits.body_memory),
         limiter: ConnectionLimiter::new(options.limits),
         router,
         shutdown: options.shutdown,
@@ -102,7 +101,6 @@ async fn all_end_within(time: Duration, connections: &mut JoinSet<()>) -> bool {
 struct Server {
     router: Router,
     limiter: Arc<ConnectionLimiter>,
-    memory: Memory,
     shutdown: CancellationToken,
     turning_away: Semaphore,
 }
@@ -121,11 +119,11 @@ impl Server {
             tracing::debug!(%error, "a connection's options could not be set");
         }
         let peer = Peer::of(&stream);
-        let evicted = permit.evicted();
+        let (evicted, memory) = (permit.evicted(), permit.body_memory());
         let progress = Arc::new(Progress::new(permit));
         let socket = Socket::new(stream, Arc::clone(&progress), self.limiter.limits());
         let router = TowerToHyperService::new(self.router.clone());
-        let service = service_fn(|request| self.answer(&router, request, peer, &progress));
+        let service = service_fn(|request| self.answer(&router, request, (peer, memory.clone()), &progress));
         let connection = http1::Builder::new()
             .max_buf_size(READ_BUFFER)
             .serve_connection(TokioIo::new(socket), service);
@@ -147,7 +145,7 @@ impl Server {
         &self,
         router: &TowerToHyperService<Router>,
         request: Request<Incoming>,
-        peer: Peer,
+        (peer, memory): (Peer, Memory),
         progress: &Arc<Progress>,
     ) -> impl Future<Output = Result<Response<TrackedBody>, Infallible>> + use<> {
         progress.request_begins();
@@ -155,7 +153,7 @@ impl Server {
         let interim = request.version() >= Version::HTTP_11;
         let limits = self.limiter.limits();
         let mut request = request.map(|body| Body::new(PacedBody::new(body, limits, &progress, interim)));
-        request.extensions_mut().insert(self.memory.clone());
+        request.extensions_mut().insert(memory);
         request.extensions_mut().insert(peer);
         let answer = router.call(request);
         async move {

@@ -42,14 +42,17 @@ const PREFIXES: &[&str] = &[
     "LC_",
     "LD_",
     "DYLD_",
-    "XDG_", // llama.cpp.
+    "XDG_",
+    // llama.cpp.
     "GGML_",
-    "LLAMA_", // NVIDIA.
+    "LLAMA_",
+    // NVIDIA.
     "CUDA_",
     "CUBLAS_",
     "NVIDIA_",
     "NCCL_",
-    "__NV_", // AMD.
+    "__NV_",
+    // AMD.
     "HIP_",
     "ROCR_",
     "ROCM_",
@@ -67,7 +70,8 @@ const PREFIXES: &[&str] = &[
     "RADV_",
     "ANV_",
     "AMDVLK_",
-    "LIBGL_", // Intel, Moore Threads, Huawei, Apple.
+    "LIBGL_",
+    // Intel, Moore Threads, Huawei, Apple.
     "ONEAPI_",
     "SYCL_",
     "ZE_",
@@ -76,7 +80,8 @@ const PREFIXES: &[&str] = &[
     "MUSA_",
     "ASCEND_",
     "METAL_",
-    "MTL_", // Threads and BLAS.
+    "MTL_",
+    // Threads and BLAS.
     "OMP_",
     "KMP_",
     "GOMP_",

@@ -106,7 +106,7 @@ pub async fn external_draft(role: Role, program: &Path, drafts: MaxDraftTokens) 
     let Some(wanted) = command::external_draft(drafts) else {
         return Ok(None);
     };
-    if takes_external_drafts(program).await? {
+    if takes_external_drafts(program, HELP_TIMEOUT).await? {
         return Ok(Some(wanted));
     }
     tracing::warn!(
@@ -189,7 +189,7 @@ pub fn free_port() -> io::Result<u16> {
 
 /// Whether drafters can attach to this llama-server, which has an option for that only with Tightwad's patch. `false` for a program
 /// that does not print its help; its start then reports the cause.
-async fn takes_external_drafts(llama_server: &Path) -> Result<bool, PreflightError> {
+async fn takes_external_drafts(llama_server: &Path, timeout: Duration) -> Result<bool, PreflightError> {
     let mut command = tokio::process::Command::new(llama_server);
     environment::apply(&mut command, &[]);
     command
@@ -197,7 +197,7 @@ async fn takes_external_drafts(llama_server: &Path) -> Result<bool, PreflightErr
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    match tokio::time::timeout(HELP_TIMEOUT, command.output()).await {
+    match tokio::time::timeout(timeout, command.output()).await {
         Ok(Ok(help)) => Ok(String::from_utf8_lossy(&help.stdout).contains(EXTERNAL_DRAFT_OPTION)),
         Ok(Err(_)) => Ok(false),
         Err(_) => Err(PreflightError::HelpTimedOut(llama_server.to_owned())),
@@ -207,6 +207,7 @@ async fn takes_external_drafts(llama_server: &Path) -> Result<bool, PreflightErr
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -227,6 +228,18 @@ mod tests {
     fn a_missing_model_names_its_path_and_key() {
         let error = model(Path::new("/no/such.gguf")).unwrap_err().to_string();
         assert!(error.contains("/no/such.gguf") && error.contains("`path`"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_gives_its_help_too_late_is_not_taken_for_one_that_cannot_verify() {
+        let folder = tempfile::tempdir().unwrap();
+        let llama_server = folder.path().join("llama-server");
+        let slow = format!("#!/bin/sh\nsleep 2; echo '{EXTERNAL_DRAFT_OPTION}'\n");
+        std::fs::write(&llama_server, slow).unwrap();
+        std::fs::set_permissions(&llama_server, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let late = takes_external_drafts(&llama_server, Duration::from_millis(100)).await;
+        assert!(matches!(late, Err(PreflightError::HelpTimedOut(_))), "{late:?}");
+        assert!(takes_external_drafts(&llama_server, HELP_TIMEOUT).await.unwrap());
     }
 
     #[test]

@@ -200,9 +200,49 @@ impl Stall {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::http::StatusCode;
+    use axum::routing::get;
+    use futures_util::future::join_all;
+
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// Whether a server that gives these answers to `/slots`, the last one again and again, is taken for stalled `within` this time.
+    async fn stalls(answers: Vec<(StatusCode, &'static str)>, within: Duration) -> bool {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let count = Arc::new(AtomicUsize::new(0));
+        let answer = move || {
+            let number = count.fetch_add(1, Ordering::Relaxed).min(answers.len() - 1);
+            std::future::ready(answers[number])
+        };
+        let router = axum::Router::new().route("/slots", get(answer));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let (http, patience) = (client().unwrap(), Duration::from_millis(200));
+        let stalled = until_stalled(&http, &url, None, std::process::id(), patience);
+        tokio::time::timeout(within, stalled).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn one_bad_answer_does_not_end_the_watch_for_stalls() {
+        const STUCK: &str = r#"[{"is_processing":true,"id_task":7,"next_token":[{"n_decoded":3}]}]"#;
+        let bad = [
+            (StatusCode::INTERNAL_SERVER_ERROR, "{}"),
+            (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+            (StatusCode::OK, "[{"),
+        ];
+        let after_bad_ones = bad.map(|bad| stalls(vec![bad, (StatusCode::OK, STUCK)], Duration::from_secs(8)));
+        assert_eq!(join_all(after_bad_ones).await, [true; 3]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_lists_its_slots_is_not_taken_for_one_that_hangs() {
+        assert!(!stalls(vec![(StatusCode::NOT_IMPLEMENTED, "{}")], Duration::from_secs(4)).await);
+    }
 
     fn slots(is_processing: bool, prompt: i64, decoded: i64) -> Vec<Slot> {
         let slot = serde_json::json!([{

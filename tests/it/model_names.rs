@@ -38,7 +38,7 @@ async fn refused(url: &str, name: &str, code: &str) -> String {
             (404, &json!(code)),
             "{path} {name}: {answer}"
         );
-        message = answer["error"]["message"].as_str().unwrap().to_owned();
+        answer["error"]["message"].as_str().unwrap().clone_into(&mut message);
     }
     message
 }

@@ -1,6 +1,7 @@
 //! `tightwad run target` and its child.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{Running, SOON, User, eventually, free_port, handles, pid};
@@ -40,6 +41,53 @@ fn ctrl_c_ends_a_target_within_3_seconds_and_exits_0() {
     let ended = supervisor.ends_within(Duration::from_secs(3));
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(!is_alive(user.fake_pids()[0]));
+}
+
+#[test]
+fn a_target_without_a_terminal_goes_on_after_sighup_and_says_so() {
+    let user = User::new();
+    user.fake_target(
+        free_port(),
+        &format!("env: {{ FAKE: sleep, FAKE_PIDS: {} }}", user.path("pids").display()),
+    );
+    let supervisor = Running::start(user.tightwad(&["run", "target"]));
+    eventually(SOON, "the child runs", || !user.fake_pids().is_empty());
+    supervisor.signal(Signal::HUP);
+    supervisor.signal(Signal::HUP);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(is_alive(user.fake_pids()[0]));
+    supervisor.signal(Signal::TERM);
+    let ended = supervisor.ends_within(SOON);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended
+            .stderr
+            .contains("SIGHUP is ignored: a changed config takes a restart"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_target_ends_with_its_terminal() {
+    let user = User::new();
+    let pids = user.path("pids");
+    user.fake_target(
+        free_port(),
+        &format!("env: {{ FAKE: sleep, FAKE_PIDS: {} }}", pids.display()),
+    );
+    let target = user.tightwad(&["run", "target"]);
+    // `script` of util-linux opens a terminal, which closes when it is killed.
+    let mut terminal = Command::new("script");
+    let command = format!("exec {} run target", target.get_program().display());
+    terminal.args(["--quiet", "--command", &command, "/dev/null"]);
+    terminal.current_dir(user.path(".")).env_clear();
+    let variables = target.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    terminal.envs(variables).env("SHELL", "/bin/sh");
+    terminal.stdin(Stdio::null()).stdout(Stdio::null());
+    let terminal = Running::start(terminal);
+    eventually(SOON, "the child runs", || !user.fake_pids().is_empty());
+    drop(terminal);
+    eventually(SOON, "the child has ended", || !is_alive(user.fake_pids()[0]));
 }
 
 #[test]

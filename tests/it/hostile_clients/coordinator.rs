@@ -124,11 +124,11 @@ async fn a_body_that_is_cut_off_is_not_waited_for_by_the_coordinator() {
 async fn unfinished_bodies_take_no_more_of_the_coordinators_memory_than_is_set_aside() {
     const MIB: usize = 1024 * 1024;
     let (run, address) = waiting(":", value!({})).await;
-    // Together a little less than the 256 MiB that bodies may take.
+    // Together a little less than the 192 MiB that bodies of one peer may take.
     let part = vec![b' '; 63 * MIB];
     let head = head(&address, COMPLETIONS, 64 * MIB);
     let mut unfinished = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..3 {
         let mut socket = TcpStream::connect(&address).await.unwrap();
         socket.write_all(head.as_bytes()).await.unwrap();
         let _ = socket.write_all(&part).await; // it may be refused in the middle
