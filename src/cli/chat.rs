@@ -7,6 +7,7 @@ use clap::Args;
 use tokio::sync::mpsc;
 
 use super::exit::{Exit, Failure};
+use super::output::{say, say_part};
 use super::status::{self, Counts};
 use crate::config::{self, Config, Secret};
 use crate::upstream::ChatServer;
@@ -46,7 +47,7 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
             prompt = prompts.recv() => prompt,
             _ = tokio::signal::ctrl_c() => {
                 if chat.interactive {
-                    eprintln!();
+                    say("");
                 }
                 // No answer was running, so there is no message.
                 return Err(Failure::silent(Exit::Interrupted));
@@ -59,13 +60,13 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         asked = true;
         last = chat.turn(prompt).await;
         match &last {
-            Err(failure) if chat.interactive => eprintln!("error: {failure}"),
+            Err(failure) if chat.interactive => say(format_args!("error: {failure}")),
             Err(_) => return last,
             Ok(()) => {}
         }
     }
     if chat.interactive {
-        eprintln!();
+        say("");
         // Each failure has been printed already.
         return Ok(());
     }
@@ -101,10 +102,10 @@ impl Chat {
             (ChatServer::new(&url, token.clone(), model)?, Some((url, token)))
         };
         if interactive {
-            eprintln!(
+            say(format_args!(
                 "Talking to {}. Ctrl-C cancels an answer or ends, Ctrl-D ends.",
                 server.url()
-            );
+            ));
         }
         Ok(Self {
             server,
@@ -117,7 +118,7 @@ impl Chat {
 
     fn ask_for_prompt(&self) {
         if self.interactive {
-            eprint!("> ");
+            say_part(format_args!("> "));
         }
     }
 
@@ -134,7 +135,7 @@ impl Chat {
                 if !self.interactive {
                     return Err(Failure::new(Exit::Interrupted, "interrupted"));
                 }
-                eprintln!("(cancelled)");
+                say(format_args!("(cancelled)"));
                 self.messages.push(Message::assistant(printer.text));
                 return Ok(());
             }
@@ -145,7 +146,10 @@ impl Chat {
                 let since = before
                     .zip(self.counts().await)
                     .map(|(before, after)| after.since(before));
-                eprintln!("{}", summary(&answer, began.elapsed().as_secs_f64(), since));
+                say(format_args!(
+                    "{}",
+                    summary(&answer, began.elapsed().as_secs_f64(), since)
+                ));
                 self.messages.push(Message::assistant(answer.text));
                 Ok(())
             }
@@ -186,7 +190,7 @@ impl Printer {
             Piece::Text(text) => {
                 if self.thinking {
                     self.thinking = false;
-                    eprintln!();
+                    say("");
                 }
                 self.text.push_str(text);
                 let mut stdout = io::stdout().lock();
@@ -196,7 +200,7 @@ impl Printer {
             Piece::Reasoning(text) => {
                 if io::stderr().is_terminal() {
                     self.thinking = true;
-                    eprint!("{text}");
+                    say_part(format_args!("{text}"));
                 }
                 Ok(())
             }

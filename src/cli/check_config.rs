@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::output::{print, print_line};
+use super::output::{print, print_line, say};
 use crate::config::{Scope, check_config};
 
 /// Options of `check-config`.
@@ -42,7 +42,7 @@ pub fn check(file: Option<&Path>, options: &Options) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Config, report.to_string()));
     }
     if !options.json {
-        eprintln!("{report}");
+        say(format_args!("{report}"));
     }
     Ok(())
 }

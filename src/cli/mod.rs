@@ -35,6 +35,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use self::output::{say, say_part};
 use crate::config::Loaded;
 use crate::observe::journal;
 use crate::observe::log::{self, Format};
@@ -267,7 +268,7 @@ fn exec_child(child: &ExecChild) -> ExitCode {
         return Exit::Usage.into();
     };
     let error = parent_bound::become_program(child.parent, program, args);
-    eprintln!("error: cannot execute {}: {error}", program.display());
+    say(format_args!("error: cannot execute {}: {error}", program.display()));
     ExitCode::from(127)
 }
 
@@ -277,9 +278,9 @@ fn report(failure: &Failure) -> ExitCode {
     }
     let sentence = format!("error: {failure}");
     if journal::is_stderr() {
-        eprint!("{}", journal::lines(tracing::Level::ERROR, &sentence));
+        say_part(format_args!("{}", journal::lines(tracing::Level::ERROR, &sentence)));
     } else {
-        eprintln!("{sentence}");
+        say(format_args!("{sentence}"));
     }
     failure.exit.into()
 }

@@ -1,4 +1,4 @@
-//! Output of commands on stdout.
+//! Output of commands: results on stdout, messages on stderr.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -17,6 +17,16 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
 /// Like [`print()`], with a line break.
 pub fn print_line(line: impl Display) -> Result<(), Failure> {
     print(format!("{line}\n"))
+}
+
+/// Writes a line on stderr. Where nobody reads it any more, as after the terminal was closed, the line is lost and the command goes on.
+pub fn say(line: impl Display) {
+    say_part(format_args!("{line}\n"));
+}
+
+/// Like [`say`], without a line break.
+pub fn say_part(text: impl Display) {
+    let _ = write!(io::stderr(), "{text}");
 }
 
 /// Prints a report as JSON or as `text`.

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use super::output::say;
 use crate::supervise::command::Role;
 use crate::supervise::service::{GaveUp, Service, State};
 
@@ -68,7 +69,7 @@ impl Line {
         if self.terminal {
             self.renew(text);
         } else {
-            eprintln!("{text}");
+            say(format_args!("{text}"));
         }
     }
 
@@ -90,9 +91,9 @@ impl Line {
     fn end(&self, text: &str) {
         self.renew(text);
         if self.terminal {
-            eprintln!();
+            say("");
         } else {
-            eprintln!("{text}");
+            say(format_args!("{text}"));
         }
     }
 }
@@ -122,7 +123,7 @@ impl Countdown {
         if self.line.terminal {
             self.line.renew(&text);
         } else if Instant::now() >= self.due {
-            eprintln!("{text}");
+            say(format_args!("{text}"));
             self.due = Instant::now() + if done == 0 { FIRST_LINE_INTERVAL } else { LINE_INTERVAL };
         }
     }
@@ -172,11 +173,11 @@ impl Steps {
         let same = self.last.as_ref().is_some_and(|(last, _)| last == doing);
         if self.line.terminal {
             if self.last.is_some() && !same {
-                eprintln!();
+                say("");
             }
             self.line.renew(&text);
         } else if !same || self.last.as_ref().is_some_and(|(_, last)| *last != tenths) {
-            eprintln!("{text}");
+            say(format_args!("{text}"));
         }
         self.last = Some((doing.to_owned(), tenths));
     }
@@ -184,7 +185,7 @@ impl Steps {
     /// Keeps the last step on the terminal, for the next output.
     pub fn end(&mut self) {
         if self.last.take().is_some() && self.line.terminal {
-            eprintln!();
+            say("");
         }
     }
 }

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::coordinator::{self, Client, Description};
 use super::exit::{Exit, Failure};
-use super::output::print_line;
+use super::output::{print_line, say};
 use super::progress::Steps;
 use super::{pid_file, plan, proxy, signals};
 use crate::config::{Config, Coordinator, Loaded};
@@ -133,7 +133,7 @@ pub async fn start(file: Option<&Path>, format: Format, loaded: &Loaded, options
                 print_line(format_args!("{report:#}"))?;
             } else {
                 for line in &last_lines {
-                    eprintln!("  {line}");
+                    say(format_args!("  {line}"));
                 }
             }
             if let Some(log) = log {

@@ -42,6 +42,8 @@ pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
     })?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Else a write to a terminal that was closed would panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         Format::Text if journal::is_stderr() => log.with_ansi(false).event_format(JournalFormat::new()).try_init(),

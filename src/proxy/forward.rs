@@ -126,10 +126,13 @@ impl Exchange {
                     headers.remove(header::ACCEPT_ENCODING);
                 }
             }
-        } else if self.route.names_model {
-            self.check_model(admission::check(&body, None)?.model)?;
         } else {
             admission::check_bounds(&body)?;
+            if self.route.names_model {
+                // The target itself refuses a body that is no JSON.
+                let asked = admission::check(&body, None);
+                self.check_model(asked.ok().and_then(|asked| asked.model))?;
+            }
         }
         if let Some(agreement) = &self.app.agreement
             && self.route.completion

@@ -263,9 +263,11 @@ async fn what_concerns_all_clients_of_the_pool_is_out_of_their_reach() {
     for (method, path) in OF_ALL_CLIENTS {
         let request = Client::new().request(method.clone(), format!("{}{path}", pool.url()));
         let (status, error) = answer_of(request.body("{}")).await;
+        // The coordinator has a path `/models` of its own, which only lists.
+        let expected = if path == "/models" { 405 } else { 404 };
         assert_eq!(
             (status, &error["error"]["type"]),
-            (404, &json!("invalid_request_error")),
+            (expected, &json!("invalid_request_error")),
             "{path}: {error}"
         );
     }

@@ -4,6 +4,7 @@
 //! free ports and keeps its files in a folder of its own, so that tests run side by side in any order. `harness` starts
 //! servers and fakes them. `cargo test --test it MODULE::` runs one module.
 
+#![expect(clippy::print_stderr, reason = "a test may say what it leaves out")]
 // A test that cannot go on says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 // Tests are clients of servers that they started themselves.

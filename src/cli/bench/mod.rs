@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::deployment::{Deployment, Servers};
 use super::embedded_proxy::urls_of_drafts_down;
 use super::exit::{Exit, Failure};
-use super::output::print_report;
+use super::output::{print_report, say};
 use super::progress::{Countdown, Line};
 use super::question_set::QuestionSet;
 use super::signals::{self, unless_stopped};
@@ -162,7 +162,7 @@ impl Setting {
         let deployment = Deployment::find(&options.servers, config, delay).await?;
         if let Some(reason) = &deployment.undrafted {
             line.clear();
-            eprintln!("note: {reason}");
+            say(format_args!("note: {reason}"));
         }
         if let Some(tokens) = options.context {
             pad(&mut prompts, tokens as usize, &deployment.target).await;

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::embedded_proxy::{EmbeddedProxy, why_undrafted};
 use super::exit::{Exit, Failure};
+use super::output::say;
 use super::progress::Countdown;
 use super::signals::{self, unless_stopped};
 use super::{bench, progress, proxy};
@@ -181,7 +182,7 @@ async fn compare(
     ];
     let looking = why_undrafted(&contenders[1].server, PROBE_TIMEOUT).map_err(Failure::from);
     if let Some(reason) = unless_stopped(stop, looking).await? {
-        eprintln!("note: answers will not be drafted: {reason}");
+        say(format_args!("note: answers will not be drafted: {reason}"));
     }
     let prompts = Prompt::of_kinds(Prompt::shipped()?, &KINDS.map(str::to_owned))?;
     let prompts = Prompt::first_of_each_kind(&prompts, PROMPTS);
@@ -226,11 +227,11 @@ async fn compare(
 
 /// Serves until Ctrl-C, or until a server is given up.
 async fn serve_on(url: &str, services: &mut [(Role, Service); 2], stop: &CancellationToken) -> Result<(), Failure> {
-    eprintln!("\nserving on {url}/v1 until Ctrl-C; try:\n");
-    eprintln!(
+    say(format_args!("\nserving on {url}/v1 until Ctrl-C; try:\n"));
+    say(format_args!(
         "  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{{\"stream\": true, \
          \"messages\": [{{\"role\": \"user\", \"content\": \"Count from 1 to 30.\"}}]}}'\n"
-    );
+    ));
     let [(_, target), (_, draft)] = services;
     tokio::select! {
         () = stop.cancelled() => Ok(()),

@@ -79,6 +79,8 @@ async fn a_coordinator_whose_connections_are_all_at_work_says_so() {
     let mut waiting = Vec::new();
     for _ in 0..FEW_DESCRIPTORS.1 {
         waiting.push(sent(&address, &request).await);
+        // A connection whose request has not been read yet is idle, and would make room for another.
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let models = || answer_of(reqwest::Client::new().get(format!("http://{address}/v1/models")));
     // Their requests may not have been read yet.
