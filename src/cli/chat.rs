@@ -46,10 +46,11 @@ pub async fn chat(config: &Config, options: &Options) -> Result<(), Failure> {
         let prompt = tokio::select! {
             prompt = prompts.recv() => prompt,
             _ = tokio::signal::ctrl_c() => {
+                // No answer was running. To a person at the prompt, this is a way to end.
                 if chat.interactive {
                     say("");
+                    return Ok(());
                 }
-                // No answer was running, so there is no message.
                 return Err(Failure::silent(Exit::Interrupted));
             }
         };

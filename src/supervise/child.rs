@@ -136,13 +136,30 @@ impl Child {
     }
 }
 
-/// Whether a signal or a debugger has stopped the process, by `/proc/PID/stat` (see proc(5)). `false` if that cannot be read.
-#[must_use]
-pub fn is_stopped(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name in parentheses may itself contain spaces and parentheses.
-    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
-    matches!(state, Some("T" | "t"))
+/// What `/proc/PID/stat` tells of a process (see proc(5)).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Whether a signal or a debugger has stopped it.
+    pub is_stopped: bool,
+    /// Processor time that it has used, in ticks of the kernel.
+    pub ticks: u64,
+}
+
+impl Activity {
+    /// The present activity of a process; none if that cannot be read.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name in parentheses may itself contain spaces and parentheses.
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        let is_stopped = matches!(fields.next(), Some("T" | "t"));
+        // The state is field 3, the times are 14 and 15.
+        let ticks = fields.skip(10).take(2).filter_map(|ticks| ticks.parse::<u64>().ok());
+        Self {
+            is_stopped,
+            ticks: ticks.sum(),
+        }
+    }
 }
 
 impl Tail {

@@ -14,7 +14,7 @@ use super::child::{Child, Tail};
 use super::command::{Launch, Role};
 use super::death::{Cause, Death};
 use super::restart::{Decision, Restarts};
-use super::stall::{self, Stalled, until_stalled};
+use super::stall::{self, Stalled, until_load_stalled, until_stalled};
 use super::{devices, sockets};
 use crate::background::contained;
 
@@ -294,7 +294,11 @@ async fn run_once(role: Role, launch: &Launch, report: &Report, stop: &Cancellat
             match role {
                 Role::Rpc => until_listening(launch).await,
                 Role::Target | Role::Draft | Role::Coordinator => {
-                    until_ready(role, &http, &launch.url(), &report.state).await;
+                    let url = launch.url();
+                    tokio::select! {
+                        () = until_ready(role, &http, &url, &report.state) => {}
+                        stalled = until_load_stalled(pid, launch.stall) => return stalled,
+                    }
                 }
             }
             ready = Some(Instant::now());

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::child::is_stopped;
+use super::child::Activity;
 use crate::config::Secret;
 use crate::http::client::{self, ReadError};
 
 /// Interval between polls.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// A load without progress for this long has stalled. One tensor over a slow network takes a minute or two.
+pub const LOAD_PATIENCE: Duration = Duration::from_secs(300);
 /// Time limit of a poll.
 const POLL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest list of slots in bytes. A slot takes some thousand.
@@ -49,6 +51,32 @@ pub fn client() -> io::Result<reqwest::Client> {
     client.build().map_err(io::Error::other)
 }
 
+/// Waits until the load of a model in the process `pid` has stalled: the process was stopped for `patience`, or used no processor time
+/// for [`LOAD_PATIENCE`]. Waits for ever if `patience` is zero.
+pub async fn until_load_stalled(pid: u32, patience: Duration) -> Stalled {
+    if patience.is_zero() {
+        return std::future::pending().await;
+    }
+    let (mut runs, mut moves, mut before) = (Instant::now(), Instant::now(), 0);
+    loop {
+        let activity = Activity::of(pid);
+        if !activity.is_stopped {
+            runs = Instant::now();
+        }
+        if activity.ticks != before {
+            moves = Instant::now();
+            before = activity.ticks;
+        }
+        if runs.elapsed() >= patience {
+            return Stalled::Stopped(runs.elapsed());
+        }
+        if moves.elapsed() >= LOAD_PATIENCE {
+            return Stalled::Still(moves.elapsed());
+        }
+        sleep(POLL_INTERVAL).await;
+    }
+}
+
 /// Waits until the server at `url` has stalled for `patience`, or for ever if that is zero. `pid` is the server's process.
 pub async fn until_stalled(
     http: &reqwest::Client,
@@ -65,7 +93,7 @@ pub async fn until_stalled(
     let mut runs = Instant::now();
     let mut refused = None;
     loop {
-        if !is_stopped(pid) {
+        if !Activity::of(pid).is_stopped {
             runs = Instant::now();
         }
         if runs.elapsed() >= patience {

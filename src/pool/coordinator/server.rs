@@ -16,7 +16,7 @@ use crate::pool::swap::{Event, Failure};
 use crate::supervise::child::{Child, Listener};
 use crate::supervise::command::{Launch, Role};
 use crate::supervise::death::{Cause, Death};
-use crate::supervise::stall::{self, Stalled, until_stalled};
+use crate::supervise::stall::{self, LOAD_PATIENCE, Stalled, until_stalled};
 
 /// Interval for polling a server that starts.
 const POLL: Duration = Duration::from_millis(100);
@@ -24,9 +24,6 @@ const POLL: Duration = Duration::from_millis(100);
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for one that is broken.
 const BROKEN_TIMEOUT: Duration = Duration::from_millis(200);
-
-/// A load without progress for this long has stalled. One tensor over a slow network takes a minute or two.
-const LOAD_STALL: Duration = Duration::from_secs(300);
 
 /// Everything that the run needs.
 pub(super) struct Run {
@@ -88,7 +85,7 @@ pub(super) async fn run(run: Run) {
                         lost = workers.until_disconnected() => Err(lost),
                     }
                 }
-                () = until_load_stalls(moved.subscribe()) => Ok(Stalled::Still(LOAD_STALL)),
+                () = until_load_stalls(moved.subscribe()) => Ok(Stalled::Still(LOAD_PATIENCE)),
             };
             let failure = match broken {
                 Err(lost) => curable(lost, true),
@@ -186,5 +183,5 @@ async fn until_ready(http: &reqwest::Client, url: &str) {
 }
 
 async fn until_load_stalls(mut moved: watch::Receiver<()>) {
-    while let Ok(Ok(())) = timeout(LOAD_STALL, moved.changed()).await {}
+    while let Ok(Ok(())) = timeout(LOAD_PATIENCE, moved.changed()).await {}
 }

@@ -19,7 +19,7 @@ use super::{ANSWER_TIMEOUT, EndpointSpec, NoServer, START_TIMEOUT, Spec};
 use crate::background::contained;
 use crate::pool::agent::{DeviceStatus, Endpoint, EndpointState};
 use crate::pool::rpc_probe::{RpcServer, probe};
-use crate::supervise::child::{Tail, is_stopped};
+use crate::supervise::child::{Activity, Tail};
 use crate::supervise::command::Role;
 use crate::supervise::service::{Service, State};
 use crate::supervise::{preflight, sockets};
@@ -415,7 +415,7 @@ impl EndpointView {
         match &*state.borrow() {
             State::Starting | State::Loading => EndpointState::Starting,
             // A stopped process keeps its connections and does not answer.
-            State::Ready { pid } if is_stopped(*pid) => EndpointState::Failed,
+            State::Ready { pid } if Activity::of(*pid).is_stopped => EndpointState::Failed,
             State::Ready { .. } if sockets::is_connected(self.address).unwrap_or(false) => EndpointState::Connected,
             State::Ready { .. } => EndpointState::Listening,
             State::Waiting { .. } | State::GaveUp { .. } => EndpointState::Failed,

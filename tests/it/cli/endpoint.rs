@@ -1,7 +1,7 @@
 //! Commands that start, stop or ask a proxy: `proxy`, `chat`, `bench`.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -46,7 +46,27 @@ fn a_wrong_token_is_told_from_a_server_that_is_down() {
 }
 
 #[test]
-fn ctrl_c_at_the_prompt_of_a_chat_ends_it_without_a_word() {
+fn ctrl_c_at_the_prompt_of_a_person_is_no_error() {
+    let user = User::new();
+    user.config("proxy: { target: { url: \"http://127.0.0.1:1\" } }\n");
+    let mut terminal = user.tightwad_in_terminal(&["chat"]);
+    terminal.stdin(Stdio::piped());
+    let mut terminal = Running::start(terminal);
+    let mut shown = terminal.0.stdout.take().unwrap();
+    let mut first = [0; 7];
+    shown.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"Talking");
+    let mut keys = terminal.0.stdin.take().unwrap();
+    sleep(Duration::from_millis(300));
+    keys.write_all(b"\x03").unwrap();
+    terminal.0.stdout = Some(shown);
+    let ended = terminal.ends_within(SOON);
+    drop(keys);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn ctrl_c_ends_a_chat_whose_questions_come_from_a_pipe_without_a_word() {
     let user = User::new();
     user.config("proxy: { target: { url: \"http://127.0.0.1:1\" } }\n");
     let mut chat = user.tightwad(&["chat"]);

@@ -47,6 +47,22 @@ impl User {
         command
     }
 
+    /// The program in a terminal of its own, which `script` of util-linux opens, and which closes when that is killed.
+    fn tightwad_in_terminal(&self, args: &[&str]) -> Command {
+        let command = format!("exec {} {}", env!("CARGO_BIN_EXE_tightwad"), args.join(" "));
+        let mut terminal = Command::new("script");
+        terminal.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
+        terminal.current_dir(self.folder.path()).env_clear();
+        let inherited = self.tightwad(&[]);
+        let variables = inherited.get_envs().filter_map(|(name, value)| Some((name, value?)));
+        terminal.envs(variables).env("SHELL", "/bin/sh");
+        terminal
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        terminal
+    }
+
     /// Writes `tightwad.yaml`, which is found by itself.
     fn config(&self, yaml: &str) -> &Self {
         fs::write(self.path("tightwad.yaml"), yaml).unwrap();

@@ -1,11 +1,10 @@
 //! `tightwad run target` and its child.
 
 use std::fs;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{Running, SOON, User, eventually, free_port, handles, pid};
-use rustix::process::{Signal, test_kill_process};
+use rustix::process::{Signal, kill_process, test_kill_process};
 
 fn is_alive(number: i32) -> bool {
     // A process that has ended and that its new parent has not waited for yet still has its number.
@@ -68,6 +67,24 @@ fn a_target_without_a_terminal_goes_on_after_sighup_and_says_so() {
 }
 
 #[test]
+fn a_target_that_is_stopped_while_it_loads_is_replaced() {
+    let user = User::new();
+    let pids = user.path("pids");
+    let keys = format!(
+        "stall_seconds: 1, env: {{ FAKE: sleep, FAKE_PIDS: {} }}",
+        pids.display()
+    );
+    user.fake_target(free_port(), &keys);
+    let supervisor = Running::start(user.tightwad(&["run", "target"]));
+    eventually(SOON, "the child runs", || !user.fake_pids().is_empty());
+    kill_process(pid(user.fake_pids()[0]), Signal::STOP).unwrap();
+    eventually(SOON, "another has taken its place", || user.fake_pids().len() >= 2);
+    supervisor.signal(Signal::TERM);
+    let ended = supervisor.ends_within(SOON);
+    assert!(ended.stderr.contains("its process has been stopped for"), "{ended:?}");
+}
+
+#[test]
 fn a_target_ends_with_its_terminal() {
     let user = User::new();
     let pids = user.path("pids");
@@ -75,15 +92,7 @@ fn a_target_ends_with_its_terminal() {
         free_port(),
         &format!("env: {{ FAKE: sleep, FAKE_PIDS: {} }}", pids.display()),
     );
-    let target = user.tightwad(&["run", "target"]);
-    // `script` of util-linux opens a terminal, which closes when it is killed.
-    let mut terminal = Command::new("script");
-    let command = format!("exec {} run target", target.get_program().display());
-    terminal.args(["--quiet", "--command", &command, "/dev/null"]);
-    terminal.current_dir(user.path(".")).env_clear();
-    let variables = target.get_envs().filter_map(|(name, value)| Some((name, value?)));
-    terminal.envs(variables).env("SHELL", "/bin/sh");
-    terminal.stdin(Stdio::null()).stdout(Stdio::null());
+    let terminal = user.tightwad_in_terminal(&["run", "target"]);
     let terminal = Running::start(terminal);
     eventually(SOON, "the child runs", || !user.fake_pids().is_empty());
     drop(terminal);
