@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -16,16 +15,15 @@ use super::agent::{DeviceStatus, WorkerStatus};
 use super::agent_client::{AgentClient, AgentError};
 use super::build;
 use super::rpc_probe::RpcServer;
-use crate::config::{Config, Coordinator, GpuBackend, Worker};
+use crate::config::{Config, Coordinator, GpuBackend, Secret, Worker};
 use crate::count::count;
 use crate::plan::device::{name, of_config, of_port};
 use crate::plan::{Device, KnownFrom, configured};
-use crate::supervise::{command, environment};
+use crate::supervise::devices::Missing;
+use crate::supervise::{self, command};
 
 /// Timeout for an agent, which answers from memory.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Timeout for llama-server to list devices; a GPU driver that wakes up takes a while.
-const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Host name of the coordinator's own GPUs in messages.
 const COORDINATOR: &str = "coordinator";
 
@@ -36,6 +34,10 @@ pub struct FoundDevices {
     pub devices: Vec<Device>,
     /// One sentence for each source that did not answer, with what was used instead.
     pub notes: Vec<String>,
+    /// Set if llama-server sees none of the coordinator's own GPUs; `devices` then has those of the config.
+    pub missing: Option<Missing>,
+    /// The coordinator's own GPUs that llama-server does not see.
+    pub missing_gpus: Vec<String>,
     /// Names of the workers whose agent does not answer.
     pub silent: Vec<String>,
     /// The llama.cpp build of each worker, by the worker's name.
@@ -78,6 +80,8 @@ pub async fn find(
         found.devices.extend(part.devices);
         found.notes.extend(part.notes);
         found.silent.extend(part.silent);
+        found.missing = found.missing.or(part.missing);
+        found.missing_gpus.extend(part.missing_gpus);
         found.builds.extend(part.builds);
     }
     Ok(found)
@@ -226,73 +230,52 @@ async fn of_coordinator(llama_server: &Path, coordinator: &Coordinator) -> Found
         );
         return found;
     }
-    let listed = match list(llama_server, coordinator).await {
-        Ok(listed) => listed,
-        Err(error) => {
-            found.notes.push(format!(
-                "{} --list-devices does not tell the coordinator's GPUs ({error}); their `vram_gb` is taken as free memory",
-                llama_server.display()
-            ));
-            Vec::new()
-        }
+    let program = llama_server.as_os_str();
+    let (listed, seen) = match supervise::devices::list(program, &variables(coordinator)).await {
+        Ok(listing) => (parse_list(&listing.text), listing.describe(program)),
+        Err(error) => (Vec::new(), error),
     };
-    if listed.is_empty() && found.notes.is_empty() {
-        found.notes.push(format!(
-            "{} --list-devices sees no GPU on this host; the `vram_gb` of the coordinator's `gpus` is taken as free memory",
-            llama_server.display()
-        ));
-    }
     for (number, gpu) in coordinator.gpus.iter().enumerate() {
-        let seen = match &gpu.device {
+        let own = match &gpu.device {
             Some(name) => listed.iter().find(|device| device.name == *name),
             None => listed.get(number),
         };
-        if seen.is_none() && !listed.is_empty() {
-            found.notes.push(format!(
-                "the coordinator's GPU {} is not among the devices of its llama-server ({}); it is left out",
-                gpu.name,
-                listed
-                    .iter()
-                    .map(|device| device.name.as_str())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ));
-            continue;
-        }
-        let of_config = of_config(COORDINATOR, gpu, coordinator.backend.device_name(number));
-        found.devices.push(match seen {
-            Some(seen) => Device {
+        match own {
+            Some(own) => found.devices.push(Device {
                 label: gpu.name.clone(),
-                ..seen.clone()
-            },
-            None => of_config,
-        });
+                ..own.clone()
+            }),
+            None => found.missing_gpus.push(gpu.name.clone()),
+        }
+    }
+    if found.devices.is_empty() {
+        let kind = coordinator.backend;
+        let missing = Missing { kind, found: seen };
+        found.notes.push(format!(
+            "{missing}; the `vram_gb` of the coordinator's `gpus` is taken as free memory"
+        ));
+        let gpus = coordinator.gpus.iter().enumerate();
+        let of_config = |(number, gpu)| of_config(COORDINATOR, gpu, kind.device_name(number));
+        found.devices = gpus.map(of_config).collect();
+        found.missing = Some(missing);
+    } else if !found.missing_gpus.is_empty() {
+        found.notes.push(format!(
+            "the coordinator computes without its GPU {}: {seen}",
+            found.missing_gpus.join(", ")
+        ));
     }
     found
 }
 
-async fn list(llama_server: &Path, coordinator: &Coordinator) -> Result<Vec<Device>, String> {
-    let mut command = tokio::process::Command::new(llama_server);
-    environment::apply(&mut command, &[]);
-    command
-        .arg("--list-devices")
-        .envs(
-            command::gpu_environment(Some(coordinator.backend), coordinator.gpus.len())
-                .iter()
-                .copied(),
-        )
-        .envs(&coordinator.env)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .kill_on_drop(true);
-    let output = timeout(LIST_TIMEOUT, command.output())
-        .await
-        .map_err(|_| "no answer within 30 s".to_owned())?
-        .map_err(|error| error.to_string())?;
-    if !output.status.success() {
-        return Err(output.status.to_string());
-    }
-    Ok(parse_list(&String::from_utf8_lossy(&output.stdout)))
+/// The environment of the coordinator's llama-server.
+fn variables(coordinator: &Coordinator) -> Vec<(String, Secret)> {
+    let of_kind = command::gpu_environment(Some(coordinator.backend), coordinator.gpus.len());
+    let own = coordinator
+        .env
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()));
+    let all = of_kind.iter().copied().chain(own);
+    all.map(|(name, value)| (name.to_owned(), Secret::new(value))).collect()
 }
 
 /// Reads the output of `llama-server --list-devices`: one device per indented line.
@@ -428,5 +411,29 @@ mod tests {
             ["ROCm0", "ROCm1"]
         );
         assert_eq!(found.notes.len(), 1);
+        let missing = found.missing.unwrap().to_string();
+        assert!(
+            missing.contains("no ROCm device") && missing.contains("rocminfo"),
+            "{missing}"
+        );
+        assert_eq!(found.missing_gpus, ["a", "b"]);
+    }
+
+    #[tokio::test]
+    async fn one_missing_gpu_of_several_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("llama-server");
+        let list =
+            "#!/bin/sh\necho 'Available devices:'\necho '  ROCm0: AMD Radeon RX 7900 (24560 MiB, 24000 MiB free)'\n";
+        std::fs::write(&program, list).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let coordinator = Coordinator {
+            gpus: vec![gpu("a", None), gpu("b", None)],
+            ..Coordinator::default()
+        };
+        let found = of_coordinator(&program, &coordinator).await;
+        assert_eq!((found.devices.len(), found.missing), (1, None));
+        assert_eq!(found.missing_gpus, ["b"]);
+        assert!(found.notes[0].contains("without its GPU b"), "{:?}", found.notes);
     }
 }

@@ -14,13 +14,16 @@ use tokio::time::timeout;
 use super::command::{Launch, Role};
 use super::environment;
 use crate::config::{GpuBackend, Secret};
+use crate::failure::explain;
 
 /// Time limit for `--list-devices`. A GPU driver may take several seconds to wake up.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The answer of `--list-devices`.
 #[derive(Debug, Default)]
-struct Listing {
+pub(crate) struct Listing {
+    /// What it printed: one device per indented line.
+    pub(crate) text: String,
     devices: Vec<Device>,
     /// The error of a driver's library.
     complaint: Option<String>,
@@ -106,8 +109,8 @@ async fn log_devices(role: Role, launch: &Launch) {
     }
 }
 
-/// Runs `--list-devices`.
-async fn list(program: &OsStr, env: &[(String, Secret)]) -> Result<Listing, String> {
+/// Runs `--list-devices`. The error is a sentence.
+pub(crate) async fn list(program: &OsStr, env: &[(String, Secret)]) -> Result<Listing, String> {
     let mut command = Command::new(program);
     environment::apply(&mut command, env);
     command.arg("--list-devices").stdin(Stdio::null()).kill_on_drop(true);
@@ -115,20 +118,23 @@ async fn list(program: &OsStr, env: &[(String, Secret)]) -> Result<Listing, Stri
     let output = timeout(LIST_TIMEOUT, command.output())
         .await
         .map_err(|_| format!("{question} does not answer within {} s", LIST_TIMEOUT.as_secs()))?
-        .map_err(|error| format!("{question} cannot be run: {error}"))?;
+        .map_err(|error| format!("{question} cannot be run: {}", explain(&error)))?;
     let complaint = complaint(String::from_utf8_lossy(&output.stderr).lines());
     if !output.status.success() {
         let words = complaint.map(|words| format!(": {words}")).unwrap_or_default();
         return Err(format!("{question} fails ({}){words}", output.status));
     }
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok(Listing {
-        devices: parse(&String::from_utf8_lossy(&output.stdout)),
+        devices: parse(&text),
+        text,
         complaint,
     })
 }
 
 impl Listing {
-    fn describe(&self, program: &OsStr) -> String {
+    /// The error of the driver, or the devices that the program lists.
+    pub(crate) fn describe(&self, program: &OsStr) -> String {
         if let Some(complaint) = &self.complaint {
             return complaint.clone();
         }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::harness::llama_server::{LlamaServer, answer_of, essence, target};
 use crate::harness::pool::{Pool, Setup, signal};
 use crate::harness::wait::eventually;
+use crate::harness::worker::children;
 use futures_util::StreamExt;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -280,6 +281,31 @@ async fn a_swap_counts_on_the_memory_that_the_old_model_leaves() {
     let lines = pool.swap("other").await;
     assert_eq!(lines.last().unwrap()["done"], true, "{lines:?}");
     assert_eq!(pool.complete("other").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_coordinator_whose_gpu_is_lost_says_what_to_do_and_starts_when_it_is_back() {
+    let mut pool = Pool::without_coordinator(Setup {
+        own_gpu: true,
+        ..Setup::default()
+    });
+    pool.lose_gpu(true);
+    pool.start_coordinator();
+    let told = eventually(Duration::from_secs(10), || async {
+        let (_, answer) = pool.get("/v1/tightwad/status").await;
+        let text = answer.to_string();
+        if text.contains("no CUDA device") {
+            Ok(text)
+        } else {
+            Err(text)
+        }
+    });
+    let told = told.await.unwrap();
+    assert!(told.contains("version mismatch") && told.contains("reboot"), "{told}");
+    let starts = children(pool.coordinator.as_ref().unwrap().pid());
+    assert!(starts.is_empty(), "nothing is started: {starts:?}");
+    pool.lose_gpu(false);
+    pool.becomes_ready(Duration::from_secs(30)).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 use super::load::TELLS_PROGRESS;
@@ -50,6 +51,8 @@ pub(super) struct Planner {
     coordinator: Arc<Coordinator>,
     /// Draft tokens per step that the program can verify; asked once.
     drafts: OnceCell<Option<u16>>,
+    /// The coordinator's own GPUs that were missing at the last plan.
+    missing_gpus: Mutex<Vec<String>>,
 }
 
 impl Planner {
@@ -58,6 +61,7 @@ impl Planner {
             config,
             coordinator,
             drafts: OnceCell::new(),
+            missing_gpus: Mutex::default(),
         }
     }
 
@@ -107,6 +111,23 @@ impl Planner {
         )))
     }
 
+    /// Says which of the coordinator's own GPUs are missing, once and when that changes.
+    fn warn_of(&self, missing: Vec<String>) {
+        let mut before = self.missing_gpus.lock();
+        if *before == missing {
+            return;
+        }
+        if missing.is_empty() {
+            tracing::info!("llama-server sees all GPUs of the coordinator again");
+        } else {
+            tracing::warn!(
+                "llama-server does not see the coordinator's GPU {}, so the pool goes on without it; check its driver",
+                missing.join(", ")
+            );
+        }
+        *before = missing;
+    }
+
     async fn devices(&self, basis: PlanBasis<'_>) -> Result<Vec<Device>, NotReady> {
         let unasked = ProbedServers::new();
         let probed = match basis {
@@ -118,6 +139,10 @@ impl Planner {
         for note in &found.notes {
             tracing::debug!("{note}");
         }
+        if let Some(missing) = found.missing {
+            return Err(NotReady::Retryable(missing.to_string()));
+        }
+        self.warn_of(found.missing_gpus);
         let mut devices = found.devices;
         match basis {
             PlanBasis::FreeNow(_) => {

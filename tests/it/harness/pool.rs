@@ -171,6 +171,16 @@ impl Pool {
         });
     }
 
+    /// Takes the coordinator's pretended GPU away, or gives it back.
+    pub fn lose_gpu(&self, lost: bool) {
+        let mark = self.folder.path().join("gpu-lost");
+        if lost {
+            std::fs::write(mark, "").expect("a file");
+        } else {
+            std::fs::remove_file(mark).expect("it was lost");
+        }
+    }
+
     pub fn start_coordinator(&mut self) {
         self.coordinator = Some(self.run(&["coordinator"]));
     }
@@ -290,11 +300,17 @@ fn slow_server(folder: &Path, seconds: f32) -> PathBuf {
 /// A llama-server that pretends to have a GPU, whose memory is taken by whichever of its kind serves.
 fn with_gpu(folder: &Path) -> PathBuf {
     let (real, pid) = (llama_cpp().join("bin/llama-server"), folder.join("pid"));
-    let (real, pid) = (real.display(), pid.display());
+    let lost = folder.join("gpu-lost");
+    let (real, pid, lost) = (real.display(), pid.display(), lost.display());
     let text = format!(
         r#"#!/bin/sh
 case "$*" in
 *--list-devices*)
+    if [ -e {lost} ]; then
+        echo 'ggml_cuda_init: failed to initialize CUDA: driver/library version mismatch' >&2
+        echo 'Available devices:'
+        exit
+    fi
     free=8000
     [ -e {pid} ] && kill -0 "$(cat {pid})" 2>/dev/null && free=100
     printf 'Available devices:\n  CUDA0: Pretended (8000 MiB, %s MiB free)\n' "$free"
